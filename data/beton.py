@@ -1,0 +1,182 @@
+"""The `.beton` file of FFCV 1.0.2, read and written with NumPy alone.
+
+Layout: header, field descriptors, one metadata row an image, then pages of encoded bytes (an image never crosses a
+page), and at the very end the allocation table with place and length of each image's bytes. Ours hold the two fields
+`image` (RGBImageField, type 2) and `label` (IntField, type 1), which is what stock FFCV image loaders expect.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data import DataError
+
+_VERSION = 2
+_PAGE_SIZE = 8 << 20
+_HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
+_FIELD = np.dtype([("type_id", "<u1"), ("name", "S16"), ("arguments", ("<u1", (1024,)))], align=True)
+_ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+_IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+_FLOAT_FIELD, _INT_FIELD, _IMAGE_FIELD = 0, 1, 2
+# Fields whose metadata row has a fixed type; a file with any other kind of field is not one of ours to read.
+_ROW_TYPES = {_FLOAT_FIELD: np.dtype("<f8"), _INT_FIELD: np.dtype("<i8"), _IMAGE_FIELD: _IMAGE}
+_JPEG = 0
+
+
+class Encoded(NamedTuple):
+    """One image to be written: its JPEG bytes, height and width in pixels, and class id."""
+
+    jpeg: bytes
+    height: int
+    width: int
+    label: int
+
+
+class Beton:
+    """A `.beton` opened for reading: sizes, labels and encoded bytes, without decoding anything.
+
+    sizes: int32 [n, 2], height and width of each image in pixels. labels: int64 [n].
+    pages: int64 [n], the file page that holds each image. fingerprint: hex digest of the whole index (sizes, labels,
+    places and lengths), which differs whenever an image was added, dropped, moved or encoded to another length.
+    Raises DataError when the file is missing, cut short, or of another format.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            file_size = os.path.getsize(self.path)
+            index = self._read_index(file_size)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from None
+        header, rows, allocations = index
+        image, label = rows
+        self.num_samples = len(label)
+        self.sizes = np.stack([image["height"], image["width"]], axis=1).astype(np.int32)
+        self.labels = label.astype(np.int64)
+        if self.num_samples and (self.sizes.min() < 1 or self.labels.min() < 0):
+            raise self._broken("an image without pixels or a negative class id")
+        if (image["mode"] != _JPEG).any():
+            raise DataError(f"{self.path}: holds raw images; convert the set again, with JPEG storage")
+
+        allocations = allocations[np.argsort(allocations["ptr"], kind="stable")]
+        slots = np.searchsorted(allocations["ptr"], image["data_ptr"])
+        if self.num_samples:
+            slots = np.minimum(slots, len(allocations) - 1)
+            found = allocations[slots]
+            ends = found["ptr"] + found["size"]
+            if (found["ptr"] != image["data_ptr"]).any() or (ends > header["alloc_table_ptr"]).any():
+                raise self._broken("an image's bytes lie outside the file")
+        self.starts = image["data_ptr"].astype(np.int64)
+        self.lengths = allocations["size"][slots].astype(np.int64)
+        self.pages = self.starts // int(header["page_size"])
+        # Copy-on-write: decoders that insist on writable buffers take its views as they are; nothing reaches the file.
+        self._bytes = np.memmap(self.path, dtype=np.uint8, mode="c")
+        digest = hashlib.sha256()
+        for array in (self.sizes, self.labels, self.starts, self.lengths):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def encoded(self, index: int) -> NDArray[np.uint8]:
+        """The encoded bytes of one image: uint8 [length], a view of the mapped file."""
+        start = self.starts[index]
+        return self._bytes[start : start + self.lengths[index]]
+
+    def _read_index(self, file_size: int):
+        with open(self.path, "rb") as file:
+            header = _read(file, _HEADER, 1)
+            if header is None or header[0]["version"] != _VERSION:
+                found = "cut short" if header is None else f"not FFCV version {_VERSION}"
+                raise DataError(f"{self.path}: not a .beton file ({found}); convert the set again")
+            header = header[0]
+            fields = _read(file, _FIELD, int(header["num_fields"])) if header["num_fields"] <= 16 else None
+            if fields is None or not header["page_size"] > 0:
+                raise self._broken("its header is damaged or cut short")
+            types = [int(field["type_id"]) for field in fields]
+            if not set(types) <= set(_ROW_TYPES) or _IMAGE_FIELD not in types or _INT_FIELD not in types:
+                raise DataError(f"{self.path}: its fields are not one RGB image and one integer label")
+            row_type = np.dtype([("", _ROW_TYPES[type_id]) for type_id in types], align=True)
+            n, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
+            # Checked before reading, so that a damaged count never becomes a huge allocation.
+            if file.tell() + n * row_type.itemsize > file_size:
+                raise self._broken("it is cut short")
+            rows = _read(file, row_type, n)
+            if rows is None or table > file_size or (file_size - table) // _ALLOCATION.itemsize < n:
+                raise self._broken("it is cut short")
+            file.seek(table)
+            allocations = _read(file, _ALLOCATION, (file_size - table) // _ALLOCATION.itemsize)
+        names = row_type.names or ()
+        image, label = (rows[names[types.index(kind)]] for kind in (_IMAGE_FIELD, _INT_FIELD))
+        return header, (image, label), allocations
+
+    def _broken(self, what: str) -> DataError:
+        return DataError(f"{self.path}: {what}; convert the set again")
+
+
+def _read(file, dtype: np.dtype, count: int) -> NDArray | None:
+    """count records of dtype, or None where the file ends before."""
+    data = file.read(dtype.itemsize * count)
+    return np.frombuffer(data, dtype=dtype) if len(data) == dtype.itemsize * count else None
+
+
+def write_beton(path: str | Path, images: Iterable[Encoded], *, at_most: int) -> int:
+    """Writes images in the order given; the same images always give the same bytes. Returns how many there were.
+
+    at_most: an upper bound of their number, which reserves the room for the metadata in front of them.
+    Raises DataError when an image is larger than a page. On any error the half-written file is removed.
+    """
+    row_type = np.dtype([("", _IMAGE), ("", "<i8")], align=True)
+    rows = np.zeros(at_most, dtype=row_type)
+    allocations = np.zeros(at_most, dtype=_ALLOCATION)
+    fields = np.zeros(2, dtype=_FIELD)
+    fields["type_id"] = _IMAGE_FIELD, _INT_FIELD
+    fields["name"] = b"image", b"label"
+    rows_start = _HEADER.itemsize + fields.nbytes
+    place = _next_page(rows_start + rows.nbytes)
+    count = 0
+    try:
+        with open(path, "wb") as file:
+            for image in images:
+                size = len(image.jpeg)
+                if size > _PAGE_SIZE:
+                    raise DataError(f"image {count}: {size} bytes do not fit a page of {_PAGE_SIZE}")
+                if place % _PAGE_SIZE + size > _PAGE_SIZE:
+                    place = _next_page(place)
+                file.seek(place)
+                file.write(image.jpeg)
+                rows[count] = (_JPEG, image.width, image.height, place), image.label
+                allocations[count] = count, place, size
+                place += size
+                count += 1
+            # FFCV maps whole pages, so the last one is filled up before the table follows.
+            table = _next_page(place)
+            file.seek(table)
+            file.write(allocations[:count].tobytes())
+            file.seek(0)
+            header = np.array([(_VERSION, len(fields), _PAGE_SIZE, count, table)], dtype=_HEADER)
+            file.write(header.tobytes() + fields.tobytes() + rows[:count].tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+    return count
+
+
+def _next_page(offset: int) -> int:
+    return -(-offset // _PAGE_SIZE) * _PAGE_SIZE

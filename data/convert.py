@@ -1,0 +1,287 @@
+"""From a folder of images or a named set to a converted set, in FFCV's format.
+
+    python -m data.convert --data images/ --out converted/images
+    make convert DATA=images/ OUT=converted/images
+
+A converted set is a folder: `train.beton` and `val.beton` (baseline 4:2:0 JPEGs, at most `max_resolution` pixels on
+the longer side), `set.json` (class names in order, crop rule, how it was made), `rejects.txt` (what could not be read).
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from data import DataError
+from data.beton import Beton, Encoded, write_beton
+from data.command import run_command
+from data.progress import images_bar
+from data.sources import CropRule, Source, Split, crop_rule_for, open_source
+
+_FORMAT = 1
+_CHUNK = 32
+_REJECTS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class ConvertedSet:
+    """A converted set on disk, as `set.json` describes it.
+
+    folder holds `train.beton` and `val.beton`. source: what it was made from (`scenes`, a set's name or a folder).
+    """
+
+    folder: Path
+    name: str
+    class_names: tuple[str, ...]
+    crop: CropRule
+    source_fingerprint: str
+    made: dict[str, Any]
+
+    def beton(self, split: str) -> Path:
+        return self.folder / f"{split}.beton"
+
+
+def open_set(folder: str | Path) -> ConvertedSet:
+    """Reads the `set.json` of a converted set. Raises DataError where it is missing or damaged."""
+    folder = Path(folder)
+    path = folder / "set.json"
+    try:
+        described = json.loads(path.read_text())
+        if described["format"] != _FORMAT:
+            raise DataError(f"{path}: written by another version; convert the set again")
+        crop = described["crop"] | {key: tuple(described["crop"][key]) for key in ("scale", "ratio")}
+        return ConvertedSet(
+            folder=folder,
+            name=described["name"],
+            class_names=tuple(described["class_names"]),
+            crop=CropRule(**crop),
+            source_fingerprint=described["source_fingerprint"],
+            made=described["made"],
+        )
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); is {folder} a converted set?") from None
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: damaged; convert the set again") from None
+
+
+def is_converted(data: str | Path) -> bool:
+    return (Path(data) / "set.json").is_file()
+
+
+@dataclass(frozen=True)
+class Unconverted:
+    """A source that has no converted set yet, or one that no longer fits; convert() makes it at `folder`."""
+
+    source: Source
+    folder: Path
+    stale: bool
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+    def convert(self) -> ConvertedSet:
+        if self.stale:
+            print(f"{self.folder}: its images have changed since: converting again", flush=True)
+        return convert_source(self.source, self.folder, replace=True)
+
+
+def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Unconverted:
+    """The set for what the user gave as DATA: a converted set, or one converted earlier below `cache`, or still to be.
+
+    Quick: nothing is decoded. Raises DataError as open_source and open_set do.
+    """
+    if is_converted(data):
+        return open_set(data)
+    source = open_source(data)
+    place = data if source.crop else str(Path(data).resolve())
+    folder = Path(cache) / f"{source.name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+    if is_converted(folder):
+        with contextlib.suppress(DataError):
+            converted = open_set(folder)
+            if converted.source_fingerprint == source.fingerprint:
+                return converted
+    return Unconverted(source, folder, stale=folder.exists())
+
+
+def convert(data: str, out: str, max_resolution: int = 512, quality: int = 90, processes: int | None = None) -> None:
+    """Converts a folder of images or a named set to FFCV's format.
+
+    Args:
+        data: a folder of class folders (or train/ and val/ of them), or scenes, cifar10, svhn, imagenette
+        out: the folder to write; it must not exist yet
+        max_resolution: larger images are reduced so that the longer side has this many pixels
+        quality: JPEG quality, 1 to 100
+        processes: how many encode at once (default: one a core)
+    """
+    if is_converted(data):
+        raise DataError(f"{data}: is a converted set already; use it as DATA")
+    if not 1 <= quality <= 100:
+        raise DataError(f"quality={quality}: give 1 to 100")
+    if not 16 <= max_resolution <= 65500:
+        raise DataError(f"max_resolution={max_resolution}: give 16 to 65500 pixels")
+    if Path(out).exists():
+        raise DataError(f"{out}: exists already; give another OUT or remove it first")
+    convert_source(open_source(data), Path(out), max_resolution=max_resolution, quality=quality, processes=processes)
+
+
+def convert_source(
+    source: Source,
+    out: Path,
+    *,
+    max_resolution: int = 512,
+    quality: int = 90,
+    processes: int | None = None,
+    replace: bool = False,
+) -> ConvertedSet:
+    """Writes a source as a converted set; `out` appears only when it is complete.
+
+    replace: take the place of what `out` holds; it stays until the new one is complete.
+    Raises DataError when a split has no readable image, the disk is full or a process dies.
+    """
+    for note in source.notes:
+        print(note, flush=True)
+    processes = processes or len(os.sched_getaffinity(0))
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        rejects = []
+        for name, split in (("train", source.train), ("val", source.val)):
+            rejects += _convert_split(split, name, partial, max_resolution, quality, processes)
+        (partial / "rejects.txt").write_text("".join(f"{line}\n" for line in rejects))
+        sizes = Beton(partial / "train.beton").sizes
+        described = {
+            "format": _FORMAT,
+            "name": source.name,
+            "class_names": source.class_names,
+            "crop": asdict(source.crop or crop_rule_for(sizes)),
+            "source_fingerprint": source.fingerprint,
+            "made": {
+                "max_resolution": max_resolution,
+                "quality": quality,
+                "pillow": PIL.__version__,
+                "rejects": len(rejects),
+            },
+        }
+        (partial / "set.json").write_text(json.dumps(described, indent=1) + "\n")
+        if replace and out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    except OSError as error:
+        raise DataError(f"{out}: could not be written ({error.strerror}); nothing was left half-done") from None
+    except BrokenProcessPool:
+        raise DataError(f"{out}: a converting process died (out of memory?); try --processes 1") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if rejects:
+        print(f"{len(rejects)} images could not be read and were left out: {out / 'rejects.txt'}", flush=True)
+    return open_set(out)
+
+
+def _convert_split(
+    split: Split, name: str, folder: Path, max_resolution: int, quality: int, processes: int
+) -> list[str]:
+    """Writes one split's .beton into the folder; returns a line for each image that could not be read."""
+    rejects: list[str] = []
+    stored_bytes = 0
+    started = time.perf_counter()
+
+    def images(bar: tqdm) -> Iterator[Encoded]:
+        nonlocal stored_bytes
+        for item, label, result in _encode_ahead(split, max_resolution, quality, processes):
+            bar.update()
+            if isinstance(result, str):
+                rejects.append(f"{item}: {result}")
+                if len(rejects) <= _REJECTS_SHOWN:
+                    bar.write(f"left out: {rejects[-1]}", file=sys.stderr)
+                continue
+            stored_bytes += len(result[0])
+            yield Encoded(*result, label)
+
+    with images_bar(len(split.items), f"convert {name}") as bar:
+        count = write_beton(folder / f"{name}.beton", images(bar), at_most=len(split.items))
+    if not count:
+        raise DataError(f"{name}: none of its {len(split.items)} images could be read (first: {rejects[0]})")
+    rate = count / (time.perf_counter() - started)
+    print(
+        f"{name}: {count} images at {rate:.0f} images/s, {stored_bytes / 1e6:.1f} MB "
+        f"({stored_bytes / count / 1e3:.1f} kB an image), {len(rejects)} left out",
+        flush=True,
+    )
+    return rejects
+
+
+def _encode_ahead(
+    split: Split, max_resolution: int, quality: int, processes: int
+) -> Iterator[tuple[Any, int, tuple[bytes, int, int] | str]]:
+    """Each item with its label and its encoding (or why it has none), in order, encoded by all processes ahead."""
+    # A fresh server process: forking one that runs PyTorch's threads can deadlock.
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interrupts) as pool:
+        waiting: deque[tuple[int, Future]] = deque()
+        try:
+            for start in range(0, len(split.items), _CHUNK):
+                chunk = [split.items[i] for i in range(start, min(start + _CHUNK, len(split.items)))]
+                waiting.append((start, pool.submit(_encode_chunk, split.read, chunk, max_resolution, quality)))
+                if len(waiting) > 4 * processes:
+                    yield from _labelled(split, *waiting.popleft())
+            while waiting:
+                yield from _labelled(split, *waiting.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _labelled(split: Split, start: int, future: Future) -> Iterator[tuple[Any, int, tuple[bytes, int, int] | str]]:
+    for i, result in enumerate(future.result(), start):
+        yield split.items[i], int(split.labels[i]), result
+
+
+def _ignore_interrupts() -> None:
+    # Ctrl-C reaches every process of the terminal; the main one ends the others in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _encode_chunk(read, items: list, max_resolution: int, quality: int) -> list[tuple[bytes, int, int] | str]:
+    results: list[tuple[bytes, int, int] | str] = []
+    for item in items:
+        # Image readers meet anything on users' disks and raise as many kinds of errors: all mean an unreadable image.
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                results.append(encode(read(item), max_resolution, quality))
+        except Exception as error:
+            results.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    return results
+
+
+def encode(image: Image.Image, max_resolution: int, quality: int) -> tuple[bytes, int, int]:
+    """An image as stored: upright RGB, reduced to max_resolution, baseline 4:2:0 JPEG. Returns bytes, height, width."""
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    image.thumbnail((max_resolution, max_resolution), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    return buffer.getvalue(), image.height, image.width
+
+
+if __name__ == "__main__":
+    run_command(convert, prog="python -m data.convert")

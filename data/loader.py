@@ -1,0 +1,256 @@
+"""Crop batches, epoch after epoch: the plan decides, a decoder makes, the loader hands over."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data import DataError, plan
+from data.beton import Beton
+from data.convert import is_converted, open_set
+from data.decoders import Decoder, Request, build_decoder, choose
+from data.decoders.ahead import default_threads
+
+ORDERS = ("random", "quasi-random", "sequential")
+
+Fetch = Callable[[NDArray[np.int64], NDArray[np.int64], int], Any]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """A further crop of each image that a label source asks for.
+
+    box: "same" for the training crop again, "center" for the validation crop (not flipped). resolution: pixels a side.
+    """
+
+    box: str
+    resolution: int
+
+    def __post_init__(self):
+        if self.box not in ("same", "center"):
+            raise ValueError(f"box={self.box}: choose same or center")
+
+
+@dataclass
+class CropBatch:
+    """A batch of crops on the device, as the networks see them (flipped already).
+
+    crops: uint8 [B, 3, R, R], channels-last. labels, indices, copies: int64 [B]; the class id of the image, its place
+    in the set, and which of its crops this is. boxes: int32 [B, 4] (top, left, height, width) in stored-image pixels.
+    sizes: int32 [B, 2] (height, width) of the stored images. flips: bool [B].
+    paired: for each pairing asked for, uint8 [B, 3, r, r]. labels_on_disk: what the label source fetched, or None.
+    """
+
+    crops: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+    copies: torch.Tensor
+    epoch: int
+    boxes: torch.Tensor
+    sizes: torch.Tensor
+    flips: torch.Tensor
+    paired: dict[Pairing, torch.Tensor] = field(default_factory=dict)
+    labels_on_disk: Any = None
+
+
+def open_loader(
+    beton_path: str | Path,
+    *,
+    resolution: int,
+    batch_size: int,
+    decoder: str = "auto",
+    train: bool = True,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    copies: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    threads: int | None = None,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: bool = True,
+    center_ratio: float = 224 / 256,
+    order: str = "random",
+    drop_last: bool | None = None,
+    paired: tuple[Pairing, ...] = (),
+    fetch: Fetch | None = None,
+) -> "Loader":
+    """Opens a `.beton` for training (random crops in random order) or evaluation (central crops in file order).
+
+    copies: crops of each image an epoch; an epoch then has that many times the steps, and the copies of an image come
+    in successive batches. threads: decoding threads (default: all processors). drop_last: leave out a last batch that
+    is not full (default: in training, where every rank then has the same number of steps).
+    fetch: the host half of a label source, `(indices int64 [B], copies int64 [B], epoch) -> host tensors or None`.
+
+    Raises DataError for a file that is no `.beton`, an unknown decoder or order, and a set with too few images.
+    """
+    if order not in ORDERS:
+        raise DataError(f"order={order}: unknown; choose one of {', '.join(ORDERS)}")
+    for name, value in (("resolution", resolution), ("batch_size", batch_size), ("copies", copies)):
+        if value < 1:
+            raise DataError(f"{name}={value}: must be at least 1")
+    return Loader(
+        Beton(beton_path),
+        resolution=resolution,
+        batch_size=batch_size,
+        decoder=decoder,
+        train=train,
+        seed=seed,
+        device=torch.device(device),
+        copies=copies if train else 1,
+        rank=rank,
+        world=world,
+        threads=threads or default_threads(),
+        boxes_of=_BoxRule(seed=seed, train=train, scale=scale, ratio=ratio, flip=flip, center_ratio=center_ratio),
+        order=order if train else "sequential",
+        drop_last=train if drop_last is None else drop_last,
+        paired=paired,
+        fetch=fetch,
+    )
+
+
+@dataclass(frozen=True)
+class _BoxRule:
+    """Where the crops of an epoch lie: the plan's random boxes in training, central ones in evaluation."""
+
+    seed: int
+    train: bool
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: bool
+    center_ratio: float
+
+    def __call__(self, indices, sizes, copies, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        if not self.train:
+            return self.center(sizes)
+        boxes, flips = plan.random_boxes(
+            indices, sizes, seed=self.seed, epoch=epoch, copy=copies, scale=self.scale, ratio=self.ratio
+        )
+        return boxes, flips & self.flip
+
+    def center(self, sizes) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        return plan.center_boxes(sizes, ratio=self.center_ratio), np.zeros(len(sizes), dtype=bool)
+
+
+class Loader:
+    """Batches of one split; see open_loader.
+
+    num_samples: images in the file. num_classes and class_names: from the set's `set.json`, else counted and numbered.
+    steps: batches an epoch on this rank. decoder: the name of the decoder at work.
+    """
+
+    def __init__(
+        self,
+        beton: Beton,
+        *,
+        resolution: int,
+        batch_size: int,
+        decoder: str,
+        train: bool,
+        seed: int,
+        device: torch.device,
+        copies: int,
+        rank: int,
+        world: int,
+        threads: int,
+        boxes_of: _BoxRule,
+        order: str,
+        drop_last: bool,
+        paired: tuple[Pairing, ...],
+        fetch: Fetch | None,
+    ):
+        self._beton = beton
+        self._batch_size = batch_size
+        self._seed = seed
+        self._device = device
+        self._copies = copies
+        self._rank, self._world = rank, world
+        self._boxes_of = boxes_of
+        self._order = order
+        self._paired = paired
+        self._fetch = fetch
+        self.num_samples = beton.num_samples
+        folder = beton.path.parent
+        if is_converted(folder):
+            self.class_names = open_set(folder).class_names
+        else:
+            self.class_names = tuple(map(str, range(int(beton.labels.max(initial=-1)) + 1)))
+        self.num_classes = len(self.class_names)
+        if self.num_samples and beton.labels.max() >= self.num_classes:
+            raise DataError(
+                f"{beton.path}: holds class {beton.labels.max()}, but set.json names {self.num_classes} classes"
+            )
+        # Training: the smallest shard sets the steps of all, so that no rank waits for a partner that has ended.
+        shard = self.num_samples // world if drop_last else len(range(rank, self.num_samples, world))
+        self._blocks = shard // batch_size if drop_last else -(-shard // batch_size)
+        self.steps = self._blocks * copies
+        if not self.steps:
+            raise DataError(
+                f"{beton.path}: {self.num_samples} images make no batch of {batch_size} on each of {world} devices; "
+                "take a smaller batch"
+            )
+        build: dict[str, Any] = {"device": device, "threads": threads, "max_batch": batch_size}
+        self._decoders: dict[Pairing | None, Decoder] = {
+            pairing: build_decoder(decoder, beton, resolution=pairing.resolution if pairing else resolution, **build)
+            for pairing in (None, *paired)
+        }
+        self.decoder = choose(decoder, device)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
+        """The batches of one epoch from start_step on; those before it cost nothing."""
+        plans = self._plan(epoch, start_step)
+        streams = {
+            pairing: decoder.decode(self._request(indices, copies, epoch, pairing) for indices, copies in plans)
+            for pairing, decoder in self._decoders.items()
+        }
+        for (indices, copies), *crops in zip(plans, *streams.values(), strict=True):
+            yield self._batch(indices, copies, epoch, dict(zip(streams, crops, strict=True)))
+
+    def _plan(self, epoch: int, start_step: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """For each step from start_step on: the indices of its images and which copy of each is cropped."""
+        order = plan.epoch_order(
+            self.num_samples,
+            seed=self._seed,
+            epoch=epoch,
+            rank=self._rank,
+            world=self._world,
+            shuffle=self._order != "sequential",
+            pages=self._beton.pages if self._order == "quasi-random" else None,
+        )
+        steps = []
+        for step in range(start_step, self.steps):
+            block, copy = divmod(step, self._copies)
+            indices = order[block * self._batch_size : (block + 1) * self._batch_size]
+            steps.append((indices, np.full(len(indices), copy, dtype=np.int64)))
+        return steps
+
+    def _request(self, indices, copies, epoch: int, pairing: Pairing | None) -> Request:
+        sizes = self._beton.sizes[indices]
+        if pairing and pairing.box == "center":
+            return Request(indices, *self._boxes_of.center(sizes))
+        return Request(indices, *self._boxes_of(indices, sizes, copies, epoch))
+
+    def _batch(self, indices, copies, epoch: int, crops: dict[Pairing | None, torch.Tensor]) -> CropBatch:
+        _, boxes, flips = self._request(indices, copies, epoch, None)
+        sizes = self._beton.sizes[indices]
+        # One copy to the device instead of six: everything small travels as the columns of one int64 table.
+        columns = [self._beton.labels[indices], indices, copies, boxes, sizes, flips]
+        table = torch.from_numpy(np.column_stack([column.astype(np.int64) for column in columns]))
+        if self._device.type == "cuda":
+            table = table.pin_memory().to(self._device, non_blocking=True)
+        return CropBatch(
+            crops=crops.pop(None),
+            labels=table[:, 0].contiguous(),
+            indices=table[:, 1].contiguous(),
+            copies=table[:, 2].contiguous(),
+            epoch=epoch,
+            boxes=table[:, 3:7].int(),
+            sizes=table[:, 7:9].int(),
+            flips=table[:, 9].bool(),
+            paired={pairing: crop for pairing, crop in crops.items() if pairing},
+            labels_on_disk=self._fetch(indices, copies, epoch) if self._fetch else None,
+        )

@@ -1,0 +1,170 @@
+"""Which images, in which order, cropped where: pure functions of (seed, epoch, image).
+
+Every number is drawn by hashing (seed, epoch, index, copy, draw) with SplitMix64 (Steele, Lea and Flood 2014), so
+there is no generator state: any subset, in any order, on any rank, after any restart, gives the same crops.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_MASK = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+
+# Separate streams: an image's place in the order says nothing about its crop.
+_ORDER, _BOXES, _PAGES = 1, 2, 3
+
+# RandomResizedCrop gives up after this many proposals and takes the central crop.
+_TRIES = 10
+
+# Quasi-random order draws from this many file pages at a time: 64 pages of 8 MiB stay in any page cache.
+_PAGES_AT_ONCE = 64
+
+
+def epoch_order(
+    n: int,
+    *,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+    shuffle: bool = True,
+    pages: ArrayLike | None = None,
+) -> NDArray[np.int64]:
+    """The images of one epoch in the order in which this rank visits them.
+
+    Ranks take turns: rank r gets places r, r + world, ... of one common order, so a step over all ranks covers the
+    same images whatever their number. Shards differ in length by at most one.
+
+    pages: int [n], the file page of each image. The order then visits random groups of pages, and is random within
+    a group, so that a file larger than memory is read nearly in sequence.
+
+    Returns int64 [n_rank]. Raises ValueError for a rank outside 0..world-1 or a negative n.
+    """
+    if n < 0:
+        raise ValueError(f"n={n}: the number of images cannot be negative")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank={rank} is not within world={world}")
+    if not shuffle:
+        return np.arange(rank, n, world, dtype=np.int64)
+    # The hash is a bijection of the index, so no two keys are equal and the sort defines one permutation.
+    keys = _hash(_key(_ORDER, seed, epoch), np.arange(n, dtype=np.uint64))
+    if pages is None:
+        order = np.argsort(keys)
+    else:
+        page_ids, page_of = np.unique(np.asarray(pages), return_inverse=True)
+        if len(page_of) != n:
+            raise ValueError(f"pages holds {len(page_of)} entries for n={n} images")
+        page_keys = _hash(_key(_PAGES, seed, epoch), page_ids.astype(np.uint64))
+        place = np.empty(len(page_ids), dtype=np.int64)
+        place[np.argsort(page_keys)] = np.arange(len(page_ids))
+        order = np.lexsort((keys, place[page_of] // _PAGES_AT_ONCE))
+    return order[rank::world].astype(np.int64, copy=False)
+
+
+def random_boxes(
+    indices: ArrayLike,
+    sizes: ArrayLike,
+    *,
+    seed: int,
+    epoch: int,
+    copy: ArrayLike = 0,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """The random crop of each image, by the law of torchvision's RandomResizedCrop, and whether it is flipped.
+
+    The area is uniform in `scale` of the image, the aspect (width / height) log-uniform in `ratio`, the place uniform;
+    after ten proposals that do not fit, the largest central crop within `ratio` is taken. A flip has probability 1/2.
+
+    indices: int [n], the images. sizes: int [n, 2], the height and width of each of them in pixels.
+    copy: which of several crops of the image; an int or int [n].
+    Returns boxes int32 [n, 4] (top, left, height, width) in pixels, inside the image, and flips bool [n].
+    Raises ValueError for sizes that are not positive or do not match, and for empty or reversed ranges.
+    """
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"scale={scale}: need 0 < low <= high <= 1, shares of the image's area")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise ValueError(f"ratio={ratio}: need 0 < low <= high, width over height")
+    indices = np.asarray(indices).astype(np.uint64)
+    heights, widths = _heights_widths(sizes, len(indices))
+    draws = _hash(_key(_BOXES, seed, epoch), indices)
+    draws = _mix(draws + np.asarray(copy).astype(np.uint64) * np.uint64(_GAMMA))
+
+    box_heights, box_widths = _central_sizes(heights, widths, ratio)
+    tops, lefts = (heights - box_heights) // 2, (widths - box_widths) // 2
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    todo = np.arange(len(indices))
+    for attempt in range(_TRIES):
+        state, height, width = draws[todo], heights[todo], widths[todo]
+        area = height * width * (scale[0] + _uniform(state, 4 * attempt) * (scale[1] - scale[0]))
+        aspect = np.exp(log_low + _uniform(state, 4 * attempt + 1) * (log_high - log_low))
+        w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+        h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+        fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
+        hit, state, h, w = todo[fits], state[fits], h[fits], w[fits]
+        box_heights[hit], box_widths[hit] = h, w
+        tops[hit] = np.floor(_uniform(state, 4 * attempt + 2) * (height[fits] - h + 1)).astype(np.int64)
+        lefts[hit] = np.floor(_uniform(state, 4 * attempt + 3) * (width[fits] - w + 1)).astype(np.int64)
+        todo = todo[~fits]
+        if not len(todo):
+            break
+    flips = _uniform(draws, 4 * _TRIES) < 0.5
+    return np.stack([tops, lefts, box_heights, box_widths], axis=1).astype(np.int32), flips
+
+
+def center_boxes(sizes: ArrayLike, *, ratio: float = 224 / 256) -> NDArray[np.int32]:
+    """The central square whose side is `ratio` of the shorter side: resize to 256, crop 224, as one box.
+
+    sizes: int [n, 2] (height, width) in pixels. Returns int32 [n, 4] (top, left, height, width) in pixels.
+    Raises ValueError for a ratio outside (0, 1] and for sizes that are not positive.
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio={ratio}: need a share of the shorter side, above 0 and at most 1")
+    heights, widths = _heights_widths(sizes, len(np.asarray(sizes)))
+    side = np.maximum(np.rint(np.minimum(heights, widths) * ratio).astype(np.int64), 1)
+    return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1).astype(np.int32)
+
+
+def _central_sizes(
+    heights: NDArray[np.int64], widths: NDArray[np.int64], ratio: tuple[float, float]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Heights and widths of the largest crops whose aspect lies within `ratio`."""
+    aspect = widths / heights
+    h = np.where(aspect < ratio[0], np.rint(widths / ratio[0]).astype(np.int64), heights)
+    w = np.where(aspect > ratio[1], np.rint(heights * ratio[1]).astype(np.int64), widths)
+    return np.clip(h, 1, heights), np.clip(w, 1, widths)
+
+
+def _heights_widths(sizes: ArrayLike, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    array = np.asarray(sizes).astype(np.int64)
+    if array.shape != (n, 2):
+        raise ValueError(f"sizes has shape {array.shape}; expected ({n}, 2): height and width of each image")
+    if n and array.min() < 1:
+        raise ValueError("sizes holds a height or width below 1 pixel")
+    return array[:, 0], array[:, 1]
+
+
+def _key(stream: int, seed: int, epoch: int) -> int:
+    key = 0
+    for part in (stream, seed, epoch):
+        key = int(_mix(np.array([(key + (part & _MASK) * _GAMMA + _GAMMA) & _MASK], dtype=np.uint64))[0])
+    return key
+
+
+def _hash(key: int, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    return _mix(values * np.uint64(_GAMMA) + np.uint64(key))
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser: a bijection of 64-bit words."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _uniform(state: NDArray[np.uint64], draw: int) -> NDArray[np.float64]:
+    """The draw-th number of each state, uniform in [0, 1) with 53 bits."""
+    bits = _mix(state + np.uint64(((draw + 1) * _GAMMA) & _MASK))
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

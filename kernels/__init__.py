@@ -1,0 +1,1 @@
+"""The few operations worth fusing, one a file, each defined by plain PyTorch."""

@@ -1,0 +1,27 @@
+"""Bytes to what a network takes."""
+
+import torch
+from torch import nn
+
+# Mean and standard deviation of the three channels, for values in 0..1.
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+class Normalise(nn.Module):
+    """(crops / 255 - mean) / std, channel by channel.
+
+    Takes crops uint8 [B, 3, R, R]; returns float32 [B, 3, R, R] in their memory format.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, normalisation: Normalisation):
+        super().__init__()
+        mean, std = torch.tensor(normalisation, dtype=torch.float64)
+        # Buffers, so that they lie on the device once and for all; no part of a checkpoint's weights.
+        self.register_buffer("scale", (1 / (255 * std)).float().view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", (-mean / std).float().view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, crops: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.shift, crops.float(), self.scale)

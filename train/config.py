@@ -1,0 +1,235 @@
+"""The configuration of a run: recipes in YAML, overridden option by option on the command line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from data.command import fail, run_command
+from train import TrainError
+from train.device import Precision
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass
+class OptimizerConfig:
+    """How weights move: stochastic gradient descent.
+
+    Args:
+        lr: learning rate for a batch of lr_batch; other batches scale it in proportion
+        lr_batch: the batch that lr is meant for
+        momentum: share of the last move that is kept, 0 to 1
+        nesterov: look ahead along the momentum
+        weight_decay: L2 penalty on all weights
+    """
+
+    lr: float = 0.1
+    lr_batch: int = 256
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+
+@dataclass
+class ScheduleConfig:
+    """How the learning rate falls.
+
+    Args:
+        kind: step multiplies it by gamma at each milestone; cosine takes it to 0, batch by batch
+        milestones: shares of the run's length, for kind step
+        gamma: what a milestone multiplies by
+        warmup: epochs over which it first rises from 0
+    """
+
+    kind: Literal["step", "cosine"] = "step"
+    milestones: tuple[float, ...] = (0.70, 0.85)
+    gamma: float = 0.1
+    warmup: float = 0.0
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """What the learning rate is multiplied by at a point of the run, in epochs from its start."""
+        if epoch < self.warmup:
+            return epoch / self.warmup
+        if self.kind == "cosine":
+            done = (epoch - self.warmup) / max(epochs - self.warmup, 1e-9)
+            return float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64))))
+        return float(self.gamma ** sum(epoch >= round(share * epochs) for share in self.milestones))
+
+
+@dataclass
+class LabelsConfig:
+    """What the labels are made of.
+
+    Args:
+        smoothing: without a refinery, the share of each label spread over all classes, 0 to 1
+        bn: the refinery's batch normalisation uses the statistics of the batch (as the paper does) or its running ones
+    """
+
+    smoothing: float = 0.0
+    bn: Literal["batch", "running"] = "batch"
+
+
+@dataclass
+class CropConfig:
+    """Where crops lie; what is left out fits the data set.
+
+    Args:
+        scale: lowest and highest share of the image's area in a training crop
+        ratio: lowest and highest width over height of a training crop
+        flip: mirror half of the training crops
+        center_ratio: side of the validation crop as a share of the image's shorter side
+    """
+
+    scale: tuple[float, float] | None = None
+    ratio: tuple[float, float] | None = None
+    flip: bool | None = None
+    center_ratio: float | None = None
+
+
+@dataclass
+class Config:
+    """Trains an image classifier, from the labels that a refinery gives to each crop or from the ground truth.
+
+    Args:
+        model: the network to train: alexnet, mobilenet, resnet18, ... or timm:NAME
+        refinery: who labels the crops: a network's name (trained first if it has no finished run on this data),
+            a run folder, or NAME:FILE; left out: the images' own labels
+        pretrained: start from a file of weights, or from timm's own (timm)
+        data: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette
+        recipe: a recipe's name or YAML file (default: quick on scenes, fine-tune with pretrained, else label-refinery)
+        epochs: passes over the training images
+        resolution: pixels a side of the crops (default: what fits the data)
+        batch: crops in a step
+        seed: start of every random number
+        out: the run's folder (default: one of its own below runs/)
+        runs: where run folders lie
+        device: auto, cpu, cuda or cuda:N
+        decoder: auto, ffcv, dali or torchvision
+        threads: decoding threads (default: one a processor)
+        precision: bf16 runs the networks under bfloat16 autocast; auto does where the device has units for it
+        compile: compiles the step; auto does so on CUDA only (on a CPU it costs a minute or two first and seldom pays)
+        optimizer: how weights move
+        schedule: how the learning rate falls
+        labels: what the labels are made of
+        crop: where crops lie
+    """
+
+    model: str = "mobilenet"
+    refinery: str | None = None
+    pretrained: str | None = None
+    data: str = "scenes"
+    recipe: str | None = None
+    epochs: int = 200
+    resolution: int | None = None
+    batch: int = 256
+    seed: int = 0
+    out: str | None = None
+    runs: str = "runs"
+    device: str = "auto"
+    decoder: str = "auto"
+    threads: int | None = None
+    precision: Precision = "auto"
+    compile: Literal["auto", "always", "never"] = "auto"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    crop: CropConfig = field(default_factory=CropConfig)
+
+    def __post_init__(self):
+        positive = {"epochs": self.epochs, "batch": self.batch, "optimizer.lr_batch": self.optimizer.lr_batch}
+        for name, value in positive.items():
+            if value < 1:
+                raise TrainError(f"{name}={value}: must be at least 1")
+        if not 0 <= self.labels.smoothing < 1:
+            raise TrainError(f"labels.smoothing={self.labels.smoothing}: give a share from 0 to below 1")
+        if self.refinery and self.labels.smoothing:
+            raise TrainError("labels.smoothing is for ground truth; a refinery's labels are soft already")
+        if self.refinery and self.labels.bn == "batch" and self.batch == 1:
+            raise TrainError(
+                "batch=1: a refinery with batch statistics needs more than one crop; use labels.bn=running"
+            )
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """The configuration that these command-line words describe; the recipe's values stand where they say nothing.
+
+    A bad word ends the program with one line; --help and --print_config print and end it.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("model", "data", "recipe", "pretrained", "config"):
+        first.add_argument(f"--{name}")
+    try:
+        words = vars(first.parse_known_args(arguments)[0])
+    except argparse.ArgumentError as error:
+        fail(error)
+    try:
+        if words["config"]:
+            words = _read_yaml(Path(words["config"])) | {key: value for key, value in words.items() if value}
+        model, data = words.get("model") or Config.model, words.get("data") or Config.data
+        recipe = words.get("recipe") or default_recipe(data, words.get("pretrained"))
+        defaults = read_recipe(recipe, model)
+    except TrainError as error:
+        fail(error)
+    try:
+        return run_command(
+            Config,
+            prog="python -m train",
+            errors=(TrainError,),
+            args=list(arguments),
+            set_defaults=defaults | {"recipe": recipe},
+        )
+    except KeyError as error:
+        fail(f"recipe {recipe}: {str(error.args[0]).split(' to set')[0]}; see --help for the keys")
+
+
+def default_recipe(data: str, pretrained: str | None) -> str:
+    if pretrained and pretrained != "null":
+        return "fine-tune"
+    return "quick" if data == "scenes" else "label-refinery"
+
+
+def read_recipe(recipe: str, model: str) -> dict[str, Any]:
+    """A recipe's values as dotted keys, with those of its `networks` section for this model (longest prefix) on top."""
+    path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        path = Path(recipe)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise TrainError(f"recipe={recipe}: neither a recipe ({known}) nor a file")
+    values = _read_yaml(path)
+    networks = values.pop("networks", {})
+    matching = max((name for name in networks if model.startswith(name)), key=len, default=None)
+    return _dotted(values) | (_dotted(networks[matching]) if matching else {})
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise TrainError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise TrainError(f"{path}: not YAML") from None
+    if not isinstance(values, dict):
+        raise TrainError(f"{path}: expected a mapping of options to values")
+    return values
+
+
+def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def command_to_continue() -> str:
+    """The command that the user typed, to be typed again."""
+    import shlex
+
+    return os.environ.get("TYPED_COMMAND") or f"python -m train {shlex.join(sys.argv[1:])}"

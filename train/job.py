@@ -1,0 +1,256 @@
+"""The main job: the data converted, the refinery there or trained first, then the student.
+
+python -m train --model mobilenet --refinery resnet50
+make train MODEL=mobilenet REFINERY=resnet50
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import models
+from data import DataError, decoders
+from data.beton import Beton
+from data.command import fail
+from data.convert import ConvertedSet, Unconverted, find_set
+from data.sources import CropRule
+from models import ModelError
+from models.weights import load_into, load_weights
+from train import TrainError
+from train.config import Config, CropConfig, parse
+from train.crop_truth import label_quality
+from train.device import autocast_type, device_named, precision_on
+from train.labels import LabelSource
+from train.labels.ground_truth import GroundTruth
+from train.labels.refinery import Refinery
+from train.loop import Interrupted, Job, Trainer
+from train.runs import Run, finished_refinery, folder_name, read_run
+from train.trained import Trained, load_trained, parse_spec
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    config = parse(arguments)
+    try:
+        train(config, arguments)
+    except (DataError, ModelError, TrainError) as error:
+        fail(error)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr, flush=True)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def train(config: Config, arguments: Sequence[str]) -> Run:
+    """Trains what the configuration asks for, unless it is finished already, its refinery first where that is missing.
+
+    arguments: the words behind the configuration; with another MODEL they describe the refinery's own training.
+    Raises DataError, ModelError or TrainError for bad input, as far as possible before anything slow begins.
+    """
+    device = device_named(config.device)
+    decoders.choose(config.decoder, device)
+    _check_network(config)
+    found = find_set(config.data)
+    refinery: Trained | None = None
+    refinery_config: Config | None = None
+    if config.refinery and parse_spec(config.refinery)[1] is None:
+        words = ["--model", config.refinery, "--refinery", "null", "--pretrained", "null", "--out", "null"]
+        refinery_config = parse([*arguments, *words])
+        _check_network(refinery_config)
+    elif config.refinery:
+        refinery = load_trained(config.refinery, class_names=found.class_names)
+        _check_classes(refinery, found.class_names, config)
+
+    data = found.convert() if isinstance(found, Unconverted) else found
+    for each in (config, refinery_config):
+        if each:
+            models.check_resolution(each.model, _crop_rule(each, data).resolution)
+    if refinery_config:
+        refinery = load_trained(str(_refinery_run(refinery_config, data, device).folder))
+    return _run(config, data, refinery, device)
+
+
+def _check_network(config: Config) -> None:
+    models.normalisation(config.model)  # refuses an unknown name
+    if config.resolution is not None:
+        models.check_resolution(config.model, config.resolution)
+    if config.pretrained and config.pretrained != "timm":
+        load_weights(config.pretrained)
+
+
+def _check_classes(refinery: Trained, class_names: Sequence[str], config: Config) -> None:
+    theirs, ours = len(refinery.class_names), len(class_names)
+    if theirs != ours:
+        raise TrainError(f"REFINERY={config.refinery}: labels {theirs} classes, and DATA={config.data} has {ours}")
+    if refinery.class_names != tuple(class_names):
+        raise TrainError(f"REFINERY={config.refinery}: labels {theirs} other classes than those of DATA={config.data}")
+
+
+def _refinery_run(config: Config, data: ConvertedSet, device: torch.device) -> Run:
+    """The finished run that serves as refinery: one that is there, or a new one on ground truth."""
+    config, rule = _resolve(config, data, device)
+    run = finished_refinery(Path(config.runs), _identity(config, rule, data, None))
+    if run and run.result:
+        print(
+            f"refinery: {run.folder}, top-1 {run.result['top1']:.2f} %, is finished and used as it is",
+            flush=True,
+        )
+        return run
+    print(
+        f"refinery: {config.model} has no finished run on {data.name} at {rule.resolution} px; trained first",
+        flush=True,
+    )
+    run = _run(config, data, None, device)
+    print(flush=True)
+    return run
+
+
+def _run(config: Config, data: ConvertedSet, refinery: Trained | None, device: torch.device) -> Run:
+    """Trains one network in its run folder, or continues it, or finds it finished."""
+    config, rule = _resolve(config, data, device)
+    identity = _identity(config, rule, data, refinery)
+    folder = Path(config.out) if config.out else Path(config.runs) / data.name / folder_name(identity)
+    run = read_run(folder)
+    if run and run.identity != identity:
+        raise TrainError(f"{folder}: holds a run with another configuration; give another OUT or remove the folder")
+    if run and run.result:
+        print(
+            f"{folder} is finished: top-1 {run.result['top1']:.2f} %, top-5 {run.result['top5']:.2f} %",
+            flush=True,
+        )
+        return run
+
+    torch.manual_seed(config.seed)
+    network = models.build(config.model, len(data.class_names), pretrained=config.pretrained == "timm")
+    if config.pretrained and config.pretrained != "timm":
+        left_out = load_into(network, load_weights(config.pretrained), name=config.model, strict_head=False)
+        print(
+            f"pre-trained weights from {config.pretrained}{f', except {left_out}' if left_out else ''}",
+            flush=True,
+        )
+    labels: LabelSource = GroundTruth(len(data.class_names), config.labels.smoothing)
+    if refinery:
+        labels = Refinery(refinery.network, refinery.normalisation, bn=config.labels.bn)
+    autocast = autocast_type(config.precision)
+    trainer = Trainer(
+        Job(
+            config=config,
+            folder=folder,
+            data=data,
+            rule=rule,
+            network=network,
+            normalisation=models.normalisation(config.model),
+            labels=labels,
+            identity=identity,
+            device=device,
+            autocast=autocast,
+            compiled=config.compile == "always" or (config.compile == "auto" and device.type == "cuda"),
+        )
+    )
+    _announce(trainer, refinery)
+    result = trainer.run()
+    if data.name == "scenes":
+        result["crop_labels"] = label_quality(trainer.loader, trainer.step.labels, device=device, autocast=autocast)
+    try:
+        (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise TrainError(f"{folder / 'result.json'}: cannot be written ({error.strerror})") from None
+    _report(result, folder, refinery)
+    return Run(folder, identity, result)
+
+
+def _resolve(config: Config, data: ConvertedSet, device: torch.device) -> tuple[Config, CropRule]:
+    """The configuration with what depends on the data and the device filled in, and its crop rule."""
+    rule = _crop_rule(config, data)
+    crop = CropConfig(scale=rule.scale, ratio=rule.ratio, flip=rule.flip, center_ratio=rule.center_ratio)
+    precision = precision_on(device, config.precision)
+    return replace(config, resolution=rule.resolution, crop=crop, precision=precision), rule
+
+
+def _crop_rule(config: Config, data: ConvertedSet) -> CropRule:
+    asked = {name: value for name, value in asdict(config.crop).items() if value is not None}
+    if config.resolution:
+        asked["resolution"] = config.resolution
+    return replace(data.crop, **asked)
+
+
+def _identity(config: Config, rule: CropRule, data: ConvertedSet, refinery: Trained | None) -> dict[str, Any]:
+    """All that decides the weights a run ends with; how fast it gets there (decoder, threads, compiler) is left out."""
+    fingerprint = "".join(Beton(data.beton(split)).fingerprint for split in ("train", "val"))
+    pretrained = config.pretrained
+    if pretrained and pretrained != "timm":
+        pretrained = _hash_of(Path(pretrained))
+    identity = {
+        "data": {"name": data.name, "fingerprint": hashlib.sha256(fingerprint.encode()).hexdigest()},
+        "model": config.model,
+        "pretrained": pretrained,
+        "refinery": {"network": refinery.name, "weights": _hash_of(refinery.file)} if refinery else None,
+        "labels": asdict(config.labels),
+        "crop": asdict(rule),
+        "resolution": rule.resolution,
+        "epochs": config.epochs,
+        "batch": config.batch,
+        "optimizer": asdict(config.optimizer),
+        "schedule": asdict(config.schedule),
+        "precision": config.precision,
+        "seed": config.seed,
+    }
+    # As JSON gives it back, so that it compares equal with what was read from a run's folder.
+    return json.loads(json.dumps(identity))
+
+
+def _hash_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _announce(trainer: Trainer, refinery: Trained | None) -> None:
+    """Says what is about to be trained, on what, and how."""
+    job = trainer.job
+    config, rule, device = job.config, job.rule, job.device
+    low, high = (f"{100 * share:g}" for share in rule.scale)
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    labels = "ground truth, the label of the whole image for every crop"
+    if refinery:
+        labels = f"refinery {refinery.name} ({refinery.file}), with {config.labels.bn} statistics"
+    elif config.labels.smoothing:
+        labels += f", smoothed by {config.labels.smoothing:g}"
+    lines = {
+        "model": f"{config.model}, {sum(p.numel() for p in job.network.parameters()) / 1e6:.2f} M parameters",
+        "labels": labels,
+        "data": f"{job.data.folder}: {trainer.loader.num_samples} images to train on, "
+        f"{trainer.validation.num_samples} for validation, {len(job.data.class_names)} classes",
+        "crops": f"{rule.resolution} px, {low} to {high} % of the area, aspect {rule.ratio[0]:.2f} to "
+        f"{rule.ratio[1]:.2f}, {'flips' if rule.flip else 'no flips'}; validation: the central "
+        f"{100 * rule.center_ratio:.3g} %",
+        "length": f"{config.epochs} epochs of {trainer.loader.steps} steps of {config.batch} crops, "
+        f"recipe {config.recipe}",
+        "device": f"{kind}, {config.precision}{', compiled' if job.compiled else ''}; decoder {trainer.decoder}",
+        "run": str(job.folder),
+    }
+    for name, text in lines.items():
+        print(f"{name:7} {text}")
+    sys.stdout.flush()
+
+
+def _report(result: dict[str, Any], folder: Path, refinery: Trained | None) -> None:
+    print(
+        f"finished: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
+        f"{result['images_per_second_per_device']:.0f} images/s, {result['seconds'] / 60:.1f} minutes; {folder}"
+    )
+    quality = result.get("crop_labels")
+    if quality:
+        print(
+            f"of {quality['crops']} training crops that show something, the image's label is right about "
+            f"{quality['image_label_right']:.1f} %"
+            + (f", the refinery's about {quality['label_right']:.1f} %" if refinery else "")
+        )
+    sys.stdout.flush()

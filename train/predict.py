@@ -1,0 +1,67 @@
+"""Says what is on images: the five likeliest classes of each.
+
+python -m train.predict --checkpoint runs/scenes/... --images photo.jpg
+make predict CHECKPOINT=runs/scenes/... IMAGES=folder/
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from data import DataError
+from data.command import run_command
+from data.plan import center_boxes
+from data.sources import image_files
+from kernels.normalise import Normalise
+from models import ModelError
+from train import TrainError
+from train.device import device_named
+from train.trained import load_trained
+
+
+@torch.inference_mode()
+def predict(checkpoint: str, images: str, resolution: int | None = None, device: str = "auto") -> None:
+    """Prints the five likeliest classes of an image, or of every image in a folder and below.
+
+    Args:
+        checkpoint: a run folder or a checkpoint file of ours
+        images: an image file or a folder
+        resolution: pixels a side of the crop (default: what the network was trained at)
+        device: auto, cpu, cuda or cuda:N
+    """
+    where = device_named(device)
+    path = Path(images)
+    files = [str(path)] if path.is_file() else image_files(path) if path.is_dir() else []
+    if not files:
+        raise TrainError(f"IMAGES={images}: {'no images in it' if path.is_dir() else 'no such file or folder'}")
+    trained = load_trained(checkpoint)
+    network = trained.network.to(where).to(memory_format=torch.channels_last).eval()
+    normalise = Normalise(trained.normalisation).to(where)
+    side = resolution or trained.resolution or 224
+    unreadable = 0
+    for file in files:
+        try:
+            image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            print(f"{file}: left out, cannot be read ({error})", file=sys.stderr)
+            unreadable += 1
+            continue
+        top, left, height, width = map(
+            int, center_boxes([(image.height, image.width)], ratio=trained.center_ratio or 224 / 256)[0]
+        )
+        crop = image.crop((left, top, left + width, top + height)).resize((side, side), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None].to(where)
+        chances = network(normalise(pixels)).float().softmax(dim=1)[0]
+        likeliest = chances.topk(min(5, len(chances)))
+        print(file)
+        for chance, index in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
+            print(f"  {100 * chance:5.1f} %  {trained.class_names[index]}")
+    if unreadable == len(files):
+        raise TrainError(f"IMAGES={images}: none of the {len(files)} files could be read")
+
+
+if __name__ == "__main__":
+    run_command(predict, prog="python -m train.predict", errors=(DataError, ModelError, TrainError))
