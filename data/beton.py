@@ -164,6 +164,7 @@ def write_beton(path: str | Path, images: Iterable[Encoded], *, at_most: int) ->
                 count += 1
             # FFCV maps whole pages, so the last one is filled up before the table follows.
             table = _next_page(place)
+            file.truncate(table)
             file.seek(table)
             file.write(allocations[:count].tobytes())
             file.seek(0)

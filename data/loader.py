@@ -204,7 +204,7 @@ class Loader:
         """The batches of one epoch from start_step on; those before it cost nothing."""
         plans = self._plan(epoch, start_step)
         streams = {
-            pairing: decoder.decode(self._request(indices, copies, epoch, pairing) for indices, copies in plans)
+            pairing: decoder.decode(self._requests(plans, epoch, pairing))
             for pairing, decoder in self._decoders.items()
         }
         for (indices, copies), *crops in zip(plans, *streams.values(), strict=True):
@@ -227,6 +227,10 @@ class Loader:
             indices = order[block * self._batch_size : (block + 1) * self._batch_size]
             steps.append((indices, np.full(len(indices), copy, dtype=np.int64)))
         return steps
+
+    def _requests(self, plans, epoch: int, pairing: Pairing | None) -> Iterator[Request]:
+        for indices, copies in plans:
+            yield self._request(indices, copies, epoch, pairing)
 
     def _request(self, indices, copies, epoch: int, pairing: Pairing | None) -> Request:
         sizes = self._beton.sizes[indices]

@@ -178,7 +178,8 @@ class Trainer:
                 if now - looked > _SECONDS_BETWEEN_LOOKS:
                     sums = self._finite_sums()
                     bar.set_postfix_str(
-                        f"loss {sums[LOSS] / sums[CROPS]:.3f}, top-1 {100 * sums[TOP1] / sums[CROPS]:.1f} %"
+                        f"loss {sums[LOSS] / sums[CROPS]:.3f}, top-1 {100 * sums[TOP1] / sums[CROPS]:.1f} %",
+                        refresh=False,
                     )
                     looked = time.perf_counter()
             # Reading the sums waits for the device, which belongs to the epoch's time.

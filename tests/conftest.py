@@ -1,0 +1,29 @@
+"""Small real sets that many tests share."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from data.convert import convert_source
+from data.sources import open_source
+from tests.pictures import write_class_folders
+
+# A busy machine is no failure: the suite has a time limit of its own.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ with 3 classes of 16 images, val/ with 3 of 5."""
+    root = tmp_path_factory.mktemp("images")
+    write_class_folders(root / "train", 3, 16)
+    write_class_folders(root / "val", 3, 5, seed=1000)
+    return root
+
+
+@pytest.fixture(scope="session")
+def converted(image_folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The converted set of image_folder."""
+    return convert_source(open_source(str(image_folder)), tmp_path_factory.mktemp("converted") / "set", processes=1)

@@ -1,0 +1,171 @@
+"""The `.beton` format: round trips, stock FFCV as the independent reader and writer, and damaged files."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data import DataError
+from data.beton import Beton, Encoded, write_beton
+
+
+def jpeg(seed: int, height: int, width: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [Encoded(jpeg(i, 20 + i, 30 + 2 * i), 20 + i, 30 + 2 * i, i % 3) for i in range(12)]
+
+
+@pytest.fixture
+def path(tmp_path, images):
+    assert write_beton(tmp_path / "set.beton", images, at_most=20) == 12
+    return tmp_path / "set.beton"
+
+
+def test_reads_back_what_was_written(path, images):
+    beton = Beton(path)
+    assert beton.num_samples == 12
+    assert beton.sizes.tolist() == [[image.height, image.width] for image in images]
+    assert beton.labels.tolist() == [image.label for image in images]
+    for i, image in enumerate(images):
+        assert beton.encoded(i).tobytes() == image.jpeg
+
+
+@settings(max_examples=20)
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.binary(min_size=1, max_size=300), st.integers(1, 65535), st.integers(1, 65535), st.integers(0, 10**9)
+        ),
+        max_size=30,
+    ),
+    room=st.integers(0, 100),
+)
+def test_any_bytes_come_back(rows, room, tmp_path_factory):
+    path = tmp_path_factory.mktemp("any") / "any.beton"
+    write_beton(path, (Encoded(*row) for row in rows), at_most=len(rows) + room)
+    beton = Beton(path)
+    assert [(beton.encoded(i).tobytes(), *beton.sizes[i], beton.labels[i]) for i in range(beton.num_samples)] == rows
+
+
+def test_same_images_same_bytes(tmp_path, images):
+    for name in "ab":
+        write_beton(tmp_path / name, images, at_most=12)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_images_do_not_cross_pages(tmp_path):
+    big = [Encoded(bytes([i]) * 3_000_000, 10, 10, i) for i in range(5)]
+    write_beton(tmp_path / "big", big, at_most=5)
+    beton = Beton(tmp_path / "big")
+    last = (beton.starts + beton.lengths - 1) // (8 << 20)
+    np.testing.assert_array_equal(beton.pages, last)
+    assert all(beton.encoded(i).tobytes() == image.jpeg for i, image in enumerate(big))
+
+
+def test_stock_ffcv_opens_it(path, images):
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+
+    pipelines = {"image": [CenterCropRGBImageDecoder((16, 16), ratio=1.0)], "label": [IntDecoder()]}
+    loader = Loader(str(path), batch_size=4, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines=pipelines)
+    batches = [(crops.copy(), labels.copy()) for crops, labels in loader]
+    assert np.concatenate([labels for _, labels in batches]).ravel().tolist() == [image.label for image in images]
+    # Its decoder rounds coarsely, so this only has to be the same picture.
+    reference = np.asarray(Image.open(io.BytesIO(images[0].jpeg)).crop((5, 0, 25, 20)).resize((16, 16)), dtype=float)
+    theirs = batches[0][0][0].astype(float)
+    assert np.corrcoef(theirs.ravel(), reference.ravel())[0, 1] > 0.9
+
+
+def test_reads_what_stock_ffcv_wrote(tmp_path):
+    from ffcv.fields import FloatField, IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    pictures = [np.full((10 + i, 20, 3), 20 * i, dtype=np.uint8) for i in range(6)]
+
+    class Dataset:
+        def __len__(self):
+            return len(pictures)
+
+        def __getitem__(self, i):
+            return 0.5, i % 2, pictures[i]
+
+    fields = {"weight": FloatField(), "label": IntField(), "image": RGBImageField(write_mode="jpg")}
+    DatasetWriter(str(tmp_path / "stock.beton"), fields, num_workers=1).from_indexed_dataset(Dataset())
+    beton = Beton(tmp_path / "stock.beton")
+    assert beton.sizes[:, 0].tolist() == [10, 11, 12, 13, 14, 15]
+    assert beton.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    decoded = np.asarray(Image.open(io.BytesIO(beton.encoded(4).tobytes())))
+    assert np.abs(decoded.astype(int) - pictures[4]).max() <= 2
+
+
+def test_fingerprint_follows_the_content(tmp_path, images):
+    def fingerprint(rows):
+        write_beton(tmp_path / "f", rows, at_most=len(rows))
+        return Beton(tmp_path / "f").fingerprint
+
+    first = fingerprint(images)
+    assert fingerprint(images) == first
+    assert fingerprint(images[:-1]) != first
+    assert fingerprint([images[0]._replace(label=2), *images[1:]]) != first
+    assert fingerprint([images[0]._replace(jpeg=images[0].jpeg + b"x"), *images[1:]]) != first
+
+
+@pytest.mark.parametrize("keep", [0, 10, 24, 1000, 5000, 9_000_000])
+def test_a_file_cut_short_is_refused_by_name(path, keep):
+    data = path.read_bytes()
+    path.write_bytes(data[:keep])
+    with pytest.raises(DataError, match="set.beton"):
+        Beton(path)
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "photo.beton").write_bytes(jpeg(0, 100, 100))
+    with pytest.raises(DataError, match="photo.beton: not a .beton file"):
+        Beton(tmp_path / "photo.beton")
+    with pytest.raises(DataError, match="absent.beton: cannot be opened"):
+        Beton(tmp_path / "absent.beton")
+    with pytest.raises(DataError, match="cannot be opened"):
+        Beton(tmp_path)
+
+
+@settings(max_examples=300)
+@given(place=st.integers(0, 2400), value=st.integers(0, 255))
+def test_a_damaged_index_never_crashes(place, value, images, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "damaged.beton"
+    write_beton(path, images, at_most=12)
+    data = bytearray(path.read_bytes())
+    data[place] = value
+    path.write_bytes(data)
+    try:
+        beton = Beton(path)
+    except DataError as error:
+        assert "damaged.beton" in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert all(len(beton.encoded(i)) for i in range(beton.num_samples))
+
+
+def test_an_image_beyond_a_page_is_refused_and_nothing_stays(tmp_path):
+    with pytest.raises(DataError, match="image 0"):
+        write_beton(tmp_path / "huge", [Encoded(bytes(9 << 20), 10, 10, 0)], at_most=1)
+    assert not (tmp_path / "huge").exists()
+
+
+def test_a_failing_source_leaves_nothing(tmp_path, images):
+    def rows():
+        yield images[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_beton(tmp_path / "half", rows(), at_most=2)
+    assert not (tmp_path / "half").exists()

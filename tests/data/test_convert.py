@@ -1,0 +1,164 @@
+"""Conversion: every image as stored, rejects by name, nothing half-done, the same bytes again."""
+
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import DataError
+from data.beton import Beton
+from data.convert import Unconverted, convert_source, encode, find_set, open_set
+from data.sources import open_source
+from tests.pictures import photograph, write_class_folders
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_convert(*words, **options):
+    command = [sys.executable, "-m", "data.convert", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, **options)
+
+
+def test_images_are_stored_upright_in_order(converted, image_folder):
+    beton = Beton(converted.beton("train"))
+    source = open_source(str(image_folder))
+    assert beton.labels.tolist() == source.train.labels.tolist()
+    for i in (0, 20, 47):
+        original = np.asarray(Image.open(source.train.items[i]), dtype=float)
+        stored = np.asarray(Image.open(io.BytesIO(beton.encoded(i).tobytes())), dtype=float)
+        assert stored.shape == original.shape
+        assert np.abs(stored - original).mean() < 4
+
+
+def test_stored_as_baseline_420(converted):
+    beton = Beton(converted.beton("train"))
+    image = Image.open(io.BytesIO(beton.encoded(0).tobytes()))
+    assert image.mode == "RGB"
+    assert not image.info.get("progressive")
+    assert [(h, v) for _, h, v, _ in image.layer] == [(2, 2), (1, 1), (1, 1)]
+
+
+def test_the_set_describes_itself(converted):
+    again = open_set(converted.folder)
+    assert again == converted
+    assert again.class_names == ("class0", "class1", "class2")
+    assert again.crop.resolution == 64
+    assert again.made["rejects"] == 0
+
+
+def test_same_input_same_bytes(image_folder, converted, tmp_path):
+    again = convert_source(open_source(str(image_folder)), tmp_path / "again", processes=2)
+    for split in ("train", "val"):
+        assert again.beton(split).read_bytes() == converted.beton(split).read_bytes()
+
+
+def test_large_images_are_reduced_and_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    buffer = io.BytesIO()
+    photograph(0, 300, 600).save(buffer, "JPEG", exif=exif)
+    stored, height, width = encode(Image.open(buffer), 512, 90)
+    assert (height, width) == (512, 256)
+    assert Image.open(io.BytesIO(stored)).size == (256, 512)
+
+
+def test_broken_images_are_left_out_by_name(tmp_path):
+    root = write_class_folders(tmp_path / "set", 2, 6)
+    (root / "class0" / "000.jpg").write_bytes((root / "class0" / "000.jpg").read_bytes()[:700])
+    (root / "class1" / "text.png").write_text("not an image")
+    done = run_convert("--data", root, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rejects = (tmp_path / "out" / "rejects.txt").read_text().splitlines()
+    assert sorted(line.split(": ")[0] for line in rejects) == [f"{root}/class0/000.jpg", f"{root}/class1/text.png"]
+    assert "2 images could not be read" in done.stdout
+    assert "000.jpg" in done.stderr
+    converted = open_set(tmp_path / "out")
+    assert Beton(converted.beton("train")).num_samples + Beton(converted.beton("val")).num_samples == 11
+
+
+def test_a_split_without_a_readable_image_is_refused(tmp_path):
+    root = tmp_path / "set"
+    for label in "ab":
+        (root / label).mkdir(parents=True)
+        for name in "12":
+            (root / label / f"{name}.jpg").write_text("nothing")
+    done = run_convert("--data", root, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "none of its 2 images could be read" in done.stderr.splitlines()[-1]
+    assert os.listdir(tmp_path) == ["set"]
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(image_folder, tmp_path):
+    """The limit on the size of a file stands for the disk: the write fails in the same place."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    done = run_convert("--data", image_folder, "--out", tmp_path / "out", preexec_fn=limit)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}: could not be written")
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_there_stays(image_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    done = run_convert("--data", image_folder, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "exists already" in done.stderr
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_a_folder_is_converted_once_and_again_when_it_changes(tmp_path):
+    root = write_class_folders(tmp_path / "set", 2, 4)
+    first = find_set(str(root), cache=tmp_path / "cache")
+    assert isinstance(first, Unconverted)
+    assert not first.stale
+    made = first.convert()
+    assert find_set(str(root), cache=tmp_path / "cache") == made
+    assert find_set(str(made.folder)) == made
+    photograph(77, 70, 70).save(root / "class1" / "new.jpg")
+    changed = find_set(str(root), cache=tmp_path / "cache")
+    assert isinstance(changed, Unconverted)
+    assert changed.stale
+    assert Beton(changed.convert().beton("train")).fingerprint != ""
+    assert not isinstance(find_set(str(root), cache=tmp_path / "cache"), Unconverted)
+
+
+def test_two_folders_of_one_name_do_not_mix(tmp_path):
+    for place in ("a", "b"):
+        write_class_folders(tmp_path / place / "set", 2, 3)
+    folders = [find_set(str(tmp_path / place / "set"), cache=tmp_path / "cache").folder for place in ("a", "b")]
+    assert folders[0] != folders[1]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"format": 99}', '{"format": 1, "name": 3}'])
+def test_a_damaged_description_is_refused(tmp_path, text):
+    (tmp_path / "set.json").write_text(text)
+    with pytest.raises(DataError, match="set.json"):
+        open_set(tmp_path)
+
+
+def test_options_are_checked(image_folder, tmp_path):
+    for words, says in [
+        (["--quality", "0"], "quality=0"),
+        (["--max_resolution", "4"], "max_resolution=4"),
+        (["--qualty", "3"], "unrecognized arguments: --qualty"),
+        (["--quality", "best"], "quality"),
+    ]:
+        done = run_convert("--data", image_folder, "--out", tmp_path / "out", *words)
+        assert done.returncode == 2
+        assert says in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert json.loads("[]") == os.listdir(tmp_path)

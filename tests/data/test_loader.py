@@ -1,0 +1,154 @@
+"""The loader: steps, shards, restarts, copies, pairings and look-ups."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from data import DataError
+from data.loader import Pairing, open_loader
+
+
+def loader_of(converted, split="train", **options):
+    options = {"resolution": 32, "batch_size": 8, "threads": 2, "decoder": "ffcv"} | options
+    return open_loader(converted.beton(split), **options)
+
+
+def test_describes_the_set(converted):
+    loader = loader_of(converted)
+    assert (loader.num_samples, loader.num_classes, loader.steps) == (48, 3, 6)
+    assert loader.class_names == ("class0", "class1", "class2")
+    assert loader.decoder == "ffcv"
+
+
+def test_training_covers_every_image_once_an_epoch(converted):
+    loader = loader_of(converted)
+    epochs = [torch.cat([batch.indices for batch in loader.epoch(e)]) for e in (0, 1)]
+    for indices in epochs:
+        assert sorted(indices.tolist()) == list(range(48))
+    assert not torch.equal(*epochs)
+
+
+def test_labels_belong_to_the_images(converted):
+    for batch in loader_of(converted).epoch(0):
+        assert torch.equal(batch.labels, batch.indices // 16)
+
+
+def test_start_step_continues_with_the_same_bits(converted):
+    loader = loader_of(converted, seed=5)
+    whole = list(loader.epoch(2))
+    for start in (1, 4, 6):
+        rest = list(loader.epoch(2, start))
+        assert len(rest) == 6 - start
+        for one, other in zip(whole[start:], rest, strict=True):
+            assert torch.equal(one.crops, other.crops)
+            assert torch.equal(one.indices, other.indices)
+
+
+def test_an_epoch_left_half_way_harms_nothing(converted):
+    for decoder in ("ffcv", "torchvision", "dali"):
+        loader = loader_of(converted, decoder=decoder)
+        whole = next(iter(loader.epoch(0)))
+        for _ in itertools.islice(loader.epoch(1), 1):
+            pass
+        assert torch.equal(next(iter(loader.epoch(0))).crops, whole.crops)
+
+
+def test_ranks_train_on_equal_full_batches(converted):
+    ranks = [list(loader_of(converted, batch_size=5, rank=rank, world=3).epoch(0)) for rank in range(3)]
+    assert [len(batches) for batches in ranks] == [3, 3, 3]
+    seen = torch.cat([batch.indices for batches in ranks for batch in batches])
+    assert len(seen) == len(seen.unique()) == 45
+
+
+def test_a_step_over_all_ranks_is_the_step_of_one(converted):
+    one = list(loader_of(converted, batch_size=8).epoch(0))
+    two = [list(loader_of(converted, batch_size=4, rank=rank, world=2).epoch(0)) for rank in range(2)]
+    for step, batch in enumerate(one):
+        together = torch.cat([two[0][step].indices, two[1][step].indices])
+        assert sorted(together.tolist()) == sorted(batch.indices.tolist())
+
+
+def test_evaluation_drops_nothing_and_counts_nothing_twice(converted):
+    for world in (1, 2, 4):
+        seen = [
+            batch.indices
+            for rank in range(world)
+            for batch in loader_of(converted, "val", train=False, batch_size=4, rank=rank, world=world).epoch(0)
+        ]
+        assert sorted(torch.cat(seen).tolist()) == list(range(15))
+
+
+def test_evaluation_takes_central_squares_unflipped(converted):
+    for batch in loader_of(converted, "val", train=False, center_ratio=0.5).epoch(0):
+        short = batch.sizes.min(dim=1).values
+        assert torch.equal(batch.boxes[:, 2], batch.boxes[:, 3])
+        assert (batch.boxes[:, 2] - short * 0.5).abs().max() <= 0.5
+        assert not batch.flips.any()
+
+
+def test_copies_are_other_crops_of_the_same_images(converted):
+    loader = loader_of(converted, copies=3)
+    assert loader.steps == 18
+    batches = list(loader.epoch(0))
+    for block in range(6):
+        trio = batches[3 * block : 3 * block + 3]
+        assert all(torch.equal(batch.indices, trio[0].indices) for batch in trio)
+        assert [batch.copies.unique().tolist() for batch in trio] == [[0], [1], [2]]
+        assert not torch.equal(trio[0].boxes, trio[1].boxes)
+    assert torch.equal(batches[0].crops, next(iter(loader_of(converted).epoch(0))).crops)
+
+
+def test_flips_follow_the_rule(converted):
+    flipped = torch.cat([batch.flips for e in range(4) for batch in loader_of(converted).epoch(e)])
+    assert 0.3 < flipped.float().mean() < 0.7
+    assert not any(batch.flips.any() for batch in loader_of(converted, flip=False).epoch(0))
+
+
+def test_paired_crops(converted):
+    same, center = Pairing("same", 16), Pairing("center", 24)
+    plain = list(loader_of(converted).epoch(0))
+    paired = list(loader_of(converted, paired=(same, center)).epoch(0))
+    for one, other in zip(plain, paired, strict=True):
+        assert torch.equal(one.crops, other.crops)
+        assert set(other.paired) == {same, center}
+        assert other.paired[same].shape == (8, 3, 16, 16)
+        assert other.paired[center].shape == (8, 3, 24, 24)
+    images = {int(i): c for b in paired for i, c in zip(b.indices, b.paired[center], strict=True)}
+    order = loader_of(converted, resolution=24, train=False)
+    for batch in order.epoch(0):
+        for index, crop in zip(batch.indices, batch.crops, strict=True):
+            assert torch.equal(images[int(index)], crop)
+    with pytest.raises(ValueError, match="box=corner"):
+        Pairing("corner", 16)
+
+
+def test_the_label_source_is_asked_for_each_batch(converted):
+    def fetch(indices, copies, epoch):
+        return torch.from_numpy(indices * 100 + copies * 10 + epoch)
+
+    for batch in loader_of(converted, copies=2, fetch=fetch).epoch(4):
+        assert torch.equal(batch.labels_on_disk, batch.indices * 100 + batch.copies * 10 + 4)
+
+
+def test_quasi_random_order_covers_every_image(converted):
+    indices = torch.cat([batch.indices for batch in loader_of(converted, order="quasi-random").epoch(0)])
+    assert sorted(indices.tolist()) == list(range(48))
+    sequential = torch.cat([batch.indices for batch in loader_of(converted, order="sequential").epoch(0)])
+    np.testing.assert_array_equal(sequential, np.arange(48))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"order": "sorted"}, "order=sorted"),
+        ({"decoder": "nvjpeg"}, "decoder=nvjpeg"),
+        ({"batch_size": 49}, "no batch of 49"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"copies": 0}, "copies=0"),
+    ],
+)
+def test_bad_options_are_named(converted, options, says):
+    with pytest.raises(DataError, match=says):
+        loader_of(converted, **options)

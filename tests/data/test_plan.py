@@ -1,0 +1,155 @@
+"""The laws of the plan: bounds, determinism, independence of order and subset, and torchvision's distribution."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms import RandomResizedCrop
+
+from data.plan import center_boxes, epoch_order, random_boxes
+
+keys = st.integers(min_value=-(2**63), max_value=2**63 - 1)
+sizes_of = st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 4000)), min_size=1, max_size=40)
+
+
+def inside(boxes, sizes):
+    boxes, sizes = boxes.astype(np.int64), np.asarray(sizes)
+    return (
+        (boxes[:, :2] >= 0).all() and (boxes[:, 2:] >= 1).all() and (boxes[:, :2] + boxes[:, 2:] <= sizes[:, :2]).all()
+    )
+
+
+@given(sizes=sizes_of, seed=keys, epoch=st.integers(0, 10**6), low=st.floats(0.01, 1.0), aspect=st.floats(1.0, 5.0))
+def test_boxes_lie_inside_their_images(sizes, seed, epoch, low, aspect):
+    boxes, flips = random_boxes(
+        np.arange(len(sizes)), sizes, seed=seed, epoch=epoch, scale=(low, 1.0), ratio=(1 / aspect, aspect)
+    )
+    assert boxes.dtype == np.int32
+    assert boxes.shape == (len(sizes), 4)
+    assert flips.dtype == bool
+    assert inside(boxes, sizes)
+
+
+@given(seed=keys, epoch=st.integers(0, 1000), subset=st.lists(st.integers(0, 199), min_size=1, max_size=30))
+def test_a_crop_depends_on_its_image_alone(seed, epoch, subset):
+    sizes = np.random.default_rng(0).integers(30, 600, (200, 2))
+    everything, all_flips = random_boxes(np.arange(200), sizes, seed=seed, epoch=epoch)
+    boxes, flips = random_boxes(subset, sizes[subset], seed=seed, epoch=epoch)
+    np.testing.assert_array_equal(boxes, everything[subset])
+    np.testing.assert_array_equal(flips, all_flips[subset])
+
+
+def test_seed_epoch_copy_and_image_all_matter():
+    sizes = np.full((300, 2), 300)
+    images = np.arange(300)
+    first = random_boxes(images, sizes, seed=1, epoch=1)[0]
+    for other in ({"seed": 2, "epoch": 1}, {"seed": 1, "epoch": 2}, {"seed": 1, "epoch": 1, "copy": 1}):
+        assert (random_boxes(images, sizes, **other)[0] != first).any(axis=1).mean() > 0.98
+    assert len(np.unique(first, axis=0)) > 290
+
+
+def test_copies_can_differ_within_a_call():
+    sizes, images = np.full((50, 2), 200), np.arange(50)
+    copies = np.arange(50) % 3
+    mixed, _ = random_boxes(images, sizes, seed=0, epoch=0, copy=copies)
+    for copy in range(3):
+        alone, _ = random_boxes(images, sizes, seed=0, epoch=0, copy=copy)
+        np.testing.assert_array_equal(mixed[copies == copy], alone[copies == copy])
+
+
+@pytest.mark.parametrize("size", [(300, 400), (100, 1000), (64, 64), (500, 120)])
+def test_boxes_are_distributed_as_torchvisions(size):
+    """Two-sample Kolmogorov-Smirnov on each coordinate; 1.95 / sqrt(n / 2) is its 0.1 % threshold."""
+    n, scale, ratio = 6000, (0.08, 1.0), (3 / 4, 4 / 3)
+    torch.manual_seed(0)
+    image = torch.empty(3, *size)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)])
+    ours, flips = random_boxes(np.arange(n), np.tile(size, (n, 1)), seed=3, epoch=5, scale=scale, ratio=ratio)
+    for column in range(4):
+        values = np.union1d(theirs[:, column], ours[:, column])
+        cumulated = [np.searchsorted(np.sort(x[:, column]), values, side="right") / n for x in (theirs, ours)]
+        assert np.abs(cumulated[0] - cumulated[1]).max() < 1.95 / np.sqrt(n / 2)
+    assert abs(flips.mean() - 0.5) < 0.03
+
+
+def test_the_fallback_is_torchvisions():
+    """Where no proposal fits, the largest central crop within the ratio is taken, to the pixel."""
+    for size in [(10, 3000), (3000, 10)]:
+        torch.manual_seed(0)
+        theirs = RandomResizedCrop.get_params(torch.empty(3, *size), [0.9, 1.0], [3 / 4, 4 / 3])
+        ours, _ = random_boxes([0], [size], seed=0, epoch=0, scale=(0.9, 1.0))
+        assert tuple(ours[0]) == tuple(theirs)
+
+
+@given(n=st.integers(0, 500), seed=keys, epoch=st.integers(0, 1000), world=st.integers(1, 7))
+def test_ranks_share_out_every_image_once(n, seed, epoch, world):
+    shards = [epoch_order(n, seed=seed, epoch=epoch, rank=rank, world=world) for rank in range(world)]
+    assert sorted(np.concatenate(shards)) == list(range(n))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    whole = epoch_order(n, seed=seed, epoch=epoch)
+    for rank, shard in enumerate(shards):
+        np.testing.assert_array_equal(shard, whole[rank::world])
+
+
+def test_epochs_and_seeds_reorder():
+    orders = [epoch_order(1000, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
+    for i, one in enumerate(orders):
+        assert (one == np.arange(1000)).mean() < 0.02
+        for other in orders[i + 1 :]:
+            assert (one == other).mean() < 0.02
+    np.testing.assert_array_equal(epoch_order(1000, seed=0, epoch=1), orders[1])
+    np.testing.assert_array_equal(epoch_order(10, seed=0, epoch=0, shuffle=False), np.arange(10))
+
+
+@given(full_pages=st.integers(1, 700), seed=keys)
+@settings(max_examples=30)
+def test_quasi_random_order_stays_within_a_group_of_pages(full_pages, seed):
+    n = 4 * full_pages
+    pages = np.arange(n) // 4
+    order = epoch_order(n, seed=seed, epoch=0, pages=pages)
+    assert sorted(order) == list(range(n))
+    for start in range(0, n, 256):
+        assert len(np.unique(pages[order[start : start + 256]])) <= 64
+
+
+@given(sizes=sizes_of, ratio=st.floats(0.05, 1.0))
+def test_center_boxes_are_central_squares(sizes, ratio):
+    boxes = center_boxes(sizes, ratio=ratio).astype(np.int64)
+    assert inside(boxes, sizes)
+    np.testing.assert_array_equal(boxes[:, 2], boxes[:, 3])
+    margins = np.asarray(sizes) - boxes[:, 2:] - 2 * boxes[:, :2]
+    assert ((margins == 0) | (margins == 1)).all()
+
+
+def test_center_box_of_an_imagenet_image():
+    assert center_boxes([(375, 500)]).tolist() == [[23, 86, 328, 328]]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: random_boxes([0], [(10, 10)], seed=0, epoch=0, scale=(0.5, 0.1)), "scale"),
+        (lambda: random_boxes([0], [(10, 10)], seed=0, epoch=0, ratio=(2.0, 1.0)), "ratio"),
+        (lambda: random_boxes([0, 1], [(10, 10)], seed=0, epoch=0), "sizes"),
+        (lambda: random_boxes([0], [(0, 10)], seed=0, epoch=0), "below 1 pixel"),
+        (lambda: epoch_order(5, seed=0, epoch=0, rank=2, world=2), "rank=2"),
+        (lambda: epoch_order(-1, seed=0, epoch=0), "negative"),
+        (lambda: epoch_order(5, seed=0, epoch=0, pages=[0]), "pages"),
+        (lambda: center_boxes([(10, 10)], ratio=0.0), "ratio"),
+    ],
+)
+def test_bad_arguments_are_named(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+def test_a_whole_epoch_of_imagenet_is_planned_quickly():
+    """1.28 million boxes take about half a second on one core; the bound leaves room for a busy machine."""
+    import time
+
+    n = 1_281_167
+    sizes = np.random.default_rng(0).integers(100, 600, (n, 2))
+    started = time.process_time()
+    random_boxes(np.arange(n), sizes, seed=0, epoch=0)
+    assert time.process_time() - started < 2.0

@@ -1,0 +1,80 @@
+"""Image folders: layouts, the held-out split, and what is refused."""
+
+import numpy as np
+import pytest
+
+from data import DataError
+from data.sources import crop_rule_for, open_source
+from tests.pictures import photograph, write_class_folders
+
+
+def test_train_and_val_folders(image_folder):
+    source = open_source(str(image_folder))
+    assert source.class_names == ("class0", "class1", "class2")
+    assert len(source.train.items) == 48
+    assert source.val.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert source.train.read(source.train.items[0]).size[0] > 0
+    assert not source.notes
+
+
+def test_a_flat_folder_is_split_the_same_way_every_time(tmp_path):
+    write_class_folders(tmp_path / "flat", 2, 20)
+    first, second = open_source(str(tmp_path / "flat")), open_source(str(tmp_path / "flat"))
+    assert (len(first.train.items), len(first.val.items)) == (36, 4)
+    assert first.val.items == second.val.items
+    assert not set(first.train.items) & set(first.val.items)
+    assert np.bincount(first.val.labels).tolist() == [2, 2]
+    assert "4 of its 40 images" in first.notes[0]
+    # Another image moves no other across the split as long as the share stays the same.
+    photograph(5, 60, 60).save(tmp_path / "flat" / "class0" / "zz.jpg")
+    assert set(open_source(str(tmp_path / "flat")).val.items) & set(first.val.items)
+
+
+def test_the_fingerprint_follows_the_images(tmp_path):
+    root = write_class_folders(tmp_path / "set", 2, 3)
+    before = open_source(str(root)).fingerprint
+    assert open_source(str(root)).fingerprint == before
+    photograph(99, 50, 50).save(root / "class0" / "000.jpg")
+    assert open_source(str(root)).fingerprint != before
+
+
+def test_hidden_files_and_other_files_do_not_count(tmp_path):
+    root = write_class_folders(tmp_path / "set", 2, 3)
+    (root / "class0" / ".hidden.jpg").write_bytes(b"")
+    (root / "class0" / "notes.txt").write_text("")
+    (root / ".cache").mkdir()
+    (root / "empty").mkdir()
+    source = open_source(str(root))
+    assert source.class_names == ("class0", "class1")
+    assert len(source.train.items) + len(source.val.items) == 6
+
+
+def refusal(path) -> str:
+    with pytest.raises(DataError) as refused:
+        open_source(str(path))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_what_is_refused(tmp_path):
+    assert "no such folder" in refusal(tmp_path / "absent")
+    assert "scenes" in refusal("sceens")
+    (tmp_path / "empty").mkdir()
+    assert "no images in class folders" in refusal(tmp_path / "empty")
+    write_class_folders(tmp_path / "one", 1, 4)
+    assert "only one class (class0)" in refusal(tmp_path / "one")
+    write_class_folders(tmp_path / "more" / "train", 2, 2)
+    assert "no such folder" in refusal(tmp_path / "more")
+    write_class_folders(tmp_path / "more" / "val", 3, 1)
+    assert "1 classes that" in refusal(tmp_path / "more")
+    assert "class2" in refusal(tmp_path / "more")
+    write_class_folders(tmp_path / "few", 2, 1)
+    assert "too few images" in refusal(tmp_path / "few")
+
+
+def test_crops_fit_the_size_of_the_images():
+    photographs = crop_rule_for(np.full((5, 2), (375, 500), dtype=np.int32))
+    assert (photographs.resolution, photographs.scale, photographs.center_ratio) == (224, (0.08, 1.0), 224 / 256)
+    small = crop_rule_for(np.full((5, 2), 32, dtype=np.int32))
+    assert (small.resolution, small.scale, small.center_ratio) == (32, (0.25, 1.0), 1.0)
+    assert crop_rule_for(np.full((5, 2), (160, 213), dtype=np.int32)).resolution == 160
