@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from data.convert import convert_source
@@ -12,6 +13,9 @@ from tests.pictures import write_class_folders
 # A busy machine is no failure: the suite has a time limit of its own.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+# Tensors are small here: one thread is as fast as two, and leaves the other core to the programs under test.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,158 @@
+"""Weights from files: our own checkpoints, published state dicts (.pt, .pth, .pytar) and .safetensors.
+
+    weights = load_weights("resnet50.pytar")
+    network = build("resnet50", num_classes=1000)
+    load_into(network, weights, name="resnet50", strict_head=True)
+
+Files are data here: nothing in them is ever run.
+"""
+
+import argparse
+import re
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from models import ModelError, build
+
+# What a checkpoint of this project holds under "format".
+CHECKPOINT_FORMAT = "label-refinery-checkpoint"
+
+_WANTED = "pass a file with a state dict, tensors by name"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file of weights holds, on the CPU.
+
+    state: tensors by their name in the plain network, without what DataParallel and torch.compile prefix.
+    network: name, num_classes, class_names, resolution, mean and std, from a checkpoint of ours; else None.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    network: dict[str, Any] | None
+
+
+def load_weights(path: str | PathLike[str]) -> Weights:
+    """Read a checkpoint of ours, a state dict (bare, or under "state_dict" or "model"), or .safetensors.
+
+    Raises ModelError for a file that is missing, damaged, without weights, or that only running code can load.
+    """
+    path = Path(path)
+    content = _read(path)
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: holds a {type(content).__name__}; {_WANTED}")
+    state: Any = content
+    network = None
+    if content.get("format") == CHECKPOINT_FORMAT:
+        state, network = content.get("model"), content.get("network")
+        if not isinstance(network, dict) or not isinstance(network.get("name"), str):
+            raise ModelError(f"{path}: is a checkpoint that does not name its network; write it again")
+    else:
+        for key in ("state_dict", "model"):
+            if isinstance(content.get(key), dict):
+                state = content[key]
+                break
+    if not isinstance(state, dict) or not state or not all(map(_is_weight, state.items())):
+        raise ModelError(f"{path}: holds no weights; {_WANTED}")
+    return Weights(path, _plain_names(state), network)
+
+
+def load_into(network: nn.Module, weights: Weights, *, name: str, strict_head: bool) -> list[str]:
+    """Copy weights into the network that `build(name, ...)` made, in the type and on the device it has.
+
+    strict_head: the head, which is every tensor whose shape depends on the number of classes, must fit like
+        all else. Without it, for fine-tuning, a head for another number of classes, or none in the file, is
+        left out, and the network keeps its initialisation there.
+
+    Returns the names of the tensors left out. Raises ModelError, with the network unchanged, for weights of
+    another network, and for missing, unexpected and mis-shaped tensors.
+    """
+    given, own = weights.state, network.state_dict()
+    if weights.network is not None and _architecture(weights.network["name"]) != _architecture(name):
+        raise ModelError(
+            f"{weights.path}: holds weights of {weights.network['name']}, not of {name}; "
+            f"ask for {weights.network['name']} or pass another file"
+        )
+
+    unexpected = [key for key in given if key not in own]
+    # PyTorch before 0.4.1, which wrote the papers' files, had no such counter; a momentum makes it idle.
+    missing = [key for key in own if key not in given and not key.endswith(".num_batches_tracked")]
+    misshaped = [key for key in own if key in given and given[key].shape != own[key].shape]
+    head = _head(name) if missing or misshaped else set()
+    other_classes = [key for key in misshaped if key in head and given[key].shape[1:] == own[key].shape[1:]]
+    misshaped = [key for key in misshaped if key not in other_classes]
+    left_out = []
+    if not strict_head:
+        left_out = [key for key in own if key in other_classes or (key in head and key in missing)]
+        missing = [key for key in missing if key not in head]
+
+    if missing or unexpected or misshaped:
+        shapes = [f"{key} {list(given[key].shape)} for {list(own[key].shape)}" for key in misshaped]
+        misfits = {"missing": missing, "unexpected": unexpected, "mis-shaped": shapes}
+        listed = [f"{len(keys)} {kind}: {_first_few(keys)}" for kind, keys in misfits.items() if keys]
+        raise ModelError(f"{weights.path}: does not fit {name}, choose its own file ({'; '.join(listed)})")
+    if strict_head and other_classes:
+        theirs, ours = given[other_classes[0]].shape[0], own[other_classes[0]].shape[0]
+        raise ModelError(
+            f"{weights.path}: holds {name} for {theirs} classes, not {ours}; pass weights for {ours} classes"
+        )
+    network.load_state_dict({key: given[key] for key in given if key not in left_out}, strict=False)
+    return left_out
+
+
+def _read(path: Path) -> Any:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be opened ({error.strerror}); pass a file of weights") from error
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        # The training scripts of timm and torchvision keep their command line beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # A damaged file raises anything, from EOFError to KeyError: its bytes steer the unpickler.
+        code = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
+        if code:
+            raise ModelError(
+                f"{path}: holds {code[1]}, which takes running code to load, or is damaged; "
+                "save its tensors alone: torch.save(network.state_dict(), path)"
+            ) from error
+        raise ModelError(f"{path}: is damaged, cut short or no file of weights; get it anew") from error
+
+
+def _is_weight(item: tuple[Any, Any]) -> bool:
+    key, value = item
+    return isinstance(key, str) and isinstance(value, Tensor)
+
+
+def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    # torch.compile wraps any module, the whole network or a part of it; DataParallel only the whole.
+    plain = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    while all(key.startswith("module.") for key in plain):
+        plain = {key.removeprefix("module."): value for key, value in plain.items()}
+    return plain
+
+
+def _architecture(name: str) -> str:
+    """The name without the tag of timm's weights, which says how they were trained, not what they are."""
+    return name.partition(".")[0] if name.startswith("timm:") else name
+
+
+def _head(name: str) -> set[str]:
+    """The tensors whose shape depends on the number of classes, whatever the network calls them."""
+    with torch.device("meta"):
+        one, two = build(name, 1).state_dict(), build(name, 2).state_dict()
+    return {key for key in one if one[key].shape != two[key].shape}
+
+
+def _first_few(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")

@@ -1,0 +1,99 @@
+"""Options, recipes and what is refused."""
+
+import pytest
+
+from train.config import RECIPES, ScheduleConfig, parse, read_recipe
+
+
+def refusal(capsys, *words) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parse(words)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_defaults_are_the_quick_recipe_on_scenes():
+    config = parse([])
+    assert (config.data, config.recipe, config.model, config.refinery) == ("scenes", "quick", "mobilenet", None)
+
+
+def test_other_data_take_the_papers_recipe():
+    config = parse(["--data", "photos", "--model", "resnet50"])
+    assert config.recipe == "label-refinery"
+    assert (config.epochs, config.batch, config.optimizer.lr) == (200, 256, 0.1)
+    assert (config.schedule.kind, config.schedule.milestones) == ("step", (0.7, 0.85))
+    assert parse(["--data", "photos", "--pretrained", "w.pt"]).recipe == "fine-tune"
+
+
+def test_the_papers_recipe_knows_its_networks():
+    assert parse(["--data", "x", "--model", "alexnet"]).optimizer.lr == 0.01
+    mobilenet = parse(["--data", "x", "--model", "mobilenet0.5"])
+    assert (mobilenet.batch, mobilenet.optimizer.lr, mobilenet.optimizer.lr_batch) == (512, 0.1, 512)
+
+
+def test_options_override_recipes():
+    config = parse(
+        ["--recipe", "label-refinery", "--epochs", "3", "--optimizer.lr", "0.3", "--crop.scale", "[0.3, 0.9]"]
+    )
+    assert (config.epochs, config.optimizer.lr, config.crop.scale) == (3, 0.3, (0.3, 0.9))
+    assert config.optimizer.momentum == 0.9
+
+
+def test_a_file_of_options(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: resnet18\nrecipe: label-refinery\noptimizer:\n  lr: 0.7\n")
+    config = parse(["--config", str(tmp_path / "mine.yaml"), "--batch", "32"])
+    assert (config.model, config.batch, config.optimizer.lr, config.epochs) == ("resnet18", 32, 0.7, 200)
+
+
+def test_a_recipe_by_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("epochs: 5\nnetworks:\n  resnet: {batch: 8}\n  resnet50: {batch: 4}\n")
+    assert parse(["--recipe", str(tmp_path / "mine.yaml"), "--model", "resnet50"]).batch == 4
+    assert parse(["--recipe", str(tmp_path / "mine.yaml"), "--model", "resnet18"]).batch == 8
+
+
+def test_every_recipe_is_valid_and_says_what_it_is():
+    for file in RECIPES.glob("*.yaml"):
+        assert parse(["--recipe", file.stem]).epochs == read_recipe(file.stem, "mobilenet")["epochs"]
+        head = file.read_text().split("epochs:")[0]
+        assert "make train" in head
+
+
+def test_print_config_can_be_read_back(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        parse(["--model", "resnet18", "--optimizer.lr", "0.25", "--print_config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    config = parse(["--config", str(tmp_path / "printed.yaml")])
+    assert (config.model, config.optimizer.lr) == ("resnet18", 0.25)
+
+
+def test_what_is_refused(capsys, tmp_path):
+    assert "--modle" in refusal(capsys, "--modle", "alexnet")
+    assert "optimizer.lrr" in refusal(capsys, "--optimizer.lrr", "1")
+    assert "epochs" in refusal(capsys, "--epochs", "many")
+    assert "epochs=0" in refusal(capsys, "--epochs", "0")
+    assert "precision" in refusal(capsys, "--precision", "fp8")
+    assert "recipe=slow: neither a recipe (" in refusal(capsys, "--recipe", "slow")
+    assert "labels.smoothing=2" in refusal(capsys, "--labels.smoothing", "2")
+    assert "refinery's labels are soft" in refusal(capsys, "--labels.smoothing", "0.1", "--refinery", "resnet18")
+    assert "batch=1" in refusal(capsys, "--batch", "1", "--refinery", "resnet18")
+    (tmp_path / "bad.yaml").write_text("epochs: 5\nlearning_rate: 3\n")
+    assert "learning_rate" in refusal(capsys, "--recipe", str(tmp_path / "bad.yaml"))
+    (tmp_path / "text.yaml").write_text("just words")
+    assert "text.yaml" in refusal(capsys, "--recipe", str(tmp_path / "text.yaml"))
+    assert "absent.yaml" in refusal(capsys, "--config", str(tmp_path / "absent.yaml"))
+
+
+def test_milestones_scale_with_the_length():
+    schedule = ScheduleConfig()
+    for epochs, first, second in [(200, 140, 170), (20, 14, 17), (10, 7, 8)]:
+        factors = [schedule.factor(epoch, epochs) for epoch in range(epochs)]
+        assert factors[first - 1 : first + 1] == [1, pytest.approx(0.1)]
+        assert factors[second - 1 : second + 1] == [pytest.approx(0.1), pytest.approx(0.01)]
+
+
+def test_cosine_with_warm_up():
+    schedule = ScheduleConfig(kind="cosine", warmup=2)
+    assert [schedule.factor(epoch, 10) for epoch in (0, 1, 2, 6)] == pytest.approx([0, 0.5, 1, 0.5])
+    assert schedule.factor(9.999, 10) == pytest.approx(0, abs=1e-5)
