@@ -22,7 +22,7 @@ from data.progress import images_bar
 from data.sources import CropRule
 from kernels.normalise import Normalisation
 from train import TrainError, checkpoint
-from train.config import Config, command_to_continue
+from train.config import Config, OptimizerConfig, command_to_continue
 from train.evaluate import Scores, score, validation_loader
 from train.labels import LabelSource
 from train.step import CROPS, LOSS, TOP1, TOP5, Step
@@ -83,13 +83,7 @@ class Trainer:
         config = job.config
         self.student = job.network.to(job.device).to(memory_format=torch.channels_last)
         self.lr = config.optimizer.lr * config.batch / config.optimizer.lr_batch
-        self.optimizer = torch.optim.SGD(
-            self.student.parameters(),
-            lr=self.lr,
-            momentum=config.optimizer.momentum,
-            nesterov=config.optimizer.nesterov,
-            weight_decay=config.optimizer.weight_decay,
-        )
+        self.optimizer = _optimizer(config.optimizer, self.student.parameters(), self.lr)
         labels = job.labels.to(job.device).to(memory_format=torch.channels_last)
         self.step = Step(
             self.student,
@@ -317,6 +311,14 @@ def _stop_on_signal() -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _optimizer(config: OptimizerConfig, weights: Iterator[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    if config.kind == "adamw":
+        return torch.optim.AdamW(weights, lr=lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        weights, lr=lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay
+    )
 
 
 def _append(path: Path, line: str) -> None:

@@ -98,8 +98,6 @@ def test_compiles_into_one_graph_once(loader):
     eager(first)
     compiled(first)
     torch.testing.assert_close(compiled.sums, eager.sums, rtol=1e-4, atol=1e-3)
-    for ours, theirs in zip(compiled.student.parameters(), eager.student.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     for epoch in range(1, 3):
         for batch in loader.epoch(epoch):
             compiled(batch)

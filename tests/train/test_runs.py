@@ -1,0 +1,224 @@
+"""Runs: what is in their folders, that they are resumed with the same bits, not repeated and not mixed up."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from train import TrainError
+from train.config import parse
+from train.job import train
+from train.loop import Interrupted
+from train.runs import all_runs, table
+from train.step import Step
+
+TINY = ["--model", "mobilenet0.25", "--resolution", "32", "--batch", "16", "--epochs", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def run(converted, tmp_path, monkeypatch):
+    """Trains with these words on the tiny set, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str):
+        arguments = [*TINY, "--data", str(converted.folder), *words]
+        return train(parse(arguments), arguments)
+
+    return run
+
+
+def stop_at(step: int, monkeypatch) -> None:
+    """Ctrl-C arrives during this step of the process's next run."""
+    calls = 0
+    original = Step.__call__
+
+    def call(self, batch):
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            signal.raise_signal(signal.SIGINT)
+        original(self, batch)
+
+    monkeypatch.setattr(Step, "__call__", call)
+
+
+def test_what_a_run_leaves(run):
+    finished = run()
+    folder = finished.folder
+    assert folder.parent == Path("runs") / "images0" or folder.parent.parent == Path("runs")
+    names = {file.name for file in folder.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "identity.json",
+        "metrics.jsonl",
+        "result.json",
+        "last.pt",
+        "best.pt",
+        "tensorboard",
+    }
+    assert not [name for name in names if "partial" in name]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in metrics] == [1, 2]
+    for line in metrics:
+        assert 0 <= line["top1"] <= line["top5"] <= 100
+        assert line["images_per_second_per_device"] > 0
+        assert 0 <= line["waiting"] <= 1
+        assert line["loss"] > 0
+    result = json.loads((folder / "result.json").read_text())
+    assert result["top1"] == metrics[-1]["top1"]
+    assert result["best_top1"] == max(line["top1"] for line in metrics)
+    assert result["epochs"] == 2
+    assert result["seconds"] > 0
+    assert list((folder / "tensorboard").iterdir())
+    # The configuration is whole: it gives the same run again.
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["resolution"], config["crop"]["flip"], config["precision"]) == (32, True, "fp32")
+    words = ["--config", str(folder / "config.yaml")]
+    assert train(parse(words), words).folder == folder
+
+
+def test_a_finished_run_is_not_repeated(run, capsys):
+    first = run()
+    before = (first.folder / "last.pt").stat().st_mtime_ns
+    again = run()
+    assert again.folder == first.folder
+    assert (first.folder / "last.pt").stat().st_mtime_ns == before
+    assert "is finished: top-1" in capsys.readouterr().out
+
+
+def test_another_configuration_is_another_run(run):
+    folders = {
+        run(*words).folder for words in ([], ["--seed", "1"], ["--optimizer.lr", "0.01"], ["--crop.flip", "false"])
+    }
+    assert len(folders) == 4
+    # How fast it runs is no part of it.
+    assert run("--decoder", "torchvision", "--threads", "1").folder in folders
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+@pytest.mark.parametrize("refinery", [False, True])
+def test_resuming_equals_never_stopping_bit_for_bit(run, monkeypatch, capsys, step, refinery):
+    """Stopped within the first epoch, at its end, and within the second; momentum and metrics included."""
+    words: list[str] = []
+    if refinery:
+        words = ["--refinery", f"{run('--model', 'resnet18', '--epochs', '1').folder}"]
+    whole = run(*words, "--out", "whole")
+    with monkeypatch.context() as patch:
+        stop_at(step, patch)
+        with pytest.raises(Interrupted, match="to continue, type again"):
+            run(*words, "--out", "parts")
+    assert not Path("parts/result.json").exists()
+    capsys.readouterr()
+    parts = run(*words, "--out", "parts")
+    assert "continuing in epoch" in capsys.readouterr().out
+    one, other = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole.folder, parts.folder))
+    for name, value in one["model"].items():
+        assert torch.equal(value, other["model"][name]), name
+    for mine, theirs in zip(one["optimizer"]["state"].values(), other["optimizer"]["state"].values(), strict=True):
+        assert torch.equal(mine["momentum_buffer"], theirs["momentum_buffer"])
+    times = ("images_per_second_per_device", "waiting")
+    lines = [
+        [
+            {key: value for key, value in json.loads(line).items() if key not in times}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in (whole.folder, parts.folder)
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_a_missing_refinery_is_trained_first_and_used_again(run, capsys):
+    first = run("--refinery", "resnet18")
+    out = capsys.readouterr().out
+    assert "resnet18 has no finished run on" in out
+    assert "ground truth, the label of the whole image" in out
+    assert "labels  refinery resnet18" in out
+    refinery = first.identity["refinery"]
+    runs = list(all_runs(Path("runs")))
+    assert sorted(r.identity["model"] for r in runs) == ["mobilenet0.25", "resnet18"]
+    second = run("--refinery", "resnet18", "--seed", "1")
+    out = capsys.readouterr().out
+    assert "is finished and used as it is" in out
+    assert second.identity["refinery"] == refinery
+    assert second.folder != first.folder
+
+
+def test_the_refinery_does_not_change_while_it_labels(run):
+    teacher = run("--model", "resnet18").folder / "last.pt"
+    before = teacher.read_bytes()
+    run("--refinery", str(teacher.parent))
+    run("--refinery", str(teacher), "--seed", "2")
+    run("--refinery", f"resnet18:{teacher}", "--seed", "3", "--labels.bn", "running")
+    assert teacher.read_bytes() == before
+
+
+def test_a_bare_file_of_weights_is_a_refinery_too(run, tmp_path):
+    state = torch.load(run("--model", "resnet18").folder / "last.pt", weights_only=True)["model"]
+    torch.save(state, tmp_path / "bare.pytar")
+    assert run("--refinery", f"resnet18:{tmp_path / 'bare.pytar'}").identity["refinery"]["network"] == "resnet18"
+    with pytest.raises(TrainError, match="holds bare weights; name their network too"):
+        run("--refinery", str(tmp_path / "bare.pytar"))
+
+
+def test_fine_tuning_starts_from_a_file(run, tmp_path, capsys):
+    state = torch.load(run("--model", "resnet18").folder / "last.pt", weights_only=True)["model"]
+    state["fc.weight"], state["fc.bias"] = torch.zeros(1000, 512), torch.zeros(1000)
+    torch.save(state, tmp_path / "imagenet.pth")
+    capsys.readouterr()
+    tuned = run("--model", "resnet18", "--pretrained", str(tmp_path / "imagenet.pth"), "--optimizer.lr", "1e-9")
+    out = capsys.readouterr().out
+    assert "pre-trained weights from" in out
+    assert "fc.weight" in out
+    weights = torch.load(tuned.weights, weights_only=True)["model"]
+    torch.testing.assert_close(weights["layer1.0.conv1.weight"], state["layer1.0.conv1.weight"], rtol=0, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        with pytest.raises(Interrupted):
+            run("--out", "run")
+    before = Path("run/last.pt").read_bytes()
+    original = Step.__call__
+
+    def call(self, batch):
+        with torch.no_grad():
+            next(self.student.parameters()).fill_(float("nan"))
+        original(self, batch)
+
+    monkeypatch.setattr(Step, "__call__", call)
+    with pytest.raises(TrainError, match="no longer finite in epoch 2, by step 3, at learning rate"):
+        run("--out", "run")
+    assert Path("run/last.pt").read_bytes() == before
+
+
+def test_a_folder_with_another_run_is_refused(run):
+    run("--out", "mine")
+    with pytest.raises(TrainError, match="mine: holds a run with another configuration"):
+        run("--out", "mine", "--seed", "3")
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        with pytest.raises(Interrupted):
+            run("--out", "run")
+    Path("run/last.pt").write_bytes(Path("run/last.pt").read_bytes()[:1000])
+    with pytest.raises(TrainError, match=r"run/last.pt: not a readable checkpoint"):
+        run("--out", "run")
+
+
+def test_table(run, capsys):
+    run()
+    run("--seed", "1")
+    capsys.readouterr()
+    table("runs")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].split()[:3] == ["data", "model", "refinery"]
+    assert all("mobilenet0.25" in line and "finished" in line for line in lines[1:])
+    with pytest.raises(TrainError, match="absent: no such folder"):
+        table("absent")
