@@ -1,10 +1,12 @@
 """Image folders: layouts, the held-out split, and what is refused."""
 
+import pickle
+
 import numpy as np
 import pytest
 
 from data import DataError
-from data.sources import crop_rule_for, open_source
+from data.sources import CropRule, crop_rule_for, open_source
 from tests.pictures import photograph, write_class_folders
 
 
@@ -78,3 +80,43 @@ def test_crops_fit_the_size_of_the_images():
     small = crop_rule_for(np.full((5, 2), 32, dtype=np.int32))
     assert (small.resolution, small.scale, small.center_ratio) == (32, (0.25, 1.0), 1.0)
     assert crop_rule_for(np.full((5, 2), (160, 213), dtype=np.int32)).resolution == 160
+
+
+@pytest.fixture
+def no_checksums(monkeypatch, tmp_path):
+    """Lets torchvision read small files of the true formats in place of the published ones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    monkeypatch.setattr("torchvision.datasets.svhn.check_integrity", lambda *_: True, raising=False)
+    monkeypatch.setattr("torchvision.datasets.utils.check_integrity", lambda *_: True)
+
+
+def test_cifar10(no_checksums, tmp_path):
+    folder = tmp_path / "downloads" / "cifar10" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        (folder / name).write_bytes(pickle.dumps({"data": pixels.reshape(4, -1), "labels": [0, 9, 3, 1]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    source = open_source("cifar10")
+    assert (len(source.train.items), len(source.val.items)) == (20, 4)
+    assert source.class_names == tuple("abcdefghij")
+    assert source.val.labels.tolist() == [0, 9, 3, 1]
+    np.testing.assert_array_equal(np.asarray(source.val.read(source.val.items[2])), pixels[2].transpose(1, 2, 0))
+    assert source.crop == CropRule(32, scale=(0.25, 1.0), center_ratio=1.0)
+
+
+def test_digits_do_not_flip(no_checksums, tmp_path):
+    from scipy.io import savemat
+
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 5), dtype=np.uint8)
+    (tmp_path / "downloads" / "svhn").mkdir(parents=True)
+    for split in ("train", "test"):
+        file = tmp_path / "downloads" / "svhn" / f"{split}_32x32.mat"
+        savemat(file, {"X": pixels, "y": np.array([[1], [2], [10], [9], [5]], dtype=np.uint8)})
+    source = open_source("svhn")
+    assert source.train.labels.tolist() == [1, 2, 0, 9, 5]
+    np.testing.assert_array_equal(np.asarray(source.train.read(source.train.items[3])), pixels[..., 3])
+    assert source.crop is not None
+    assert not source.crop.flip
+    assert source.crop.scale == (0.5, 1.0)
