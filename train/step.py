@@ -58,7 +58,12 @@ class Step:
         top1, top5 = correct(logits, batch.labels)
         crops = len(batch.labels)
         sums = torch.stack(
-            [loss.detach().double() * crops, top1.double(), top5.double(), top1.new_tensor(crops).double()]
+            [
+                loss.detach().double() * crops,
+                top1.double(),
+                top5.double(),
+                torch.full_like(top1, crops, dtype=torch.float64),
+            ]
         )
         return loss, sums
 
