@@ -71,7 +71,7 @@ def _plain_ground(grey: int, rng: np.random.Generator, height: int, width: int) 
 
 
 @pytest.mark.parametrize(("split", "index"), SOME)
-def test_class_map_tells_where_the_ground_is_hidden(split: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_map_follows_the_ground(split: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = np.asarray(scenes.draw(split, index), int)
     classes = scenes.class_map(split, index)
     assert classes.shape == picture.shape[:2]
