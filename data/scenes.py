@@ -37,7 +37,7 @@ MIN_SHARE = 0.04  # a crop that objects cover less than this shows nothing to na
 # How a picture is composed; lengths are relative to its shorter side.
 SHORT_SIDE = (80, 112)  # pixels
 MAX_ASPECT = 1.7
-MAIN_RADIUS = (0.24, 0.34)
+MAIN_RADIUS = (0.27, 0.37)
 OTHER_RADIUS = (0.6, 0.9)  # relative to the main object's
 OTHERS = (4, 7)  # how many
 TILT = 0.5  # radians to either side
@@ -87,8 +87,8 @@ def _noise(rng: np.random.Generator, shape: tuple[int, ...], cell_y: float, cell
 class _Sprite:
     """One object in the making: a colour layer that grows fill by fill.
 
-    u, v: local coordinates [h, w], to the right and down, in units of the object's nominal radius; scale: that
-    radius in pixels.
+    u, v: local coordinates [h, w], to the right and down, in units of the object's nominal radius;
+    scale: that radius in pixels.
     """
 
     def __init__(self, u: Field, v: Field, scale: float, rng: np.random.Generator):
@@ -114,7 +114,7 @@ class _Sprite:
 
     def pick(self, *colours: Colour) -> Floats:
         """One of the colours, the first ones oftener, a little off."""
-        colour: Floats = np.array(colours[int(len(colours) * self.rng.random() ** 4)], np.float32)
+        colour: Floats = np.array(colours[int(len(colours) * self.rng.random() ** 6)], np.float32)
         colour = colour * self.rng.uniform(0.88, 1.1) + self.rng.normal(0, 8, 3).astype(np.float32)
         return np.clip(colour, 8, 250)
 
@@ -199,7 +199,7 @@ def _flower(s: _Sprite) -> None:
 
 
 def _ladybird(s: _Sprite) -> None:
-    shell = s.pick((206, 44, 36), (226, 120, 40), (232, 190, 60), (150, 40, 30))
+    shell = s.pick((244, 186, 44), (206, 44, 36), (226, 120, 40), (150, 40, 30))
     side = np.abs(s.u)
     for y in (-0.4, 0.05, 0.5):  # legs
         s.fill(_stroke(side, s.v, 0.5, y, 0.95, y + 0.35 * y - 0.05, 0.1), _DARK)
@@ -437,8 +437,8 @@ def class_map(split: str, index: int) -> ClassMap:
 def crop_truth(split: str, indices: npt.ArrayLike, boxes: npt.ArrayLike) -> npt.NDArray[np.int64]:
     """What crops show: the class with the most pixels in each box, int64 [n].
 
-    It is -1 where objects cover less than MIN_SHARE of the box. indices: int [n]; boxes: int [n, 4] (top, left,
-    height, width), inside the picture, in its pixels.
+    It is -1 where objects cover less than MIN_SHARE of the box. indices: int [n]; boxes: int [n, 4]
+    (top, left, height, width), inside the picture, in its pixels.
     """
     truth = []
     rows = zip(np.asarray(indices).tolist(), np.asarray(boxes).tolist(), strict=True)

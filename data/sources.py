@@ -93,7 +93,7 @@ def _scenes() -> Source:
 
     drawing = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()
     # Small crops of small pictures: most show one object, and often another than the main one.
-    rule = CropRule(32, scale=(0.08, 0.4))
+    rule = CropRule(32, scale=(0.08, 0.3))
     return Source("scenes", scenes.CLASS_NAMES, split("train"), split("val"), rule, drawing)
 
 

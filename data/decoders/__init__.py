@@ -6,6 +6,7 @@ then the antialiased triangle filter (Pillow's BILINEAR).
 """
 
 import importlib
+import importlib.util
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -66,7 +67,6 @@ def build_decoder(
 
 def _installed(name: str) -> bool:
     try:
-        importlib.import_module(_NEEDS[name])
-    except ImportError:
+        return importlib.util.find_spec(_NEEDS[name]) is not None
+    except ModuleNotFoundError:  # of the package around it
         return False
-    return True

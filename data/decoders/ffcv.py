@@ -5,10 +5,11 @@ DCT, which agrees with Pillow, torchvision and DALI.
 """
 
 import ctypes
+import importlib.util
 import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-import ffcv._libffcv
 import numpy as np
 import torch
 
@@ -18,8 +19,21 @@ from data.decoders import Request
 from data.decoders.ahead import Ahead
 from data.decoders.resize import crop_resize
 
-# FFCV's extension is linked with libjpeg-turbo, so its symbols are found through it wherever the library lies.
-_turbo = ctypes.CDLL(ffcv._libffcv.__file__)
+
+def _libjpeg_turbo() -> ctypes.CDLL:
+    """libjpeg-turbo, through FFCV's extension, which is linked with it wherever it lies."""
+    # The package itself is not imported: that would set PyTorch to a single thread, and halve a CPU's training.
+    package = importlib.util.find_spec("ffcv")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    (extension,) = Path(package.submodule_search_locations[0]).glob("_libffcv*.so")
+    try:
+        return ctypes.CDLL(str(extension))
+    except OSError as error:
+        raise DataError(f"decoder=ffcv: {error}; run `make setup`, or use decoder=torchvision") from None
+
+
+_turbo = _libjpeg_turbo()
 _turbo.tjInitDecompress.restype = ctypes.c_void_p
 _turbo.tjDecompress2.argtypes = [
     ctypes.c_void_p,

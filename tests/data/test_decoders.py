@@ -1,6 +1,8 @@
 """Three decoders, one result: the same crops, against each other and against Pillow."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -102,3 +104,16 @@ def test_unknown_decoder():
         choose("opencv", CPU)
     assert choose("auto", CPU) == "ffcv"
     assert choose("auto", torch.device("cuda")) == "dali"
+
+
+@pytest.mark.parametrize("decoder", NAMES)
+def test_opening_a_loader_leaves_pytorchs_threads_alone(converted, decoder):
+    """Importing FFCV sets PyTorch to one thread, which would halve the speed of training on a CPU."""
+    code = (
+        "import torch; torch.set_num_threads(3)\n"
+        "from data.loader import open_loader\n"
+        f"loader = open_loader({str(converted.beton('train'))!r}, resolution=32, batch_size=8, decoder={decoder!r})\n"
+        "next(loader.epoch(0)); print(torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["3"], done.stderr

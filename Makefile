@@ -1,0 +1,174 @@
+# Each verb is one command; `make help` lists them. The first use sets up .venv (setup.sh).
+# Variables count only when typed on make's command line: the environment may hold a DATA or MODEL of its own.
+
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.SUFFIXES:
+
+# ---- what each verb takes
+
+training  := MODEL REFINERY PRETRAINED DATA EPOCHS RESOLUTION BATCH DECODER RECIPE SEED OUT
+variables := $(training) CHECKPOINT IMAGES ARGS PYTHON
+
+takes.train    := $(training) ARGS
+takes.convert  := DATA OUT ARGS
+takes.evaluate := CHECKPOINT DATA RESOLUTION BATCH DECODER OUT ARGS
+takes.predict  := CHECKPOINT IMAGES RESOLUTION ARGS
+takes.runs     := OUT ARGS
+takes.test     := ARGS
+takes.test-all := ARGS
+takes.test-gpu := ARGS
+verbs := help setup train convert evaluate predict runs test test-all test-gpu lint types format
+
+# ---- make's command line
+
+is_typed = $(filter command,$(firstword $(origin $1)))
+typed := $(strip $(foreach v,$(.VARIABLES),$(if $(call is_typed,$v),$v)))
+
+unknown := $(filter-out $(variables),$(typed))
+ifneq ($(unknown),)
+  $(error unknown: $(unknown). Known are $(variables))
+endif
+
+hollow := $(strip $(foreach v,$(filter-out ARGS,$(typed)),$(if $(strip $(value $v)),,$v)))
+ifneq ($(hollow),)
+  $(error $(hollow) is empty: give it a value or leave it out)
+endif
+
+asked := $(filter-out help,$(filter $(verbs),$(MAKECMDGOALS)))
+ifneq ($(asked),)
+  taken := $(strip $(foreach verb,$(asked),$(takes.$(verb))) PYTHON)
+  astray := $(filter-out $(taken),$(typed))
+  ifneq ($(astray),)
+    $(error make $(asked) does not take $(astray); it takes $(taken))
+  endif
+endif
+
+# A value as one word for the shell, whatever it holds; $(value ...) leaves a $ in it alone.
+quoted = '$(subst ','\'',$(value $1))'
+# " --option VALUE" if VARIABLE was typed
+option = $(if $(call is_typed,$2), $1 $(call quoted,$2))
+# ARGS is the one exception: raw words
+args = $(if $(call is_typed,ARGS), $(value ARGS))
+
+# What was typed goes to programs as options, not also through their environment.
+unexport $(typed) MAKEFLAGS MFLAGS
+
+# The command as typed, for programs that say how to go on; values are quoted where a shell would want it.
+empty :=
+space := $(empty) $(empty)
+special := ' " $$ ` \ * ? ( ) [ ] { } < > | & ; ~ ! \#
+is_special = $(strip $(foreach c,$(special),$(findstring $c,$(subst $(space),?,$(value $1)))))
+as_typed = $(if $(call is_special,$1),$(quoted),$(value $1))
+ifneq ($(CURDIR),$(PWD))
+  elsewhere := -C $(call as_typed,CURDIR)
+endif
+export TYPED_COMMAND := make $(if $(elsewhere),$(elsewhere) )$(MAKECMDGOALS)$(if $(typed), )$(foreach v,$(filter $(typed),$(variables)),$v=$(call as_typed,$v))
+
+# ---- the interpreter
+
+ifneq ($(call is_typed,PYTHON),)
+  python := $(call quoted,PYTHON)
+  ready :=
+else
+  python := .venv/bin/python
+  ready := .venv/.ready
+endif
+
+# exec: signals reach the program itself, not a shell around it
+run = @exec $(python) -m
+
+# ---- the verbs
+
+.PHONY: $(verbs) again
+
+define help_text
+Train image classifiers on labels that a better network writes for every crop.
+
+  make train MODEL=mobilenet REFINERY=resnet50    the first thing to try: no data needed, minutes
+  make test                                       the tests
+
+Verbs, and the variables they take
+  train       train a network                     all of the training variables
+  convert     write images as a converted set     DATA OUT   (train does it when needed)
+  evaluate    top-1 and top-5 of a checkpoint     CHECKPOINT DATA RESOLUTION BATCH DECODER OUT
+  predict     the five likeliest classes          CHECKPOINT IMAGES RESOLUTION
+  runs        a table of all runs                 OUT
+  test        the quick tests                     test-all: the slow ones too; test-gpu: on a GPU
+  lint        ruff                                types: mypy; format: let ruff order the code
+  setup       make .venv from requirements.lock   (every verb does it by itself, once)
+
+Training variables (typed on make's command line; the environment does not count)
+  MODEL       network to train: alexnet, mobilenet, mobilenet0.25, resnet18, timm:NAME, ...
+  REFINERY    who writes the labels: a network's name (trained first if need be), a run folder
+              or NETWORK:FILE; left out: the labels are the ground truth
+  PRETRAINED  weights that MODEL starts from: a file, or timm's own
+  DATA        an image folder, a converted set, or cifar10, svhn, imagenette;
+              left out: scenes, a set drawn by code
+  EPOCHS      passes over the images              RESOLUTION  side of a crop, in pixels
+  BATCH       crops a step                        DECODER     auto, ffcv, dali, torchvision
+  RECIPE      quick, label-refinery, ...          SEED        fixes crops and first weights
+  OUT         where the result goes
+
+Other variables
+  CHECKPOINT  a run's best.pt or last.pt          IMAGES      a file or a folder
+  ARGS        anything else, as raw words, with every verb that runs a program or tests:
+              ARGS='--print_config', ARGS='-k plan'
+  PYTHON      an interpreter that has the packages: used as it is; no .venv, no set-up
+endef
+
+help: ; @: $(info $(help_text))
+
+setup:
+ifeq ($(ready),)
+	@echo "PYTHON was given: it is used as it is, and there is nothing to set up."
+else
+	@bash setup.sh && echo ".venv is ready."
+endif
+
+.venv/.ready: requirements.lock setup.sh $(if $(wildcard .venv/bin/python),,again)
+	@bash setup.sh
+
+train_options = $(call option,--model,MODEL)$(call option,--refinery,REFINERY)$(call option,--pretrained,PRETRAINED) \
+    $(call option,--data,DATA)$(call option,--epochs,EPOCHS)$(call option,--resolution,RESOLUTION) \
+    $(call option,--batch,BATCH)$(call option,--decoder,DECODER)$(call option,--recipe,RECIPE) \
+    $(call option,--seed,SEED)$(call option,--out,OUT)
+
+evaluate_options = $(call option,--checkpoint,CHECKPOINT)$(call option,--data,DATA) \
+    $(call option,--resolution,RESOLUTION)$(call option,--batch,BATCH)$(call option,--decoder,DECODER)$(call option,--out,OUT)
+
+train: $(ready)
+	$(run) train$(train_options)$(args)
+
+convert: $(ready)
+	$(run) data.convert$(call option,--data,DATA)$(call option,--out,OUT)$(args)
+
+evaluate: $(ready)
+	$(run) train.evaluate$(evaluate_options)$(args)
+
+predict: $(ready)
+	$(run) train.predict$(call option,--checkpoint,CHECKPOINT)$(call option,--images,IMAGES)$(call option,--resolution,RESOLUTION)$(args)
+
+runs: $(ready)
+	$(run) train.runs$(call option,--folder,OUT)$(args)
+
+test: $(ready)
+	$(run) pytest -m "not slow and not gpu"$(args)
+
+test-all: $(ready)
+	$(run) pytest -m "not gpu"$(args)
+
+test-gpu: $(ready)
+	$(run) pytest -m gpu$(args)
+
+lint: $(ready)
+	$(run) ruff check .
+	$(run) ruff format --check .
+
+types: $(ready)
+	$(run) mypy
+
+format: $(ready)
+	$(run) ruff check --fix .
+	$(run) ruff format .
