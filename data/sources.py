@@ -91,10 +91,14 @@ def _scenes() -> Source:
         labels = np.array([scenes.label(name, i) for i in range(n)], dtype=np.int64)
         return Split([(name, i) for i in range(n)], labels, _draw_scene)
 
-    drawing = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()
     # Small crops of small pictures: most show one object, and often another than the main one.
     rule = CropRule(32, scale=(0.08, 0.3))
-    return Source("scenes", scenes.CLASS_NAMES, split("train"), split("val"), rule, drawing)
+    return Source("scenes", scenes.CLASS_NAMES, split("train"), split("val"), rule, scenes_fingerprint())
+
+
+def scenes_fingerprint() -> str:
+    """The fingerprint of `scenes` as this code draws it."""
+    return hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()
 
 
 def _draw_scene(item: tuple[str, int]) -> Image.Image:

@@ -19,7 +19,7 @@ from data import DataError, decoders
 from data.beton import Beton
 from data.command import fail
 from data.convert import ConvertedSet, Unconverted, find_set
-from data.sources import CropRule
+from data.sources import CropRule, scenes_fingerprint
 from models import ModelError
 from models.weights import load_into, load_weights
 from train import TrainError
@@ -157,7 +157,7 @@ def _run(config: Config, data: ConvertedSet, refinery: Trained | None, device: t
     )
     _announce(trainer, refinery)
     result = trainer.run()
-    if data.name == "scenes":
+    if data.source_fingerprint == scenes_fingerprint():
         result["crop_labels"] = label_quality(trainer.loader, trainer.step.labels, device=device, autocast=autocast)
     try:
         (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -315,9 +315,14 @@ def _stop_on_signal() -> Iterator[_Stop]:
 
 def _optimizer(config: OptimizerConfig, weights: Iterator[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     if config.kind == "adamw":
-        return torch.optim.AdamW(weights, lr=lr, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(weights, lr=lr, weight_decay=config.weight_decay, fused=True)
     return torch.optim.SGD(
-        weights, lr=lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay
+        weights,
+        lr=lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
 

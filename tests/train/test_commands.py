@@ -100,6 +100,17 @@ def test_predict_names_the_classes(workplace, image_folder, tmp_path):
         assert sum(chances) == pytest.approx(100, abs=0.2)
 
 
+def test_on_scenes_the_run_reports_the_truth_about_crops(tmp_path):
+    done = command("train", "--model", "mobilenet0.25", "--epochs", "1", "--batch", "128", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    quality = json.loads((run_folder(tmp_path, "mobilenet0.25") / "result.json").read_text())["crop_labels"]
+    assert 2000 < quality["crops"] <= 2400
+    assert 50 < quality["image_label_right"] < 90
+    assert quality["label_right"] == quality["image_label_right"]  # without a refinery they are the same label
+    assert "the image's label is right about" in done.stdout
+    assert "labels  ground truth" in done.stdout
+
+
 def test_ctrl_c_writes_a_checkpoint_and_says_how_to_continue(workplace, image_folder):
     place, _ = workplace
     words = [*TINY, "--epochs", "400", "--seed", "5", "--out", "stopped", "--data", str(image_folder)]

@@ -1,0 +1,100 @@
+"""The verbs of the Makefile: which command each becomes, and that only make's command line counts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Calls make with an interpreter that prints the words and the command it was given."""
+    recorder = tmp_path / "record python"
+    recorder.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        "print(json.dumps([sys.argv[1:], os.environ['TYPED_COMMAND'], 'DATA' in os.environ]))\n"
+    )
+    recorder.chmod(0o755)
+
+    def make(*words: str, **environment: str):
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+        return subprocess.run(
+            ["make", f"PYTHON={recorder}", *words],
+            cwd=ROOT,
+            env=clean | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return make
+
+
+def words_of(done: subprocess.CompletedProcess) -> list[str]:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])[0]
+
+
+def test_train_takes_its_variables(make):
+    done = make(
+        "train", "MODEL=mobilenet", "REFINERY=resnet50", "EPOCHS=3", "ARGS=--optimizer.lr 0.1 --crop.flip false"
+    )
+    assert words_of(done) == [
+        *("-m", "train", "--model", "mobilenet", "--refinery", "resnet50", "--epochs", "3"),
+        *("--optimizer.lr", "0.1", "--crop.flip", "false"),
+    ]
+
+
+@pytest.mark.parametrize("value", ["a b", "it's", 'say "x"', "$HOME", "`id`", "#1", "50%", "a;b"])
+def test_values_arrive_as_typed(make, value):
+    escaped = value.replace("$", "$$")
+    assert words_of(make("train", f"DATA={escaped}"))[-1] in (value, escaped)
+
+
+def test_the_environment_does_not_count(make):
+    assert words_of(make("train", DATA="elsewhere", OUT="there", MODEL="alexnet")) == ["-m", "train"]
+
+
+def test_every_verb_is_one_command(make):
+    for words, command in [
+        (["convert", "DATA=a", "OUT=b"], ["-m", "data.convert", "--data", "a", "--out", "b"]),
+        (["evaluate", "CHECKPOINT=c", "DATA=a"], ["-m", "train.evaluate", "--checkpoint", "c", "--data", "a"]),
+        (["predict", "CHECKPOINT=c", "IMAGES=i"], ["-m", "train.predict", "--checkpoint", "c", "--images", "i"]),
+        (["runs"], ["-m", "train.runs"]),
+        (["test"], ["-m", "pytest", "-m", "not slow and not gpu"]),
+        (["test-all"], ["-m", "pytest", "-m", "not gpu"]),
+        (["test-gpu"], ["-m", "pytest", "-m", "gpu"]),
+    ]:
+        assert words_of(make(*words)) == command
+
+
+def test_slips_are_refused_in_one_line(make):
+    for words, says in [
+        (["train", "MODLE=alexnet"], "unknown: MODLE"),
+        (["train", "MODEL="], "MODEL is empty"),
+        (["predict", "DATA=x"], "does not take DATA"),
+    ]:
+        done = make(*words)
+        assert done.returncode == 2
+        assert says in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_programs_know_what_was_typed(make):
+    done = make("train", "DATA=my images", "MODEL=alexnet")
+    typed = json.loads(done.stdout.splitlines()[-1])[1]
+    assert typed.startswith("make ")
+    assert "train" in typed
+    assert "MODEL=alexnet" in typed
+    assert "DATA='my images'" in typed
+
+
+def test_help_lists_the_verbs(make):
+    text = make("help").stdout
+    for word in ("train", "convert", "evaluate", "predict", "runs", "test", "MODEL", "REFINERY", "ARGS"):
+        assert word in text
