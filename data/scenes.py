@@ -113,8 +113,8 @@ class _Sprite:
         self.mark(_ellipse(self.u, self.v, x, y, a, b, angle), _WHITE, 0.6, soft=1.2 * min(a, b))
 
     def pick(self, *colours: Colour) -> Floats:
-        """One of the colours, the first ones oftener, a little off."""
-        colour: Floats = np.array(colours[int(len(colours) * self.rng.random() ** 6)], np.float32)
+        """One of the colours, a little off; nineteen times of twenty the first, which is the typical one."""
+        colour: Floats = np.array(colours[int(len(colours) * self.rng.random() ** 30)], np.float32)
         colour = colour * self.rng.uniform(0.88, 1.1) + self.rng.normal(0, 8, 3).astype(np.float32)
         return np.clip(colour, 8, 250)
 

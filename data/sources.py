@@ -92,7 +92,7 @@ def _scenes() -> Source:
         return Split([(name, i) for i in range(n)], labels, _draw_scene)
 
     # Small crops of small pictures: most show one object, and often another than the main one.
-    rule = CropRule(32, scale=(0.08, 0.3))
+    rule = CropRule(32, scale=(0.05, 0.2), center_ratio=0.7)
     return Source("scenes", scenes.CLASS_NAMES, split("train"), split("val"), rule, scenes_fingerprint())
 
 

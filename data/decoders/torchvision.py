@@ -26,19 +26,23 @@ class Decoder:
 
     def _fill(self, request: Request, first: int, last: int, out: torch.Tensor) -> None:
         for i in range(first, last):
-            index = int(request.indices[i])
-            try:
-                image = decode_jpeg(torch.from_numpy(self._beton.encoded(index)), mode=ImageReadMode.RGB)
-            except RuntimeError as error:
-                raise self._undecodable(index, error) from None
+            image = self._decode(int(request.indices[i]))
             out[i - first] = self._crop(image, request, i).permute(1, 2, 0)
+
+    def _decode(self, index: int) -> torch.Tensor:
+        """The whole image on the CPU: uint8 [3, H, W]."""
+        try:
+            return decode_jpeg(torch.from_numpy(self._beton.encoded(index)), mode=ImageReadMode.RGB)
+        except RuntimeError as error:
+            raise self._undecodable(index, str(error)) from None
 
     def _on_gpu(self, request: Request) -> torch.Tensor:
         encoded = [torch.from_numpy(self._beton.encoded(int(index))) for index in request.indices]
         try:
             images = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self._device)
-        except RuntimeError as error:
-            raise self._undecodable(request.indices, error) from None
+        except RuntimeError:
+            # nvJPEG does not say which image it was; libjpeg-turbo finds it, or decodes what nvJPEG cannot.
+            images = [self._decode(int(index)).to(self._device) for index in request.indices]
         crops = torch.stack([self._crop(image, request, i) for i, image in enumerate(images)])
         return crops.contiguous(memory_format=torch.channels_last)
 
@@ -48,11 +52,11 @@ class Decoder:
         height, width = map(int, self._beton.sizes[index])
         if image.shape[1:] != (height, width):
             found = f"is {image.shape[2]}x{image.shape[1]}, the index says {width}x{height}"
-            raise self._undecodable(index, RuntimeError(found))
+            raise self._undecodable(index, found)
         top, left, height, width = map(int, request.boxes[i])
         crop = F.resize(image[:, top : top + height, left : left + width], [self._resolution] * 2, antialias=True)
         return F.horizontal_flip(crop) if request.flips[i] else crop
 
-    def _undecodable(self, index, error: RuntimeError) -> DataError:
-        why = str(error).splitlines()[0]
+    def _undecodable(self, index: int, why: str) -> DataError:
+        why = why.splitlines()[0]
         return DataError(f"{self._beton.path}: image {index} cannot be decoded ({why}); convert the set again")
