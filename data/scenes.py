@@ -42,7 +42,7 @@ OTHER_RADIUS = (0.6, 0.9)  # relative to the main object's
 OTHERS = (4, 7)  # how many
 TILT = 0.5  # radians to either side
 
-_DOMAINS = {"train": 1, "val": 3}
+_DOMAINS = {"train": 1, "val": 4}
 _LABEL, _PLAN, _GROUND, _OBJECT = range(
     4
 )  # what a stream of random numbers is for: the last one takes the object's number on top
