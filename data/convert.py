@@ -102,7 +102,7 @@ class Unconverted:
 
     def convert(self) -> ConvertedSet:
         if self.stale:
-            print(f"{self.folder}: its images have changed since: converting again", flush=True)
+            print(f"{self.folder}: its images or their crop rule have changed: converting again", flush=True)
         return convert_source(self.source, self.folder, replace=True)
 
 
@@ -119,7 +119,8 @@ def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Un
     if is_converted(folder):
         with contextlib.suppress(DataError):
             converted = open_set(folder)
-            if converted.source_fingerprint == source.fingerprint:
+            same_crops = source.crop is None or converted.crop == source.crop
+            if converted.source_fingerprint == source.fingerprint and same_crops:
                 return converted
     return Unconverted(source, folder, stale=folder.exists())
 

@@ -218,6 +218,9 @@ def _announce(trainer: Trainer, refinery: Trained | None) -> None:
     config, rule, device = job.config, job.rule, job.device
     low, high = (f"{100 * share:g}" for share in rule.scale)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    precision = config.precision
+    if precision == "fp32" and precision_on(device) == "fp32":
+        precision += " (no bf16 units)"
     labels = "ground truth, the label of the whole image for every crop"
     if refinery:
         labels = f"refinery {refinery.name} ({refinery.file}), with {config.labels.bn} statistics"
@@ -233,7 +236,7 @@ def _announce(trainer: Trainer, refinery: Trained | None) -> None:
         f"{100 * rule.center_ratio:.3g} %",
         "length": f"{config.epochs} epochs of {trainer.loader.steps} steps of {config.batch} crops, "
         f"recipe {config.recipe}",
-        "device": f"{kind}, {config.precision}{', compiled' if job.compiled else ''}; decoder {trainer.decoder}",
+        "device": f"{kind}, {precision}{', compiled' if job.compiled else ''}; decoder {trainer.decoder}",
         "run": str(job.folder),
     }
     for name, text in lines.items():
