@@ -218,7 +218,7 @@ def _announce(trainer: Trainer, refinery: Trained | None) -> None:
     config, rule, device = job.config, job.rule, job.device
     low, high = (f"{100 * share:g}" for share in rule.scale)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    precision = config.precision
+    precision: str = config.precision
     if precision == "fp32" and precision_on(device) == "fp32":
         precision += " (no bf16 units)"
     labels = "ground truth, the label of the whole image for every crop"
