@@ -1,0 +1,295 @@
+"""Every loader that is measured, at its usual best practice, giving the same number of random crops of the same images.
+
+A contender is built once in a process of its own, makes one epoch after the other, and is idle between them: it
+prepares no batches of the next epoch.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data import plan
+from data.beton import Beton
+
+# RandomResizedCrop's law, for those that do not have it as their default.
+_SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+# Batches that DALI works on at a time; its own default.
+_DALI_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every contender is to do.
+
+    files: the image files, as many as an epoch has crops; some may be named several times. beton: the same images
+    stored as the contender reads them, or None where it reads the files. batches: full batches an epoch.
+    threads: decoding threads, or worker processes where a loader has these.
+    """
+
+    files: list[str]
+    beton: Path | None
+    resolution: int
+    batch: int
+    batches: int
+    threads: int
+    device: str
+
+
+class Loader(Protocol):
+    """bytes_per_crop: encoded bytes that are read for a crop, on average."""
+
+    bytes_per_crop: float
+
+    def epoch(self, number: int) -> Iterator[torch.Tensor]:
+        """task.batches batches, uint8 [batch, 3, resolution, resolution] on the device."""
+        ...
+
+
+@dataclass(frozen=True)
+class Contender:
+    """build makes the loader. reads: `files`, or which of bench.images' stored sets. about: a few words for readers."""
+
+    build: Callable[[Task], Loader]
+    reads: str
+    about: str
+
+
+class Workers:
+    """PyTorch's DataLoader with worker processes over image files, each read and cropped by `load(path) -> [3, R, R]`."""
+
+    def __init__(self, task: Task, load: Callable[[str], torch.Tensor]):
+        self.bytes_per_crop = _mean_size(task.files)
+        self._device = task.device
+        self._loader = torch.utils.data.DataLoader(
+            _Files(task.files, load),
+            batch_size=task.batch,
+            shuffle=True,
+            num_workers=task.threads,
+            pin_memory=task.device != "cpu",
+            persistent_workers=True,
+        )
+
+    def epoch(self, number: int) -> Iterator[torch.Tensor]:
+        return (batch.to(self._device, non_blocking=True) for batch in self._loader)
+
+
+class _Files(torch.utils.data.Dataset):
+    def __init__(self, files: list[str], load: Callable[[str], torch.Tensor]):
+        self._files, self._load = files, load
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._load(self._files[index])
+
+
+def _pillow(task: Task) -> Loader:
+    from PIL import Image
+    from torchvision.transforms import v2
+
+    transform = v2.Compose([v2.RandomResizedCrop(task.resolution), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    return Workers(task, lambda path: transform(Image.open(path).convert("RGB")))
+
+
+def _torchvision(task: Task) -> Loader:
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms import v2
+
+    transform = v2.Compose([v2.RandomResizedCrop(task.resolution, antialias=True), v2.RandomHorizontalFlip()])
+    # decode_image hands JPEGs to decode_jpeg, and takes the few PNGs that every large set has.
+    return Workers(task, lambda path: transform(decode_image(path, ImageReadMode.RGB)))
+
+
+class Dali:
+    """DALI over image files: the crop is drawn and cut by the decoder (image_random_crop), nvJPEG on a GPU."""
+
+    def __init__(self, task: Task):
+        from nvidia.dali import fn
+
+        self.bytes_per_crop = _mean_size(task.files)
+        self._batches = task.batches
+        with _dali_pipeline(task) as pipeline:
+            encoded, _ = fn.readers.file(files=task.files, random_shuffle=True)
+            images = fn.decoders.image_random_crop(
+                encoded,
+                device="cpu" if task.device == "cpu" else "mixed",
+                random_area=_SCALE,
+                random_aspect_ratio=_RATIO,
+                num_attempts=10,
+            )
+            pipeline.set_outputs(_dali_resize(images, task, fn.random.coin_flip()))
+        self._run = DaliRun(pipeline)
+
+    def epoch(self, number: int) -> Iterator[torch.Tensor]:
+        return self._run.batches(self._batches)
+
+
+class DaliSlice:
+    """DALI cutting our plan's boxes while it decodes (image_slice), from our stored bytes: the peer of our DALI path."""
+
+    def __init__(self, task: Task):
+        from nvidia.dali import fn, types
+
+        assert task.beton is not None
+        self._beton = Beton(task.beton)
+        self._task = task
+        self.bytes_per_crop = float(self._beton.lengths.mean())
+        self._samples: Iterator[tuple[list, list, list, list]] = iter(())
+        with _dali_pipeline(task) as pipeline:
+            encoded, starts, shapes, flips = fn.external_source(
+                source=lambda: next(self._samples),
+                num_outputs=4,
+                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
+                ndim=[1, 1, 1, 0],
+            )
+            images = fn.decoders.image_slice(
+                encoded, device="cpu" if task.device == "cpu" else "mixed", start=starts, shape=shapes, axes=[0, 1]
+            )
+            pipeline.set_outputs(_dali_resize(images, task, flips))
+        self._run = DaliRun(pipeline)
+
+    def epoch(self, number: int) -> Iterator[torch.Tensor]:
+        order = plan.epoch_order(self._beton.num_samples, seed=0, epoch=number)
+        self._samples = (self._sample(indices, number) for indices in order.reshape(-1, self._task.batch))
+        return self._run.batches(self._task.batches)
+
+    def _sample(self, indices: NDArray[np.int64], number: int) -> tuple[list, list, list, list]:
+        boxes, flips = plan.random_boxes(indices, self._beton.sizes[indices], seed=0, epoch=number)
+        encoded = [self._beton.encoded(int(index)) for index in indices]
+        return encoded, list(boxes[:, :2]), list(boxes[:, 2:]), list(flips.astype(np.int32))
+
+
+def _dali_pipeline(task: Task):
+    from nvidia.dali import Pipeline
+
+    return Pipeline(
+        batch_size=task.batch,
+        num_threads=task.threads,
+        device_id=None if task.device == "cpu" else 0,
+        prefetch_queue_depth=min(_DALI_AHEAD, task.batches),
+    )
+
+
+def _dali_resize(images, task: Task, flips):
+    from nvidia.dali import fn, types
+
+    side = task.resolution
+    images = fn.resize(images, size=[side, side], interp_type=types.INTERP_TRIANGULAR, antialias=True)
+    return fn.flip(images, horizontal=flips)
+
+
+class DaliRun:
+    """Runs a pipeline for exactly the batches asked for; DALI's iterators would go on to fill their queues."""
+
+    def __init__(self, pipeline):
+        self._pipeline = pipeline
+        self._started = False
+
+    def batches(self, count: int) -> Iterator[torch.Tensor]:
+        ahead = self._pipeline.prefetch_queue_depth
+        scheduled = 0
+        for made in range(count):
+            while scheduled < min(made + ahead, count):
+                # The very first call schedules as many batches as the queue holds, every later one a single batch.
+                self._pipeline.schedule_run()
+                scheduled += 1 if self._started else ahead
+                self._started = True
+            (crops,) = self._pipeline.share_outputs()
+            dense = crops.as_tensor()
+            # The buffer goes back to DALI, so the batch is copied out, as DALI's own iterators do.
+            if hasattr(dense, "__cuda_array_interface__"):
+                batch = torch.from_dlpack(dense).clone()
+                torch.cuda.current_stream().synchronize()
+            else:
+                batch = torch.from_numpy(np.array(dense))
+            self._pipeline.release_outputs()
+            yield batch.permute(0, 3, 1, 2)
+
+
+class Ffcv:
+    """Stock FFCV: its own loader and decoder, which decodes whole images, with the pages left to the system's cache."""
+
+    def __init__(self, task: Task):
+        from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+        from ffcv.loader import Loader as FfcvLoader
+        from ffcv.loader import OrderOption
+        from ffcv.reader import Reader
+        from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor, ToTorchImage
+
+        side = task.resolution
+        image = [RandomResizedCropRGBImageDecoder((side, side)), RandomHorizontalFlip(), ToTensor()]
+        if task.device != "cpu":
+            image.append(ToDevice(torch.device(task.device), non_blocking=True))
+        self._loader = FfcvLoader(
+            str(task.beton),
+            batch_size=task.batch,
+            num_workers=task.threads,
+            os_cache=True,
+            order=OrderOption.RANDOM,
+            # A set with labels has them read as well, to no measurable cost; here they are left out.
+            pipelines={"image": [*image, ToTorchImage()], "label": None},
+        )
+        self.bytes_per_crop = float(Reader(str(task.beton)).alloc_table["size"].mean())
+
+    def epoch(self, number: int) -> Iterator[torch.Tensor]:
+        return (batch for (batch,) in self._loader)
+
+
+class Ours:
+    """This project's loader. Of `copies` crops an image, an epoch is the last 1 / copies: as many crops as the others'."""
+
+    def __init__(self, task: Task, *, decoder: str, copies: int):
+        from data.loader import open_loader
+
+        assert task.beton is not None
+        self._loader = open_loader(
+            task.beton,
+            resolution=task.resolution,
+            batch_size=task.batch,
+            decoder=decoder,
+            device=task.device,
+            copies=copies,
+            threads=task.threads,
+            scale=_SCALE,
+            ratio=_RATIO,
+        )
+        self._first_step = self._loader.steps - task.batches
+        # Every crop has the whole image read.
+        self.bytes_per_crop = float(Beton(task.beton).lengths.mean())
+
+    def epoch(self, number: int) -> Iterator[torch.Tensor]:
+        return (batch.crops for batch in self._loader.epoch(number, start_step=self._first_step))
+
+
+def _mean_size(files: Iterable[str]) -> float:
+    return float(np.mean([os.path.getsize(file) for file in files]))
+
+
+# The most crops of one image that a contender makes; an epoch's batches are a multiple of it.
+COPIES = 4
+
+# In the order of the table. `ffcv` is the one the others are compared with.
+REFERENCE = "ffcv"
+CONTENDERS = {
+    "pillow": Contender(_pillow, "files", "DataLoader, Pillow"),
+    "torchvision": Contender(_torchvision, "files", "DataLoader, decode_jpeg, transforms v2"),
+    "dali": Contender(Dali, "files", "readers.file, decoders.image_random_crop, resize"),
+    "dali slice": Contender(DaliSlice, "plain", "decoders.image_slice with our boxes, resize"),
+    "ffcv": Contender(Ffcv, "plain", "stock loader"),
+    "ffcv raw": Contender(Ffcv, "raw", "stock loader"),
+    **{
+        f"ours {decoder}" + (f", {copies} copies" if copies > 1 else ""): Contender(
+            partial(Ours, decoder=decoder, copies=copies), "converted", f"open_loader, {copies} crops an image"
+        )
+        for decoder in ("ffcv", "dali", "torchvision")
+        for copies in (1, COPIES)
+    },
+}

@@ -1,0 +1,160 @@
+"""The images that loaders are measured on: found in a folder or drawn, and stored in the ways the loaders read."""
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import fft
+
+from bench import BenchError
+from data import convert
+from data.beton import Encoded, write_beton
+from data.decoders.ahead import default_threads
+from data.sources import image_files
+
+MAX_RESOLUTION, QUALITY = 512, 90
+RAW_RESOLUTION = 256
+
+_DRAWN = 300
+# Height and width in pixels, as often as they come in ImageNet: mostly 500 on the longer side, some larger.
+_SIZES = [(375, 500)] * 8 + [(333, 500)] * 4 + [(500, 375)] * 3 + [(500, 333), (400, 500), (480, 640), (600, 800)]
+
+
+def find(data: str | None, folder: Path) -> list[str]:
+    """The image files below the folder `data`, or, without one, of a set that is drawn into `folder`.
+
+    Raises BenchError where there are none.
+    """
+    if data is None:
+        with ThreadPoolExecutor(default_threads()) as pool:
+            return list(pool.map(lambda index: _write_drawn(index, folder), range(_DRAWN)))
+    if not Path(data).is_dir():
+        raise BenchError(f"DATA={data}: no such folder; give a folder of images, or leave DATA out")
+    files = image_files(data)
+    if not files:
+        raise BenchError(f"DATA={data}: no images in it or below")
+    return files
+
+
+def spread(files: list[str], count: int) -> list[str]:
+    """`count` of the files, evenly spread: some are left out, or all repeated, copies side by side."""
+    return [files[i * len(files) // count] for i in range(count)]
+
+
+def _write_drawn(index: int, folder: Path) -> str:
+    path = folder / f"{index:04}.jpg"
+    draw(index).save(path, quality=95, subsampling="4:2:0" if index % 4 == 0 else "4:4:4")
+    return str(path)
+
+
+def draw(index: int) -> Image.Image:
+    """A picture with a photograph's spectrum, edges and noise, always the same for an index.
+
+    Over all indices the bytes a pixel of JPEGs are spread as those of ImageNet's photographs (mean 0.33 at 512 px,
+    quality 90): decoding time goes by them.
+    """
+    rng = np.random.default_rng(index)
+    height, width = _SIZES[index % len(_SIZES)]
+    detail = rng.lognormal(0.0, 0.85)
+    texture = _field(rng, height, width, 1.0) * 8 * detail
+    grain = rng.standard_normal((height, width), dtype=np.float32) * 0.8 * detail
+    light = _field(rng, height, width, 1.6) * 35 + _edges(rng, height, width) + texture + grain
+    planes = [Image.fromarray(np.clip(light + 125, 0, 255).astype(np.uint8))]
+    for _ in range(2):  # colour changes slowly
+        colour = np.clip(_field(rng, height // 4, width // 4, 1.3) * 18 + 128, 0, 255)
+        planes.append(Image.fromarray(colour.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC))
+    return Image.merge("YCbCr", planes).convert("RGB")
+
+
+def _field(rng: np.random.Generator, height: int, width: int, falloff: float) -> np.ndarray:
+    """Noise whose amplitude falls as 1 / frequency^falloff: float32 [height, width], mean 0, deviation 1."""
+    frequency = np.hypot(fft.fftfreq(height)[:, None], fft.rfftfreq(width)[None]).astype(np.float32)
+    frequency[0, 0] = np.inf
+    noise = rng.standard_normal((*frequency.shape, 2), dtype=np.float32).view(np.complex64)[..., 0]
+    field = fft.irfft2(noise * frequency**-falloff, s=(height, width))
+    return field / field.std()
+
+
+def _edges(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    canvas = Image.new("F", (width, height))
+    brush = ImageDraw.Draw(canvas)
+    for _ in range(8):
+        centre = rng.uniform(0, 1, 2) * (width, height)
+        angles = np.sort(rng.uniform(0, 2 * np.pi, 6))
+        corners = centre + rng.uniform(0.05, 0.4) * width * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        brush.polygon([(x, y) for x, y in corners.tolist()], fill=float(rng.normal(0, 35)))
+    return np.asarray(canvas)
+
+
+def write_plain(path: Path, files: list[str]) -> None:
+    """A `.beton` of plain baseline 4:2:0 JPEGs, 512 px on the longer side, quality 90: what stock FFCV is given."""
+
+    def encode(image: Image.Image) -> Encoded:
+        image = image.convert("RGB")
+        image.thumbnail((MAX_RESOLUTION, MAX_RESOLUTION), Image.Resampling.BICUBIC)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
+        return Encoded(buffer.getvalue(), image.height, image.width, 0)
+
+    write_beton(path, _encoded(files, encode), at_most=len(files))
+
+
+def write_converted(path: Path, files: list[str]) -> None:
+    """A `.beton` as data.convert stores images, of the same size and quality."""
+
+    def encode(image: Image.Image) -> Encoded:
+        return Encoded(*convert.encode(image, MAX_RESOLUTION, QUALITY), 0)
+
+    write_beton(path, _encoded(files, encode), at_most=len(files))
+
+
+def write_raw(path: Path, files: list[str]) -> None:
+    """A `.beton` of raw pixels, 256 px on the longer side, by FFCV's own writer."""
+    from ffcv.fields import RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    # One worker: several would order the pages by chance.
+    writer = DatasetWriter(str(path), {"image": RGBImageField("raw", max_resolution=RAW_RESOLUTION)}, num_workers=1)
+    writer.from_indexed_dataset(_Pixels(files))
+
+
+class _Pixels:
+    """What FFCV's writer is given: one-field samples, uint8 [H, W, 3]. A repeated file is read once."""
+
+    def __init__(self, files: list[str]):
+        self._files = files
+        self._last: tuple[str, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray]:
+        file = self._files[index]
+        if self._last is None or self._last[0] != file:
+            self._last = file, np.array(_open(file).convert("RGB"))
+        return (self._last[1],)
+
+
+def _encoded(files: list[str], encode: Callable[[Image.Image], Encoded]) -> Iterator[Encoded]:
+    """Each file encoded, in order; a repeated one once."""
+    runs = [(file, len(list(repeats))) for file, repeats in groupby(files)]
+    with ThreadPoolExecutor(default_threads()) as pool:
+        encoded = pool.map(lambda run: encode(_open(run[0])), runs)
+        for image, (_, repeats) in zip(encoded, runs, strict=True):
+            yield from [image] * repeats
+
+
+def _open(file: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(file)
+            image.load()
+        return image
+    except Exception as error:  # Pillow's readers raise as many kinds as there are formats
+        raise BenchError(f"{file}: cannot be read ({error}); take it out of DATA") from None
