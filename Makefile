@@ -9,17 +9,18 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 # ---- what each verb takes
 
 training  := MODEL REFINERY PRETRAINED DATA EPOCHS RESOLUTION BATCH DECODER RECIPE SEED OUT
-variables := $(training) CHECKPOINT IMAGES ARGS PYTHON
+variables := $(training) CHECKPOINT IMAGES ONLY THREADS ARGS PYTHON
 
 takes.train    := $(training) ARGS
 takes.convert  := DATA OUT ARGS
 takes.evaluate := CHECKPOINT DATA RESOLUTION BATCH DECODER OUT ARGS
 takes.predict  := CHECKPOINT IMAGES RESOLUTION ARGS
 takes.runs     := OUT ARGS
+takes.bench    := ONLY DATA RESOLUTION BATCH EPOCHS THREADS OUT ARGS
 takes.test     := ARGS
 takes.test-all := ARGS
 takes.test-gpu := ARGS
-verbs := help setup train convert evaluate predict runs test test-all test-gpu lint types format
+verbs := help setup train convert evaluate predict runs bench test test-all test-gpu lint types format
 
 # ---- make's command line
 
@@ -95,6 +96,7 @@ Verbs, and the variables they take
   evaluate    top-1 and top-5 of a checkpoint     CHECKPOINT DATA RESOLUTION BATCH DECODER OUT
   predict     the five likeliest classes          CHECKPOINT IMAGES RESOLUTION
   runs        a table of all runs                 OUT
+  bench       how fast, against its peers         ONLY DATA RESOLUTION BATCH EPOCHS THREADS OUT
   test        the quick tests                     test-all: the slow ones too; test-gpu: on a GPU
   lint        ruff                                types: mypy; format: let ruff order the code
   setup       make .venv from requirements.lock   (every verb does it by itself, once)
@@ -113,6 +115,7 @@ Training variables (typed on make's command line; the environment does not count
 
 Other variables
   CHECKPOINT  a run's best.pt or last.pt          IMAGES      a file or a folder
+  ONLY        the part of the bench: loaders      THREADS     that decode (bench)
   ARGS        anything else, as raw words, with every verb that runs a program or tests:
               ARGS='--print_config', ARGS='-k plan'
   PYTHON      an interpreter that has the packages: used as it is; no .venv, no set-up
@@ -152,6 +155,12 @@ predict: $(ready)
 
 runs: $(ready)
 	$(run) train.runs$(call option,--folder,OUT)$(args)
+
+bench_options = $(call option,--only,ONLY)$(call option,--data,DATA)$(call option,--resolution,RESOLUTION) \
+    $(call option,--batch,BATCH)$(call option,--epochs,EPOCHS)$(call option,--threads,THREADS)$(call option,--out,OUT)
+
+bench: $(ready)
+	$(run) bench$(bench_options)$(args)
 
 test: $(ready)
 	$(run) pytest -m "not slow and not gpu"$(args)

@@ -6,6 +6,13 @@ make bench ONLY=loaders
 
 from pathlib import Path
 
+from bench import BenchError, loaders
+from bench.record import environment, table, write
+from data.command import run_command
+from data.decoders.ahead import default_threads
+from train import TrainError
+from train.device import device_named
+
 
 def run(
     only: str = "loaders",
@@ -26,7 +33,7 @@ def run(
         data: any folder of images (default: images drawn by code)
         resolution: side of a crop in pixels
         batch: crops a batch
-        epochs: timed epochs of each contender
+        epochs: timed epochs of each contender; where one is over in less than a second, several count as one
         threads: decoding threads (default: once with 2 and once with all processors)
         crops: crops an epoch, about; of more images, as many are taken, and fewer are repeated
         device: where batches are delivered: auto, cpu or cuda
@@ -58,11 +65,4 @@ def run(
 
 
 if __name__ == "__main__":
-    from bench import BenchError, loaders
-    from bench.record import environment, table, write
-    from data.command import run_command
-    from data.decoders.ahead import default_threads
-    from train import TrainError
-    from train.device import device_named
-
     run_command(run, prog="python -m bench", errors=(BenchError, TrainError))

@@ -62,7 +62,7 @@ class Contender:
 
 
 class Workers:
-    """PyTorch's DataLoader with worker processes over image files, each read and cropped by `load(path) -> [3, R, R]`."""
+    """PyTorch's DataLoader: worker processes read and crop image files by `load(path) -> uint8 [3, R, R]`."""
 
     def __init__(self, task: Task, load: Callable[[str], torch.Tensor]):
         self.bytes_per_crop = _mean_size(task.files)
@@ -133,7 +133,7 @@ class Dali:
 
 
 class DaliSlice:
-    """DALI cutting our plan's boxes while it decodes (image_slice), from our stored bytes: the peer of our DALI path."""
+    """DALI cutting our plan's boxes while it decodes (image_slice), from stored JPEGs: the peer of our DALI path."""
 
     def __init__(self, task: Task):
         from nvidia.dali import fn, types
@@ -244,7 +244,7 @@ class Ffcv:
 
 
 class Ours:
-    """This project's loader. Of `copies` crops an image, an epoch is the last 1 / copies: as many crops as the others'."""
+    """This project's loader. With `copies` crops an image, only the last of so many parts of its epoch is made."""
 
     def __init__(self, task: Task, *, decoder: str, copies: int):
         from data.loader import open_loader
@@ -286,7 +286,7 @@ CONTENDERS = {
     "ffcv": Contender(Ffcv, "plain", "stock loader"),
     "ffcv raw": Contender(Ffcv, "raw", "stock loader"),
     **{
-        f"ours {decoder}" + (f", {copies} copies" if copies > 1 else ""): Contender(
+        f"ours {decoder}" + (f" x{copies}" if copies > 1 else ""): Contender(
             partial(Ours, decoder=decoder, copies=copies), "converted", f"open_loader, {copies} crops an image"
         )
         for decoder in ("ffcv", "dali", "torchvision")

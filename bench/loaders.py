@@ -1,16 +1,17 @@
 """Crops a second of the loaders, ours and others, on the same images.
 
 Every contender is built in a process of its own; then all take turns, an epoch each, so that a machine whose speed
-drifts is unfair to none. One untimed epoch each comes first. The images come from the page cache.
+drifts is unfair to none. One untimed turn each comes first. The images come from the page cache.
 """
 
 import contextlib
 import itertools
 import statistics
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,15 @@ _STORED = {
 _SAMPLING_SECONDS = 0.05
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch as its process measured it.
+# A turn lasts this long at least: one epoch, or several where they are short.
+_TURN_SECONDS = 1.0
 
-    cpu_seconds: of the process and its workers. idle_cpu_seconds: what they used while others had their turn.
+
+@dataclass(frozen=True)
+class Turn:
+    """One contender's turn as its process measured it.
+
+    cpu_seconds: of the process and its workers. idle_cpu_seconds: what they used while others had their turns before.
     """
 
     crops: int
@@ -73,7 +78,9 @@ def measure(
         files = images.spread(found, batches * batch)
         stored, failures = _store({CONTENDERS[name].reads for name in names}, files, Path(folder))
         total = len(names) * len(counts) * (epochs + 2)
-        with tqdm(total=total, desc="loaders", unit=" epochs", dynamic_ncols=True) as bar:
+        # In a log file, a line every 30 s.
+        interval = 0.1 if sys.stderr.isatty() else 30.0
+        with tqdm(total=total, desc="loaders", unit=" turns", mininterval=interval, dynamic_ncols=True) as bar:
             for count in counts:
                 tasks = {
                     name: Task(files, stored.get(CONTENDERS[name].reads), resolution, batch, batches, count, device)
@@ -116,48 +123,45 @@ def _store(kinds: set[str], files: list[str], folder: Path) -> tuple[dict[str, P
     return stored, failures
 
 
-def _in_turns(tasks: dict[str, Task], not_stored: dict[str, str], epochs: int, bar: tqdm) -> Iterator[dict[str, Any]]:
+def _in_turns(tasks: dict[str, Task], not_stored: dict[str, str], epochs: int, bar: tqdm) -> list[dict[str, Any]]:
     """A row for each task, in their order, after all have had their turns."""
-    measured: dict[str, list[Epoch]] = {name: [] for name in tasks}
-    facts: dict[str, dict[str, Any]] = {}
     failures = {name: not_stored[CONTENDERS[name].reads] for name in tasks if CONTENDERS[name].reads in not_stored}
+    facts: dict[str, dict[str, Any]] = {name: {} for name in tasks}
+    measured: dict[str, list[Turn]] = {name: [] for name in tasks}
+    processes: dict[str, Process] = {}
+    at_terminal = sys.stderr.isatty()
     with contextlib.ExitStack() as stack:
-        processes: dict[str, Process] = {}
 
-        def call(name: str, function, *arguments):
-            if name in failures:
-                bar.update()
-                return None
-            try:
-                answer = processes[name].call(function, *arguments)
-            except CallFailed as error:
-                failures[name] = str(error)
-                processes[name].close()
-                answer = None
+        def call(name: str, what: str, function, *arguments):
+            """The function's answer from the contender's process, or None where that has failed, now or before."""
+            answer = None
+            if name not in failures:
+                bar.set_postfix_str(f"{name}: {what}", refresh=at_terminal)
+                try:
+                    answer = processes[name].call(function, *arguments)
+                except CallFailed as error:
+                    failures[name] = str(error)
+                    processes[name].close()
             bar.update()
             return answer
 
         for name, task in tasks.items():
-            bar.set_postfix_str(f"{name}: building")
             if name not in failures:
                 processes[name] = stack.enter_context(Process())
-            facts[name] = call(name, _build, name, task)
+            facts[name] |= call(name, "building", _build, name, task) or {}
         for name in tasks:
-            bar.set_postfix_str(f"{name}: warm-up")
-            peak = call(name, _warm_up)
-            if name not in failures:
-                facts[name]["peak_memory_bytes"] = peak
-        for number, name in itertools.product(range(1, epochs + 1), tasks):
-            epoch = call(name, _epoch, number)
-            if epoch:
-                measured[name].append(epoch)
-                bar.set_postfix_str(f"{name}: {epoch.crops / epoch.seconds:.0f} images/s")
+            facts[name] |= call(name, "first epoch", _warm_up) or {}
+        for _, name in itertools.product(range(epochs), tasks):
+            so_far = measured[name]
+            rate = f"{so_far[-1].crops / so_far[-1].seconds:.0f} images/s" if so_far else "measuring"
+            turn = call(name, rate, _turn)
+            if turn:
+                so_far.append(turn)
+    rows = []
     for name, task in tasks.items():
         row = {"contender": name, "about": CONTENDERS[name].about, "reads": _reads(name), "threads": task.threads}
-        if name in failures:
-            yield row | {"not_run": failures[name]}
-        else:
-            yield row | facts[name] | _summary(measured[name])
+        rows.append(row | ({"not_run": failures[name]} if name in failures else facts[name] | _summary(measured[name])))
+    return rows
 
 
 def _reads(name: str) -> str:
@@ -165,13 +169,12 @@ def _reads(name: str) -> str:
     return _STORED[kind][1] if kind in _STORED else "files"
 
 
-def _summary(epochs: list[Epoch]) -> dict[str, Any]:
-    rates = [epoch.crops / epoch.seconds for epoch in epochs]
-    seconds = sum(epoch.seconds for epoch in epochs)
+def _summary(turns: list[Turn]) -> dict[str, Any]:
+    rates = [turn.crops / turn.seconds for turn in turns]
     return {
         "images_per_second": {"median": statistics.median(rates), "min": min(rates), "max": max(rates)},
-        "cores": sum(epoch.cpu_seconds for epoch in epochs) / seconds,
-        "epochs": [asdict(epoch) for epoch in epochs],
+        "cores": sum(turn.cpu_seconds for turn in turns) / sum(turn.seconds for turn in turns),
+        "turns": [asdict(turn) for turn in turns],
     }
 
 
@@ -196,8 +199,9 @@ def _notes(data: str | None, found: int, crops: int, resolution: int, batch: int
     return [
         f"Random crops of {origin} to {resolution} px, flipped at random, uint8, in batches of {batch}.",
         f"images/s: crops delivered a second; several crops of one image count each. Median, lowest and highest of "
-        f"{epochs} epochs of {crops} crops, contenders in turns, after one untimed epoch each; files in the page cache.",
-        "Cores: processor time of the process and its workers by the clock's. Memory: their peak in the untimed epoch, "
+        f"{epochs} epochs of {crops} crops (several where they take less than a second), contenders in turns, after an "
+        "untimed one each; files in the page cache.",
+        "cores: processor time of the process and its workers by the clock's. memory: their peak in the untimed turn, "
         "shared pages counted once, mapped files left out. kB: encoded bytes read for a crop.",
     ]
 
@@ -206,6 +210,7 @@ def _notes(data: str | None, found: int, crops: int, resolution: int, batch: int
 
 _loader: Loader
 _task: Task
+_epoch_numbers = itertools.count()
 _cpu_at_end: float
 
 
@@ -219,8 +224,8 @@ def _build(name: str, task: Task) -> dict[str, Any]:
     return {"bytes_per_crop": _loader.bytes_per_crop}
 
 
-def _warm_up() -> int | None:
-    """An epoch to compile and start all that starts late; its peak memory in bytes."""
+def _warm_up() -> dict[str, Any]:
+    """A turn in which all is compiled and started that starts late; its peak memory."""
     peaks = [memory_bytes()]
     done = threading.Event()
 
@@ -231,24 +236,25 @@ def _warm_up() -> int | None:
     sampler = threading.Thread(target=sample)
     sampler.start()
     try:
-        _epoch(0)
+        _turn()
     finally:
         done.set()
         sampler.join()
-    known = [peak for peak in peaks if peak is not None]
-    return max(known) if known else None
+    return {"peak_memory_bytes": max((peak for peak in peaks if peak), default=None)}
 
 
-def _epoch(number: int) -> Epoch:
+def _turn() -> Turn:
     global _cpu_at_end
     started_cpu, started = cpu_seconds(), time.perf_counter()
-    crops = _consume(_loader.epoch(number))
-    if _task.device != "cpu":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
+    crops, seconds = 0, 0.0
+    while seconds < _TURN_SECONDS:
+        crops += _consume(_loader.epoch(next(_epoch_numbers)))
+        if _task.device != "cpu":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
     ended_cpu = cpu_seconds()
     idle, _cpu_at_end = started_cpu - _cpu_at_end, ended_cpu
-    return Epoch(crops, seconds, ended_cpu - started_cpu, idle)
+    return Turn(crops, seconds, ended_cpu - started_cpu, idle)
 
 
 def _consume(batches: Iterable[torch.Tensor]) -> int:

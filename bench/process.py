@@ -32,7 +32,7 @@ class Process:
     """
 
     def __init__(self):
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._connection, theirs = multiprocessing.Pipe()
         with theirs:
             self._process = subprocess.Popen(
@@ -59,13 +59,15 @@ class Process:
             answer, failure = self._connection.recv()
         except (EOFError, OSError):
             status = self._process.wait()
-            died = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-            raise CallFailed(f"the process was {died}: {self._last_words()}") from None
+            died = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            raise CallFailed(f"the process {died}: {self._last_words()}") from None
         if failure:
             raise CallFailed(failure)
         return answer
 
     def close(self) -> None:
+        if self._log.closed:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

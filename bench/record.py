@@ -36,7 +36,10 @@ class Record:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """The machine and the versions that figures depend on. memory_bytes: of the machine."""
+    """The machine and the versions that figures depend on, before anything is measured.
+
+    device: cpu or cuda. memory_bytes: of the machine. load_average: of the last minute, what else it was busy with.
+    """
     cpu = _cpu()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -46,6 +49,7 @@ def environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu["model"],
         "cpu": cpu,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average": os.getloadavg()[0],
         "system": platform.platform(),
         "versions": _versions(),
     }
@@ -95,7 +99,9 @@ def table(record: Record, found: dict[str, Any]) -> str:
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = [
-        "| " + " | ".join(_pad(cell, width, column) for column, (cell, width) in enumerate(zip(row, widths, strict=True))) + " |"
+        "| "
+        + " | ".join(_pad(cell, width, column) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        + " |"
         for row in rows
     ]
     rule = "|" + "|".join("-" * (width + 1) + ("-" if column < 2 else ":") for column, width in enumerate(widths)) + "|"
@@ -111,10 +117,13 @@ def _machine(found: dict[str, Any]) -> str:
     cpu = found["cpu"]
     simd = ", ".join(cpu["simd"])
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    commit = f"commit {found['commit'][:10]}{' with changes' if found['dirty'] else ''}" if found["commit"] else "no commit"
+    commit = (
+        f"commit {found['commit'][:10]}{' with changes' if found['dirty'] else ''}" if found["commit"] else "no commit"
+    )
     gpu = f"{found['device']}; " if found["device"] != cpu["model"] else ""
     return (
-        f"{gpu}{cpu['model']}, {cpu['cores']} cores ({simd}), {found['memory_bytes'] / 2**30:.0f} GiB; "
+        f"{gpu}{cpu['model']}, {cpu['cores']} cores ({simd}), {found['memory_bytes'] / 2**30:.0f} GiB, "
+        f"load before {found['load_average']:.1f}; "
         f"{found['date'][:10]}, {commit}; {versions}."
     )
 
@@ -141,8 +150,12 @@ def _chart(record: Record, found: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel(f"crops of {record.settings['resolution']} px a second (median; whiskers: lowest and highest epoch)")
-    axes.set_title(f"{record.part}: {found['device']}, {found['cpu']['cores']} cores, {found['date'][:10]}", fontsize=10)
+    axes.set_xlabel(
+        f"crops of {record.settings['resolution']} px a second (median; whiskers: lowest and highest epoch)"
+    )
+    axes.set_title(
+        f"{record.part}: {found['device']}, {found['cpu']['cores']} cores, {found['date'][:10]}", fontsize=10
+    )
     axes.spines[["top", "right"]].set_visible(False)
     if len(counts) > 1:
         axes.legend(frameon=False)

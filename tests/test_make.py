@@ -66,6 +66,7 @@ def test_every_verb_is_one_command(make):
         (["evaluate", "CHECKPOINT=c", "DATA=a"], ["-m", "train.evaluate", "--checkpoint", "c", "--data", "a"]),
         (["predict", "CHECKPOINT=c", "IMAGES=i"], ["-m", "train.predict", "--checkpoint", "c", "--images", "i"]),
         (["runs"], ["-m", "train.runs"]),
+        (["bench", "ONLY=loaders", "THREADS=2"], ["-m", "bench", "--only", "loaders", "--threads", "2"]),
         (["test"], ["-m", "pytest", "-m", "not slow and not gpu"]),
         (["test-all"], ["-m", "pytest", "-m", "not gpu"]),
         (["test-gpu"], ["-m", "pytest", "-m", "gpu"]),
@@ -78,6 +79,7 @@ def test_slips_are_refused_in_one_line(make):
         (["train", "MODLE=alexnet"], "unknown: MODLE"),
         (["train", "MODEL="], "MODEL is empty"),
         (["predict", "DATA=x"], "does not take DATA"),
+        (["train", "THREADS=2"], "does not take THREADS"),
     ]:
         done = make(*words)
         assert done.returncode == 2
@@ -96,5 +98,5 @@ def test_programs_know_what_was_typed(make):
 
 def test_help_lists_the_verbs(make):
     text = make("help").stdout
-    for word in ("train", "convert", "evaluate", "predict", "runs", "test", "MODEL", "REFINERY", "ARGS"):
+    for word in ("train", "convert", "evaluate", "predict", "runs", "bench", "test", "MODEL", "REFINERY", "ARGS"):
         assert word in text

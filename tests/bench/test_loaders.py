@@ -1,0 +1,114 @@
+"""The bench of loaders, end to end on a few small images, and what it refuses."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bench import BenchError, images
+from bench.__main__ import run
+from bench.contenders import CONTENDERS
+from data.beton import Beton
+from data.command import run_command
+from data.sources import image_files
+from tests.pictures import photograph
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = ("--only", "loaders", "--resolution", "32", "--batch", "4", "--crops", "16", "--epochs", "1")
+
+
+def bench(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "bench", *OPTIONS, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A dozen JPEGs in one folder and the next below it."""
+    (tmp_path / "images" / "more").mkdir(parents=True)
+    for i in range(12):
+        photograph(i, 60 + i, 90).save(tmp_path / "images" / ("more" if i % 2 else "") / f"{i}.jpg")
+    return tmp_path / "images"
+
+
+def test_the_record_is_consistent_and_a_failing_contender_does_not_end_it(folder, tmp_path):
+    # torchvision reads no BMP; Pillow, which makes the converted set, does.
+    photograph(12, 60, 90).save(folder / "12.bmp")
+    out = tmp_path / "results"
+    done = bench("--data", str(folder), "--threads", "1", "--contenders", "torchvision", "--out", str(out))
+
+    (record,) = (json.loads(path.read_text()) for path in out.glob("*-loaders-*.json"))
+    assert record["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert record["settings"]["images"] == 13
+    rows = {row["contender"]: row for row in record["rows"]}
+    assert list(rows) == ["torchvision", "ours torchvision", "ours torchvision x4"]
+    assert "nsupported image file" in rows.pop("torchvision")["not_run"]
+
+    stored = tmp_path / "stored.beton"
+    images.write_converted(stored, images.spread(image_files(folder), 16))
+    for row in rows.values():
+        assert row["threads"] == 1
+        assert row["bytes_per_crop"] == Beton(stored).lengths.mean()
+        assert row["peak_memory_bytes"] > 10e6
+        assert len(row["turns"]) == 1
+        for turn in row["turns"]:
+            assert turn["crops"] > 0
+            assert turn["crops"] % 16 == 0
+            assert turn["seconds"] >= 1
+        rates = [turn["crops"] / turn["seconds"] for turn in row["turns"]]
+        assert row["images_per_second"] == {
+            "median": pytest.approx(statistics.median(rates)),
+            "min": pytest.approx(min(rates)),
+            "max": pytest.approx(max(rates)),
+        }
+        used, seconds = (sum(turn[key] for turn in row["turns"]) for key in ("cpu_seconds", "seconds"))
+        assert row["cores"] == pytest.approx(used / seconds)
+        assert "times_ffcv" not in row  # FFCV was not measured
+
+    (written,) = out.glob("*.md")
+    table = written.read_text().split("\n\n", 1)[1]
+    assert table in done.stdout
+    assert "| torchvision " in table
+    assert "- torchvision, 1 threads: not run: " in table
+    (chart,) = out.glob("*.png")
+    assert Image.open(chart).width > 500
+
+
+@pytest.mark.slow
+def test_every_contender_runs(folder, tmp_path):
+    bench("--data", str(folder), "--threads", "2", "--out", str(tmp_path / "results"))
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json"))
+    assert [row["contender"] for row in record["rows"]] == list(CONTENDERS)
+    assert [row["not_run"] for row in record["rows"] if "not_run" in row] == []
+    rates = {row["contender"]: row["images_per_second"]["median"] for row in record["rows"]}
+    for row in record["rows"]:
+        assert row["times_ffcv"] == pytest.approx(rates[row["contender"]] / rates["ffcv"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--only", "loader"], "only=loader: unknown; there is loaders"),
+        (["--data", "{empty}"], "no images in it or below"),
+        (["--data", "{empty}/missing"], "no such folder"),
+        (["--contenders", "webdataset"], "contenders=webdataset: none has this in its name"),
+        (["--threads", "4096"], "threads=4096: give 1 to"),
+        (["--batch", "0"], "batch=0: must be at least 1"),
+        (["--epochs", "many"], "epochs"),
+    ],
+)
+def test_slips_are_refused_in_one_line(words, says, tmp_path, capsys):
+    words = [word.format(empty=tmp_path) for word in words]
+    with pytest.raises(SystemExit) as ended:
+        run_command(run, prog="python -m bench", errors=(BenchError,), args=words)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert says in told
+    assert len(told.splitlines()) == 1

@@ -1,0 +1,79 @@
+"""Interpreters of their own, and what a tree of processes uses."""
+
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.process import CallFailed, Process, cpu_seconds, memory_bytes
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is alive: neither gone nor waiting to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_calls_run_elsewhere_one_after_the_other():
+    with Process() as process:
+        pids = {process.call(os.getpid) for _ in range(3)}
+        assert len(pids) == 1
+        assert pids != {os.getpid()}
+        assert process.call(math.gcd, 12, 18) == 6
+
+
+def test_a_failed_call_says_why_and_the_process_goes_on():
+    with Process() as process:
+        with pytest.raises(CallFailed, match="ValueError: math domain error"):
+            process.call(math.log, -1.0)
+        assert process.call(math.sqrt, 4.0) == 2
+
+
+def test_a_dead_process_is_reported():
+    with Process() as process, pytest.raises(CallFailed, match="was killed by SIGABRT"):
+        process.call(os.abort)
+
+
+def test_close_ends_the_children_too():
+    with Process() as process:
+        child = process.call(os.spawnlp, os.P_NOWAIT, "sleep", "sleep", "60")
+        assert runs(child)
+    deadline = time.monotonic() + 5
+    while runs(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not runs(child)
+
+
+def test_processor_time_counts_living_and_ended_children():
+    burn = "import time\nwhile time.process_time() < 0.4: pass\nprint('burnt', flush=True)\ninput()"
+    before = cpu_seconds()
+    with subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout
+        assert child.stdout.readline() == b"burnt\n"
+        assert 0.35 < cpu_seconds() - before < 1.5
+    assert 0.35 < cpu_seconds() - before < 1.5
+
+
+def test_memory_counts_what_is_used_but_not_mapped_files(tmp_path):
+    file = tmp_path / "bytes"
+    file.write_bytes(bytes(64 << 20))
+    before = memory_bytes()
+    if before is None:
+        pytest.skip("this system does not tell the memory of a process by kind")
+    mapped = np.memmap(file, dtype=np.uint8, mode="r")
+    assert not mapped.any()
+    after_mapping = memory_bytes()
+    assert after_mapping is not None
+    assert after_mapping - before < 32 << 20
+    used = np.ones(64 << 20, dtype=np.uint8)
+    after_use = memory_bytes()
+    assert after_use is not None
+    assert after_use - after_mapping > 60 << 20
+    assert used[0] == 1
