@@ -118,6 +118,8 @@ def write_raw(path: Path, files: list[str]) -> None:
     from ffcv.fields import RGBImageField
     from ffcv.writer import DatasetWriter
 
+    for file in dict.fromkeys(files):
+        _open(file)  # FFCV's writer waits forever where a worker meets a damaged one
     # One worker: several would order the pages by chance.
     writer = DatasetWriter(str(path), {"image": RGBImageField("raw", max_resolution=RAW_RESOLUTION)}, num_workers=1)
     writer.from_indexed_dataset(_Pixels(files))

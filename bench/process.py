@@ -95,11 +95,14 @@ def _serve(connection: Connection) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    # Errors handed on by workers carry their traceback, and DALI's an explanation above it: the cause comes last.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    causes = [line for line in lines if "rror" in line and not line.startswith(("File ", "Error in", "Error when"))]
-    text = (causes or lines or [""])[-1]
-    return f"{type(error).__name__}: {text}"
+    if "encountered:" in lines[:-1]:  # DALI puts the operator's place in front of the cause
+        cause = lines[lines.index("encountered:") + 1]
+    elif any(line.startswith(("Traceback", "Original Traceback")) for line in lines):
+        return lines[-1]  # the error of a DataLoader's worker, type and all
+    else:
+        cause = lines[0] if lines else ""
+    return f"{type(error).__name__}: {cause}"
 
 
 def cpu_seconds() -> float:

@@ -62,9 +62,10 @@ def test_stored_sets_hold_every_file_reduced(write, tmp_path):
             assert image.size == tuple(beton.sizes[index, ::-1])
 
 
-def test_a_damaged_image_is_named(tmp_path):
+@pytest.mark.parametrize("write", [images.write_plain, images.write_converted])
+def test_a_damaged_image_is_named(write, tmp_path):
     file = tmp_path / "cut.jpg"
     photograph(0, 60, 60).save(file)
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(BenchError, match=r"cut\.jpg: cannot be read .*take it out of DATA"):
-        images.write_plain(tmp_path / "set.beton", [str(file)])
+        write(tmp_path / "set.beton", [str(file)])
