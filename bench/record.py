@@ -83,7 +83,7 @@ def table(record: Record, found: dict[str, Any]) -> str:
         first = (row["contender"], row["reads"], str(row["threads"]))
         if "not_run" in row:
             rows.append((*first, "not run", *[""] * 5))
-            missing.append(f"- {row['contender']}, {row['threads']} threads: not run: {row['not_run']}\n")
+            missing.append(f"- {row['contender']}, threads={row['threads']}: not run: {row['not_run']}\n")
             continue
         rate, memory = row["images_per_second"], row["peak_memory_bytes"]
         rows.append(

@@ -76,7 +76,7 @@ def test_the_record_is_consistent_and_a_failing_contender_does_not_end_it(folder
     table = written.read_text().split("\n\n", 1)[1]
     assert table in done.stdout
     assert "| torchvision " in table
-    assert "- torchvision, 1 threads: not run: " in table
+    assert "- torchvision, threads=1: not run: " in table
     (chart,) = out.glob("*.png")
     assert Image.open(chart).width > 500
 
