@@ -3,11 +3,16 @@
 Layout: header, field descriptors, one metadata row an image, then pages of encoded bytes (an image never crosses a
 page), and at the very end the allocation table with place and length of each image's bytes. Ours hold the two fields
 `image` (RGBImageField, type 2) and `label` (IntField, type 1), which is what stock FFCV image loaders expect.
+
+Files written here carry a seal as well, where stock FFCV does not look: a CRC-32 of every image's bytes, and a digest
+of the index and of these. A damaged file is refused by name instead of training on garbage: the index when the file is
+opened, an image's bytes when they are first used. Files of other writers have no seal, and are read without.
 """
 
 import contextlib
 import hashlib
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -35,25 +40,33 @@ _IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_
 _FLOAT_FIELD, _INT_FIELD, _IMAGE_FIELD = 0, 1, 2
 # Fields whose metadata row has a fixed type; a file with any other kind of field is not one of ours to read.
 _ROW_TYPES = {_FLOAT_FIELD: np.dtype("<f8"), _INT_FIELD: np.dtype("<i8"), _IMAGE_FIELD: _IMAGE}
-_JPEG = 0
+_JPEG, _RAW = 0, 1
+# In the image field's arguments, which stock FFCV leaves empty and ignores. The version is ours.
+_SEAL = np.dtype([("name", "S16"), ("checksums_ptr", "<u8"), ("digest", ("<u1", (32,)))])
+_SEAL_NAME, _SEAL_START = b"label-refinery 1", b"label-refinery"
 
 
 class Encoded(NamedTuple):
-    """One image to be written: its JPEG bytes, height and width in pixels, and class id."""
+    """One image to be written: its bytes, height and width in pixels, and class id.
 
-    jpeg: bytes
+    data: a JPEG, or if raw the RGB pixels row by row, height * width * 3 bytes.
+    """
+
+    data: bytes
     height: int
     width: int
     label: int
+    raw: bool = False
 
 
 class Beton:
     """A `.beton` opened for reading: sizes, labels and encoded bytes, without decoding anything.
 
-    sizes: int32 [n, 2], height and width of each image in pixels. labels: int64 [n].
-    pages: int64 [n], the file page that holds each image. fingerprint: hex digest of the whole index (sizes, labels,
-    places and lengths), which differs whenever an image was added, dropped, moved or encoded to another length.
-    Raises DataError when the file is missing, cut short, or of another format.
+    sizes: int32 [n, 2], height and width of each image in pixels. labels: int64 [n]. raw: bool [n], pixels, no JPEG.
+    starts, lengths: int64 [n], place of each image's bytes. pages: int64 [n], the file page that holds each image.
+    bytes: uint8, the whole file, mapped. fingerprint: hex digest of index and contents; of the index alone where the
+    file has no seal, which still differs whenever an image was added, dropped, moved or encoded to another length.
+    Raises DataError when the file is missing, cut short, damaged, or of another format.
     """
 
     def __init__(self, path: str | Path):
@@ -63,38 +76,70 @@ class Beton:
             index = self._read_index(file_size)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from None
-        header, rows, allocations = index
+        header, rows, allocations, seal = index
         image, label = rows
         self.num_samples = len(label)
         self.sizes = np.stack([image["height"], image["width"]], axis=1).astype(np.int32)
         self.labels = label.astype(np.int64)
         if self.num_samples and (self.sizes.min() < 1 or self.labels.min() < 0):
             raise self._broken("an image without pixels or a negative class id")
-        if (image["mode"] != _JPEG).any():
-            raise DataError(f"{self.path}: holds raw images; convert the set again, with JPEG storage")
+        if self.num_samples and image["mode"].max() > _RAW:
+            raise self._broken("an image stored in an unknown way")
 
-        allocations = allocations[np.argsort(allocations["ptr"], kind="stable")]
+        by_place = np.argsort(allocations["ptr"], kind="stable")
+        allocations = allocations[by_place]
         slots = np.searchsorted(allocations["ptr"], image["data_ptr"])
         if self.num_samples:
             slots = np.minimum(slots, len(allocations) - 1)
             found = allocations[slots]
-            ends = found["ptr"] + found["size"]
-            if (found["ptr"] != image["data_ptr"]).any() or (ends > header["alloc_table_ptr"]).any():
+            # Compared by differences, which cannot overflow.
+            table = header["alloc_table_ptr"]
+            beyond = (found["ptr"] > table) | (found["size"] > table - np.minimum(found["ptr"], table))
+            if (found["ptr"] != image["data_ptr"]).any() or beyond.any():
                 raise self._broken("an image's bytes lie outside the file")
         self.starts = image["data_ptr"].astype(np.int64)
         self.lengths = allocations["size"][slots].astype(np.int64)
+        self.raw = image["mode"] == _RAW
+        if (self.lengths != self.sizes.prod(axis=1, dtype=np.int64) * 3)[self.raw].any():
+            raise self._broken("a raw image of another size than the index says")
         self.pages = self.starts // int(header["page_size"])
         # Copy-on-write: decoders that insist on writable buffers take its views as they are; nothing reaches the file.
-        self._bytes = np.memmap(self.path, dtype=np.uint8, mode="c")
-        digest = hashlib.sha256()
-        for array in (self.sizes, self.labels, self.starts, self.lengths):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        self.fingerprint = digest.hexdigest()
+        self.bytes = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="c"))
+        self._checksums = self._unsealed(seal, file_size) if seal is not None else None
+        if self._checksums is None:
+            digest = hashlib.sha256()
+            for array in (self.sizes, self.labels, self.starts, self.lengths, self.raw):
+                digest.update(np.ascontiguousarray(array).tobytes())
+            self.fingerprint = digest.hexdigest()
+        else:
+            self.fingerprint = seal["digest"].tobytes().hex()
+        self._trusted = np.full(self.num_samples, self._checksums is None)
 
     def encoded(self, index: int) -> NDArray[np.uint8]:
-        """The encoded bytes of one image: uint8 [length], a view of the mapped file."""
+        """The stored bytes of one image: uint8 [length], a view of the mapped file. Raises DataError if damaged."""
         start = self.starts[index]
-        return self._bytes[start : start + self.lengths[index]]
+        data = self.bytes[start : start + self.lengths[index]]
+        if not self._trusted[index]:
+            if zlib.crc32(data) != self._checksums[index]:
+                raise DataError(f"{self.path}: image {index} is damaged (its checksum differs); convert the set again")
+            self._trusted[index] = True
+        return data
+
+    def check(self, indices: NDArray[np.int64]) -> None:
+        """Compares the images' bytes, of those not used before, with their checksums. Raises DataError if damaged."""
+        for index in indices[~self._trusted[indices]]:
+            self.encoded(index)
+
+    def _unsealed(self, seal, file_size: int) -> NDArray[np.uint32]:
+        """The images' checksums, once the digest has vouched for them and for the index."""
+        start = int(seal["checksums_ptr"])
+        if start + self.num_samples * 4 > file_size:
+            raise self._broken("its seal is damaged")
+        checksums = self.bytes[start : start + self.num_samples * 4].view("<u4")
+        if _digest(self._sealed, checksums) != seal["digest"].tobytes():
+            raise self._broken("its index is damaged")
+        del self._sealed
+        return checksums
 
     def _read_index(self, file_size: int):
         with open(self.path, "rb") as file:
@@ -119,9 +164,18 @@ class Beton:
                 raise self._broken("it is cut short")
             file.seek(table)
             allocations = _read(file, _ALLOCATION, (file_size - table) // _ALLOCATION.itemsize)
+            if allocations is None:
+                raise self._broken("it is cut short")
+        seal = fields["arguments"][types.index(_IMAGE_FIELD)][: _SEAL.itemsize].copy().view(_SEAL)[0]
+        if seal["name"] == _SEAL_NAME:
+            self._sealed = (header, rows, allocations)
+        elif seal["name"].startswith(_SEAL_START):
+            raise DataError(f"{self.path}: written by another version of label-refinery; convert the set again")
+        else:
+            seal = None
         names = row_type.names or ()
         image, label = (rows[names[types.index(kind)]] for kind in (_IMAGE_FIELD, _INT_FIELD))
-        return header, (image, label), allocations
+        return header, (image, label), allocations, seal
 
     def _broken(self, what: str) -> DataError:
         return DataError(f"{self.path}: {what}; convert the set again")
@@ -133,6 +187,13 @@ def _read(file, dtype: np.dtype, count: int) -> NDArray | None:
     return np.frombuffer(data, dtype=dtype) if len(data) == dtype.itemsize * count else None
 
 
+def _digest(index: Iterable[NDArray], checksums: NDArray[np.uint32]) -> bytes:
+    digest = hashlib.sha256()
+    for part in (*index, checksums):
+        digest.update(part.tobytes())
+    return digest.digest()
+
+
 def write_beton(path: str | Path, images: Iterable[Encoded], *, at_most: int) -> int:
     """Writes images in the order given; the same images always give the same bytes. Returns how many there were.
 
@@ -142,6 +203,7 @@ def write_beton(path: str | Path, images: Iterable[Encoded], *, at_most: int) ->
     row_type = np.dtype([("", _IMAGE), ("", "<i8")], align=True)
     rows = np.zeros(at_most, dtype=row_type)
     allocations = np.zeros(at_most, dtype=_ALLOCATION)
+    checksums = np.zeros(at_most, dtype="<u4")
     fields = np.zeros(2, dtype=_FIELD)
     fields["type_id"] = _IMAGE_FIELD, _INT_FIELD
     fields["name"] = b"image", b"label"
@@ -151,24 +213,32 @@ def write_beton(path: str | Path, images: Iterable[Encoded], *, at_most: int) ->
     try:
         with open(path, "wb") as file:
             for image in images:
-                size = len(image.jpeg)
+                size = len(image.data)
                 if size > _PAGE_SIZE:
                     raise DataError(f"image {count}: {size} bytes do not fit a page of {_PAGE_SIZE}")
                 if place % _PAGE_SIZE + size > _PAGE_SIZE:
                     place = _next_page(place)
                 file.seek(place)
-                file.write(image.jpeg)
-                rows[count] = (_JPEG, image.width, image.height, place), image.label
+                file.write(image.data)
+                rows[count] = (_RAW if image.raw else _JPEG, image.width, image.height, place), image.label
                 allocations[count] = count, place, size
+                checksums[count] = zlib.crc32(image.data)
                 place += size
                 count += 1
-            # FFCV maps whole pages, so the last one is filled up before the table follows.
-            table = _next_page(place)
+            # FFCV maps whole pages, so the last one is filled up; the checksums have pages of their own, and the
+            # allocation table ends the file.
+            checksums_start = _next_page(place)
+            table = _next_page(checksums_start + checksums[:count].nbytes)
+            file.seek(checksums_start)
+            file.write(checksums[:count].tobytes())
             file.truncate(table)
             file.seek(table)
             file.write(allocations[:count].tobytes())
+            header = np.array([(_VERSION, len(fields), _PAGE_SIZE, count, table)], dtype=_HEADER)[0]
+            digest = _digest((header, rows[:count], allocations[:count]), checksums[:count])
+            seal = np.array([(_SEAL_NAME, checksums_start, np.frombuffer(digest, np.uint8))], dtype=_SEAL)
+            fields["arguments"][0][: _SEAL.itemsize] = seal.view(np.uint8)
             file.seek(0)
-            header = np.array([(_VERSION, len(fields), _PAGE_SIZE, count, table)], dtype=_HEADER)
             file.write(header.tobytes() + fields.tobytes() + rows[:count].tobytes())
             file.flush()
             os.fsync(file.fileno())

@@ -3,13 +3,13 @@
     python -m data.convert --data images/ --out converted/images
     make convert DATA=images/ OUT=converted/images
 
-A converted set is a folder: `train.beton` and `val.beton` (baseline 4:2:0 JPEGs, at most `max_resolution` pixels on
-the longer side), `set.json` (class names in order, crop rule, how it was made), `rejects.txt` (what could not be read).
+A converted set is a folder: `train.beton` and `val.beton` (baseline 4:2:0 JPEGs with a restart grid, see data/tiles.py,
+at most `max_resolution` pixels on the longer side; or raw pixels), `set.json` (class names in order, crop rule, how it
+was made), `rejects.txt` (what could not be read).
 """
 
 import contextlib
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -24,13 +24,14 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import PIL
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from data import DataError
+from data import DataError, tiles
 from data.beton import Beton, Encoded, write_beton
 from data.command import run_command
 from data.progress import images_bar
@@ -39,6 +40,20 @@ from data.sources import CropRule, Source, Split, crop_rule_for, open_source
 _FORMAT = 1
 _CHUNK = 32
 _REJECTS_SHOWN = 5
+# Three bytes a pixel add up: a raw image takes at 256 pixels what a JPEG takes at 512 or so, times three.
+_MAX_RESOLUTIONS = {"jpeg": 512, "raw": 256}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How images are stored.
+
+    kind: jpeg or raw. max_resolution: pixels, at most, of the longer side. quality: of JPEGs, 1 to 100.
+    """
+
+    kind: str = "jpeg"
+    max_resolution: int = 512
+    quality: int = 90
 
 
 @dataclass(frozen=True)
@@ -125,16 +140,26 @@ def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Un
     return Unconverted(source, folder, stale=folder.exists())
 
 
-def convert(data: str, out: str, max_resolution: int = 512, quality: int = 90, processes: int | None = None) -> None:
-    """Converts a folder of images or a named set to FFCV's format.
+def convert(
+    data: str,
+    out: str,
+    storage: Literal["jpeg", "raw"] = "jpeg",
+    max_resolution: int | None = None,
+    quality: int = 90,
+    processes: int | None = None,
+) -> None:
+    """Converts a folder or archive of images or a named set to FFCV's format.
 
     Args:
-        data: a folder of class folders (or train/ and val/ of them), or scenes, cifar10, svhn, imagenette
+        data: a folder of class folders (or train/ and val/ of them), a zip or tar of one, or a set's name
         out: the folder to write; it must not exist yet
-        max_resolution: larger images are reduced so that the longer side has this many pixels
+        storage: jpeg, or raw pixels for small images or a large memory: no decoding, some ten times the bytes
+        max_resolution: larger images are reduced so that the longer side has this many pixels (default: 512; raw: 256)
         quality: JPEG quality, 1 to 100
         processes: how many encode at once (default: one a core)
     """
+    if max_resolution is None:
+        max_resolution = _MAX_RESOLUTIONS[storage]
     if is_converted(data):
         raise DataError(f"{data}: is a converted set already; use it as DATA")
     if not 1 <= quality <= 100:
@@ -143,15 +168,15 @@ def convert(data: str, out: str, max_resolution: int = 512, quality: int = 90, p
         raise DataError(f"max_resolution={max_resolution}: give 16 to 65500 pixels")
     if Path(out).exists():
         raise DataError(f"{out}: exists already; give another OUT or remove it first")
-    convert_source(open_source(data), Path(out), max_resolution=max_resolution, quality=quality, processes=processes)
+    stored_as = Storage(storage, max_resolution, quality)
+    convert_source(open_source(data), Path(out), storage=stored_as, processes=processes)
 
 
 def convert_source(
     source: Source,
     out: Path,
     *,
-    max_resolution: int = 512,
-    quality: int = 90,
+    storage: Storage = Storage(),
     processes: int | None = None,
     replace: bool = False,
 ) -> ConvertedSet:
@@ -168,7 +193,7 @@ def convert_source(
         partial.mkdir(parents=True)
         rejects = []
         for name, split in (("train", source.train), ("val", source.val)):
-            rejects += _convert_split(split, name, partial, max_resolution, quality, processes)
+            rejects += _convert_split(split, name, partial, storage, processes)
         (partial / "rejects.txt").write_text("".join(f"{line}\n" for line in rejects))
         sizes = Beton(partial / "train.beton").sizes
         described = {
@@ -178,8 +203,9 @@ def convert_source(
             "crop": asdict(source.crop or crop_rule_for(sizes)),
             "source_fingerprint": source.fingerprint,
             "made": {
-                "max_resolution": max_resolution,
-                "quality": quality,
+                "storage": storage.kind,
+                "max_resolution": storage.max_resolution,
+                "quality": storage.quality,
                 "pillow": PIL.__version__,
                 "rejects": len(rejects),
             },
@@ -199,25 +225,26 @@ def convert_source(
     return open_set(out)
 
 
-def _convert_split(
-    split: Split, name: str, folder: Path, max_resolution: int, quality: int, processes: int
-) -> list[str]:
+def _convert_split(split: Split, name: str, folder: Path, storage: Storage, processes: int) -> list[str]:
     """Writes one split's .beton into the folder; returns a line for each image that could not be read."""
     rejects: list[str] = []
-    stored_bytes = 0
+    stored_bytes, tiled_area, tiles_cut = 0, 0, 0
     started = time.perf_counter()
 
     def images(bar: tqdm) -> Iterator[Encoded]:
-        nonlocal stored_bytes
-        for item, label, result in _encode_ahead(split, max_resolution, quality, processes):
+        nonlocal stored_bytes, tiled_area, tiles_cut
+        for item, label, result in _encode_ahead(split, storage, processes):
             bar.update()
             if isinstance(result, str):
                 rejects.append(f"{item}: {result}")
                 if len(rejects) <= _REJECTS_SHOWN:
                     bar.write(f"left out: {rejects[-1]}", file=sys.stderr)
                 continue
-            stored_bytes += len(result[0])
-            yield Encoded(*result, label)
+            stored_bytes += len(result.data)
+            grid = 0 if storage.kind == "raw" else tiles.layout(np.frombuffer(result.data, np.uint8)).tiles
+            tiles_cut += grid
+            tiled_area += result.height * result.width if grid else 0
+            yield result._replace(label=label)
 
     with images_bar(len(split.items), f"convert {name}") as bar:
         count = write_beton(folder / f"{name}.beton", images(bar), at_most=len(split.items))
@@ -226,24 +253,25 @@ def _convert_split(
     rate = count / (time.perf_counter() - started)
     print(
         f"{name}: {count} images at {rate:.0f} images/s, {stored_bytes / 1e6:.1f} MB "
-        f"({stored_bytes / count / 1e3:.1f} kB an image), {len(rejects)} left out",
+        f"({stored_bytes / count / 1e3:.1f} kB an image), "
+        + (f"mean tile {tiled_area / tiles_cut / tiles.MCU:.0f}x{tiles.MCU} pixels, " if tiles_cut else "")
+        + f"{len(rejects)} left out",
         flush=True,
     )
     return rejects
 
 
-def _encode_ahead(
-    split: Split, max_resolution: int, quality: int, processes: int
-) -> Iterator[tuple[Any, int, tuple[bytes, int, int] | str]]:
+def _encode_ahead(split: Split, storage: Storage, processes: int) -> Iterator[tuple[Any, int, Encoded | str]]:
     """Each item with its label and its encoding (or why it has none), in order, encoded by all processes ahead."""
-    # A fresh server process: forking one that runs PyTorch's threads can deadlock.
+    # A fresh server process: forking one that runs PyTorch's threads can deadlock. It imports once for all.
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data.convert"])
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interrupts) as pool:
         waiting: deque[tuple[int, Future]] = deque()
         try:
             for start in range(0, len(split.items), _CHUNK):
                 chunk = [split.items[i] for i in range(start, min(start + _CHUNK, len(split.items)))]
-                waiting.append((start, pool.submit(_encode_chunk, split.read, chunk, max_resolution, quality)))
+                waiting.append((start, pool.submit(_encode_chunk, split.read, chunk, storage)))
                 if len(waiting) > 4 * processes:
                     yield from _labelled(split, *waiting.popleft())
             while waiting:
@@ -252,7 +280,7 @@ def _encode_ahead(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _labelled(split: Split, start: int, future: Future) -> Iterator[tuple[Any, int, tuple[bytes, int, int] | str]]:
+def _labelled(split: Split, start: int, future: Future) -> Iterator[tuple[Any, int, Encoded | str]]:
     for i, result in enumerate(future.result(), start):
         yield split.items[i], int(split.labels[i]), result
 
@@ -262,26 +290,26 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _encode_chunk(read, items: list, max_resolution: int, quality: int) -> list[tuple[bytes, int, int] | str]:
-    results: list[tuple[bytes, int, int] | str] = []
+def _encode_chunk(read, items: list, storage: Storage) -> list[Encoded | str]:
+    results: list[Encoded | str] = []
     for item in items:
         # Image readers meet anything on users' disks and raise as many kinds of errors: all mean an unreadable image.
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                results.append(encode(read(item), max_resolution, quality))
+                results.append(encode(read(item), storage))
         except Exception as error:
             results.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
     return results
 
 
-def encode(image: Image.Image, max_resolution: int, quality: int) -> tuple[bytes, int, int]:
-    """An image as stored: upright RGB, reduced to max_resolution, baseline 4:2:0 JPEG. Returns bytes, height, width."""
+def encode(image: Image.Image, storage: Storage) -> Encoded:
+    """An image as stored: upright RGB, reduced to storage.max_resolution, as a restart-grid JPEG or raw; label 0."""
     image = ImageOps.exif_transpose(image).convert("RGB")
-    image.thumbnail((max_resolution, max_resolution), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
-    return buffer.getvalue(), image.height, image.width
+    image.thumbnail((storage.max_resolution, storage.max_resolution), Image.Resampling.BICUBIC)
+    raw = storage.kind == "raw"
+    data = image.tobytes() if raw else tiles.encode(image, storage.quality)
+    return Encoded(data, image.height, image.width, 0, raw)
 
 
 if __name__ == "__main__":

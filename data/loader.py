@@ -1,5 +1,6 @@
 """Crop batches, epoch after epoch: the plan decides, a decoder makes, the loader hands over."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from data import DataError, plan
 from data.beton import Beton
 from data.convert import is_converted, open_set
-from data.decoders import Decoder, Request, build_decoder, choose
+from data.decoders import Request, View, build_decoder, choose
 from data.decoders.ahead import default_threads
 
 ORDERS = ("random", "quasi-random", "sequential")
@@ -67,6 +68,7 @@ def open_loader(
     seed: int = 0,
     device: str | torch.device = "cpu",
     copies: int = 1,
+    spread: bool = True,
     rank: int = 0,
     world: int = 1,
     threads: int | None = None,
@@ -81,9 +83,12 @@ def open_loader(
 ) -> "Loader":
     """Opens a `.beton` for training (random crops in random order) or evaluation (central crops in file order).
 
-    copies: crops of each image an epoch; an epoch then has that many times the steps, and the copies of an image come
-    in successive batches. threads: decoding threads (default: all processors). drop_last: leave out a last batch that
-    is not full (default: in training, where every rank then has the same number of steps).
+    copies: crops of each image an epoch, which is decoded once for all of them; an epoch then has that many times the
+    steps. spread: the copies of an image come in successive batches; else they share a batch, as in repeated
+    augmentation (Hoffer et al. 2020), which takes a copies-th of the memory. order: random, quasi-random (random within
+    groups of file pages, for files larger than memory) or sequential. threads: decoding threads (default: all
+    processors). drop_last: leave out a last batch that is not full (default: in training, where every rank then has
+    the same number of steps).
     fetch: the host half of a label source, `(indices int64 [B], copies int64 [B], epoch) -> host tensors or None`.
 
     Raises DataError for a file that is no `.beton`, an unknown decoder or order, and a set with too few images.
@@ -93,6 +98,8 @@ def open_loader(
     for name, value in (("resolution", resolution), ("batch_size", batch_size), ("copies", copies)):
         if value < 1:
             raise DataError(f"{name}={value}: must be at least 1")
+    if train and not spread and batch_size % copies:
+        raise DataError(f"batch_size={batch_size}: must be a multiple of copies={copies} when these share a batch")
     return Loader(
         Beton(beton_path),
         resolution=resolution,
@@ -102,6 +109,7 @@ def open_loader(
         seed=seed,
         device=torch.device(device),
         copies=copies if train else 1,
+        spread=spread,
         rank=rank,
         world=world,
         threads=threads or default_threads(),
@@ -154,6 +162,7 @@ class Loader:
         seed: int,
         device: torch.device,
         copies: int,
+        spread: bool,
         rank: int,
         world: int,
         threads: int,
@@ -164,10 +173,12 @@ class Loader:
         fetch: Fetch | None,
     ):
         self._beton = beton
-        self._batch_size = batch_size
         self._seed = seed
         self._device = device
         self._copies = copies
+        # Images are decoded in blocks, from which come one batch, or with spread copies as many as there are copies.
+        self._spread = spread
+        self._block_size = batch_size if spread else batch_size // copies
         self._rank, self._world = rank, world
         self._boxes_of = boxes_of
         self._order = order
@@ -186,32 +197,34 @@ class Loader:
             )
         # Training: the smallest shard sets the steps of all, so that no rank waits for a partner that has ended.
         shard = self.num_samples // world if drop_last else len(range(rank, self.num_samples, world))
-        self._blocks = shard // batch_size if drop_last else -(-shard // batch_size)
-        self.steps = self._blocks * copies
+        self._blocks = shard // self._block_size if drop_last else -(-shard // self._block_size)
+        self.steps = self._blocks * (copies if spread else 1)
         if not self.steps:
             raise DataError(
                 f"{beton.path}: {self.num_samples} images make no batch of {batch_size} on each of {world} devices; "
                 "take a smaller batch"
             )
-        build: dict[str, Any] = {"device": device, "threads": threads, "max_batch": batch_size}
-        self._decoders: dict[Pairing | None, Decoder] = {
-            pairing: build_decoder(decoder, beton, resolution=pairing.resolution if pairing else resolution, **build)
-            for pairing in (None, *paired)
-        }
+        views = [View(copies, resolution)]
+        views += [View(copies if pairing.box == "same" else 1, pairing.resolution) for pairing in paired]
+        self._decoder = build_decoder(
+            decoder, beton, views=tuple(views), device=device, threads=threads, max_batch=self._block_size
+        )
         self.decoder = choose(decoder, device)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
         """The batches of one epoch from start_step on; those before it cost nothing."""
-        plans = self._plan(epoch, start_step)
-        streams = {
-            pairing: decoder.decode(self._requests(plans, epoch, pairing))
-            for pairing, decoder in self._decoders.items()
-        }
-        for (indices, copies), *crops in zip(plans, *streams.values(), strict=True):
-            yield self._batch(indices, copies, epoch, dict(zip(streams, crops, strict=True)))
+        batches_a_block = self._copies if self._spread else 1
+        first_block, done = divmod(start_step, batches_a_block)
+        # The decoder asks for blocks ahead of their use; the boxes that it got wait here for their crops.
+        planned: deque[Request] = deque()
+        for views in self._decoder.decode(self._requests(epoch, first_block, planned)):
+            block = planned.popleft()
+            for number in range(done, batches_a_block):
+                copies = range(number, number + 1) if self._spread else range(self._copies)
+                yield self._batch(block, copies, views, epoch)
+            done = 0
 
-    def _plan(self, epoch: int, start_step: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """For each step from start_step on: the indices of its images and which copy of each is cropped."""
+    def _requests(self, epoch: int, first_block: int, planned: deque[Request]) -> Iterator[Request]:
         order = plan.epoch_order(
             self.num_samples,
             seed=self._seed,
@@ -221,33 +234,49 @@ class Loader:
             shuffle=self._order != "sequential",
             pages=self._beton.pages if self._order == "quasi-random" else None,
         )
-        steps = []
-        for step in range(start_step, self.steps):
-            block, copy = divmod(step, self._copies)
-            indices = order[block * self._batch_size : (block + 1) * self._batch_size]
-            steps.append((indices, np.full(len(indices), copy, dtype=np.int64)))
-        return steps
+        for block in range(first_block, self._blocks):
+            indices = order[block * self._block_size : (block + 1) * self._block_size]
+            request = self._request(indices, epoch)
+            planned.append(request)
+            yield request
 
-    def _requests(self, plans, epoch: int, pairing: Pairing | None) -> Iterator[Request]:
-        for indices, copies in plans:
-            yield self._request(indices, copies, epoch, pairing)
+    def _request(self, indices: NDArray[np.int64], epoch: int) -> Request:
+        """All crops of a block: its copies, then those of each pairing."""
+        n, sizes = len(indices), self._beton.sizes[indices]
+        copies = np.repeat(np.arange(self._copies), n)
+        tiled = np.tile(indices, self._copies), np.tile(sizes, (self._copies, 1))
+        drawn = self._boxes_of(*tiled, copies, epoch)
+        boxes, flips = drawn[0].reshape(self._copies, n, 4), drawn[1].reshape(self._copies, n)
+        all_boxes, all_flips = [boxes], [flips]
+        for pairing in self._paired:
+            if pairing.box == "center":
+                central, unflipped = self._boxes_of.center(sizes)
+                all_boxes.append(central[None])
+                all_flips.append(unflipped[None])
+            else:
+                all_boxes.append(boxes)
+                all_flips.append(flips)
+        return Request(
+            indices,
+            np.ascontiguousarray(np.concatenate(all_boxes).swapaxes(0, 1)),
+            np.ascontiguousarray(np.concatenate(all_flips).T),
+        )
 
-    def _request(self, indices, copies, epoch: int, pairing: Pairing | None) -> Request:
-        sizes = self._beton.sizes[indices]
-        if pairing and pairing.box == "center":
-            return Request(indices, *self._boxes_of.center(sizes))
-        return Request(indices, *self._boxes_of(indices, sizes, copies, epoch))
-
-    def _batch(self, indices, copies, epoch: int, crops: dict[Pairing | None, torch.Tensor]) -> CropBatch:
-        _, boxes, flips = self._request(indices, copies, epoch, None)
+    def _batch(self, block: Request, copies: range, views: tuple[torch.Tensor, ...], epoch: int) -> CropBatch:
+        n = len(block.indices)
+        rows = slice(copies.start * n, copies.stop * n)
+        indices = np.tile(block.indices, len(copies))
+        copy_numbers = np.repeat(np.arange(copies.start, copies.stop), n)
+        boxes = block.boxes[:, copies.start : copies.stop].swapaxes(0, 1).reshape(-1, 4)
+        flips = block.flips[:, copies.start : copies.stop].T.reshape(-1)
         sizes = self._beton.sizes[indices]
         # One copy to the device instead of six: everything small travels as the columns of one int64 table.
-        columns = [self._beton.labels[indices], indices, copies, boxes, sizes, flips]
+        columns = [self._beton.labels[indices], indices, copy_numbers, boxes, sizes, flips]
         table = torch.from_numpy(np.column_stack([column.astype(np.int64) for column in columns]))
         if self._device.type == "cuda":
             table = table.pin_memory().to(self._device, non_blocking=True)
         return CropBatch(
-            crops=crops.pop(None),
+            crops=views[0][rows],
             labels=table[:, 0].contiguous(),
             indices=table[:, 1].contiguous(),
             copies=table[:, 2].contiguous(),
@@ -255,6 +284,14 @@ class Loader:
             boxes=table[:, 3:7].int(),
             sizes=table[:, 7:9].int(),
             flips=table[:, 9].bool(),
-            paired={pairing: crop for pairing, crop in crops.items() if pairing},
-            labels_on_disk=self._fetch(indices, copies, epoch) if self._fetch else None,
+            paired={
+                # The central crop is the same for all copies.
+                pairing: view[rows] if pairing.box == "same" else _repeated(view, len(copies))
+                for pairing, view in zip(self._paired, views[1:], strict=True)
+            },
+            labels_on_disk=self._fetch(indices, copy_numbers, epoch) if self._fetch else None,
         )
+
+
+def _repeated(crops: torch.Tensor, times: int) -> torch.Tensor:
+    return crops if times == 1 else torch.cat([crops] * times)

@@ -1,8 +1,8 @@
 """Three ways from encoded bytes and boxes to crops: FFCV's libraries, DALI and torchvision. Same crops out.
 
-Every decoder is built as `Decoder(beton, resolution=..., device=..., threads=..., max_batch=...)` and turns requests
-into batches, in order, working some batches ahead. Pixels agree within the rounding of one resizer: crop to the box,
-then the antialiased triangle filter (Pillow's BILINEAR).
+Every decoder is built as `Decoder(beton, views=..., device=..., threads=..., max_batch=...)` and turns requests into
+batches, in order, working some batches ahead. An image is decoded once, and no more of it than its crops need. Pixels
+agree within rounding: crop to the box, then the antialiased triangle filter (Pillow's BILINEAR).
 """
 
 import importlib
@@ -14,19 +14,33 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data import DataError
+from data import DataError, tiles
 from data.beton import Beton
 
 # Decoders look this many batches ahead of the one being used.
 BATCHES_AHEAD = 3
+
+# What can be wrong with a JPEG before it is decoded.
+NO_JPEG = "no JPEG, or its headers are damaged"
+BROKEN_TILES = "its tiles are not where its table says"
 
 # The package that each decoder needs, in the order in which `auto` tries them on a CPU.
 _NEEDS = {"ffcv": "ffcv", "dali": "nvidia.dali", "torchvision": "torchvision"}
 NAMES = ("auto", *_NEEDS)
 
 
+class View(NamedTuple):
+    """What is made of every image: `copies` crops of resolution x resolution pixels."""
+
+    copies: int
+    resolution: int
+
+
 class Request(NamedTuple):
-    """Crops to be made: indices int64 [n], boxes int32 [n, 4] (top, left, height, width), flips bool [n]."""
+    """Crops to be made of n images, m of each, the copies of the first view first.
+
+    indices: int64 [n]. boxes: int32 [n, m, 4] (top, left, height, width). flips: bool [n, m].
+    """
 
     indices: NDArray[np.int64]
     boxes: NDArray[np.int32]
@@ -34,10 +48,10 @@ class Request(NamedTuple):
 
 
 class Decoder(Protocol):
-    def decode(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
-        """One uint8 [n, 3, R, R] batch, channels-last and on the device, for each request, in order.
+    def decode(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """For each request, in order, a uint8 [copies * n, 3, R, R] for each view, channels-last and on the device.
 
-        Raises DataError naming the file and the image that cannot be decoded.
+        Copy k of image i is at k * n + i. Raises DataError naming the file and the image that cannot be decoded.
         """
         ...
 
@@ -58,11 +72,54 @@ def choose(name: str, device: torch.device) -> str:
 
 
 def build_decoder(
-    name: str, beton: Beton, *, resolution: int, device: torch.device, threads: int, max_batch: int
+    name: str, beton: Beton, *, views: tuple[View, ...], device: torch.device, threads: int, max_batch: int
 ) -> Decoder:
-    """The decoder that `choose` names, for crops of resolution x resolution pixels."""
+    """The decoder that `choose` names, for requests of at most max_batch images."""
     module = importlib.import_module(f"data.decoders.{choose(name, device)}")
-    return module.Decoder(beton, resolution=resolution, device=device, threads=threads, max_batch=max_batch)
+    return module.Decoder(beton, views=views, device=device, threads=threads, max_batch=max_batch)
+
+
+def union(boxes: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The smallest boxes int32 [n, 4] around the m boxes of each image, int32 [n, m, 4]."""
+    corner = boxes[:, :, :2].min(axis=1)
+    return np.concatenate([corner, (boxes[:, :, :2] + boxes[:, :, 2:]).max(axis=1) - corner], axis=1)
+
+
+class Part(NamedTuple):
+    """What of an image is needed for its crops. data: uint8 [n], a JPEG, or [h, w, 3], pixels; top, left: its place."""
+
+    data: NDArray[np.uint8]
+    top: int
+    left: int
+
+
+def part_of(beton: Beton, index: int, box: NDArray[np.int32]) -> Part:
+    """The part of an image that a box (top, left, height, width) needs: the JPEG of its tiles, or its raw pixels.
+
+    Raises DataError naming the file and the image where its bytes are damaged.
+    """
+    stored = beton.encoded(index)
+    height, width = map(int, beton.sizes[index])
+    top, left, box_height, box_width = map(int, box)
+    if beton.raw[index]:
+        pixels = stored.reshape(height, width, 3)[top : top + box_height, left : left + box_width]
+        return Part(np.ascontiguousarray(pixels), top, left)
+    found = tiles.layout(stored)
+    if not found.frame:
+        raise undecodable(beton, index, NO_JPEG)
+    if (found.height, found.width) != (height, width):
+        raise undecodable(beton, index, f"is {found.width}x{found.height}, the index says {width}x{height}")
+    if not found.subsampled:
+        return Part(stored, 0, 0)
+    room = np.empty(len(stored), np.uint8)
+    region = tiles.cut(stored, found, top, left, box_height, box_width, room)
+    if region.size < 0:
+        raise undecodable(beton, index, BROKEN_TILES)
+    return Part(room[: region.size] if region.size else stored, region.top, region.left)
+
+
+def undecodable(beton: Beton, index: int, why: str) -> DataError:
+    return DataError(f"{beton.path}: image {index} cannot be decoded ({why}); convert the set again")
 
 
 def _installed(name: str) -> bool:

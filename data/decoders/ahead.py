@@ -1,65 +1,115 @@
 """Batches made ahead of their use by a pool of threads, in order: what the two CPU decoders share."""
 
+import math
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 
-from data.decoders import BATCHES_AHEAD, Request
+from data.decoders import BATCHES_AHEAD, Request, View
 
 # Images that one thread takes at a time: few enough that all threads end a batch together.
-_IMAGES_AT_ONCE = 8
+_IMAGES_AT_ONCE = 16
+
+
+class _Buffers:
+    """Memory for batches: used again when no tensor holds it any more, for fresh pages cost as much as many a crop."""
+
+    def __init__(self):
+        self._buffers: list[np.ndarray] = []
+        # What a buffer's reference count is while only the list holds it.
+        lone = [np.empty(0)]
+        self._free = sys.getrefcount(lone[0])
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """An uninitialised uint8 tensor; its memory comes back by itself when it and all its views are gone."""
+        size = math.prod(shape)
+        for i in range(len(self._buffers)):
+            if sys.getrefcount(self._buffers[i]) == self._free and self._buffers[i].size == size:
+                return torch.from_numpy(self._buffers[i]).view(shape)
+        self._buffers.append(np.empty(size, np.uint8))
+        return torch.from_numpy(self._buffers[-1]).view(shape)
 
 
 class Ahead:
-    """Fills batches of [n, R, R, 3] bytes by `fill(request, first, last, out)` on `threads` threads.
+    """Fills batches by `fill(request, first, last, outs)` on `threads` threads.
 
-    fill writes images first..last-1 of the request into out uint8 [last - first, R, R, 3], outside the interpreter
-    lock for most of its time.
+    fill makes the crops of images first..last-1 of the request, outside the interpreter lock for most of its time:
+    copy k of image i goes to outs[view][k, i], where outs holds a uint8 [copies, n, R, R, 3] for each view.
     """
 
     def __init__(
         self,
-        fill: Callable[[Request, int, int, torch.Tensor], None],
+        fill: Callable[[Request, int, int, tuple[torch.Tensor, ...]], None],
         *,
-        resolution: int,
+        views: tuple[View, ...],
         device: torch.device,
         threads: int,
     ):
         self._fill = fill
-        self._resolution = resolution
+        self._views = views
         self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._buffers = _Buffers()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    def batches(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
-        """A uint8 [n, 3, R, R] channels-last batch on the device for each request; raises what fill raised."""
-        waiting: deque[tuple[torch.Tensor, list[Future]]] = deque()
+    def batches(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The batches of `Decoder.decode`; raises what fill raised."""
+        waiting: deque[tuple[tuple[torch.Tensor, ...], list[Future]]] = deque()
+        uploaded: deque[_Upload] = deque()
         try:
             for request in requests:
                 waiting.append(self._start(request))
                 if len(waiting) > BATCHES_AHEAD:
-                    yield self._finish(*waiting.popleft())
-            while waiting:
-                yield self._finish(*waiting.popleft())
+                    uploaded.append(_Upload(*waiting.popleft(), self._device, self._stream))
+                # The next batch is on its way to the device while this one is used.
+                if len(uploaded) > 1:
+                    yield uploaded.popleft().crops()
+            while waiting or uploaded:
+                if waiting:
+                    uploaded.append(_Upload(*waiting.popleft(), self._device, self._stream))
+                yield uploaded.popleft().crops()
         finally:
             for _, futures in waiting:
                 for future in futures:
                     future.cancel()
 
-    def _start(self, request: Request) -> tuple[torch.Tensor, list[Future]]:
+    def _start(self, request: Request) -> tuple[tuple[torch.Tensor, ...], list[Future]]:
         n = len(request.indices)
-        # Pinned memory comes from PyTorch's caching allocator, which reuses it only after the copy has ended.
-        pinned = self._device.type == "cuda"
-        out = torch.empty((n, self._resolution, self._resolution, 3), dtype=torch.uint8, pin_memory=pinned)
+        shapes = [(view.copies, n, view.resolution, view.resolution, 3) for view in self._views]
+        if self._device.type == "cuda":
+            # PyTorch's caching allocator uses pinned memory again, and only after the copy from it has ended.
+            outs = tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in shapes)
+        else:
+            outs = tuple(self._buffers.take(shape) for shape in shapes)
         ranges = ((first, min(first + _IMAGES_AT_ONCE, n)) for first in range(0, n, _IMAGES_AT_ONCE))
-        return out, [self._pool.submit(self._fill, request, first, last, out[first:last]) for first, last in ranges]
+        return outs, [self._pool.submit(self._fill, request, first, last, outs) for first, last in ranges]
 
-    def _finish(self, out: torch.Tensor, futures: list[Future]) -> torch.Tensor:
+
+class _Upload:
+    """A batch being copied to the device on a stream of its own, once its futures are done."""
+
+    def __init__(self, outs, futures: list[Future], device: torch.device, stream: "torch.cuda.Stream | None"):
         for future in futures:
             future.result()
-        return out.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        self._stream = stream
+        # On a CPU nothing is copied, and the context does nothing.
+        with torch.cuda.stream(stream):
+            self._outs = [out.flatten(0, 1).to(device, non_blocking=True).permute(0, 3, 1, 2) for out in outs]
+
+    def crops(self) -> tuple[torch.Tensor, ...]:
+        """The batch, for use on the current stream, which waits for the copy; the host does not."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_stream(self._stream)
+            for out in self._outs:
+                # Its memory must not be given away before what the current stream does with it has ended.
+                out.record_stream(current)
+        return tuple(self._outs)
 
 
 def default_threads() -> int:

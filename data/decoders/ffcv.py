@@ -1,23 +1,31 @@
 """CPU decoding with the libjpeg-turbo that FFCV is built on, and a compiled resizer, on threads.
 
-FFCV's own decoder rounds coarsely (its fast DCT), so its library is used below that: libjpeg-turbo with the accurate
-DCT, which agrees with Pillow, torchvision and DALI.
+FFCV's own decoder always decodes whole images, and rounds coarsely (its fast DCT), so its library is used below that:
+of each JPEG the tiles that the crops need, decoded with the accurate DCT to YCbCr planes, which are resized before they
+become RGB. All of it is one compiled call for a few images, outside the interpreter lock.
 """
 
 import ctypes
+import hashlib
 import importlib.util
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from data import DataError
+from data import DataError, tiles
 from data.beton import Beton
-from data.decoders import Request
+from data.decoders import BROKEN_TILES, NO_JPEG, Request, View, lanes, resize, undecodable, union
 from data.decoders.ahead import Ahead
-from data.decoders.resize import crop_resize
+from data.decoders.resize import crop_resize, crop_resize_planes
+from data.tiles import cut, layout
 
 
 def _libjpeg_turbo() -> ctypes.CDLL:
@@ -35,76 +43,213 @@ def _libjpeg_turbo() -> ctypes.CDLL:
 
 _turbo = _libjpeg_turbo()
 _turbo.tjInitDecompress.restype = ctypes.c_void_p
-_turbo.tjDecompress2.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_void_p,
-    ctypes.c_ulong,
-    ctypes.c_void_p,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-]
-_turbo.tjDecompressHeader3.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_void_p,
-    ctypes.c_ulong,
-    *[ctypes.POINTER(ctypes.c_int)] * 4,
-]
+_turbo.tjDestroy.argtypes = [ctypes.c_void_p]
 _turbo.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
 _turbo.tjGetErrorStr2.restype = ctypes.c_char_p
 _RGB, _ACCURATE_DCT = 0, 4096
 
+# What _fill found wrong with an image.
+_NO_JPEG, _OTHER_SIZE, _BROKEN_TILES, _UNDECODABLE = 1, 2, 3, 4
+
+
+class _Turbo(NamedTuple):
+    """Addresses, for compiled code: a decompressor, tjDecompressToYUVPlanes and tjDecompress2."""
+
+    handle: int
+    to_planes: int
+    to_rgb: int
+
+
+class _Worker:
+    """What one thread decodes with: a decompressor, and room for a cut JPEG and for decoded pixels."""
+
+    def __init__(self):
+        functions = (_turbo.tjDecompressToYUVPlanes, _turbo.tjDecompress2)
+        self.turbo = _Turbo(_turbo.tjInitDecompress(), *(ctypes.cast(f, ctypes.c_void_p).value for f in functions))
+        self.jpeg = np.empty(0, np.uint8)
+        self.pixels = np.empty(0, np.uint8)
+
+    def make_room(self, jpeg: int, pixels: int) -> None:
+        if len(self.jpeg) < jpeg:
+            self.jpeg = np.empty(jpeg, np.uint8)
+        if len(self.pixels) < pixels:
+            self.pixels = np.empty(pixels, np.uint8)
+
+    def error(self) -> str:
+        return _turbo.tjGetErrorStr2(self.turbo.handle).decode(errors="replace")
+
+    def __del__(self):
+        _turbo.tjDestroy(self.turbo.handle)
+
 
 class Decoder:
-    def __init__(self, beton: Beton, *, resolution: int, device: torch.device, threads: int, max_batch: int):
+    def __init__(self, beton: Beton, *, views: tuple[View, ...], device: torch.device, threads: int, max_batch: int):
         self._beton = beton
         self._thread = threading.local()
-        self._ahead = Ahead(self._fill, resolution=resolution, device=device, threads=threads)
+        self._copies = np.array([view.copies for view in views])
+        self._ahead = Ahead(self._fill, views=views, device=device, threads=threads)
 
-    def decode(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
+    def decode(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, ...]]:
         return self._ahead.batches(requests)
 
-    def _fill(self, request: Request, first: int, last: int, out: torch.Tensor) -> None:
-        crops = out.numpy()
-        for i in range(first, last):
-            image = self._image(int(request.indices[i]))
-            top, left, height, width = map(int, request.boxes[i])
-            crop_resize(image, top, left, height, width, bool(request.flips[i]), crops[i - first])
-
-    def _image(self, index: int) -> np.ndarray:
-        """The whole image, uint8 [H, W, 3], in a buffer that this thread's next call overwrites."""
-        thread = self._thread
-        if not hasattr(thread, "handle"):
-            thread.handle = _turbo.tjInitDecompress()
-            thread.buffer = np.empty(0, np.uint8)
-        encoded = self._beton.encoded(index)
-        height, width = map(int, self._beton.sizes[index])
-        found_width, found_height, sampling, colours = (ctypes.c_int() for _ in range(4))
-        refs = [ctypes.byref(value) for value in (found_width, found_height, sampling, colours)]
-        failed = _turbo.tjDecompressHeader3(thread.handle, encoded.ctypes.data, encoded.size, *refs)
-        if not failed and (found_height.value, found_width.value) != (height, width):
-            raise self._undecodable(
-                index, f"is {found_width.value}x{found_height.value}, the index says {width}x{height}"
-            )
-        if thread.buffer.size < height * width * 3:
-            thread.buffer = np.empty(height * width * 3, np.uint8)
-        image = thread.buffer[: height * width * 3].reshape(height, width, 3)
-        failed = failed or _turbo.tjDecompress2(
-            thread.handle,
-            encoded.ctypes.data,
-            encoded.size,
-            image.ctypes.data,
-            width,
-            0,
-            height,
-            _RGB,
-            _ACCURATE_DCT,
+    def _fill(self, request: Request, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
+        if not hasattr(self._thread, "worker"):
+            self._thread.worker = _Worker()
+        worker: _Worker = self._thread.worker
+        beton, indices, boxes = self._beton, request.indices[first:last], request.boxes[first:last]
+        beton.check(indices)
+        sizes, lengths = beton.sizes[indices], beton.lengths[indices]
+        worker.make_room(lengths.max(), (sizes + 1).prod(axis=1, dtype=np.int64).max() * 3)
+        failed, why, height, width = _fill(
+            beton.bytes,
+            beton.starts[indices],
+            lengths,
+            sizes,
+            beton.raw[indices],
+            union(boxes),
+            boxes,
+            request.flips[first:last],
+            self._copies,
+            tuple(out.numpy() for out in outs),
+            first,
+            worker.turbo,
+            worker.jpeg,
+            worker.pixels,
         )
-        if failed:
-            raise self._undecodable(index, _turbo.tjGetErrorStr2(thread.handle).decode(errors="replace"))
-        return image
+        if why:
+            reasons = {
+                _NO_JPEG: NO_JPEG,
+                _OTHER_SIZE: f"is {width}x{height}, the index says {sizes[failed][1]}x{sizes[failed][0]}",
+                _BROKEN_TILES: BROKEN_TILES,
+                _UNDECODABLE: worker.error(),
+            }
+            raise undecodable(beton, int(indices[failed]), reasons[why])
 
-    def _undecodable(self, index: int, why: str) -> DataError:
-        return DataError(f"{self._beton.path}: image {index} cannot be decoded ({why}); convert the set again")
+
+@intrinsic
+def _call(typingctx, address, arguments):
+    """Calls the C function at an address with integers and pointers, all passed as int64; returns its int."""
+
+    def generate(context, builder, signature, values):
+        long = ir.IntType(64)
+        kind = ir.FunctionType(ir.IntType(32), [long] * len(arguments))
+        function = builder.inttoptr(values[0], kind.as_pointer())
+        # The calling conventions of 64-bit Linux pass an int in the low half of what a pointer takes.
+        return builder.call(function, cgutils.unpack_tuple(builder, values[1], len(arguments)))
+
+    return types.int32(types.int64, types.UniTuple(types.int64, len(arguments))), generate
+
+
+def _compiled(sources: str):
+    """The function that makes crops, kept compiled on disk as long as `sources` and this file stay the same.
+
+    Numba knows when the file of a cached function changes, but not those of what it calls; its key holds what a
+    function encloses, though.
+    """
+
+    @njit(nogil=True, cache=True)
+    def fill(
+        file,
+        starts,
+        lengths,
+        sizes,
+        raw,
+        unions,
+        boxes,
+        flips,
+        copies,
+        outs,
+        first,
+        turbo: _Turbo,
+        jpeg_room,
+        pixel_room,
+    ):
+        """Makes the crops of n images, from place `first` of outs on.
+
+        Returns (image, what is wrong with it or 0, height found in it, width found in it).
+        """
+        sources  # noqa: B018
+        pointers = np.empty(3, np.int64)
+        strides = np.empty(3, np.int32)
+        for i in range(len(starts)):
+            stored = file[starts[i] : starts[i] + lengths[i]]
+            height, width = np.int64(sizes[i, 0]), np.int64(sizes[i, 1])
+            luma, cb, cr = pixel_room[:0].reshape(0, 0), pixel_room[:0].reshape(0, 0), pixel_room[:0].reshape(0, 0)
+            image = pixel_room[:0].reshape(0, 0, 3)
+            top, left = 0, 0
+            planes = False
+            if raw[i]:
+                image = stored.reshape(height, width, 3)
+            else:
+                found = layout(stored)
+                if found.frame == 0:
+                    return i, _NO_JPEG, 0, 0
+                if found.height != height or found.width != width:
+                    return i, _OTHER_SIZE, found.height, found.width
+                planes = found.subsampled
+                if planes:
+                    region = cut(stored, found, unions[i, 0], unions[i, 1], unions[i, 2], unions[i, 3], jpeg_room)
+                    if region.size < 0:
+                        return i, _BROKEN_TILES, 0, 0
+                    data = jpeg_room[: region.size] if region.size else stored
+                    top, left = region.top, region.left
+                    half_height, half_width = (region.height + 1) // 2, (region.width + 1) // 2
+                    half = half_height * half_width
+                    luma = pixel_room[: half * 4].reshape(half_height * 2, half_width * 2)
+                    cb = pixel_room[half * 4 : half * 5].reshape(half_height, half_width)
+                    cr = pixel_room[half * 5 : half * 6].reshape(half_height, half_width)
+                    pointers[0], pointers[1], pointers[2] = luma.ctypes.data, cb.ctypes.data, cr.ctypes.data
+                    strides[0], strides[1], strides[2] = half_width * 2, half_width, half_width
+                    failed = _call(
+                        turbo.to_planes,
+                        (
+                            turbo.handle,
+                            np.int64(data.ctypes.data),
+                            len(data),
+                            np.int64(pointers.ctypes.data),
+                            0,
+                            np.int64(strides.ctypes.data),
+                            0,
+                            _ACCURATE_DCT,
+                        ),
+                    )
+                else:
+                    image = pixel_room[: height * width * 3].reshape(height, width, 3)
+                    failed = _call(
+                        turbo.to_rgb,
+                        (
+                            turbo.handle,
+                            np.int64(stored.ctypes.data),
+                            len(stored),
+                            np.int64(image.ctypes.data),
+                            width,
+                            0,
+                            height,
+                            _RGB,
+                            _ACCURATE_DCT,
+                        ),
+                    )
+                if failed:
+                    return i, _UNDECODABLE, 0, 0
+            crop = 0
+            for view in range(len(copies)):
+                for copy in range(copies[view]):
+                    box_top, box_left = np.int64(boxes[i, crop, 0]), np.int64(boxes[i, crop, 1])
+                    box_height, box_width = np.int64(boxes[i, crop, 2]), np.int64(boxes[i, crop, 3])
+                    flip = flips[i, crop]
+                    out = outs[view][copy, first + i]
+                    if planes:
+                        crop_resize_planes(
+                            luma, cb, cr, top, left, height, width, box_top, box_left, box_height, box_width, flip, out
+                        )
+                    else:
+                        crop_resize(image, box_top, box_left, box_height, box_width, flip, out)
+                    crop += 1
+        return -1, 0, 0, 0
+
+    return fill
+
+
+_fill = _compiled(
+    hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (tiles, lanes, resize))).hexdigest()
+)

@@ -6,57 +6,75 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
-from data import DataError
 from data.beton import Beton
-from data.decoders import Request
+from data.decoders import Part, Request, View, part_of, undecodable, union
 from data.decoders.ahead import Ahead
 
 
 class Decoder:
-    def __init__(self, beton: Beton, *, resolution: int, device: torch.device, threads: int, max_batch: int):
+    def __init__(self, beton: Beton, *, views: tuple[View, ...], device: torch.device, threads: int, max_batch: int):
         self._beton = beton
-        self._resolution = resolution
+        self._views = views
         self._device = device
-        self._ahead = Ahead(self._fill, resolution=resolution, device=device, threads=threads)
+        self._ahead = Ahead(self._fill, views=views, device=device, threads=threads)
 
-    def decode(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
+    def decode(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, ...]]:
         if self._device.type == "cuda":
             return (self._on_gpu(request) for request in requests)
         return self._ahead.batches(requests)
 
-    def _fill(self, request: Request, first: int, last: int, out: torch.Tensor) -> None:
+    def _fill(self, request: Request, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
+        unions = union(request.boxes[first:last])
         for i in range(first, last):
-            image = self._decode(int(request.indices[i]))
-            out[i - first] = self._crop(image, request, i).permute(1, 2, 0)
+            index = int(request.indices[i])
+            part = part_of(self._beton, index, unions[i - first])
+            for view, copy, crop in self._crops(self._decode(index, part), part, request, i):
+                outs[view][copy, i] = crop.permute(1, 2, 0)
 
-    def _decode(self, index: int) -> torch.Tensor:
-        """The whole image on the CPU: uint8 [3, H, W]."""
+    def _decode(self, index: int, part: Part) -> torch.Tensor:
+        """The part's pixels on the CPU: uint8 [3, h, w]."""
+        data = torch.from_numpy(part.data)
+        if data.ndim == 3:
+            return data.permute(2, 0, 1)
         try:
-            return decode_jpeg(torch.from_numpy(self._beton.encoded(index)), mode=ImageReadMode.RGB)
+            return decode_jpeg(data, mode=ImageReadMode.RGB)
         except RuntimeError as error:
-            raise self._undecodable(index, str(error)) from None
+            raise undecodable(self._beton, index, str(error).splitlines()[0]) from None
 
-    def _on_gpu(self, request: Request) -> torch.Tensor:
-        encoded = [torch.from_numpy(self._beton.encoded(int(index))) for index in request.indices]
+    def _on_gpu(self, request: Request) -> tuple[torch.Tensor, ...]:
+        indices = request.indices.tolist()
+        parts = [part_of(self._beton, index, box) for index, box in zip(indices, union(request.boxes), strict=True)]
         try:
-            images = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self._device)
+            encoded = [torch.from_numpy(part.data) for part in parts if part.data.ndim == 1]
+            decoded = iter(decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self._device) if encoded else ())
+            images = [
+                next(decoded) if part.data.ndim == 1 else self._decode(index, part).to(self._device)
+                for index, part in zip(indices, parts, strict=True)
+            ]
         except RuntimeError:
             # nvJPEG does not say which image it was; libjpeg-turbo finds it, or decodes what nvJPEG cannot.
-            images = [self._decode(int(index)).to(self._device) for index in request.indices]
-        crops = torch.stack([self._crop(image, request, i) for i, image in enumerate(images)])
-        return crops.contiguous(memory_format=torch.channels_last)
+            images = [self._decode(index, part).to(self._device) for index, part in zip(indices, parts, strict=True)]
+        outs = tuple(
+            torch.empty(
+                (view.copies, len(indices), view.resolution, view.resolution, 3), dtype=torch.uint8, device=self._device
+            )
+            for view in self._views
+        )
+        for i, (image, part) in enumerate(zip(images, parts, strict=True)):
+            for view, copy, crop in self._crops(image, part, request, i):
+                outs[view][copy, i] = crop.permute(1, 2, 0)
+        return tuple(out.flatten(0, 1).permute(0, 3, 1, 2) for out in outs)
 
-    def _crop(self, image: torch.Tensor, request: Request, i: int) -> torch.Tensor:
-        """Crop i of the request from its image uint8 [3, H, W]: uint8 [3, R, R]."""
-        index = int(request.indices[i])
-        height, width = map(int, self._beton.sizes[index])
-        if image.shape[1:] != (height, width):
-            found = f"is {image.shape[2]}x{image.shape[1]}, the index says {width}x{height}"
-            raise self._undecodable(index, found)
-        top, left, height, width = map(int, request.boxes[i])
-        crop = F.resize(image[:, top : top + height, left : left + width], [self._resolution] * 2, antialias=True)
-        return F.horizontal_flip(crop) if request.flips[i] else crop
-
-    def _undecodable(self, index: int, why: str) -> DataError:
-        why = why.splitlines()[0]
-        return DataError(f"{self._beton.path}: image {index} cannot be decoded ({why}); convert the set again")
+    def _crops(
+        self, image: torch.Tensor, part: Part, request: Request, i: int
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """View, copy and crop uint8 [3, R, R] of all crops of image i of the request, from its part uint8 [3, h, w]."""
+        crop = 0
+        for number, view in enumerate(self._views):
+            for copy in range(view.copies):
+                top, left, height, width = map(int, request.boxes[i, crop])
+                top, left = top - part.top, left - part.left
+                box = image[:, top : top + height, left : left + width]
+                resized = F.resize(box, [view.resolution] * 2, antialias=True)
+                yield number, copy, F.horizontal_flip(resized) if request.flips[i, crop] else resized
+                crop += 1

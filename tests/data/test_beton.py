@@ -36,7 +36,7 @@ def test_reads_back_what_was_written(path, images):
     assert beton.sizes.tolist() == [[image.height, image.width] for image in images]
     assert beton.labels.tolist() == [image.label for image in images]
     for i, image in enumerate(images):
-        assert beton.encoded(i).tobytes() == image.jpeg
+        assert beton.encoded(i).tobytes() == image.data
 
 
 @settings(max_examples=20)
@@ -68,7 +68,7 @@ def test_images_do_not_cross_pages(tmp_path):
     beton = Beton(tmp_path / "big")
     last = (beton.starts + beton.lengths - 1) // (8 << 20)
     np.testing.assert_array_equal(beton.pages, last)
-    assert all(beton.encoded(i).tobytes() == image.jpeg for i, image in enumerate(big))
+    assert all(beton.encoded(i).tobytes() == image.data for i, image in enumerate(big))
 
 
 def test_stock_ffcv_opens_it(path, images):
@@ -81,7 +81,7 @@ def test_stock_ffcv_opens_it(path, images):
     batches = [(crops.copy(), labels.copy()) for crops, labels in loader]
     assert np.concatenate([labels for _, labels in batches]).ravel().tolist() == [image.label for image in images]
     # Its decoder rounds coarsely, so this only has to be the same picture.
-    reference = np.asarray(Image.open(io.BytesIO(images[0].jpeg)).crop((5, 0, 25, 20)).resize((16, 16)), dtype=float)
+    reference = np.asarray(Image.open(io.BytesIO(images[0].data)).crop((5, 0, 25, 20)).resize((16, 16)), dtype=float)
     theirs = batches[0][0][0].astype(float)
     assert np.corrcoef(theirs.ravel(), reference.ravel())[0, 1] > 0.9
 
@@ -117,7 +117,7 @@ def test_fingerprint_follows_the_content(tmp_path, images):
     assert fingerprint(images) == first
     assert fingerprint(images[:-1]) != first
     assert fingerprint([images[0]._replace(label=2), *images[1:]]) != first
-    assert fingerprint([images[0]._replace(jpeg=images[0].jpeg + b"x"), *images[1:]]) != first
+    assert fingerprint([images[0]._replace(data=images[0].data + b"x"), *images[1:]]) != first
 
 
 @pytest.mark.parametrize("keep", [0, 10, 24, 1000, 5000, 9_000_000])

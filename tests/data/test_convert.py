@@ -14,7 +14,7 @@ from PIL import Image
 
 from data import DataError
 from data.beton import Beton
-from data.convert import Unconverted, convert_source, encode, find_set, open_set
+from data.convert import Storage, Unconverted, convert_source, encode, find_set, open_set
 from data.sources import open_source
 from tests.pictures import photograph, write_class_folders
 
@@ -64,9 +64,11 @@ def test_large_images_are_reduced_and_turned_upright():
     exif[0x0112] = 6  # stored lying on its side
     buffer = io.BytesIO()
     photograph(0, 300, 600).save(buffer, "JPEG", exif=exif)
-    stored, height, width = encode(Image.open(buffer), 512, 90)
-    assert (height, width) == (512, 256)
-    assert Image.open(io.BytesIO(stored)).size == (256, 512)
+    stored = encode(Image.open(buffer), Storage())
+    assert (stored.height, stored.width) == (512, 256)
+    assert Image.open(io.BytesIO(stored.data)).size == (256, 512)
+    raw = encode(Image.open(buffer), Storage("raw", 64))
+    assert (raw.height, raw.width, len(raw.data), raw.raw) == (64, 32, 64 * 32 * 3, True)
 
 
 def test_broken_images_are_left_out_by_name(tmp_path):

@@ -11,8 +11,10 @@ from PIL import Image
 
 from data import DataError
 from data.beton import Beton, Encoded, write_beton
-from data.decoders import Request, build_decoder, choose
+from data.convert import Storage, encode
+from data.decoders import Request, View, build_decoder, choose
 from data.loader import open_loader
+from tests.pictures import photograph
 
 NAMES = ["ffcv", "torchvision", "dali"]
 CPU = torch.device("cpu")
@@ -35,15 +37,110 @@ def by_pillow(beton: Beton, batch, resolution: int) -> torch.Tensor:
 @pytest.mark.parametrize("decoder", NAMES)
 @pytest.mark.parametrize("train", [True, False])
 def test_crops_are_pillows(converted, decoder, train):
-    """Within 1 of Pillow; DALI's outermost pixels differ more, because it repeats the edge where Pillow reweighs."""
+    """Within 1 of Pillow, with two exceptions.
+
+    DALI's outermost pixels differ more, because it repeats the edge where Pillow reweighs. FFCV's path converts to RGB
+    after the resize, where libjpeg converts and rounds and clips before: within 2, and more in saturated colours.
+    """
     path = converted.beton("train")
     beton = Beton(path)
     for batch in batches(path, decoder, train=train):
         error = (batch.crops.int() - by_pillow(beton, batch, 48).int()).abs()
         inner = error[:, :, 1:-1, 1:-1] if decoder == "dali" else error
-        assert inner.max() <= 1
+        if decoder == "ffcv":
+            assert (error > 2).float().mean() < 0.005
+        else:
+            assert inner.max() <= 1
         assert error.max() <= 24
-        assert error.float().mean() < 0.3
+        assert error.float().mean() < 0.35
+
+
+@pytest.mark.parametrize("decoder", NAMES)
+def test_unsaturated_colours_agree_closely(tmp_path, decoder):
+    """Where nothing is clipped, no decoder differs by more than 2, and no shift of any of them hides behind noise."""
+    pictures = [Image.eval(photograph(seed, 230, 310), lambda value: 70 + value * 115 // 255) for seed in range(8)]
+    write_beton(tmp_path / "soft.beton", (encode(picture, Storage()) for picture in pictures), at_most=8)
+    beton = Beton(tmp_path / "soft.beton")
+    for batch in batches(beton.path, decoder, batch_size=8, resolution=64, copies=3):
+        error = (batch.crops.int() - by_pillow(beton, batch, 64).int()).abs()
+        assert error[:, :, 1:-1, 1:-1].max() <= 2
+        assert error.float().mean() < 0.35
+
+
+@pytest.mark.parametrize("decoder", NAMES)
+def test_no_crop_is_shifted(tmp_path, decoder):
+    """Diagonal ramps in light and in colour: half a pixel of shift would be half a step everywhere."""
+    y, x = np.mgrid[0:256, 0:256]
+    ramps = np.stack([64 + (x + y) // 4, 64 + (255 - x + y) // 4, 64 + (x + 255 - y) // 4], axis=2).astype(np.uint8)
+    write_beton(tmp_path / "ramps.beton", [encode(Image.fromarray(ramps), Storage(quality=100))], at_most=1)
+    for epoch in range(6):
+        loader = open_loader(tmp_path / "ramps.beton", resolution=96, batch_size=1, decoder=decoder, flip=False)
+        (batch,) = loader.epoch(epoch)
+        top, left, height, width = batch.boxes[0].tolist()
+        rows = top + (np.arange(96)[:, None] + 0.5) * height / 96 - 0.5
+        columns = left + (np.arange(96)[None] + 0.5) * width / 96 - 0.5
+        exact = 64 + np.stack([columns + rows, 255 - columns + rows, columns + 255 - rows]) / 4 - 0.375
+        # Mean errors in pixels of the image; in their differences a bias of rounding cancels, and a shift doubles.
+        error = (batch.crops[0].numpy() - exact)[:, 2:-2, 2:-2].mean(axis=(1, 2)) * 4
+        assert abs(error[0] - error[1]) / 2 < 0.2
+        assert abs(error[0] - error[2]) / 2 < 0.2
+
+
+@pytest.mark.parametrize("decoder", NAMES)
+def test_copies_are_the_crops_of_single_epochs(converted, decoder):
+    """Decoding once for several crops changes no pixel's meaning: each copy is the crop that its box says."""
+    path = converted.beton("train")
+    beton = Beton(path)
+    spread = batches(path, decoder, copies=3)
+    together = batches(path, decoder, copies=3, spread=False, batch_size=48)
+    crops = {(int(i), int(k)): crop for b in spread for i, k, crop in zip(b.indices, b.copies, b.crops, strict=True)}
+    assert len(crops) == 48 * 3
+    for batch in together:
+        assert len(set(batch.indices.tolist())) == 16
+        for index, copy, crop in zip(batch.indices, batch.copies, batch.crops, strict=True):
+            assert torch.equal(crop, crops[int(index), int(copy)])
+    for batch in spread:
+        assert len(set(batch.indices.tolist())) == 16
+        assert (batch.crops.int() - by_pillow(beton, batch, 48).int()).abs().float().mean() < 0.5
+
+
+@pytest.mark.parametrize("decoder", NAMES)
+def test_raw_storage(tmp_path, decoder):
+    rows = [encode(photograph(seed, 60 + seed, 90), Storage("raw", 80))._replace(label=seed) for seed in range(6)]
+    write_beton(tmp_path / "raw.beton", rows, at_most=6)
+    beton = Beton(tmp_path / "raw.beton")
+    assert beton.raw.all()
+    for batch in batches(beton.path, decoder, batch_size=3, copies=2):
+        for index, (top, left, h, w), flip, crop in zip(
+            batch.indices.tolist(), batch.boxes.tolist(), batch.flips, batch.crops, strict=True
+        ):
+            image = Image.fromarray(beton.encoded(index).reshape(*beton.sizes[index], 3))
+            reference = image.crop((left, top, left + w, top + h)).resize((48, 48), Image.Resampling.BILINEAR)
+            reference = np.asarray(reference)[:, ::-1] if flip else np.asarray(reference)
+            error = np.abs(crop.permute(1, 2, 0).numpy().astype(int) - reference)
+            assert error[1:-1, 1:-1].max() <= 1
+
+
+@pytest.mark.parametrize("decoder", NAMES)
+def test_jpegs_of_other_writers(tmp_path, decoder):
+    """Whatever a stock file may hold: other subsampling, progressive, no restart grid."""
+    image = photograph(5, 70, 100)
+    rows = []
+    for options in (
+        {"subsampling": "4:4:4"},
+        {"subsampling": "4:2:2"},
+        {"progressive": True},
+        {"subsampling": "4:2:0"},
+    ):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=95, **options)
+        rows.append(Encoded(buffer.getvalue(), 70, 100, 0))
+    write_beton(tmp_path / "others.beton", rows, at_most=4)
+    beton = Beton(tmp_path / "others.beton")
+    for batch in batches(beton.path, decoder, batch_size=4, copies=2):
+        error = (batch.crops.int() - by_pillow(beton, batch, 48).int()).abs()
+        assert error.float().mean() < 0.5
+        assert (error > 2).float().mean() < (0.05 if decoder == "dali" else 0.01)
 
 
 @pytest.mark.parametrize("decoder", NAMES)
@@ -71,10 +168,10 @@ def test_grayscale_and_one_pixel_boxes(tmp_path, decoder):
     Image.fromarray(np.arange(64 * 64, dtype=np.uint32).reshape(64, 64).astype(np.uint8)).save(buffer, "JPEG")
     write_beton(tmp_path / "gray.beton", [Encoded(buffer.getvalue(), 64, 64, 0)], at_most=1)
     beton = Beton(tmp_path / "gray.beton")
-    build = build_decoder(decoder, beton, resolution=8, device=CPU, threads=1, max_batch=2)
-    boxes = np.array([[63, 63, 1, 1], [0, 0, 64, 64]], dtype=np.int32)
-    request = Request(np.zeros(2, dtype=np.int64), boxes, np.array([True, False]))
-    (crops,) = build.decode([request])
+    build = build_decoder(decoder, beton, views=(View(1, 8),), device=CPU, threads=1, max_batch=2)
+    boxes = np.array([[[63, 63, 1, 1]], [[0, 0, 64, 64]]], dtype=np.int32)
+    request = Request(np.zeros(2, dtype=np.int64), boxes, np.array([[True], [False]]))
+    ((crops,),) = build.decode([request])
     pixel = np.asarray(Image.open(io.BytesIO(buffer.getvalue())))[63, 63]
     assert (crops[0] == int(pixel)).all()
     assert torch.equal(crops[1, 0], crops[1, 2])
@@ -84,9 +181,9 @@ def test_grayscale_and_one_pixel_boxes(tmp_path, decoder):
 def test_a_damaged_image_is_named(converted, tmp_path, decoder):
     good = Beton(converted.beton("train"))
     rows = [Encoded(good.encoded(i).tobytes(), *good.sizes[i], 0) for i in range(4)]
-    rows[2] = rows[2]._replace(jpeg=b"\xff\xd8" + bytes(len(rows[2].jpeg)))
+    rows[2] = rows[2]._replace(data=b"\xff\xd8" + bytes(len(rows[2].data)))
     write_beton(tmp_path / "bad.beton", rows, at_most=4)
-    with pytest.raises(DataError, match="bad.beton"):
+    with pytest.raises(DataError, match="bad.beton: image 2 "):
         batches(tmp_path / "bad.beton", decoder, batch_size=4)
 
 
