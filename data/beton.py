@@ -119,8 +119,8 @@ class Beton:
         """The stored bytes of one image: uint8 [length], a view of the mapped file. Raises DataError if damaged."""
         start = self.starts[index]
         data = self.bytes[start : start + self.lengths[index]]
-        if not self._trusted[index]:
-            if zlib.crc32(data) != self._checksums[index]:
+        if self._checksums is not None and not self._trusted[index]:
+            if zlib.crc32(data.data) != self._checksums[index]:
                 raise DataError(f"{self.path}: image {index} is damaged (its checksum differs); convert the set again")
             self._trusted[index] = True
         return data

@@ -11,19 +11,19 @@ import importlib.util
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from data import DataError, tiles
 from data.beton import Beton
 from data.decoders import BROKEN_TILES, NO_JPEG, Request, View, lanes, resize, undecodable, union
 from data.decoders.ahead import Ahead
+from data.decoders.lanes import intrinsic
 from data.decoders.resize import crop_resize, crop_resize_planes
 from data.tiles import cut, layout
 
@@ -60,12 +60,17 @@ class _Turbo(NamedTuple):
     to_rgb: int
 
 
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
 class _Worker:
     """What one thread decodes with: a decompressor, and room for a cut JPEG and for decoded pixels."""
 
     def __init__(self):
-        functions = (_turbo.tjDecompressToYUVPlanes, _turbo.tjDecompress2)
-        self.turbo = _Turbo(_turbo.tjInitDecompress(), *(ctypes.cast(f, ctypes.c_void_p).value for f in functions))
+        self.turbo = _Turbo(
+            _turbo.tjInitDecompress(), _address(_turbo.tjDecompressToYUVPlanes), _address(_turbo.tjDecompress2)
+        )
         self.jpeg = np.empty(0, np.uint8)
         self.pixels = np.empty(0, np.uint8)
 
@@ -173,7 +178,7 @@ def _compiled(sources: str):
         strides = np.empty(3, np.int32)
         for i in range(len(starts)):
             stored = file[starts[i] : starts[i] + lengths[i]]
-            height, width = np.int64(sizes[i, 0]), np.int64(sizes[i, 1])
+            height, width = int(sizes[i, 0]), int(sizes[i, 1])
             luma, cb, cr = pixel_room[:0].reshape(0, 0), pixel_room[:0].reshape(0, 0), pixel_room[:0].reshape(0, 0)
             image = pixel_room[:0].reshape(0, 0, 3)
             top, left = 0, 0
@@ -234,8 +239,8 @@ def _compiled(sources: str):
             crop = 0
             for view in range(len(copies)):
                 for copy in range(copies[view]):
-                    box_top, box_left = np.int64(boxes[i, crop, 0]), np.int64(boxes[i, crop, 1])
-                    box_height, box_width = np.int64(boxes[i, crop, 2]), np.int64(boxes[i, crop, 3])
+                    box_top, box_left = int(boxes[i, crop, 0]), int(boxes[i, crop, 1])
+                    box_height, box_width = int(boxes[i, crop, 2]), int(boxes[i, crop, 3])
                     flip = flips[i, crop]
                     out = outs[view][copy, first + i]
                     if planes:
@@ -251,5 +256,5 @@ def _compiled(sources: str):
 
 
 _fill = _compiled(
-    hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (tiles, lanes, resize))).hexdigest()
+    hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in (tiles, lanes, resize))).hexdigest()
 )

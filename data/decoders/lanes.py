@@ -4,10 +4,15 @@ Written as LLVM vectors of 32 lanes, which every processor's compiler breaks dow
 AVX-512, four with AVX2), with the same results everywhere. Nothing is checked: the callers keep within the arrays.
 """
 
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
+
+# Its type hints take the typing context for an argument of the call.
+intrinsic: Any = _intrinsic
 
 LANES = 32
 

@@ -72,9 +72,8 @@ def test_planes_become_what_their_upsampled_image_would(case, data):
     top, left = data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w))
     # The part begins anywhere up to one pixel before the box, at an even place, and ends as late.
     y, x = (data.draw(st.integers(0, max(start - 1, 0) // 2)) * 2 for start in (top, left))
-    bottom, right = (
-        data.draw(st.integers(min(end // 2 + 1, most), most)) for end, most in zip((top + h, left + w), half)
-    )
+    bottom = data.draw(st.integers(min((top + h) // 2 + 1, half[0]), half[0]))
+    right = data.draw(st.integers(min((left + w) // 2 + 1, half[1]), half[1]))
     part = [np.ascontiguousarray(luma[y : bottom * 2, x : right * 2])]
     part += [np.ascontiguousarray(plane[y // 2 : bottom, x // 2 : right]) for plane in (cb, cr)]
     out = np.empty((resolution, resolution, 3), dtype=np.uint8)
