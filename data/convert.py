@@ -28,12 +28,13 @@ from typing import Any, Literal
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from data import DataError, tiles
 from data.beton import Beton, Encoded, write_beton
 from data.command import run_command
+from data.pixels import upright_rgb
 from data.progress import images_bar
 from data.sources import CropRule, Source, Split, crop_rule_for, open_source
 
@@ -305,7 +306,7 @@ def _encode_chunk(read, items: list, storage: Storage) -> list[Encoded | str]:
 
 def encode(image: Image.Image, storage: Storage) -> Encoded:
     """An image as stored: upright RGB, reduced to storage.max_resolution, as a restart-grid JPEG or raw; label 0."""
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = upright_rgb(image)
     image.thumbnail((storage.max_resolution, storage.max_resolution), Image.Resampling.BICUBIC)
     raw = storage.kind == "raw"
     data = image.tobytes() if raw else tiles.encode(image, storage.quality)

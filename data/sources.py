@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data import DataError, scenes
+from data.pixels import EXTENSIONS
 
 TORCHVISION_SETS = ("cifar10", "svhn", "imagenette")
-_EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
 _VAL_SHARE = 0.1
 
 
@@ -183,7 +183,7 @@ def _class_folders(root: Path) -> dict[str, list[str]]:
             if files:
                 classes[entry.name] = files
     if not classes:
-        raise DataError(f"{root}: no images in class folders below it ({', '.join(sorted(_EXTENSIONS))})")
+        raise DataError(f"{root}: no images in class folders below it ({', '.join(sorted(EXTENSIONS))})")
     return classes
 
 
@@ -193,7 +193,7 @@ def image_files(folder: str | Path) -> list[str]:
         os.path.join(place, file)
         for place, _, files in os.walk(folder, followlinks=True)
         for file in files
-        if os.path.splitext(file)[1].lower() in _EXTENSIONS and not file.startswith(".")
+        if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
     )
 
 
