@@ -1,8 +1,8 @@
-"""Where images come from: image folders, the torchvision sets by name, and the embedded `scenes`."""
+"""Where images come from: image folders and archives, the torchvision sets by name, and the embedded `scenes`."""
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data import DataError, scenes
+from data import DataError, archives, scenes
 from data.pixels import EXTENSIONS
 
 TORCHVISION_SETS = ("cifar10", "svhn", "imagenette")
@@ -60,16 +60,26 @@ class Source:
 
 
 def open_source(data: str) -> Source:
-    """Opens `scenes`, a torchvision set by name, or an image folder by path.
+    """Opens `scenes`, a torchvision set by name, or an image folder or archive (zip, tar) of one by path.
 
-    Raises DataError for a name that is neither a set nor a folder, a folder without images or with one class,
-    classes in val that train lacks, and a set that cannot be downloaded.
+    A compressed tar is unpacked to a temporary file first; see open_archive.
+    Raises DataError for a name that is neither a set nor a folder nor an archive, one without images or with one class,
+    classes in val that train lacks, a damaged or encrypted archive, and a set that cannot be downloaded.
     """
     if data == "scenes":
         return _scenes()
     if data in TORCHVISION_SETS:
         return _torchvision_set(data)
-    return _folder(Path(data))
+    path = Path(data)
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        return _archive(path)
+    sets = ", ".join(("scenes", *TORCHVISION_SETS))
+    raise DataError(
+        f"DATA={data}: no such folder or archive (.zip, .tar, .tar.gz, .tar.xz, .tar.bz2), and not the name of a set "
+        f"({sets})"
+    )
 
 
 def crop_rule_for(sizes: NDArray[np.int32]) -> CropRule:
@@ -138,76 +148,110 @@ def _from_array(pixels: NDArray[np.uint8]) -> Image.Image:
 
 
 def _folder(root: Path) -> Source:
-    if not root.is_dir():
-        sets = ", ".join(("scenes", *TORCHVISION_SETS))
-        raise DataError(f"DATA={root}: no such folder, and not the name of a set ({sets})")
-    train_root, val_root = root / "train", root / "val"
+    files: dict[str, str] = {}
+    # Of a folder with train/ and val/ nothing else is looked at: a test/ beside them may be large.
+    parts = [root / "train", root / "val"]
+    for part in parts if all(part.is_dir() for part in parts) else [root]:
+        files |= {os.path.relpath(file, root): file for file in image_files(part)}
+    names, train, val, notes = _arranged(str(root), f"{root}/", files, Image.open)
+    return Source(root.resolve().name, names, train, val, None, _fingerprint(root, [train, val]), notes)
+
+
+def _archive(path: Path) -> Source:
+    fingerprint = archives.fingerprint(path)
+    archive = archives.open_archive(path)
+    names, train, val, notes = _arranged(str(path), archive.below, archive.files, archive.read)
+    return Source(archives.archive_name(path), names, train, val, None, fingerprint, notes)
+
+
+def _arranged(
+    root: str, below: str, files: Mapping[str, Any], read: Callable[[Any], Image.Image]
+) -> tuple[tuple[str, ...], Split, Split, tuple[str, ...]]:
+    """Class names, train and val splits, and notes, from image files by their paths below root.
+
+    The paths are train/CLASS/... and val/CLASS/..., or CLASS/... alone to be split. below: what stands before a path in
+    messages.
+    """
+    tops = _by_folder(files)
     notes: tuple[str, ...] = ()
-    if train_root.is_dir() and val_root.is_dir():
-        train_classes = _class_folders(train_root)
-        val_classes = _class_folders(val_root)
-        unknown = sorted(set(val_classes) - set(train_classes))
+    if "train" in tops and "val" in tops:
+        train, val = (_classes(f"{below}{part}", tops[part]) for part in ("train", "val"))
+        unknown = sorted(set(val) - set(train))
         if unknown:
             raise DataError(
-                f"{val_root}: {len(unknown)} classes that {train_root} lacks ({', '.join(unknown[:3])}"
+                f"{below}val: {len(unknown)} classes that {below}train lacks ({', '.join(unknown[:3])}"
                 f"{', ...' if len(unknown) > 3 else ''}); remove them or add their training images"
             )
-        names = tuple(sorted(train_classes))
-        splits = [_split_of(part, names) for part in (train_classes, val_classes)]
-    elif train_root.is_dir() or val_root.is_dir():
-        missing = val_root if train_root.is_dir() else train_root
-        raise DataError(f"{missing}: no such folder; give both train/ and val/, or class folders alone to be split")
-    else:
-        classes = _class_folders(root)
-        names = tuple(sorted(classes))
-        held_out = {name: _held_out(root, files) for name, files in classes.items()}
-        kept = {name: [file for file in files if file not in held_out[name]] for name, files in classes.items()}
-        splits = [_split_of(part, names) for part in (kept, {name: sorted(part) for name, part in held_out.items()})]
-        notes = (
-            f"{root} has no train/ and val/: {len(splits[1].items)} of its "
-            f"{sum(map(len, classes.values()))} images (10 % of a class, always the same) are held out for validation",
+    elif "train" in tops or "val" in tops:
+        missing = "val" if "train" in tops else "train"
+        raise DataError(
+            f"{below}{missing}: no such folder, or no images in it; give both train/ and val/, or class folders alone "
+            "to be split"
         )
-        if not splits[1].items:
+    else:
+        classes = _classes(root, files)
+        train, val = {}, {}
+        for name, images in classes.items():
+            held_out = _held_out(name, list(images))
+            train[name] = {path: item for path, item in images.items() if path not in held_out}
+            val[name] = {path: item for path, item in images.items() if path in held_out}
+        count = sum(map(len, val.values()))
+        notes = (
+            f"{root} has no train/ and val/: {count} of its {sum(map(len, classes.values()))} images "
+            "(10 % of a class, always the same) are held out for validation",
+        )
+        if not count:
             raise DataError(f"{root}: too few images to hold any out for validation (2 of a class are needed)")
+    names = tuple(sorted(train))
     if len(names) < 2:
         raise DataError(f"{root}: only one class ({names[0]}); a classifier needs class folders for two or more")
-    return Source(root.resolve().name, names, splits[0], splits[1], None, _fingerprint(root, splits), notes)
+    return names, _split_of(train, names, read), _split_of(val, names, read), notes
 
 
-def _class_folders(root: Path) -> dict[str, list[str]]:
-    """The image files of each class folder below root, sorted, hidden ones left out; empty folders don't count."""
-    classes: dict[str, list[str]] = {}
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        if entry.is_dir() and not entry.name.startswith("."):
-            files = image_files(entry.path)
-            if files:
-                classes[entry.name] = files
+def _by_folder(files: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Files by the first folder of their paths, which is taken off; loose files are left out."""
+    folders: dict[str, dict[str, Any]] = {}
+    for path, item in files.items():
+        folder, slash, rest = path.partition("/")
+        if slash:
+            folders.setdefault(folder, {})[rest] = item
+    return folders
+
+
+def _classes(root: str, files: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The images of each class folder by their paths, sorted; empty folders don't count."""
+    classes = {name: dict(sorted(images.items())) for name, images in _by_folder(files).items()}
     if not classes:
         raise DataError(f"{root}: no images in class folders below it ({', '.join(sorted(EXTENSIONS))})")
     return classes
 
 
 def image_files(folder: str | Path) -> list[str]:
-    """The image files in a folder and below, by extension, sorted; hidden ones are left out."""
-    return sorted(
-        os.path.join(place, file)
-        for place, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
-    )
+    """The image files in a folder and below, by extension, sorted; hidden files and folders are left out."""
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            os.path.join(place, name)
+            for name in files
+            if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+        ]
+    return sorted(found)
 
 
-def _held_out(root: Path, files: list[str]) -> set[str]:
-    """A tenth of the files, at least one of two, chosen by the hash of their names so that the choice is stable."""
-    count = max(round(len(files) * _VAL_SHARE), 1) if len(files) > 1 else 0
-    by_hash = sorted(files, key=lambda file: hashlib.sha256(os.path.relpath(file, root).encode()).digest())
+def _held_out(name: str, paths: list[str]) -> set[str]:
+    """A tenth of a class's images, at least one of two, chosen by the hash of their paths: a stable choice."""
+    count = max(round(len(paths) * _VAL_SHARE), 1) if len(paths) > 1 else 0
+    by_hash = sorted(paths, key=lambda path: hashlib.sha256(f"{name}/{path}".encode(errors="surrogateescape")).digest())
     return set(by_hash[:count])
 
 
-def _split_of(classes: dict[str, list[str]], names: tuple[str, ...]) -> Split:
-    items = [file for name in names for file in classes.get(name, ())]
+def _split_of(
+    classes: Mapping[str, Mapping[str, Any]], names: tuple[str, ...], read: Callable[[Any], Image.Image]
+) -> Split:
+    items = [item for name in names for item in classes.get(name, {}).values()]
     counts = [len(classes.get(name, ())) for name in names]
-    return Split(items, np.repeat(np.arange(len(names), dtype=np.int64), counts), Image.open)
+    return Split(items, np.repeat(np.arange(len(names), dtype=np.int64), counts), read)
 
 
 def _fingerprint(root: Path, splits: list[Split]) -> str:

@@ -1,5 +1,6 @@
 """Image folders: layouts, the held-out split, and what is refused."""
 
+import os
 import pickle
 
 import numpy as np
@@ -45,10 +46,20 @@ def test_hidden_files_and_other_files_do_not_count(tmp_path):
     (root / "class0" / ".hidden.jpg").write_bytes(b"")
     (root / "class0" / "notes.txt").write_text("")
     (root / ".cache").mkdir()
+    (root / "class0" / ".thumbnails").mkdir()
+    photograph(0, 40, 40).save(root / "class0" / ".thumbnails" / "000.jpg")
     (root / "empty").mkdir()
     source = open_source(str(root))
     assert source.class_names == ("class0", "class1")
     assert len(source.train.items) + len(source.val.items) == 6
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    root = write_class_folders(tmp_path / "set", 2, 3)
+    odd = os.fsencode(root / "class0") + b"/caf\xe9.jpg"
+    os.rename(root / "class0" / "000.jpg", odd)
+    source = open_source(str(root))
+    assert os.fsdecode(odd) in [*source.train.items, *source.val.items]
 
 
 def refusal(path) -> str:
@@ -59,7 +70,7 @@ def refusal(path) -> str:
 
 
 def test_what_is_refused(tmp_path):
-    assert "no such folder" in refusal(tmp_path / "absent")
+    assert "no such folder or archive" in refusal(tmp_path / "absent")
     assert "scenes" in refusal("sceens")
     (tmp_path / "empty").mkdir()
     assert "no images in class folders" in refusal(tmp_path / "empty")

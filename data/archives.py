@@ -1,0 +1,264 @@
+"""Image files in zip and tar archives, each read at random by any process.
+
+A zip and an uncompressed tar are read where they lie. A compressed tar can only be read from its beginning, so it is
+unpacked once, to one uncompressed temporary tar. No member is ever written under a name of its own.
+"""
+
+import bz2
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import re
+import shutil
+import stat
+import struct
+import tarfile
+import tempfile
+import weakref
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from PIL import Image, UnidentifiedImageError
+
+from data import DataError
+from data.pixels import EXTENSIONS
+
+# The first bytes say what an archive is: names are often wrong, and a .tar may well be compressed.
+_COMPRESSED: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_ZSTANDARD = b"\x28\xb5\x2f\xfd"
+_ENDING = re.compile(r"\.(zip|tar|tgz|txz|tbz2?|tar\.(gz|xz|bz2))$", re.IGNORECASE)
+_LOCAL_SIGNATURE = b"PK\3\4"
+_LOCAL_HEADER = struct.Struct("<4s22x2H")  # of a zip member: signature, lengths of its name and its extra field
+
+# Everything that the standard library raises for damaged archives, besides OSError
+_DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    ValueError,
+)
+
+
+class ZipMember(NamedTuple):
+    """An image file in a zip: where its local header lies, its stored size in bytes, if deflated, its CRC-32."""
+
+    archive: str
+    name: str
+    offset: int
+    size: int
+    deflated: bool
+    crc: int
+
+    def __str__(self) -> str:
+        return f"{self.archive}:{self.name}"
+
+
+class TarMember(NamedTuple):
+    """An image file in a tar: where its first byte lies in the uncompressed tar, and its size in bytes."""
+
+    archive: str
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.archive}:{self.name}"
+
+
+def read_zip_member(member: ZipMember) -> Image.Image:
+    """Opens the image. Raises ValueError or OSError where it is damaged or not an image."""
+    # Not by zipfile, which reads the list of all members first: 12 s and 700 MB a process for a million of them.
+    try:
+        with open(member.archive, "rb") as file:
+            file.seek(member.offset)
+            signature, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+            file.seek(name_length + extra_length, os.SEEK_CUR)
+            contents = file.read(member.size)
+        if member.deflated:
+            contents = zlib.decompress(contents, -zlib.MAX_WBITS)
+    except (struct.error, zlib.error) as error:
+        raise ValueError(f"damaged in the archive ({error})") from None
+    if signature != _LOCAL_SIGNATURE or zlib.crc32(contents) != member.crc:
+        raise ValueError("damaged in the archive (wrong checksum)")
+    return _opened(contents)
+
+
+@dataclass(frozen=True)
+class TarReader:
+    """Opens the images of one uncompressed tar. Called with a TarMember, raises OSError or ValueError."""
+
+    path: str
+
+    def __call__(self, member: TarMember) -> Image.Image:
+        with open(self.path, "rb") as file:
+            file.seek(member.offset)
+            return _opened(file.read(member.size))
+
+
+def _opened(contents: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(contents))
+    except UnidentifiedImageError:  # its text names an address in memory
+        raise ValueError("cannot identify image file") from None
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The image files of an archive.
+
+    below: what the paths lie below, for messages. files: path (as `train/cat/1.jpg`) to member, for read.
+    """
+
+    below: str
+    files: dict[str, Any]
+    read: Callable[[Any], Image.Image]
+
+
+def archive_name(path: Path) -> str:
+    """The name of an archive without its ending: `photos` for `photos.tar.gz`."""
+    return _ENDING.sub("", path.name) or path.name
+
+
+def fingerprint(path: Path) -> str:
+    """Changes with the archive; quick, for it looks at the name, the size and the time of the last change only."""
+    status = path.stat()
+    described = f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n"
+    return hashlib.sha256(described.encode(errors="surrogateescape")).hexdigest()
+
+
+def open_archive(path: Path) -> Archive:
+    """Lists the image files of a zip or a tar, unpacking a compressed tar to a temporary file.
+
+    The temporary file goes when the archive's `read` is no longer referred to, or with the process.
+    Folders that all images lie below are taken off their paths, but for `train` and `val` and for the last one, the
+    class. Hidden files, links and what macOS adds do not count. Where two members have one name, the later one counts,
+    as when unpacking. A tar within a tar is a folder of that name.
+    Raises DataError where the archive is damaged, encrypted, packed in a way that cannot be read, or the disk is full.
+    """
+    read: Callable[[Any], Image.Image] = read_zip_member
+    try:
+        with open(path, "rb") as file:
+            head = file.read(6)
+        if head.startswith(_ZSTANDARD):
+            raise DataError(f"{path}: Zstandard cannot be read; unpack it and give the folder, or pack it as .tar")
+        if head.startswith(b"PK"):
+            members: dict[str, Any] = dict(_zip_members(path))
+        else:
+            packed = next((opener for magic, opener in _COMPRESSED.items() if head.startswith(magic)), None)
+            read = reader = _unpacked(path, packed) if packed else TarReader(str(path))
+            with open(reader.path, "rb") as file:
+                members = dict(_tar_members(str(path), file))
+    except DataError:
+        raise
+    except (OSError, *_DAMAGE) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: damaged, or neither a zip nor a tar archive ({reason}); fetch it again") from None
+    below, files = _unwrapped(members)
+    return Archive(f"{path}:{below}", files, read)
+
+
+def _zip_members(path: Path) -> dict[str, ZipMember]:
+    members = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            # Some packers of Windows write backslashes.
+            place = _image_path(info.filename.replace("\\", "/"))
+            if place is None or info.is_dir() or stat.S_ISLNK(info.external_attr >> 16):
+                continue
+            if info.flag_bits & 1:
+                raise DataError(f"{path}: encrypted; unpack it with its password and give the folder")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise DataError(f"{path}: packed by method {info.compress_type}; pack it again, stored or deflated")
+            deflated = info.compress_type == zipfile.ZIP_DEFLATED
+            members[place] = ZipMember(
+                str(path), info.filename, info.header_offset, info.compress_size, deflated, info.CRC
+            )
+    return members
+
+
+def _tar_members(path: str, file: IO[bytes]) -> Iterator[tuple[str, TarMember]]:
+    """The images of an uncompressed tar and of tars within it, by path; offsets count from the start of the file."""
+    for info, offset in _tar_files(path, file):
+        place = _image_path(info.name)
+        if place is not None:
+            yield place, TarMember(path, place, offset, info.size)
+        elif (tar := _path(info.name)) and tar.endswith(".tar"):
+            file.seek(offset)
+            for inner, inner_offset in _tar_files(path, file):
+                place = _image_path(inner.name)
+                if place is not None:
+                    member = TarMember(path, f"{tar}/{place}", inner_offset, inner.size)
+                    yield f"{tar.removesuffix('.tar')}/{place}", member
+
+
+def _tar_files(path: str, file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """The regular files of the tar that begins where the file stands, with the offset of their contents."""
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while (info := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep all, 2 GB for a million
+            if info.issparse():
+                raise DataError(f"{path}: {info.name} is stored as a sparse file; pack it again without --sparse")
+            if info.isreg():
+                yield info, info.offset_data
+        # tarfile takes any header it cannot read for the end, and the rest of a damaged archive would be missing.
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("its end is missing")
+
+
+def _unpacked(path: Path, opener: Callable[[Path], Any]) -> TarReader:
+    """Unpacks a compressed tar to a temporary one, which goes with the reader returned."""
+    place = tempfile.gettempdir()
+    advice = "free some space, or set TMPDIR to a folder on another disk"
+    size = path.stat().st_size
+    # Images hardly shrink: the archive's own size is a fair guess at what it takes.
+    if shutil.disk_usage(place).free < size:
+        raise DataError(f"{path}: {size / 1e9:.1f} GB do not fit in {place}, where it has to be unpacked; {advice}")
+    print(f"{path}: a compressed tar is unpacked to {place} first", flush=True)
+    with opener(path) as packed, tempfile.NamedTemporaryFile("wb", suffix=".tar", delete=False) as unpacked:
+        reader = TarReader(unpacked.name)
+        weakref.finalize(reader, Path(unpacked.name).unlink, missing_ok=True)
+        try:
+            shutil.copyfileobj(packed, unpacked, 1 << 20)
+            unpacked.flush()
+        except OSError as error:
+            if error.errno:  # decompressors raise OSError, too, without a number
+                raise DataError(f"{path}: could not be unpacked to {place} ({error.strerror}); {advice}") from None
+            raise
+    return reader
+
+
+def _path(name: str) -> str | None:
+    """A member's name as a plain relative path; None where it, or a folder it lies in, is hidden (or is `..`)."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return None if any(part.startswith(".") or part == "__MACOSX" for part in parts) else "/".join(parts)
+
+
+def _image_path(name: str) -> str | None:
+    return _path(name) if os.path.splitext(name)[1].lower() in EXTENSIONS else None
+
+
+def _unwrapped(members: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Takes off the folders that wrap all others. Returns them, and the images by what is left of their paths."""
+    below, files = "", members
+    while True:
+        nested = [place for place in files if "/" in place]  # loose images are in no class
+        tops = {place.partition("/")[0] for place in nested}
+        deeper = any(place.count("/") > 1 for place in nested)
+        if len(tops) != 1 or tops & {"train", "val"} or not deeper:
+            return below, files
+        (top,) = tops
+        below += f"{top}/"
+        files = {place.removeprefix(f"{top}/"): files[place] for place in nested}
