@@ -135,7 +135,7 @@ class Beton:
         start = int(seal["checksums_ptr"])
         if start + self.num_samples * 4 > file_size:
             raise self._broken("its seal is damaged")
-        checksums = self.bytes[start : start + self.num_samples * 4].view("<u4")
+        checksums = self.bytes[start : start + self.num_samples * 4].copy().view("<u4")
         if _digest(self._sealed, checksums) != seal["digest"].tobytes():
             raise self._broken("its index is damaged")
         del self._sealed
@@ -225,9 +225,9 @@ def write_beton(path: str | Path, images: Iterable[Encoded], *, at_most: int) ->
                 checksums[count] = zlib.crc32(image.data)
                 place += size
                 count += 1
-            # FFCV maps whole pages, so the last one is filled up; the checksums have pages of their own, and the
-            # allocation table ends the file.
-            checksums_start = _next_page(place)
+            # The checksums follow the last image. FFCV maps whole pages, so that one is filled up, and expects the
+            # allocation table to end the file.
+            checksums_start = place
             table = _next_page(checksums_start + checksums[:count].nbytes)
             file.seek(checksums_start)
             file.write(checksums[:count].tobytes())

@@ -31,14 +31,14 @@ import PIL
 from PIL import Image
 from tqdm import tqdm
 
-from data import DataError, tiles
+from data import DataError, archives, tiles
 from data.beton import Beton, Encoded, write_beton
 from data.command import run_command
 from data.pixels import upright_rgb
 from data.progress import images_bar
 from data.sources import CropRule, Source, Split, crop_rule_for, open_source
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 32
 _REJECTS_SHOWN = 5
 # Three bytes a pixel add up: a raw image takes at 256 pixels what a JPEG takes at 512 or so, times three.
@@ -129,16 +129,31 @@ def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Un
     """
     if is_converted(data):
         return open_set(data)
+    path = Path(data)
+    if path.is_file():
+        # Asked before the archive is opened: a compressed tar would be unpacked for that.
+        folder = _cache_folder(cache, archives.archive_name(path), str(path.resolve()))
+        converted = _still_fitting(folder, archives.fingerprint(path), None)
+        if converted:
+            return converted
     source = open_source(data)
-    place = data if source.crop else str(Path(data).resolve())
-    folder = Path(cache) / f"{source.name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+    folder = _cache_folder(cache, source.name, data if source.crop else str(path.resolve()))
+    converted = _still_fitting(folder, source.fingerprint, source.crop)
+    return converted or Unconverted(source, folder, stale=folder.exists())
+
+
+def _cache_folder(cache: str | Path, name: str, place: str) -> Path:
+    return Path(cache) / f"{name}-{hashlib.sha256(place.encode(errors='surrogateescape')).hexdigest()[:8]}"
+
+
+def _still_fitting(folder: Path, fingerprint: str, crop: CropRule | None) -> ConvertedSet | None:
+    """The set converted earlier, unless its images or their crop rule have changed, or it is damaged."""
     if is_converted(folder):
         with contextlib.suppress(DataError):
             converted = open_set(folder)
-            same_crops = source.crop is None or converted.crop == source.crop
-            if converted.source_fingerprint == source.fingerprint and same_crops:
+            if converted.source_fingerprint == fingerprint and crop in (None, converted.crop):
                 return converted
-    return Unconverted(source, folder, stale=folder.exists())
+    return None
 
 
 def convert(
@@ -195,7 +210,8 @@ def convert_source(
         rejects = []
         for name, split in (("train", source.train), ("val", source.val)):
             rejects += _convert_split(split, name, partial, storage, processes)
-        (partial / "rejects.txt").write_text("".join(f"{line}\n" for line in rejects))
+        with open(partial / "rejects.txt", "w", errors="surrogateescape") as file:
+            file.writelines(f"{line}\n" for line in rejects)
         sizes = Beton(partial / "train.beton").sizes
         described = {
             "format": _FORMAT,
@@ -239,7 +255,7 @@ def _convert_split(split: Split, name: str, folder: Path, storage: Storage, proc
             if isinstance(result, str):
                 rejects.append(f"{item}: {result}")
                 if len(rejects) <= _REJECTS_SHOWN:
-                    bar.write(f"left out: {rejects[-1]}", file=sys.stderr)
+                    bar.write(f"left out: {_printable(rejects[-1])}", file=sys.stderr)
                 continue
             stored_bytes += len(result.data)
             grid = 0 if storage.kind == "raw" else tiles.layout(np.frombuffer(result.data, np.uint8)).tiles
@@ -250,7 +266,9 @@ def _convert_split(split: Split, name: str, folder: Path, storage: Storage, proc
     with images_bar(len(split.items), f"convert {name}") as bar:
         count = write_beton(folder / f"{name}.beton", images(bar), at_most=len(split.items))
     if not count:
-        raise DataError(f"{name}: none of its {len(split.items)} images could be read (first: {rejects[0]})")
+        raise DataError(
+            f"{name}: none of its {len(split.items)} images could be read (first: {_printable(rejects[0])})"
+        )
     rate = count / (time.perf_counter() - started)
     print(
         f"{name}: {count} images at {rate:.0f} images/s, {stored_bytes / 1e6:.1f} MB "
@@ -262,11 +280,16 @@ def _convert_split(split: Split, name: str, folder: Path, storage: Storage, proc
     return rejects
 
 
+def _printable(text: str) -> str:
+    """File names may hold bytes that are no text; a terminal is shown a mark in their place."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def _encode_ahead(split: Split, storage: Storage, processes: int) -> Iterator[tuple[Any, int, Encoded | str]]:
     """Each item with its label and its encoding (or why it has none), in order, encoded by all processes ahead."""
     # A fresh server process: forking one that runs PyTorch's threads can deadlock. It imports once for all.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data.convert"])
+    context.set_forkserver_preload(["data.tiles", "data.pixels"])
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interrupts) as pool:
         waiting: deque[tuple[int, Future]] = deque()
         try:

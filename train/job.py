@@ -70,6 +70,7 @@ def train(config: Config, arguments: Sequence[str]) -> Run:
         _check_classes(refinery, found.class_names, config)
 
     data = found.convert() if isinstance(found, Unconverted) else found
+    del found  # and with it what an archive was unpacked to
     for each in (config, refinery_config):
         if each:
             models.check_resolution(each.model, _crop_rule(each, data).resolution)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data import DataError
 from data.command import run_command
+from data.pixels import upright_rgb
 from data.plan import center_boxes
 from data.sources import image_files
 from kernels.normalise import Normalise
@@ -44,7 +45,7 @@ def predict(checkpoint: str, images: str, resolution: int | None = None, device:
     unreadable = 0
     for file in files:
         try:
-            image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+            image = upright_rgb(Image.open(file))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             print(f"{file}: left out, cannot be read ({error})", file=sys.stderr)
             unreadable += 1

@@ -68,7 +68,8 @@ def test_a_changed_byte_is_noticed_or_does_not_matter(path):
     good = crops(path)
     rng = np.random.default_rng(0)
     size = path.stat().st_size
-    spans = [(0, 2400), (size - IMAGES * 24, size), (size - (8 << 20), size - (8 << 20) + 4 * IMAGES)]
+    end = int(beton.starts[-1] + beton.lengths[-1])
+    spans = [(0, 2400), (size - IMAGES * 24, size), (end, end + 4 * IMAGES)]
     spans += [(start, start + length) for start, length in zip(beton.starts, beton.lengths, strict=True)]
     noticed = 0
     for case in range(1800):
