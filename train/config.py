@@ -111,6 +111,8 @@ class Config:
         epochs: passes over the training images
         resolution: pixels a side of the crops (default: what fits the data)
         batch: crops in a step
+        copies: crops of each image in an epoch, from one decoding; the epoch has that many times the steps
+        order: random, or for files larger than memory quasi-random, which draws from some pages of the file at a time
         seed: start of every random number
         out: the run's folder (default: one of its own below runs/)
         runs: where run folders lie
@@ -133,6 +135,8 @@ class Config:
     epochs: int = 200
     resolution: int | None = None
     batch: int = 256
+    copies: int = 1
+    order: Literal["random", "quasi-random"] = "random"
     seed: int = 0
     out: str | None = None
     runs: str = "runs"
@@ -147,7 +151,8 @@ class Config:
     crop: CropConfig = field(default_factory=CropConfig)
 
     def __post_init__(self):
-        positive = {"epochs": self.epochs, "batch": self.batch, "optimizer.lr_batch": self.optimizer.lr_batch}
+        positive = {"epochs": self.epochs, "batch": self.batch, "copies": self.copies}
+        positive["optimizer.lr_batch"] = self.optimizer.lr_batch
         for name, value in positive.items():
             if value < 1:
                 raise TrainError(f"{name}={value}: must be at least 1")

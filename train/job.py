@@ -199,6 +199,8 @@ def _identity(config: Config, rule: CropRule, data: ConvertedSet, refinery: Trai
         "resolution": rule.resolution,
         "epochs": config.epochs,
         "batch": config.batch,
+        "copies": config.copies,
+        "order": config.order,
         "optimizer": asdict(config.optimizer),
         "schedule": asdict(config.schedule),
         "precision": config.precision,

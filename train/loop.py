@@ -100,6 +100,8 @@ class Trainer:
             resolution=job.rule.resolution,
             batch_size=config.batch,
             seed=config.seed,
+            copies=config.copies,
+            order=config.order,
             scale=job.rule.scale,
             ratio=job.rule.ratio,
             flip=job.rule.flip,
