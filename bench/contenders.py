@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from data import plan
 from data.beton import Beton
+from data.decoders import part_of, union
 
 # RandomResizedCrop's law, for those that do not have it as their default.
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -262,8 +263,7 @@ class Ours:
             ratio=_RATIO,
         )
         self._first_step = self._loader.steps - task.batches
-        # Every crop has the whole image read.
-        self.bytes_per_crop = float(Beton(task.beton).lengths.mean())
+        self.bytes_per_crop = _mean_part(Beton(task.beton), copies)
 
     def epoch(self, number: int) -> Iterator[torch.Tensor]:
         return (batch.crops for batch in self._loader.epoch(number, start_step=self._first_step))
@@ -271,6 +271,23 @@ class Ours:
 
 def _mean_size(files: Iterable[str]) -> float:
     return float(np.mean([os.path.getsize(file) for file in files]))
+
+
+def _mean_part(beton: Beton, copies: int) -> float:
+    """Bytes that the crops of one epoch have read, for each: of the tiles, or raw pixels, around an image's crops."""
+    indices = np.arange(beton.num_samples)
+    boxes = [plan.random_boxes(indices, beton.sizes, seed=0, epoch=0, copy=copy)[0] for copy in range(copies)]
+    around = union(np.stack(boxes, axis=1))
+    sizes = [part_of(beton, index, around[index]).data.nbytes for index in range(beton.num_samples)]
+    return float(np.mean(sizes)) / copies
+
+
+def _part(part: str, copies: int, task: Task) -> Loader:
+    from bench import ceilings
+
+    if part == "copy":
+        return ceilings.Copying(task)
+    return (ceilings.Decoding if part == "decode" else ceilings.Resizing)(task, copies=copies)
 
 
 # The most crops of one image that a contender makes; an epoch's batches are a multiple of it.
@@ -286,10 +303,19 @@ CONTENDERS = {
     "ffcv": Contender(Ffcv, "plain", "stock loader"),
     "ffcv raw": Contender(Ffcv, "raw", "stock loader"),
     **{
-        f"ours {decoder}" + (f" x{copies}" if copies > 1 else ""): Contender(
-            partial(Ours, decoder=decoder, copies=copies), "converted", f"open_loader, {copies} crops an image"
+        f"ours {decoder}{' raw' if raw else ''}{f' x{copies}' if copies > 1 else ''}": Contender(
+            partial(Ours, decoder=decoder, copies=copies),
+            "converted raw" if raw else "converted",
+            f"open_loader, {copies} crops an image",
         )
         for decoder in ("ffcv", "dali", "torchvision")
+        for raw in (False, True)
         for copies in (1, COPIES)
+    },
+    **{
+        f"limit: {part}{f' x{copies}' if copies > 1 else ''}": Contender(
+            partial(_part, part, copies), "converted", f"what bounds ours ffcv: {part} alone"
+        )
+        for part, copies in (("decode", 1), ("decode", COPIES), ("resize", 1), ("copy", 1))
     },
 }

@@ -12,9 +12,10 @@ from PIL import Image, ImageDraw
 from scipy import fft
 
 from bench import BenchError
-from data import convert
 from data.beton import Encoded, write_beton
+from data.convert import Storage, encode
 from data.decoders.ahead import default_threads
+from data.pixels import upright_rgb
 from data.sources import image_files
 
 MAX_RESOLUTION, QUALITY = 512, 90
@@ -94,23 +95,26 @@ def _edges(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 def write_plain(path: Path, files: list[str]) -> None:
     """A `.beton` of plain baseline 4:2:0 JPEGs, 512 px on the longer side, quality 90: what stock FFCV is given."""
 
-    def encode(image: Image.Image) -> Encoded:
-        image = image.convert("RGB")
+    def plain(image: Image.Image) -> Encoded:
+        image = upright_rgb(image)
         image.thumbnail((MAX_RESOLUTION, MAX_RESOLUTION), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
         return Encoded(buffer.getvalue(), image.height, image.width, 0)
 
-    write_beton(path, _encoded(files, encode), at_most=len(files))
+    write_beton(path, _encoded(files, plain), at_most=len(files))
 
 
 def write_converted(path: Path, files: list[str]) -> None:
     """A `.beton` as data.convert stores images, of the same size and quality."""
+    storage = Storage("jpeg", MAX_RESOLUTION, QUALITY)
+    write_beton(path, _encoded(files, lambda image: encode(image, storage)), at_most=len(files))
 
-    def encode(image: Image.Image) -> Encoded:
-        return Encoded(*convert.encode(image, MAX_RESOLUTION, QUALITY), 0)
 
-    write_beton(path, _encoded(files, encode), at_most=len(files))
+def write_converted_raw(path: Path, files: list[str]) -> None:
+    """A `.beton` of raw pixels as data.convert stores them, 256 px on the longer side."""
+    storage = Storage("raw", RAW_RESOLUTION)
+    write_beton(path, _encoded(files, lambda image: encode(image, storage)), at_most=len(files))
 
 
 def write_raw(path: Path, files: list[str]) -> None:
@@ -138,7 +142,7 @@ class _Pixels:
     def __getitem__(self, index: int) -> tuple[np.ndarray]:
         file = self._files[index]
         if self._last is None or self._last[0] != file:
-            self._last = file, np.array(_open(file).convert("RGB"))
+            self._last = file, np.array(upright_rgb(_open(file)))
         return (self._last[1],)
 
 

@@ -30,6 +30,7 @@ _STORED = {
     "plain": (images.write_plain, f"{images.MAX_RESOLUTION} px, q{images.QUALITY}"),
     "converted": (images.write_converted, f"{images.MAX_RESOLUTION} px, q{images.QUALITY}"),
     "raw": (images.write_raw, f"{images.RAW_RESOLUTION} px, raw"),
+    "converted raw": (images.write_converted_raw, f"{images.RAW_RESOLUTION} px, raw"),
 }
 _SAMPLING_SECONDS = 0.05
 
@@ -99,7 +100,7 @@ def measure(
             "threads": counts,
             "device": device,
         },
-        notes=_notes(data, len(found), batches * batch, resolution, batch, epochs),
+        notes=_notes(data, len(found), batches * batch, resolution, batch, epochs) + _shares_of_limit(rows),
         rows=_with_ratios(rows),
     )
 
@@ -109,7 +110,7 @@ def _store(kinds: set[str], files: list[str], folder: Path) -> tuple[dict[str, P
     stored, failures = {}, {}
     for kind in sorted(kinds - {"files"}):
         write, about = _STORED[kind]
-        path = folder / f"{kind}.beton"
+        path = folder / f"{kind.replace(' ', '-')}.beton"
         started = time.perf_counter()
         try:
             with Process() as process:
@@ -204,6 +205,26 @@ def _notes(data: str | None, found: int, crops: int, resolution: int, batch: int
         "cores: processor time of the process and its workers by the clock's. memory: their peak in the untimed turn, "
         "shared pages counted once, mapped files left out. kB: encoded bytes read for a crop.",
     ]
+
+
+def _shares_of_limit(rows: list[dict[str, Any]]) -> list[str]:
+    """How near our CPU path comes to its parts done one after the other, where these were measured."""
+    rates = {
+        (row["contender"], row["threads"]): row["images_per_second"]["median"] for row in rows if "not_run" not in row
+    }
+    lines = []
+    for threads in sorted({threads for _, threads in rates}):
+        for copies in ("", f" x{COPIES}"):
+            ours, decode, resize = (
+                rates.get((name, threads)) for name in (f"ours ffcv{copies}", f"limit: decode{copies}", "limit: resize")
+            )
+            if ours and decode and resize:
+                limit = 1 / (1 / decode + 1 / resize)
+                lines.append(
+                    f"ours ffcv{copies}, {threads} threads: {100 * ours / limit:.0f} % of {limit:.0f} images/s, which "
+                    "decoding and resizing alone, one after the other, would allow."
+                )
+    return lines
 
 
 # ---- what runs in a contender's process, one contender each

@@ -175,11 +175,11 @@ def cut(
     out[frame + 5], out[frame + 6] = part_height >> 8, part_height & 255
     out[frame + 7], out[frame + 8] = part_width >> 8, part_width & 255
 
-    place, marks = found.scan, 0
+    # The tiles of a row lie side by side in the file, so a row is copied as one; then its markers are numbered anew.
+    place, marks, run = found.scan, 0, 0
     for tile in range(last_row * across + last_tile + 1):
         at = found.lengths + tile * 2
-        length = (np.int64(jpeg[at]) << 8) + jpeg[at + 1]
-        end = place + length
+        end = place + (np.int64(jpeg[at]) << 8) + jpeg[at + 1]
         if end + 2 > len(jpeg):
             return damaged
         column = tile % across
@@ -187,11 +187,18 @@ def cut(
             expected = _EOI if tile == found.tiles - 1 else _RST0 + tile % 8
             if jpeg[end] != 0xFF or jpeg[end + 1] != expected:
                 return damaged
-            out[size : size + length] = jpeg[place:end]
-            size += length
-            out[size], out[size + 1] = 0xFF, _RST0 + marks % 8
-            size += 2
-            marks += 1
+            if column == first_tile:
+                run = place
+            if column == last_tile:
+                # A loop becomes a block copy; a slice assignment would go byte by byte.
+                source, target = jpeg[run : end + 2], out[size:]
+                for k in range(len(source)):
+                    target[k] = source[k]
+                for k in range(tile - last_tile + first_tile, tile + 1):
+                    at = found.lengths + k * 2
+                    size += (np.int64(jpeg[at]) << 8) + jpeg[at + 1] + 2
+                    out[size - 1] = _RST0 + marks % 8
+                    marks += 1
         place = end + 2
     out[size - 1] = _EOI
     return Region(size, part_top, part_left, part_height, part_width)

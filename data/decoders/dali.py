@@ -91,19 +91,21 @@ def _crops(samples: Iterator[tuple[Any, ...]], sides: list[int], raw: bool, on_g
         dtype=[types.UINT8, *[types.INT32] * 3 * len(sides)],
         ndim=[3 if raw else 1, *[1, 1, 0] * len(sides)],
     )
-    images: Any
+    crops = []
+    # Like libjpeg-turbo everywhere else: chroma upsampled smoothly, the accurate DCT.
+    options = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB, "jpeg_fancy_upsampling": True}
+    images: Any = None
     if raw:
         images = stored.gpu() if on_gpu else stored
-    else:
-        # Like libjpeg-turbo everywhere else: chroma upsampled smoothly, the accurate DCT.
-        images = fn.decoders.image(
-            stored, device="mixed" if on_gpu else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
-        )
-    crops = []
+    elif len(sides) > 1:
+        images = fn.decoders.image(stored, **options)
     for number, side in enumerate(sides):
         corner, shape, flip = boxes[number * 3 : number * 3 + 3]
         # Cut first, then resize: resize's own region of interest would let the filter see beyond the box.
-        crop = fn.slice(images, corner, shape, axes=[0, 1])
+        if images is None:
+            crop = fn.decoders.image_slice(stored, corner, shape, axes=[0, 1], **options)
+        else:
+            crop = fn.slice(images, corner, shape, axes=[0, 1])
         crop = fn.resize(
             crop,
             resize_x=side,

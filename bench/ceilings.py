@@ -1,0 +1,114 @@
+"""What bounds our CPU path, measured beside it: each part of its work alone, on the same threads.
+
+Their batches hold no pictures worth looking at; what counts is the time that the part takes.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from bench.contenders import Loader, Task
+from data import plan
+from data.beton import Beton
+from data.decoders import Request, View, build_decoder
+from data.decoders.ahead import Ahead
+
+_CPU = torch.device("cpu")
+
+
+def _requests(task: Task, beton: Beton, copies: int, number: int) -> Iterator[Request]:
+    """The requests of the epoch's last batches, as our loader makes them."""
+    order = plan.epoch_order(beton.num_samples, seed=0, epoch=number)
+    for indices in order[-task.batch * task.batches // copies :].reshape(-1, task.batch):
+        sizes = beton.sizes[indices]
+        drawn = [plan.random_boxes(indices, sizes, seed=0, epoch=number, copy=copy) for copy in range(copies)]
+        yield Request(
+            indices, np.stack([box for box, _ in drawn], axis=1), np.stack([flip for _, flip in drawn], axis=1)
+        )
+
+
+class Decoding(Loader):
+    """Tiles cut and decoded to planes, and no crop made of them."""
+
+    bytes_per_crop = 0.0
+
+    def __init__(self, task: Task, *, copies: int):
+        assert task.beton is not None
+        self._task, self._copies = task, copies
+        self._beton = Beton(task.beton)
+        self._decoder = build_decoder(
+            "ffcv", self._beton, views=(View(0, 1),), device=_CPU, threads=task.threads, max_batch=task.batch
+        )
+        self._blank = torch.zeros(task.batch, 3, task.resolution, task.resolution, dtype=torch.uint8)
+
+    def epoch(self, number: int) -> Iterator[torch.Tensor]:
+        for _ in self._decoder.decode(_requests(self._task, self._beton, self._copies, number)):
+            yield from [self._blank] * self._copies
+
+
+class Resizing(Loader):
+    """Crops made of planes that lie ready, the same for every image."""
+
+    bytes_per_crop = 0.0
+
+    def __init__(self, task: Task, *, copies: int):
+        from numba import njit
+
+        from data.decoders.resize import crop_resize_planes
+
+        @njit(nogil=True)
+        def resize(planes, sizes, boxes, flips, out):
+            for i in range(len(sizes)):
+                height, width = int(sizes[i, 0]), int(sizes[i, 1])
+                half_height, half_width = (height + 1) // 2, (width + 1) // 2
+                half = half_height * half_width
+                luma = planes[0, : half * 4].reshape(half_height * 2, half_width * 2)
+                cb = planes[1, :half].reshape(half_height, half_width)
+                cr = planes[2, :half].reshape(half_height, half_width)
+                for k in range(boxes.shape[1]):
+                    top, left, box_height, box_width = boxes[i, k]
+                    crop_resize_planes(
+                        luma, cb, cr, 0, 0, height, width, top, left, box_height, box_width, flips[i, k], out[k, i]
+                    )
+
+        assert task.beton is not None
+        self._task, self._copies = task, copies
+        self._beton = Beton(task.beton)
+        self._resize = resize
+        area = int((self._beton.sizes + 1).prod(axis=1).max())
+        self._planes = np.random.default_rng(0).integers(0, 256, (3, area), dtype=np.uint8)
+        views = (View(copies, task.resolution),)
+        self._ahead = Ahead(self._fill, views=views, device=_CPU, threads=task.threads)
+
+    def epoch(self, number: int) -> Iterator[torch.Tensor]:
+        return _batches(self._ahead.batches(_requests(self._task, self._beton, self._copies, number)), self._task)
+
+    def _fill(self, request: Request, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
+        sizes = self._beton.sizes[request.indices[first:last]]
+        boxes = request.boxes[first:last].astype(np.int64)
+        self._resize(self._planes, sizes, boxes, request.flips[first:last], outs[0][:, first:last].numpy())
+
+
+class Copying(Loader):
+    """Finished crops copied into batches."""
+
+    bytes_per_crop = 0.0
+
+    def __init__(self, task: Task):
+        assert task.beton is not None
+        self._task = task
+        self._beton = Beton(task.beton)
+        self._ready = torch.zeros(task.batch, task.resolution, task.resolution, 3, dtype=torch.uint8)
+        self._ahead = Ahead(self._fill, views=(View(1, task.resolution),), device=_CPU, threads=task.threads)
+
+    def epoch(self, number: int) -> Iterator[torch.Tensor]:
+        return _batches(self._ahead.batches(_requests(self._task, self._beton, 1, number)), self._task)
+
+    def _fill(self, request: Request, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
+        outs[0][0, first:last] = self._ready[first:last]
+
+
+def _batches(blocks: Iterable[tuple[torch.Tensor, ...]], task: Task) -> Iterator[torch.Tensor]:
+    for (crops,) in blocks:
+        yield from crops.split(task.batch)
