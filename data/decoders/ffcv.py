@@ -8,6 +8,7 @@ become RGB. All of it is one compiled call for a few images, outside the interpr
 import ctypes
 import hashlib
 import importlib.util
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -47,6 +48,9 @@ _turbo.tjDestroy.argtypes = [ctypes.c_void_p]
 _turbo.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
 _turbo.tjGetErrorStr2.restype = ctypes.c_char_p
 _RGB, _ACCURATE_DCT = 0, 4096
+
+# Compiling that takes longer than this is said.
+_SILENT_SECONDS = 3.0
 
 # What _fill found wrong with an image.
 _NO_JPEG, _OTHER_SIZE, _BROKEN_TILES, _UNDECODABLE = 1, 2, 3, 4
@@ -93,6 +97,22 @@ class Decoder:
         self._thread = threading.local()
         self._copies = np.array([view.copies for view in views])
         self._ahead = Ahead(self._fill, views=views, device=device, threads=threads)
+        self._compile(views)
+
+    def _compile(self, views: tuple[View, ...]) -> None:
+        """Loads the compiled code, or compiles it, which takes a while and is said; by making the crops of no image."""
+        crops = sum(view.copies for view in views)
+        none = Request(np.empty(0, np.int64), np.empty((0, crops, 4), np.int32), np.empty((0, crops), np.bool_))
+        outs = tuple(torch.empty((view.copies, 0, 1, 1, 3), dtype=torch.uint8) for view in views)
+        notice = threading.Timer(
+            _SILENT_SECONDS,
+            lambda: print("decoder=ffcv: compiling for this machine, once", file=sys.stderr, flush=True),
+        )
+        notice.start()
+        try:
+            self._fill(none, 0, 0, outs)
+        finally:
+            notice.cancel()
 
     def decode(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, ...]]:
         return self._ahead.batches(requests)
@@ -104,7 +124,7 @@ class Decoder:
         beton, indices, boxes = self._beton, request.indices[first:last], request.boxes[first:last]
         beton.check(indices)
         sizes, lengths = beton.sizes[indices], beton.lengths[indices]
-        worker.make_room(lengths.max(), (sizes + 1).prod(axis=1, dtype=np.int64).max() * 3)
+        worker.make_room(lengths.max(initial=0), (sizes + 1).prod(axis=1, dtype=np.int64).max(initial=0) * 3)
         failed, why, height, width = _fill(
             beton.bytes,
             beton.starts[indices],

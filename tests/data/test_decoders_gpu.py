@@ -13,7 +13,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
 def test_same_crops_as_on_the_cpu(converted, decoder):
-    options = {"resolution": 48, "batch_size": 16, "seed": 7}
+    options = {"resolution": 48, "batch_size": 16, "seed": 7, "copies": 2}
     reference = open_loader(converted.beton("train"), decoder="ffcv", **options).epoch(3)
     on_gpu = open_loader(converted.beton("train"), decoder=decoder, device="cuda", **options).epoch(3)
     for one, other in zip(reference, on_gpu, strict=True):
