@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from bench.contenders import Loader, Task
+from bench.task import Loader, Task
 from data import plan
 from data.beton import Beton
 from data.decoders import Request, View, build_decoder
@@ -95,18 +95,18 @@ class Copying(Loader):
 
     bytes_per_crop = 0.0
 
-    def __init__(self, task: Task):
+    def __init__(self, task: Task, *, copies: int):
         assert task.beton is not None
-        self._task = task
+        self._task, self._copies = task, copies
         self._beton = Beton(task.beton)
         self._ready = torch.zeros(task.batch, task.resolution, task.resolution, 3, dtype=torch.uint8)
-        self._ahead = Ahead(self._fill, views=(View(1, task.resolution),), device=_CPU, threads=task.threads)
+        self._ahead = Ahead(self._fill, views=(View(copies, task.resolution),), device=_CPU, threads=task.threads)
 
     def epoch(self, number: int) -> Iterator[torch.Tensor]:
-        return _batches(self._ahead.batches(_requests(self._task, self._beton, 1, number)), self._task)
+        return _batches(self._ahead.batches(_requests(self._task, self._beton, self._copies, number)), self._task)
 
     def _fill(self, request: Request, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
-        outs[0][0, first:last] = self._ready[first:last]
+        outs[0][:, first:last] = self._ready[first:last]
 
 
 def _batches(blocks: Iterable[tuple[torch.Tensor, ...]], task: Task) -> Iterator[torch.Tensor]:

@@ -6,15 +6,14 @@ prepares no batches of the next epoch.
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bench.ceilings import Copying, Decoding, Resizing
+from bench.task import Contender, Loader, Task
 from data import plan
 from data.beton import Beton
 from data.decoders import part_of, union
@@ -23,43 +22,6 @@ from data.decoders import part_of, union
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 # Batches that DALI works on at a time; its own default.
 _DALI_AHEAD = 2
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every contender is to do.
-
-    files: the image files, as many as an epoch has crops; some may be named several times. beton: the same images
-    stored as the contender reads them, or None where it reads the files. batches: full batches an epoch.
-    threads: decoding threads, or worker processes where a loader has these.
-    """
-
-    files: list[str]
-    beton: Path | None
-    resolution: int
-    batch: int
-    batches: int
-    threads: int
-    device: str
-
-
-class Loader(Protocol):
-    """bytes_per_crop: encoded bytes that are read for a crop, on average."""
-
-    bytes_per_crop: float
-
-    def epoch(self, number: int) -> Iterator[torch.Tensor]:
-        """task.batches batches, uint8 [batch, 3, resolution, resolution] on the device."""
-        ...
-
-
-@dataclass(frozen=True)
-class Contender:
-    """build makes the loader. reads: `files`, or which of bench.images' stored sets. about: a few words for readers."""
-
-    build: Callable[[Task], Loader]
-    reads: str
-    about: str
 
 
 class Workers:
@@ -282,14 +244,6 @@ def _mean_part(beton: Beton, copies: int) -> float:
     return float(np.mean(sizes)) / copies
 
 
-def _part(part: str, copies: int, task: Task) -> Loader:
-    from bench import ceilings
-
-    if part == "copy":
-        return ceilings.Copying(task)
-    return (ceilings.Decoding if part == "decode" else ceilings.Resizing)(task, copies=copies)
-
-
 # The most crops of one image that a contender makes; an epoch's batches are a multiple of it.
 COPIES = 4
 
@@ -314,8 +268,13 @@ CONTENDERS = {
     },
     **{
         f"limit: {part}{f' x{copies}' if copies > 1 else ''}": Contender(
-            partial(_part, part, copies), "converted", f"what bounds ours ffcv: {part} alone"
+            partial(build, copies=copies), "converted", f"what bounds ours ffcv: {part} alone"
         )
-        for part, copies in (("decode", 1), ("decode", COPIES), ("resize", 1), ("copy", 1))
+        for part, build, copies in (
+            ("decode", Decoding, 1),
+            ("decode", Decoding, COPIES),
+            ("resize", Resizing, 1),
+            ("copy", Copying, 1),
+        )
     },
 }

@@ -20,9 +20,10 @@ import torch
 from tqdm import tqdm
 
 from bench import BenchError, images
-from bench.contenders import CONTENDERS, COPIES, REFERENCE, Loader, Task
+from bench.contenders import CONTENDERS, COPIES, REFERENCE
 from bench.process import CallFailed, Process, cpu_seconds, memory_bytes
 from bench.record import Record
+from bench.task import Loader, Task
 from data.decoders.ahead import default_threads
 
 # How the stored sets that contenders read are made, and what the table calls them.

@@ -21,6 +21,13 @@ def fail(message: object) -> NoReturn:
     sys.exit(2)
 
 
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
 def run_command(
     function: Callable[..., Any], *, prog: str, errors: tuple[type[Exception], ...] = (DataError,), **options: Any
 ) -> Any:
@@ -28,8 +35,10 @@ def run_command(
 
     errors: the kinds that end the program with their one line. options: passed on to jsonargparse's auto_cli.
     """
+    # --max-resolution is --max_resolution: both spellings are common, and neither is worth an error.
+    words = [_underscored(word) for word in options.pop("args", sys.argv[1:])]
     try:
-        return auto_cli(function, as_positional=False, parser_class=OneLineParser, prog=prog, **options)
+        return auto_cli(function, as_positional=False, parser_class=OneLineParser, prog=prog, args=words, **options)
     except errors as error:
         fail(error)
     except KeyboardInterrupt:

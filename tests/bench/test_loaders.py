@@ -86,6 +86,16 @@ def test_the_record_is_consistent_and_a_failing_contender_does_not_end_it(folder
     assert Image.open(chart).width > 500
 
 
+def test_the_limit_is_measured_and_our_share_of_it_is_told(folder, tmp_path):
+    names = "limit: decode,limit: resize,ours ffcv"
+    done = bench("--data", str(folder), "--threads", "1", "--contenders", names, "--out", str(tmp_path / "results"))
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json"))
+    rates = {row["contender"]: row["images_per_second"]["median"] for row in record["rows"]}
+    assert rates["limit: decode x4"] > rates["limit: decode"]
+    limit = 1 / (1 / rates["limit: decode"] + 1 / rates["limit: resize"])
+    assert f"ours ffcv, 1 threads: {100 * rates['ours ffcv'] / limit:.0f} % of {limit:.0f} images/s" in done.stdout
+
+
 @pytest.mark.slow
 def test_every_contender_runs(folder, tmp_path):
     bench("--data", str(folder), "--threads", "2", "--out", str(tmp_path / "results"))

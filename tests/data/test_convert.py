@@ -164,3 +164,13 @@ def test_options_are_checked(image_folder, tmp_path):
         assert says in done.stderr
         assert len(done.stderr.splitlines()) == 1
     assert json.loads("[]") == os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("spelling", ["--max-resolution", "--max_resolution"])
+def test_options_are_spelled_with_hyphens_or_underscores(tmp_path, spelling):
+    root = write_class_folders(tmp_path / "set", 2, 3)
+    done = run_convert("--data", root, "--out", tmp_path / "out", "--storage", "raw", f"{spelling}=40")
+    assert done.returncode == 0, done.stderr
+    beton = Beton(tmp_path / "out" / "train.beton")
+    assert beton.raw.all()
+    assert (beton.sizes.max(axis=1) == 40).all()
