@@ -58,7 +58,7 @@ class Resizing(Loader):
         from data.decoders.resize import crop_resize_planes
 
         @njit(nogil=True)
-        def resize(planes, sizes, boxes, flips, out):
+        def resize(planes, sizes, boxes, flips, out, first):
             for i in range(len(sizes)):
                 height, width = int(sizes[i, 0]), int(sizes[i, 1])
                 half_height, half_width = (height + 1) // 2, (width + 1) // 2
@@ -68,8 +68,21 @@ class Resizing(Loader):
                 cr = planes[2, :half].reshape(half_height, half_width)
                 for k in range(boxes.shape[1]):
                     top, left, box_height, box_width = boxes[i, k]
+                    crop = out[k, first + i]
                     crop_resize_planes(
-                        luma, cb, cr, 0, 0, height, width, top, left, box_height, box_width, flips[i, k], out[k, i]
+                        luma,
+                        cb,
+                        cr,
+                        0,
+                        0,
+                        height,
+                        width,
+                        top,
+                        left,
+                        box_height,
+                        box_width,
+                        flips[i, k],
+                        crop,
                     )
 
         assert task.beton is not None
@@ -87,7 +100,7 @@ class Resizing(Loader):
     def _fill(self, request: Request, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
         sizes = self._beton.sizes[request.indices[first:last]]
         boxes = request.boxes[first:last].astype(np.int64)
-        self._resize(self._planes, sizes, boxes, request.flips[first:last], outs[0][:, first:last].numpy())
+        self._resize(self._planes, sizes, boxes, request.flips[first:last], outs[0].numpy(), first)
 
 
 class Copying(Loader):

@@ -99,7 +99,7 @@ def write_plain(path: Path, files: list[str]) -> None:
         image = upright_rgb(image)
         image.thumbnail((MAX_RESOLUTION, MAX_RESOLUTION), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
+        image.save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0", comment=b"")
         return Encoded(buffer.getvalue(), image.height, image.width, 0)
 
     write_beton(path, _encoded(files, plain), at_most=len(files))

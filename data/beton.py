@@ -11,6 +11,7 @@ opened, an image's bytes when they are first used. Files of other writers have n
 
 import contextlib
 import hashlib
+import mmap
 import os
 import zlib
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from data import DataError
 
 _VERSION = 2
-_PAGE_SIZE = 8 << 20
+PAGE_SIZE = 8 << 20
 _HEADER = np.dtype(
     [
         ("version", "<u2"),
@@ -74,6 +75,11 @@ class Beton:
         try:
             file_size = os.path.getsize(self.path)
             index = self._read_index(file_size)
+            with open(self.path, "rb") as file:
+                # Private: decoders that insist on writable buffers take its views as they are, and nothing reaches the
+                # file. Nothing is reserved for writes that never come, so that it may be larger than memory.
+                flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+                mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from None
         header, rows, allocations, seal = index
@@ -103,8 +109,7 @@ class Beton:
         if (self.lengths != self.sizes.prod(axis=1, dtype=np.int64) * 3)[self.raw].any():
             raise self._broken("a raw image of another size than the index says")
         self.pages = self.starts // int(header["page_size"])
-        # Copy-on-write: decoders that insist on writable buffers take its views as they are; nothing reaches the file.
-        self.bytes = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="c"))
+        self.bytes = np.frombuffer(mapped, dtype=np.uint8)
         self._checksums = self._unsealed(seal, file_size) if seal is not None else None
         if self._checksums is None:
             digest = hashlib.sha256()
@@ -214,9 +219,9 @@ def write_beton(path: str | Path, images: Iterable[Encoded], *, at_most: int) ->
         with open(path, "wb") as file:
             for image in images:
                 size = len(image.data)
-                if size > _PAGE_SIZE:
-                    raise DataError(f"image {count}: {size} bytes do not fit a page of {_PAGE_SIZE}")
-                if place % _PAGE_SIZE + size > _PAGE_SIZE:
+                if not 0 < size <= PAGE_SIZE:
+                    raise DataError(f"image {count}: {size} bytes are none, or do not fit a page of {PAGE_SIZE}")
+                if place % PAGE_SIZE + size > PAGE_SIZE:
                     place = _next_page(place)
                 file.seek(place)
                 file.write(image.data)
@@ -234,7 +239,7 @@ def write_beton(path: str | Path, images: Iterable[Encoded], *, at_most: int) ->
             file.truncate(table)
             file.seek(table)
             file.write(allocations[:count].tobytes())
-            header = np.array([(_VERSION, len(fields), _PAGE_SIZE, count, table)], dtype=_HEADER)[0]
+            header = np.array([(_VERSION, len(fields), PAGE_SIZE, count, table)], dtype=_HEADER)[0]
             digest = _digest((header, rows[:count], allocations[:count]), checksums[:count])
             seal = np.array([(_SEAL_NAME, checksums_start, np.frombuffer(digest, np.uint8))], dtype=_SEAL)
             fields["arguments"][0][: _SEAL.itemsize] = seal.view(np.uint8)
@@ -250,4 +255,4 @@ def write_beton(path: str | Path, images: Iterable[Encoded], *, at_most: int) ->
 
 
 def _next_page(offset: int) -> int:
-    return -(-offset // _PAGE_SIZE) * _PAGE_SIZE
+    return -(-offset // PAGE_SIZE) * PAGE_SIZE

@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import DataError, archives, tiles
-from data.beton import Beton, Encoded, write_beton
+from data.beton import PAGE_SIZE, Beton, Encoded, write_beton
 from data.command import run_command
 from data.pixels import upright_rgb
 from data.progress import images_bar
@@ -333,6 +333,8 @@ def encode(image: Image.Image, storage: Storage) -> Encoded:
     image.thumbnail((storage.max_resolution, storage.max_resolution), Image.Resampling.BICUBIC)
     raw = storage.kind == "raw"
     data = image.tobytes() if raw else tiles.encode(image, storage.quality)
+    if len(data) > PAGE_SIZE:
+        raise ValueError(f"{len(data)} bytes, more than the {PAGE_SIZE} that can be stored; use a lower max_resolution")
     return Encoded(data, image.height, image.width, 0, raw)
 
 

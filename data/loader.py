@@ -18,6 +18,9 @@ from data.decoders.ahead import default_threads
 
 ORDERS = ("random", "quasi-random", "sequential")
 
+# Class ids beyond this are damage, or no class ids.
+_MOST_CLASSES = 1_000_000
+
 Fetch = Callable[[NDArray[np.int64], NDArray[np.int64], int], Any]
 
 
@@ -95,8 +98,9 @@ def open_loader(
     """
     if order not in ORDERS:
         raise DataError(f"order={order}: unknown; choose one of {', '.join(ORDERS)}")
-    for name, value in (("resolution", resolution), ("batch_size", batch_size), ("copies", copies)):
-        if value < 1:
+    numbers = {"resolution": resolution, "batch_size": batch_size, "copies": copies, "world": world, "threads": threads}
+    for name, value in numbers.items():
+        if value is not None and value < 1:
             raise DataError(f"{name}={value}: must be at least 1")
     if train and not spread and batch_size % copies:
         raise DataError(f"batch_size={batch_size}: must be a multiple of copies={copies} when these share a batch")
@@ -189,7 +193,10 @@ class Loader:
         if is_converted(folder):
             self.class_names = open_set(folder).class_names
         else:
-            self.class_names = tuple(map(str, range(int(beton.labels.max(initial=-1)) + 1)))
+            most = int(beton.labels.max(initial=-1)) + 1
+            if most > _MOST_CLASSES:
+                raise DataError(f"{beton.path}: has a class {most - 1}; at most {_MOST_CLASSES} classes are taken")
+            self.class_names = tuple(map(str, range(most)))
         self.num_classes = len(self.class_names)
         if self.num_samples and beton.labels.max() >= self.num_classes:
             raise DataError(

@@ -44,7 +44,8 @@ def encode(image: Image.Image, quality: int) -> bytes:
 
 def _jpeg(image: Image.Image, quality: int, **options: int) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0", **options)
+    # Without the comment of the original, which Pillow would copy.
+    image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0", comment=b"", **options)
     return buffer.getvalue()
 
 
@@ -102,6 +103,12 @@ def layout(jpeg: NDArray[np.uint8]) -> Layout:
     i = 2
     while i + 4 <= n and jpeg[i] == 0xFF:
         marker = jpeg[i + 1]
+        # As libjpeg reads it, to whom this must not say another size: FF may be repeated, and these have no length.
+        if marker == 0xFF:
+            i += 1
+            continue
+        if marker < 0xC0 or _RST0 <= marker <= _EOI:
+            break
         length = (np.int64(jpeg[i + 2]) << 8) + jpeg[i + 3]
         end = i + 2 + length
         if length < 2 or end > n:

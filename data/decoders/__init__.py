@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from data import DataError, tiles
 from data.beton import Beton
 
-# Decoders look this many batches ahead of the one being used.
+# Decoders work this many batches ahead, and one more is on its way to the device.
 BATCHES_AHEAD = 3
 
 # What can be wrong with a JPEG before it is decoded.

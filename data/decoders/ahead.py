@@ -16,6 +16,10 @@ from data.decoders import BATCHES_AHEAD, Request, View
 _IMAGES_AT_ONCE = 16
 
 
+# Free buffers beyond these were once kept by a consumer, and are given back.
+_BUFFERS_KEPT = 4 * BATCHES_AHEAD
+
+
 class _Buffers:
     """Memory for batches: used again when no tensor holds it any more, for fresh pages cost as much as many a crop."""
 
@@ -28,8 +32,11 @@ class _Buffers:
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
         """An uninitialised uint8 tensor; its memory comes back by itself when it and all its views are gone."""
         size = math.prod(shape)
-        for i in range(len(self._buffers)):
-            if sys.getrefcount(self._buffers[i]) == self._free and self._buffers[i].size == size:
+        free = [i for i in range(len(self._buffers)) if sys.getrefcount(self._buffers[i]) == self._free]
+        for i in reversed(free[_BUFFERS_KEPT:]):
+            del self._buffers[i]
+        for i in free[:_BUFFERS_KEPT]:
+            if self._buffers[i].size == size:
                 return torch.from_numpy(self._buffers[i]).view(shape)
         self._buffers.append(np.empty(size, np.uint8))
         return torch.from_numpy(self._buffers[-1]).view(shape)

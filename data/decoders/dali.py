@@ -35,24 +35,25 @@ class Decoder:
         sides = [view.resolution for view in self._views for _ in range(view.copies)]
         samples = self._samples(requests, under_way)
         pipeline = _crops(samples, sides, bool(self._beton.raw.any()), on_gpu, **self._pipeline_options)
-        try:
-            pipeline.build()
-            while True:
-                try:
-                    # On the stream that uses them: ordered before what follows, without the host waiting.
-                    outputs = pipeline.run(torch.cuda.current_stream(self._device)) if on_gpu else pipeline.run()
-                except StopIteration:
-                    return
-                # DALI's dynamic executor leaves the memory of a batch to whoever holds it.
-                crops = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-                under_way.pop(0)
-                yield tuple(
-                    (taken[0] if len(taken) == 1 else torch.cat(taken)).permute(0, 3, 1, 2)
-                    for view in self._views
-                    for taken in [[crops.pop(0) for _ in range(view.copies)]]
-                )
-        except RuntimeError as error:
-            raise self._undecodable(under_way, str(error)) from None
+        pipeline.build()
+        while True:
+            try:
+                # On the stream that uses them: ordered before what follows, without the host waiting.
+                outputs = pipeline.run(torch.cuda.current_stream(self._device)) if on_gpu else pipeline.run()
+            except StopIteration:
+                return
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise self._undecodable(under_way, str(error)) from None
+            # DALI's dynamic executor leaves the memory of a batch to whoever holds it.
+            crops = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+            under_way.pop(0)
+            yield tuple(
+                (taken[0] if len(taken) == 1 else torch.cat(taken)).permute(0, 3, 1, 2)
+                for view in self._views
+                for taken in [[crops.pop(0) for _ in range(view.copies)]]
+            )
 
     def _samples(self, requests: Iterable[Request], under_way: list[Request]) -> Iterator[tuple[Any, ...]]:
         """For each request the images' bytes, and for each crop of theirs corner, shape and flip."""
@@ -70,8 +71,10 @@ class Decoder:
 
     def _undecodable(self, requests: list[Request], message: str) -> DataError:
         """What went wrong, with the image that did: DALI does not name it, so the images under way are tried."""
-        lines = [line for line in message.splitlines() if line.strip()]
-        why = lines[-1].strip() if lines else "no reason given"
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
+        # The cause follows the place in the pipeline where it was met.
+        after = next((i for i, line in enumerate(lines[:-1], 1) if "encountered:" in line), 0)
+        why = lines[after] if lines else "no reason given"
         for index in (int(index) for request in requests for index in request.indices):
             try:
                 if not self._beton.raw[index]:
@@ -79,7 +82,7 @@ class Decoder:
             except DataError as error:
                 return error
             except Exception as error:
-                return undecodable(self._beton, index, str(error).splitlines()[0])
+                return undecodable(self._beton, index, str(error).split("\n")[0] or type(error).__name__)
         return DataError(f"{self._beton.path}: DALI could not decode an image ({why})")
 
 
@@ -94,6 +97,8 @@ def _crops(samples: Iterator[tuple[Any, ...]], sides: list[int], raw: bool, on_g
     crops = []
     # Like libjpeg-turbo everywhere else: chroma upsampled smoothly, the accurate DCT.
     options = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB, "jpeg_fancy_upsampling": True}
+    # Boxes are those of the pixels as they are stored: no other decoder turns a JPEG by its EXIF orientation.
+    options["adjust_orientation"] = False
     images: Any = None
     if raw:
         images = stored.gpu() if on_gpu else stored

@@ -124,7 +124,11 @@ class Decoder:
         beton, indices, boxes = self._beton, request.indices[first:last], request.boxes[first:last]
         beton.check(indices)
         sizes, lengths = beton.sizes[indices], beton.lengths[indices]
-        worker.make_room(lengths.max(initial=0), (sizes + 1).prod(axis=1, dtype=np.int64).max(initial=0) * 3)
+        try:
+            worker.make_room(lengths.max(initial=0), (sizes + 1).prod(axis=1, dtype=np.int64).max(initial=0) * 3)
+        except MemoryError:
+            largest = int(indices[sizes.prod(axis=1, dtype=np.int64).argmax()])
+            raise undecodable(beton, largest, "no memory for an image of the size that the index says") from None
         failed, why, height, width = _fill(
             beton.bytes,
             beton.starts[indices],
@@ -232,9 +236,9 @@ def _compiled(sources: str):
                             np.int64(data.ctypes.data),
                             len(data),
                             np.int64(pointers.ctypes.data),
-                            0,
+                            region.width,
                             np.int64(strides.ctypes.data),
-                            0,
+                            region.height,
                             _ACCURATE_DCT,
                         ),
                     )

@@ -5,7 +5,8 @@ step works on 32 neighbouring numbers. A JPEG's planes are resized before they b
 to convert, and chroma is never enlarged to full size: its weights are the triangle filter's after those of libjpeg's
 "fancy" chroma upsampling (3/4 of the nearer sample, 1/4 of the further one), two linear maps in one.
 
-All arithmetic is in integers, so the same bytes come out on every machine. Against Pillow on the decoded image, which
+All arithmetic is in integers, so the same bytes come out on every machine; weights of 14 bits do for reductions up to
+some hundredfold. Against Pillow on the decoded image, which
 rounds to bytes between its two passes and where libjpeg converts to RGB, values differ by 1 now and then; in
 saturated colours, which libjpeg clips before the resize and this after it, they can differ by more.
 """

@@ -174,3 +174,32 @@ def test_a_failing_source_leaves_nothing(tmp_path, images):
     with pytest.raises(KeyboardInterrupt):
         write_beton(tmp_path / "half", rows(), at_most=2)
     assert not (tmp_path / "half").exists()
+
+
+def test_a_file_larger_than_memory_opens(path):
+    """A sparse one: mapping it must not reserve memory for all of it."""
+    data = path.read_bytes()
+    table = len(data) - 12 * 24
+    hole = 1 << 40
+    with open(path, "r+b") as file:
+        file.truncate(table)
+        file.seek(table + hole)
+        file.write(data[table:])
+        # Another place of the table makes the seal void, as it should.
+        file.seek(16)
+        file.write((table + hole).to_bytes(8, "little"))
+    with pytest.raises(DataError, match="its index is damaged"):
+        Beton(path)
+    unsealed = data.index(b"label-refinery 1")
+    with open(path, "r+b") as file:
+        file.seek(unsealed)
+        file.write(bytes(16))
+    assert (
+        Beton(path).encoded(3).tobytes()
+        == Beton(path).bytes[Beton(path).starts[3] :][: Beton(path).lengths[3]].tobytes()
+    )
+
+
+def test_an_image_without_bytes_is_refused(tmp_path):
+    with pytest.raises(DataError, match="image 0: 0 bytes"):
+        write_beton(tmp_path / "none", [Encoded(b"", 10, 10, 0)], at_most=1)

@@ -174,3 +174,11 @@ def test_options_are_spelled_with_hyphens_or_underscores(tmp_path, spelling):
     beton = Beton(tmp_path / "out" / "train.beton")
     assert beton.raw.all()
     assert (beton.sizes.max(axis=1) == 40).all()
+
+
+def test_an_image_too_large_to_be_stored_is_left_out_by_name(tmp_path):
+    root = write_class_folders(tmp_path / "set", 2, 3)
+    photograph(0, 1700, 1700).save(root / "class0" / "vast.png")
+    done = run_convert("--data", root, "--out", tmp_path / "out", "--storage", "raw", "--max-resolution", 4000)
+    assert done.returncode == 0, done.stderr
+    assert "vast.png" in (tmp_path / "out" / "rejects.txt").read_text()

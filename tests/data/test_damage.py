@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataError
+from data import DataError, tiles
 from data.beton import Beton, Encoded, write_beton
 from data.convert import Storage, encode
 from data.decoders import Request, View, build_decoder
+from data.loader import open_loader
 from tests.pictures import photograph
 
 IMAGES = 4
@@ -131,3 +132,44 @@ def test_a_jpeg_cut_short_is_refused(tmp_path, path, decoder):
             whole = np.array([[[0, 0, 90, 100]]], dtype=np.int32)
             with pytest.raises(DataError, match="short.beton: image 0 "):
                 list(build.decode([Request(np.zeros(1, dtype=np.int64), whole, np.zeros((1, 1), dtype=bool))]))
+
+
+def test_a_frame_hidden_from_the_index_is_no_way_into_memory(tmp_path):
+    """libjpeg would decode 2000x2000 pixels here; a reader that stumbles over the repeated FF sees 16x16."""
+    large, small = (tiles._jpeg(photograph(0, side, side), 90) for side in (2000, 16))
+    frames = [tiles.layout(np.frombuffer(jpeg, np.uint8)).frame for jpeg in (large, small)]
+    true = large[frames[0] :]
+    scan_header = bytes([0xFF, 0xDA, 0, 12, 3, 1, 0, 2, 0x11, 3, 0x11, 0, 63, 0])
+    # FF FF C0 00 11: taken for a marker FF of length 0xC000, it ends within this comment, at the false frame.
+    lead = large[:2] + b"\xff"
+    comment_start = len(lead) + 19
+    false_at = len(lead) - 1 + 2 + 0xC000
+    filler = bytes(false_at - comment_start - 4)
+    content = filler + small[frames[1] : frames[1] + 19] + scan_header + bytes(64)
+    comment = b"\xff\xfe" + (len(content) + 2).to_bytes(2, "big") + content
+    jpeg = lead + true[:19] + comment + large[2 : frames[0]] + true[19:]
+    write_beton(tmp_path / "hidden.beton", [Encoded(jpeg, 16, 16, 0)], at_most=1)
+    for decoder in ("ffcv", "torchvision", "dali"):
+        build = build_decoder(
+            decoder,
+            Beton(tmp_path / "hidden.beton"),
+            views=(View(1, 8),),
+            device=torch.device("cpu"),
+            threads=1,
+            max_batch=1,
+        )
+        request = Request(np.zeros(1, np.int64), np.array([[[0, 0, 16, 16]]], np.int32), np.zeros((1, 1), np.bool_))
+        with pytest.raises(DataError, match="image 0 .*is 2000x2000, the index says 16x16"):
+            list(build.decode([request]))
+
+
+def test_class_ids_out_of_all_proportion_are_refused(tmp_path, rows):
+    write_beton(tmp_path / "far.beton", [rows[0]._replace(label=10**12)], at_most=1)
+    with pytest.raises(DataError, match="far.beton: has a class 1000000000000"):
+        open_loader(tmp_path / "far.beton", resolution=24, batch_size=1)
+
+
+def test_an_image_larger_than_memory_is_named(tmp_path, rows):
+    write_beton(tmp_path / "vast.beton", [rows[0]._replace(height=65535, width=65535)], at_most=1)
+    with pytest.raises(DataError, match="vast.beton: image 0 "):
+        next(open_loader(tmp_path / "vast.beton", resolution=24, batch_size=1, decoder="ffcv").epoch(0))

@@ -123,21 +123,19 @@ def test_raw_storage(tmp_path, decoder):
 
 @pytest.mark.parametrize("decoder", NAMES)
 def test_jpegs_of_other_writers(tmp_path, decoder):
-    """Whatever a stock file may hold: other subsampling, progressive, no restart grid."""
+    """Whatever a stock file may hold: other subsampling, progressive, no restart grid, an EXIF orientation."""
     image = photograph(5, 70, 100)
     rows = []
-    for options in (
-        {"subsampling": "4:4:4"},
-        {"subsampling": "4:2:2"},
-        {"progressive": True},
-        {"subsampling": "4:2:0"},
-    ):
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    kinds = ({"subsampling": "4:4:4"}, {"subsampling": "4:2:2"}, {"progressive": True}, {"subsampling": "4:2:0"})
+    for options in (*kinds, {"exif": turned}):
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=95, **options)
         rows.append(Encoded(buffer.getvalue(), 70, 100, 0))
-    write_beton(tmp_path / "others.beton", rows, at_most=4)
+    write_beton(tmp_path / "others.beton", rows, at_most=5)
     beton = Beton(tmp_path / "others.beton")
-    for batch in batches(beton.path, decoder, batch_size=4, copies=2):
+    for batch in batches(beton.path, decoder, batch_size=5, copies=2):
         error = (batch.crops.int() - by_pillow(beton, batch, 48).int()).abs()
         assert error.float().mean() < 0.5
         assert (error > 2).float().mean() < (0.05 if decoder == "dali" else 0.01)

@@ -98,6 +98,32 @@ def test_other_jpegs_are_understood():
     assert not tiles.layout(np.frombuffer(buffer.getvalue(), np.uint8)).subsampled
 
 
+def test_markers_are_read_as_libjpeg_reads_them():
+    """FF may be repeated in front of a marker; those without a length do not belong here, and are not skipped."""
+    jpeg = plain(photograph(2, 200, 200))
+    frame = tiles.layout(np.frombuffer(jpeg, np.uint8)).frame
+    filled = jpeg[:frame] + b"\xff\xff" + jpeg[frame:]
+    found = tiles.layout(np.frombuffer(filled, np.uint8))
+    assert (found.frame, found.height, found.width) == (frame + 2, 200, 200)
+    np.testing.assert_array_equal(decoded(filled), decoded(jpeg))
+
+    for marker in (0x01, 0xD0, 0xD8, 0x00):
+        bare = jpeg[:frame] + bytes([0xFF, marker]) + jpeg[frame:]
+        assert tiles.layout(np.frombuffer(bare, np.uint8)).frame == 0
+
+
+def test_comments_of_the_originals_are_not_stored():
+    image = photograph(0, 90, 120)
+    assert tiles.encode(image, 90) == tiles.encode(commented(image, 50_000), 90)
+    assert tiles.encode(image, 90) == tiles.encode(commented(image, 80_000), 90)
+
+
+def commented(image: Image.Image, length: int) -> Image.Image:
+    copy = image.copy()
+    copy.info["comment"] = b"x" * length
+    return copy
+
+
 @settings(max_examples=1500)
 @given(data=st.data())
 def test_damage_never_leads_out_of_bounds(data):
