@@ -301,7 +301,8 @@ def _encode_ahead(split: Split, storage: Storage, processes: int) -> Iterator[tu
             while waiting:
                 yield from _labelled(split, *waiting.popleft())
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Waited for: a worker whose parent is gone would have its own last words below the one line of an error.
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _labelled(split: Split, start: int, future: Future) -> Iterator[tuple[Any, int, Encoded | str]]:
