@@ -40,6 +40,14 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def place_of(path: Path) -> tuple[int, int]:
+    """Epochs done and steps done in the next one, of the run whose checkpoint this is; (0, 0) where there is none."""
+    if not path.is_file():
+        return 0, 0
+    progress = load(path)["progress"]
+    return progress["epoch"], progress["step"]
+
+
 def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
     """The random generators that networks draw from (dropout)."""
     states = {"cpu": torch.get_rng_state()}

@@ -73,11 +73,28 @@ class LabelsConfig:
 
     Args:
         smoothing: without a refinery, the share of each label spread over all classes, 0 to 1
-        bn: the refinery's batch normalisation uses the statistics of the batch (as the paper does) or its running ones
+        bn: the refinery's batch normalisation uses the statistics of the batch (as the paper does) or its running
+            ones, which is faster, since they are folded into the convolutions
+        resolution: pixels a side at which the refinery sees the crops; fewer are faster (default: as the student)
     """
 
     smoothing: float = 0.0
     bn: Literal["batch", "running"] = "batch"
+    resolution: int | None = None
+
+
+@dataclass
+class LossConfig:
+    """How the student's output is compared with the refinery's.
+
+    Args:
+        kind: soft, KL from label to output, as in the paper; hard, cross-entropy to the label's likeliest class;
+            reversed, KL from output to label; l2, the squared difference of probabilities
+        temperature: what both networks' logits are divided by
+    """
+
+    kind: Literal["soft", "hard", "reversed", "l2"] = "soft"
+    temperature: float = 1.0
 
 
 @dataclass
@@ -102,7 +119,8 @@ class Config:
     """Trains an image classifier, from the labels that a refinery gives to each crop or from the ground truth.
 
     Args:
-        model: the network to train: alexnet, mobilenet, resnet18, ... or timm:NAME
+        model: the network to train: alexnet, mobilenet, resnet18, ... or timm:NAME; several, with spaces between
+            them, train together on one refinery's labels
         refinery: who labels the crops: a network's name (trained first if it has no finished run on this data),
             a run folder, or NAME:FILE; left out: the images' own labels
         pretrained: start from a file of weights, or from timm's own (timm)
@@ -119,11 +137,15 @@ class Config:
         device: auto, cpu, cuda or cuda:N
         decoder: auto, ffcv, dali or torchvision
         threads: decoding threads (default: one a processor)
-        precision: bf16 runs the networks under bfloat16 autocast; auto does where the device has units for it
+        precision: bf16 or fp16 autocast, tf32 or fp32; what the device has no units for is replaced by what it has
+            (auto: the first of bf16, fp16 and fp32 that it has)
         compile: compiles the step; auto does so on CUDA only (on a CPU it costs a minute or two first and seldom pays)
+        cuda_graphs: record the compiled step as CUDA graphs, for networks so small that launching kernels takes longer
+            than running them
         optimizer: how weights move
         schedule: how the learning rate falls
         labels: what the labels are made of
+        loss: how outputs are compared with labels
         crop: where crops lie
     """
 
@@ -145,9 +167,11 @@ class Config:
     threads: int | None = None
     precision: Precision = "auto"
     compile: Literal["auto", "always", "never"] = "auto"
+    cuda_graphs: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     crop: CropConfig = field(default_factory=CropConfig)
 
     def __post_init__(self):
@@ -160,6 +184,10 @@ class Config:
             raise TrainError(f"labels.smoothing={self.labels.smoothing}: give a share from 0 to below 1")
         if self.refinery and self.labels.smoothing:
             raise TrainError("labels.smoothing is for ground truth; a refinery's labels are soft already")
+        if not self.loss.temperature > 0:
+            raise TrainError(f"loss.temperature={self.loss.temperature}: must be above 0")
+        if not self.refinery and (self.loss != LossConfig() or self.labels.resolution):
+            raise TrainError("loss and labels.resolution are for a refinery's labels; give a refinery too")
         if self.refinery and self.labels.bn == "batch" and self.batch == 1:
             raise TrainError(
                 "batch=1: a refinery with batch statistics needs more than one crop; use labels.bn=running"

@@ -7,7 +7,10 @@ import torch
 
 from train import TrainError
 
-Precision = Literal["auto", "bf16", "fp32"]
+# What a user may ask for, and what a device then computes in.
+Precision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def device_named(name: str) -> torch.device:
@@ -26,21 +29,40 @@ def device_named(name: str) -> torch.device:
 
 
 def precision_on(device: torch.device, asked: Precision = "auto") -> Precision:
-    """`bf16` or `fp32`: what was asked for, or under `auto` bf16 where the device has units for it."""
-    if asked != "auto":
-        return asked
-    return "bf16" if _computes_bf16(device) else "fp32"
+    """What the device computes in: what was asked for where it has units for it, else the best that it has.
+
+    bf16, then fp16 (CUDA devices with tensor cores), then fp32. Without units the narrow types are emulated, which
+    is slower than float32.
+    """
+    if asked in ("auto", "bf16"):
+        if _has_bf16(device):
+            return "bf16"
+        return "fp16" if _tensor_cores(device) else "fp32"
+    if asked == "fp16":
+        return "fp16" if _tensor_cores(device) else "fp32"
+    if asked == "tf32":
+        return "tf32" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return asked
 
 
 def autocast_type(precision: str) -> torch.dtype | None:
     """What the networks are autocast to; None for float32 throughout."""
-    return torch.bfloat16 if precision == "bf16" else None
+    return _AUTOCAST.get(precision)
 
 
-def _computes_bf16(device: torch.device) -> bool:
-    # Where it is only emulated, bfloat16 is slower than float32.
+def set_float32_units(precision: str) -> None:
+    """Lets float32 products on a GPU be rounded to TF32 (10 bits of mantissa) under tf32, and under nothing else."""
+    # Left alone, PyTorch does so in convolutions and not in matrix products.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     read: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # not in every PyTorch we take
     capabilities = read()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("bf16"))
+
+
+def _tensor_cores(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)

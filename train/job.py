@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import models
 from data import DataError, decoders
@@ -22,14 +23,15 @@ from data.convert import ConvertedSet, Unconverted, find_set
 from data.sources import CropRule, scenes_fingerprint
 from models import ModelError
 from models.weights import load_into, load_weights
-from train import TrainError
-from train.config import Config, CropConfig, parse
+from train import TrainError, checkpoint
+from train.config import Config, CropConfig, LossConfig, parse
 from train.crop_truth import label_quality
-from train.device import autocast_type, device_named, precision_on
+from train.device import Precision, autocast_type, device_named, precision_on
+from train.interrupt import Interrupted
 from train.labels import LabelSource
 from train.labels.ground_truth import GroundTruth
 from train.labels.refinery import Refinery
-from train.loop import Interrupted, Job, Trainer
+from train.loop import Job, Trainer
 from train.runs import Run, finished_refinery, folder_name, read_run
 from train.trained import Trained, load_trained, parse_spec
 
@@ -49,21 +51,24 @@ def main() -> None:
         sys.exit(130)
 
 
-def train(config: Config, arguments: Sequence[str]) -> Run:
+def train(config: Config, arguments: Sequence[str]) -> list[Run]:
     """Trains what the configuration asks for, unless it is finished already, its refinery first where that is missing.
 
+    Several networks in `config.model` train together, and each run ends as if it had been alone (but for the random
+    numbers of dropout, which they share).
     arguments: the words behind the configuration; with another MODEL they describe the refinery's own training.
     Raises DataError, ModelError or TrainError for bad input, as far as possible before anything slow begins.
     """
     device = device_named(config.device)
     decoders.choose(config.decoder, device)
-    _check_network(config)
+    configs = _one_each(config, arguments)
+    for each in configs:
+        _check_network(each)
     found = find_set(config.data)
     refinery: Trained | None = None
     refinery_config: Config | None = None
     if config.refinery and parse_spec(config.refinery)[1] is None:
-        words = ["--model", config.refinery, "--refinery", "null", "--pretrained", "null", "--out", "null"]
-        refinery_config = parse([*arguments, *words])
+        refinery_config = parse([*arguments, *_ON_GROUND_TRUTH, "--model", config.refinery])
         _check_network(refinery_config)
     elif config.refinery:
         refinery = load_trained(config.refinery, class_names=found.class_names)
@@ -71,12 +76,49 @@ def train(config: Config, arguments: Sequence[str]) -> Run:
 
     data = found.convert() if isinstance(found, Unconverted) else found
     del found  # and with it what an archive was unpacked to
-    for each in (config, refinery_config):
-        if each:
-            models.check_resolution(each.model, _crop_rule(each, data).resolution)
+    for each in (*configs, *([refinery_config] if refinery_config else [])):
+        models.check_resolution(each.model, _crop_rule(each, data).resolution)
     if refinery_config:
         refinery = load_trained(str(_refinery_run(refinery_config, data, device).folder))
-    return _run(config, data, refinery, device)
+    return _runs(configs, data, refinery, device)
+
+
+# What turns a student's words into those of its refinery's own training.
+_ON_GROUND_TRUTH = [
+    "--refinery=null",
+    "--pretrained=null",
+    "--out=null",
+    "--labels.resolution=null",
+    "--loss.kind=soft",
+    "--loss.temperature=1",
+]
+
+
+def _one_each(config: Config, arguments: Sequence[str]) -> list[Config]:
+    """The configuration of each network that `config.model` names; a recipe may say other things of each."""
+    names = config.model.split()
+    if len(names) == 1:
+        return [config]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice or not names:
+        raise TrainError(f"model={config.model}: name each network once")
+    if config.out:
+        raise TrainError(f"out={config.out}: is the folder of one run; leave it out to train {len(names)} networks")
+    configs = [parse([*arguments, "--model", name]) for name in names]
+    first = asdict(configs[0])
+    for other in configs[1:]:
+        differing = [key for key, value in asdict(other).items() if value != first[key] and key not in _OWN]
+        if differing:
+            key = differing[0]
+            raise TrainError(
+                f"{key}: {configs[0].model} takes {first[key]} and {other.model} {asdict(other)[key]} from recipe "
+                f"{config.recipe}; give one --{key} to train them together"
+            )
+    return configs
+
+
+# What networks that train together need not share.
+_OWN = ("model", "optimizer", "schedule")
 
 
 def _check_network(config: Config) -> None:
@@ -109,26 +151,71 @@ def _refinery_run(config: Config, data: ConvertedSet, device: torch.device) -> R
         f"refinery: {config.model} has no finished run on {data.name} at {rule.resolution} px; trained first",
         flush=True,
     )
-    run = _run(config, data, None, device)
+    (run,) = _runs([config], data, None, device)
     print(flush=True)
     return run
 
 
-def _run(config: Config, data: ConvertedSet, refinery: Trained | None, device: torch.device) -> Run:
-    """Trains one network in its run folder, or continues it, or finds it finished."""
+def _runs(configs: Sequence[Config], data: ConvertedSet, refinery: Trained | None, device: torch.device) -> list[Run]:
+    """Trains networks in their run folders, or continues them, or finds them finished; in the order of the configs."""
+    runs: dict[str, Run] = {}
+    unfinished: dict[tuple[int, int], list[Config]] = {}
+    for config in configs:
+        run = _existing(config, data, refinery, device)
+        if run and run.result:
+            print(
+                f"{run.folder} is finished: top-1 {run.result['top1']:.2f} %, top-5 {run.result['top5']:.2f} %",
+                flush=True,
+            )
+            runs[config.model] = run
+        else:
+            unfinished.setdefault(checkpoint.place_of(run.weights) if run else (0, 0), []).append(config)
+    # Those that stand elsewhere (one was begun alone, say) cannot share their steps.
+    for together in unfinished.values():
+        trainer = open_trainer(together, data, refinery, device)
+        _announce(trainer, refinery, asked=together[0].precision)
+        for job, result in zip(trainer.jobs, trainer.run(), strict=True):
+            runs[job.config.model] = _finish(trainer, job, result, refinery)
+    return [runs[config.model] for config in configs]
+
+
+def _existing(config: Config, data: ConvertedSet, refinery: Trained | None, device: torch.device) -> Run | None:
     config, rule = _resolve(config, data, device)
     identity = _identity(config, rule, data, refinery)
-    folder = Path(config.out) if config.out else Path(config.runs) / data.name / folder_name(identity)
-    run = read_run(folder)
+    run = read_run(_folder(config, data, identity))
     if run and run.identity != identity:
-        raise TrainError(f"{folder}: holds a run with another configuration; give another OUT or remove the folder")
-    if run and run.result:
-        print(
-            f"{folder} is finished: top-1 {run.result['top1']:.2f} %, top-5 {run.result['top5']:.2f} %",
-            flush=True,
-        )
-        return run
+        raise TrainError(f"{run.folder}: holds a run with another configuration; give another OUT or remove the folder")
+    return run
 
+
+def open_trainer(
+    configs: Sequence[Config], data: ConvertedSet, refinery: Trained | None, device: torch.device
+) -> Trainer:
+    """Builds what trains these networks together; it continues from the checkpoints in their folders."""
+    jobs = []
+    for each in configs:
+        config, rule = _resolve(each, data, device)
+        identity = _identity(config, rule, data, refinery)
+        normalisation = models.normalisation(config.model)
+        jobs.append(Job(config, _folder(config, data, identity), _build(config, data), normalisation, identity))
+    labels: LabelSource = GroundTruth(len(data.class_names), config.labels.smoothing)
+    if refinery:
+        labels = Refinery(
+            refinery.network,
+            refinery.normalisation,
+            bn=config.labels.bn,
+            resolution=config.labels.resolution,
+            dtype=autocast_type(config.precision) or torch.float32,
+        )
+    compiled = config.compile == "always" or (config.compile == "auto" and device.type == "cuda")
+    return Trainer(jobs, data, rule, labels, device=device, compiled=compiled)
+
+
+def _folder(config: Config, data: ConvertedSet, identity: dict[str, Any]) -> Path:
+    return Path(config.out) if config.out else Path(config.runs) / data.name / folder_name(identity)
+
+
+def _build(config: Config, data: ConvertedSet) -> nn.Module:
     torch.manual_seed(config.seed)
     network = models.build(config.model, len(data.class_names), pretrained=config.pretrained == "timm")
     if config.pretrained and config.pretrained != "timm":
@@ -137,35 +224,21 @@ def _run(config: Config, data: ConvertedSet, refinery: Trained | None, device: t
             f"pre-trained weights from {config.pretrained}{f', except {left_out}' if left_out else ''}",
             flush=True,
         )
-    labels: LabelSource = GroundTruth(len(data.class_names), config.labels.smoothing)
-    if refinery:
-        labels = Refinery(refinery.network, refinery.normalisation, bn=config.labels.bn)
-    autocast = autocast_type(config.precision)
-    trainer = Trainer(
-        Job(
-            config=config,
-            folder=folder,
-            data=data,
-            rule=rule,
-            network=network,
-            normalisation=models.normalisation(config.model),
-            labels=labels,
-            identity=identity,
-            device=device,
-            autocast=autocast,
-            compiled=config.compile == "always" or (config.compile == "auto" and device.type == "cuda"),
-        )
-    )
-    _announce(trainer, refinery)
-    result = trainer.run()
-    if data.source_fingerprint == scenes_fingerprint():
-        result["crop_labels"] = label_quality(trainer.loader, trainer.step.labels, device=device, autocast=autocast)
+    return network
+
+
+def _finish(trainer: Trainer, job: Job, result: dict[str, Any], refinery: Trained | None) -> Run:
+    """Adds what the run's labels were worth, where that can be known, and writes its result."""
+    if trainer.data.source_fingerprint == scenes_fingerprint():
+        autocast = autocast_type(job.config.precision)
+        result["crop_labels"] = label_quality(trainer.loader, trainer.labels, device=trainer.device, autocast=autocast)
+    path = job.folder / "result.json"
     try:
-        (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n")
     except OSError as error:
-        raise TrainError(f"{folder / 'result.json'}: cannot be written ({error.strerror})") from None
-    _report(result, folder, refinery)
-    return Run(folder, identity, result)
+        raise TrainError(f"{path}: cannot be written ({error.strerror})") from None
+    _report(result, job.folder, refinery)
+    return Run(job.folder, job.identity, result)
 
 
 def _resolve(config: Config, data: ConvertedSet, device: torch.device) -> tuple[Config, CropRule]:
@@ -195,6 +268,7 @@ def _identity(config: Config, rule: CropRule, data: ConvertedSet, refinery: Trai
         "pretrained": pretrained,
         "refinery": {"network": refinery.name, "weights": _hash_of(refinery.file)} if refinery else None,
         "labels": asdict(config.labels),
+        "loss": asdict(config.loss),
         "crop": asdict(rule),
         "resolution": rule.resolution,
         "epochs": config.epochs,
@@ -215,36 +289,56 @@ def _hash_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _announce(trainer: Trainer, refinery: Trained | None) -> None:
+def _announce(trainer: Trainer, refinery: Trained | None, *, asked: Precision) -> None:
     """Says what is about to be trained, on what, and how."""
-    job = trainer.job
-    config, rule, device = job.config, job.rule, job.device
+    config, rule = trainer.config, trainer.rule
     low, high = (f"{100 * share:g}" for share in rule.scale)
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    precision: str = config.precision
-    if precision == "fp32" and precision_on(device) == "fp32":
-        precision += " (no bf16 units)"
     labels = "ground truth, the label of the whole image for every crop"
     if refinery:
         labels = f"refinery {refinery.name} ({refinery.file}), with {config.labels.bn} statistics"
+        if config.labels.resolution:
+            labels += f", at {config.labels.resolution} px"
+        if config.loss != LossConfig():
+            labels += f"; loss {config.loss.kind}, temperature {config.loss.temperature:g}"
     elif config.labels.smoothing:
         labels += f", smoothed by {config.labels.smoothing:g}"
-    lines = {
-        "model": f"{config.model}, {sum(p.numel() for p in job.network.parameters()) / 1e6:.2f} M parameters",
-        "labels": labels,
-        "data": f"{job.data.folder}: {trainer.loader.num_samples} images to train on, "
-        f"{trainer.validation.num_samples} for validation, {len(job.data.class_names)} classes",
-        "crops": f"{rule.resolution} px, {low} to {high} % of the area, aspect {rule.ratio[0]:.2f} to "
-        f"{rule.ratio[1]:.2f}, {'flips' if rule.flip else 'no flips'}; validation: the central "
-        f"{100 * rule.center_ratio:.3g} %",
-        "length": f"{config.epochs} epochs of {trainer.loader.steps} steps of {config.batch} crops, "
-        f"recipe {config.recipe}",
-        "device": f"{kind}, {precision}{', compiled' if job.compiled else ''}; decoder {trainer.decoder}",
-        "run": str(job.folder),
-    }
-    for name, text in lines.items():
+    lines = [
+        ("model", f"{job.config.model}, {sum(p.numel() for p in job.network.parameters()) / 1e6:.2f} M parameters")
+        for job in trainer.jobs
+    ]
+    lines += [
+        ("labels", labels),
+        (
+            "data",
+            f"{trainer.data.folder}: {trainer.loader.num_samples} images to train on, "
+            f"{trainer.validation.num_samples} for validation, {len(trainer.data.class_names)} classes",
+        ),
+        (
+            "crops",
+            f"{rule.resolution} px, {low} to {high} % of the area, aspect {rule.ratio[0]:.2f} to "
+            f"{rule.ratio[1]:.2f}, {'flips' if rule.flip else 'no flips'}; validation: the central "
+            f"{100 * rule.center_ratio:.3g} %",
+        ),
+        (
+            "length",
+            f"{config.epochs} epochs of {trainer.loader.steps} steps of {config.batch} crops, recipe {config.recipe}",
+        ),
+        ("device", f"{_units(trainer, asked)}; decoder {trainer.decoder}"),
+        *(("run", str(job.folder)) for job in trainer.jobs),
+    ]
+    for name, text in lines:
         print(f"{name:7} {text}")
     sys.stdout.flush()
+
+
+def _units(trainer: Trainer, asked: Precision) -> str:
+    device, used = trainer.device, trainer.config.precision
+    text = f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, {used}"
+    if asked == "auto" and used != "bf16":
+        text += " (no bf16 units)"
+    elif asked not in ("auto", used):
+        text += f" in place of {asked}, for which it has no units"
+    return text + (", compiled" if trainer.compiled else "")
 
 
 def _report(result: dict[str, Any], folder: Path, refinery: Trained | None) -> None:

@@ -1,12 +1,12 @@
-"""The loop of a run: epochs of steps, a validation after each, checkpoints, metrics, and an orderly stop."""
+"""The loop of a run, or of several at once: epochs of steps, a validation after each, checkpoints and metrics."""
 
 import json
 import math
-import signal
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +17,45 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.convert import ConvertedSet
-from data.loader import open_loader
+from data.loader import CropBatch, open_loader
 from data.progress import images_bar
 from data.sources import CropRule
 from kernels.normalise import Normalisation
 from train import TrainError, checkpoint
 from train.config import Config, OptimizerConfig, command_to_continue
+from train.device import autocast_type, set_float32_units
 from train.evaluate import Scores, score, validation_loader
+from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.labels import LabelSource
-from train.step import CROPS, LOSS, TOP1, TOP5, Step
+from train.step import CROPS, LOSS, TOP1, TOP5, Step, Student, is_out_of_memory
 
 # How often the sums are read from the device (which waits for it), and saved within a long epoch.
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_BETWEEN_SAVES = 600.0
 
 
-class Interrupted(Exception):
-    """The user stopped the run; its checkpoint is written. The message says how to continue."""
-
-
 @dataclass
 class Job:
-    """All that a run needs, checked and resolved.
+    """One student's run, checked and resolved.
 
-    config: what was asked for, with resolution, crop and precision filled in. rule: the crops, resolution included.
-    network: the student as it starts. identity: all that decides the weights the run ends with.
+    config: what was asked for, with resolution, crop and precision filled in. network: the student as it starts.
+    identity: all that decides the weights the run ends with.
     """
 
     config: Config
     folder: Path
-    data: ConvertedSet
-    rule: CropRule
     network: nn.Module
     normalisation: Normalisation
-    labels: LabelSource
     identity: dict[str, Any]
-    device: torch.device
-    autocast: torch.dtype | None
-    compiled: bool
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "last.pt"
 
 
 @dataclass
 class Progress:
-    """Where a run stands: epochs done, steps done in the present one, seconds spent, the best validation so far.
+    """Where a run stands: epochs done, steps done in the present one, seconds spent.
 
     train_seconds and waited_seconds (for data) are of the present epoch, seconds of the whole run with its validation.
     """
@@ -69,56 +65,76 @@ class Progress:
     train_seconds: float = 0.0
     waited_seconds: float = 0.0
     seconds: float = 0.0
-    best_top1: float = 0.0
 
 
 class Trainer:
-    """Trains a job's network in its folder, continuing from the checkpoint there.
+    """Trains the networks of some jobs, each in its folder, continuing from the checkpoints there.
 
-    decoder: the name of the decoder at work. run() leaves result.json.
+    The jobs share crops and labels, and differ in network, optimizer and schedule alone; their checkpoints are of the
+    same step. labels: says what crops show. compiled: the step runs as one compiled graph.
+    decoder: the name of the decoder at work. run() leaves metrics and checkpoints.
     """
 
-    def __init__(self, job: Job):
-        self.job = job
-        config = job.config
-        self.student = job.network.to(job.device).to(memory_format=torch.channels_last)
-        self.lr = config.optimizer.lr * config.batch / config.optimizer.lr_batch
-        self.optimizer = _optimizer(config.optimizer, self.student.parameters(), self.lr)
-        labels = job.labels.to(job.device).to(memory_format=torch.channels_last)
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        data: ConvertedSet,
+        rule: CropRule,
+        labels: LabelSource,
+        *,
+        device: torch.device,
+        compiled: bool,
+    ):
+        self.jobs = jobs
+        self.data = data
+        self.rule = rule
+        self.device = device
+        self.compiled = compiled
+        self.config = config = jobs[0].config
+        self._autocast = autocast_type(config.precision)
+        set_float32_units(config.precision)
+        self._rates = [job.config.optimizer.lr * config.batch / job.config.optimizer.lr_batch for job in jobs]
+        students = [_student(job, lr, self._autocast, device) for job, lr in zip(jobs, self._rates, strict=True)]
+        self.labels = labels.to(device).to(memory_format=torch.channels_last)
         self.step = Step(
-            self.student,
-            labels,
-            self.optimizer,
-            job.normalisation,
-            device=job.device,
-            autocast=job.autocast,
-            compiled=job.compiled,
+            students,
+            self.labels,
+            loss=config.loss.kind,
+            temperature=config.loss.temperature,
+            device=device,
+            autocast=self._autocast,
+            compiled=compiled,
+            strict=config.compile == "always",
+            cuda_graphs=config.cuda_graphs,
         )
-        loading: dict[str, Any] = {"decoder": config.decoder, "device": job.device, "threads": config.threads}
+        loading: dict[str, Any] = {"decoder": config.decoder, "device": device, "threads": config.threads}
         self.loader = open_loader(
-            job.data.beton("train"),
-            resolution=job.rule.resolution,
+            data.beton("train"),
+            resolution=rule.resolution,
             batch_size=config.batch,
             seed=config.seed,
             copies=config.copies,
             order=config.order,
-            scale=job.rule.scale,
-            ratio=job.rule.ratio,
-            flip=job.rule.flip,
-            fetch=labels.fetch,
+            scale=rule.scale,
+            ratio=rule.ratio,
+            flip=rule.flip,
+            fetch=self.labels.fetch,
             **loading,
         )
-        self.validation = validation_loader(job.data, rule=job.rule, batch=config.batch, **loading)
+        self.validation = validation_loader(data, rule=rule, batch=config.batch, **loading)
         self.decoder = self.loader.decoder
         self.progress = Progress()
+        self._best = [0.0] * len(jobs)
+        self._stop = Stop()
 
-    def run(self) -> dict[str, Any]:
-        """Trains to the last epoch and returns the result.
+    def run(self) -> list[dict[str, Any]]:
+        """Trains to the last epoch and returns each job's result.
 
-        Raises Interrupted after Ctrl-C or SIGTERM, and TrainError for a loss that is not finite or a full disk.
+        Raises Interrupted after Ctrl-C or SIGTERM, and TrainError for a loss that is not finite, too little memory or
+        a full disk.
         """
-        folder, config = self.job.folder, self.job.config
-        if (folder / "last.pt").is_file():
+        config = self.config
+        if self.jobs[0].checkpoint.is_file():
             self._restore()
             if self.progress.epoch < config.epochs:
                 print(
@@ -126,29 +142,38 @@ class Trainer:
                     f"after step {self.progress.step} of {self.loader.steps}",
                     flush=True,
                 )
-        self._open_folder()
-        with (
-            _stop_on_signal() as stop,
-            SummaryWriter(str(folder / "tensorboard"), purge_step=self.progress.epoch) as board,
-        ):
+        for job in self.jobs:
+            _open_folder(job, epochs=self.progress.epoch)
+        with ExitStack() as stack:
+            self._stop = stack.enter_context(stop_on_signal())
+            boards = [
+                stack.enter_context(SummaryWriter(str(job.folder / "tensorboard"), purge_step=self.progress.epoch))
+                for job in self.jobs
+            ]
             while self.progress.epoch < config.epochs:
-                sums = self._train_epoch(stop)
+                sums = self.train_epoch()
                 started = time.perf_counter()
-                scores = score(
-                    self.student,
-                    self.validation,
-                    self.job.normalisation,
-                    device=self.job.device,
-                    autocast=self.job.autocast,
-                )
-                self._end_epoch(sums, scores, board, seconds=time.perf_counter() - started)
-                if stop.requested and self.progress.epoch < config.epochs:
+                scores = [
+                    score(
+                        student.network,
+                        self.validation,
+                        student.normalisation,
+                        device=self.device,
+                        autocast=self._autocast,
+                    )
+                    for student in self.step.students
+                ]
+                self._end_epoch(sums, scores, boards, seconds=time.perf_counter() - started)
+                if self._stop.requested and self.progress.epoch < config.epochs:
                     raise self._interrupted()
-        return self._result()
+        return [self._result(job, best) for job, best in zip(self.jobs, self._best, strict=True)]
 
-    def _train_epoch(self, stop: "_Stop") -> list[float]:
-        """The steps of the present epoch that are still to be done; returns the epoch's sums (see Step)."""
-        config, progress, loader = self.job.config, self.progress, self.loader
+    def train_epoch(self) -> list[list[float]]:
+        """The steps of the present epoch that are still to be done; returns each student's sums (see Student).
+
+        The epoch's seconds are in `progress`, which still stands in this epoch.
+        """
+        config, progress, loader = self.config, self.progress, self.loader
         name = f"epoch {progress.epoch + 1}/{config.epochs}"
         done, total = progress.step * config.batch, loader.steps * config.batch
         with images_bar(total, name, done=done) as bar:
@@ -156,44 +181,97 @@ class Trainer:
             mark = looked = saved = time.perf_counter()
             while (batch := next(batches, None)) is not None:
                 progress.waited_seconds += time.perf_counter() - mark
-                factor = config.schedule.factor(progress.epoch + progress.step / loader.steps, config.epochs)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.lr * factor
-                self.step(batch)
+                self._set_rates(progress.epoch + progress.step / loader.steps)
+                self._train_on(batch)
                 progress.step += 1
                 bar.update(len(batch.labels))
                 now = time.perf_counter()
                 progress.train_seconds += now - mark
                 mark = now
-                if stop.requested or now - saved > _SECONDS_BETWEEN_SAVES:
+                if self._stop.requested or now - saved > _SECONDS_BETWEEN_SAVES:
                     self._finite_sums()
                     self._save("last.pt")
                     saved = time.perf_counter()
-                if stop.requested:
+                if self._stop.requested:
                     raise self._interrupted()
                 if now - looked > _SECONDS_BETWEEN_LOOKS:
-                    sums = self._finite_sums()
+                    sums = self._finite_sums()[0]
                     bar.set_postfix_str(
                         f"loss {sums[LOSS] / sums[CROPS]:.3f}, top-1 {100 * sums[TOP1] / sums[CROPS]:.1f} %",
                         refresh=False,
                     )
                     looked = time.perf_counter()
             # Reading the sums waits for the device, which belongs to the epoch's time.
-            sums = self._finite_sums()
+            sums_of_all = self._finite_sums()
             progress.train_seconds += time.perf_counter() - mark
-        return sums
+        return sums_of_all
 
-    def _finite_sums(self) -> list[float]:
-        sums = self.step.sums.tolist()
-        if not math.isfinite(sums[LOSS]):
-            rate = self.optimizer.param_groups[0]["lr"]
-            raise TrainError(
-                f"the loss is no longer finite in epoch {self.progress.epoch + 1}, by step {self.progress.step}, at "
-                f"learning rate {rate:.4g}; try a smaller --optimizer.lr (the checkpoint before it is kept)"
-            )
-        return sums
+    def _set_rates(self, epoch: float) -> None:
+        for job, lr, student in zip(self.jobs, self._rates, self.step.students, strict=True):
+            for group in student.optimizer.param_groups:
+                group["lr"] = lr * job.config.schedule.factor(epoch, job.config.epochs)
 
-    def _end_epoch(self, sums: list[float], scores: Scores, board: SummaryWriter, *, seconds: float) -> None:
+    def _train_on(self, batch: CropBatch) -> None:
+        try:
+            self.step(batch)
+            return
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Here, the failed step's tensors are gone with its exception.
+        fitting = self._fitting_batch(batch)
+        raise TrainError(
+            f"batch={len(batch.labels)}: a step at {self.rule.resolution} px does not fit in {_memory_of(self.device)}"
+            + (f"; --batch {fitting} fits" if fitting else ", nor does the smallest batch; try a smaller --resolution")
+        )
+
+    def _fitting_batch(self, batch: CropBatch) -> int | None:
+        """The largest half, quarter, ... of the batch with which a step fits; the run must end after this."""
+        self.step.use_eager()
+        size = len(batch.labels) // 2
+        while size > 1:
+            for student in self.step.students:
+                student.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                self.step(replace(batch, crops=batch.crops[:size], labels=batch.labels[:size]))
+                return size
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            size //= 2
+        return None
+
+    def _finite_sums(self) -> list[list[float]]:
+        every = [student.sums.tolist() for student in self.step.students]
+        for student, sums in zip(self.step.students, every, strict=True):
+            if not math.isfinite(sums[LOSS]):
+                rate = student.optimizer.param_groups[0]["lr"]
+                raise TrainError(
+                    f"{student.name}: the loss is no longer finite in epoch {self.progress.epoch + 1}, by step "
+                    f"{self.progress.step}, at learning rate {rate:.4g}; try a smaller --optimizer.lr (the checkpoint "
+                    "before it is kept)"
+                )
+        return every
+
+    def _end_epoch(
+        self, sums: list[list[float]], scores: list[Scores], boards: list[SummaryWriter], *, seconds: float
+    ) -> None:
+        progress = self.progress
+        better = []
+        for index, (job, student) in enumerate(zip(self.jobs, self.step.students, strict=True)):
+            self._report_epoch(job, student, sums[index], scores[index], boards[index])
+            better.append(scores[index].top1 >= self._best[index])
+            self._best[index] = max(self._best[index], scores[index].top1)
+            student.sums.zero_()
+        self.progress = Progress(epoch=progress.epoch + 1, seconds=progress.seconds + progress.train_seconds + seconds)
+        self._save("last.pt")
+        self._save("best.pt", better)
+
+    def _report_epoch(
+        self, job: Job, student: Student, sums: list[float], scores: Scores, board: SummaryWriter
+    ) -> None:
         progress = self.progress
         crops = sums[CROPS]
         metrics = {
@@ -205,114 +283,106 @@ class Trainer:
             "top5": scores.top5,
             "images_per_second_per_device": crops / progress.train_seconds,
             "waiting": progress.waited_seconds / progress.train_seconds,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": student.optimizer.param_groups[0]["lr"],
         }
         tqdm.write(
-            f"epoch {metrics['epoch']}/{self.job.config.epochs}: loss {metrics['loss']:.3f}, "
+            (f"{student.name}, " if len(self.jobs) > 1 else "")
+            + f"epoch {metrics['epoch']}/{self.config.epochs}: loss {metrics['loss']:.3f}, "
             f"train top-1 {metrics['train_top1']:.1f} %; validation top-1 {scores.top1:.2f} %, "
             f"top-5 {scores.top5:.2f} %; {metrics['images_per_second_per_device']:.0f} images/s, "
             f"{100 * metrics['waiting']:.0f} % waiting for data"
         )
-        _append(self.job.folder / "metrics.jsonl", json.dumps(metrics))
+        _append(job.folder / "metrics.jsonl", json.dumps(metrics))
         for name, value in metrics.items():
             board.add_scalar(name, value, progress.epoch + 1)
-        best = scores.top1 >= progress.best_top1
-        self.progress = progress = Progress(
-            epoch=progress.epoch + 1,
-            seconds=progress.seconds + progress.train_seconds + seconds,
-            best_top1=max(progress.best_top1, scores.top1),
-        )
-        self.step.sums.zero_()
-        self._save("last.pt")
-        if best:
-            self._save("best.pt")
 
-    def _result(self) -> dict[str, Any]:
-        lines = [json.loads(line) for line in (self.job.folder / "metrics.jsonl").read_text().splitlines()]
+    def _result(self, job: Job, best: float) -> dict[str, Any]:
+        lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
         rates = sorted(line["images_per_second_per_device"] for line in lines)
         return {
             "top1": lines[-1]["top1"],
             "top5": lines[-1]["top5"],
-            "best_top1": self.progress.best_top1,
-            "epochs": self.job.config.epochs,
+            "best_top1": best,
+            "epochs": self.config.epochs,
             "images_per_second_per_device": rates[len(rates) // 2],
             "seconds": self.progress.seconds,
         }
 
-    def _open_folder(self) -> None:
-        """Writes what identifies the run, and drops the metrics of epochs that will be done again."""
-        folder = self.job.folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "identity.json").write_text(json.dumps(self.job.identity, indent=1) + "\n")
-            plain = json.loads(json.dumps(asdict(self.job.config)))
-            (folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-            metrics = folder / "metrics.jsonl"
-            lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
-            metrics.write_text("".join(lines[: self.progress.epoch]))
-        except OSError as error:
-            raise TrainError(f"{folder}: the run cannot be written there ({error.strerror})") from None
+    def _save(self, name: str, chosen: Sequence[bool] | None = None) -> None:
+        """Writes the checkpoint of each job, or of those chosen."""
+        for index, (job, student) in enumerate(zip(self.jobs, self.step.students, strict=True)):
+            if chosen is None or chosen[index]:
+                checkpoint.save(job.folder / name, self._state(job, student, self._best[index]))
 
-    def _save(self, name: str) -> None:
-        job = self.job
+    def _state(self, job: Job, student: Student, best: float) -> dict[str, Any]:
         mean, std = job.normalisation
-        checkpoint.save(
-            job.folder / name,
-            {
-                "model": self.student.state_dict(),
-                "network": {
-                    "name": job.config.model,
-                    "num_classes": len(job.data.class_names),
-                    "class_names": list(job.data.class_names),
-                    "resolution": job.rule.resolution,
-                    "center_ratio": job.rule.center_ratio,
-                    "mean": list(mean),
-                    "std": list(std),
-                },
-                "optimizer": self.optimizer.state_dict(),
-                "generators": checkpoint.generator_states(job.device),
-                "sums": self.step.sums.cpu(),
-                "progress": asdict(self.progress),
+        return {
+            "model": student.network.state_dict(),
+            "network": {
+                "name": job.config.model,
+                "num_classes": len(self.data.class_names),
+                "class_names": list(self.data.class_names),
+                "resolution": self.rule.resolution,
+                "center_ratio": self.rule.center_ratio,
+                "mean": list(mean),
+                "std": list(std),
             },
-        )
+            "optimizer": student.optimizer.state_dict(),
+            "scaler": student.scaler.state_dict() if student.scaler else {},
+            "generators": checkpoint.generator_states(self.device),
+            "sums": student.sums.cpu(),
+            "progress": asdict(self.progress) | {"best_top1": best},
+        }
 
     def _restore(self) -> None:
-        state = checkpoint.load(self.job.folder / "last.pt")
-        self.student.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        checkpoint.restore_generators(state["generators"], self.job.device)
-        self.step.sums.copy_(state["sums"])
-        self.progress = Progress(**state["progress"])
+        for index, (job, student) in enumerate(zip(self.jobs, self.step.students, strict=True)):
+            state = checkpoint.load(job.checkpoint)
+            student.network.load_state_dict(state["model"])
+            student.optimizer.load_state_dict(state["optimizer"])
+            if student.scaler:
+                student.scaler.load_state_dict(state["scaler"])
+            checkpoint.restore_generators(state["generators"], self.device)
+            student.sums.copy_(state["sums"])
+            self._best[index] = state["progress"].pop("best_top1")
+            self.progress = Progress(**state["progress"])
 
     def _interrupted(self) -> Interrupted:
         return Interrupted(
-            f"stopped in epoch {self.progress.epoch + 1} of {self.job.config.epochs}, after step {self.progress.step} "
+            f"stopped in epoch {self.progress.epoch + 1} of {self.config.epochs}, after step {self.progress.step} "
             f"of {self.loader.steps}; to continue, type again:\n  {command_to_continue()}"
         )
 
 
-@dataclass
-class _Stop:
-    requested: bool = False
+def _student(job: Job, lr: float, autocast: torch.dtype | None, device: torch.device) -> Student:
+    network = job.network.to(device).to(memory_format=torch.channels_last)
+    return Student(
+        name=job.config.model,
+        network=network,
+        optimizer=_optimizer(job.config.optimizer, network.parameters(), lr),
+        normalisation=job.normalisation,
+        scaler=torch.amp.GradScaler(device.type) if autocast is torch.float16 else None,
+    )
 
 
-@contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    """Turns Ctrl-C and SIGTERM into a request that the loop heeds after the present step; a second one ends at once."""
-    stop = _Stop()
-
-    def request(number: int, frame: Any) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        tqdm.write("stopping after this step ...")
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+def _open_folder(job: Job, *, epochs: int) -> None:
+    """Writes what identifies the run, and drops the metrics of epochs that will be done again."""
+    folder = job.folder
     try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "identity.json").write_text(json.dumps(job.identity, indent=1) + "\n")
+        plain = json.loads(json.dumps(asdict(job.config)))
+        (folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+        metrics = folder / "metrics.jsonl"
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
+        metrics.write_text("".join(lines[:epochs]))
+    except OSError as error:
+        raise TrainError(f"{folder}: the run cannot be written there ({error.strerror})") from None
+
+
+def _memory_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"the {torch.cuda.mem_get_info(device)[1] / 2**30:.0f} GiB of {torch.cuda.get_device_name(device)}"
+    return f"the {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of this machine"
 
 
 def _optimizer(config: OptimizerConfig, weights: Iterator[nn.Parameter], lr: float) -> torch.optim.Optimizer:

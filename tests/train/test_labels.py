@@ -2,14 +2,17 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import models
 from data.loader import open_loader
 from kernels.normalise import Normalise
 from train import TrainError
+from train.labels import Targets
 from train.labels.ground_truth import GroundTruth
 from train.labels.refinery import Refinery
 
@@ -43,7 +46,7 @@ def test_smoothing_is_pytorchs(batch):
     torch.testing.assert_close(smooth.probabilities.sum(dim=1), torch.ones(12))
     theirs = nn.functional.cross_entropy(student, batch.labels, label_smoothing=0.1)
     entropy = torch.special.entr(smooth.probabilities).sum(dim=1).mean()
-    torch.testing.assert_close(smooth.loss(student), theirs - entropy)
+    torch.testing.assert_close(smooth.loss(student).mean(), theirs - entropy)
 
 
 def test_batch_statistics_are_those_of_the_batch(batch, network):
@@ -60,6 +63,7 @@ def test_batch_statistics_are_those_of_the_batch(batch, network):
 
 def test_running_statistics_by_name(batch, network):
     refinery = Refinery(network, IMAGENET, bn="running")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in refinery.modules())  # folded
     before = copy.deepcopy(refinery.state_dict())
     reference = copy.deepcopy(network).eval()(Normalise(IMAGENET)(batch.crops))
     torch.testing.assert_close(refinery(batch).logits, reference, rtol=1e-4, atol=1e-5)
@@ -99,3 +103,42 @@ def test_a_batch_of_one_is_refused(converted, network):
     with pytest.raises(TrainError, match="batch=1"):
         Refinery(network, IMAGENET)(single)
     assert Refinery(network, IMAGENET, bn="running")(single).logits.shape == (1, 3)
+
+
+def test_at_a_lower_resolution_it_sees_the_crop_smaller(batch, network):
+    refinery = Refinery(network, IMAGENET, resolution=24)
+    seen = []
+    refinery.network.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    refinery(batch)
+    (crops,) = seen
+    assert crops.shape == (12, 3, 24, 24)
+    pictures = [Image.fromarray(crop.permute(1, 2, 0).numpy()).resize((24, 24), 2) for crop in batch.crops]
+    theirs = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+    # Pillow rounds to whole values.
+    assert (crops - Normalise(IMAGENET)(theirs)).abs().max() < 1 / 255 / 0.22
+
+
+def test_its_weights_are_stored_in_what_it_computes_in(batch, network):
+    refinery = Refinery(network, IMAGENET, dtype=torch.bfloat16)
+    stored = {name: value.dtype for name, value in refinery.network.named_parameters()}
+    assert {dtype for name, dtype in stored.items() if "conv" in name or "fc" in name} == {torch.bfloat16}
+    assert {dtype for name, dtype in stored.items() if "bn" in name} == {torch.float32}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, plain = refinery(batch).logits, Refinery(network, IMAGENET)(batch).logits
+    # Autocast itself would round the weights just so.
+    assert torch.equal(ours, plain)
+
+
+def test_sparse_targets():
+    torch.manual_seed(0)
+    student = torch.randn(3, 10)
+    classes = torch.stack([torch.randperm(10)[:4] for _ in range(3)])
+    values = torch.rand(3, 4) / 4
+    rest = (1 - values.sum(dim=1)) / 6
+    dense = rest[:, None].repeat(1, 10).scatter(1, classes, values)
+    sparse = Targets(sparse=(classes, values, rest))
+    for kind in ("soft", "hard", "reversed", "l2"):
+        theirs = Targets(probabilities=dense).loss(student, kind=kind, temperature=3.0)
+        torch.testing.assert_close(sparse.loss(student, kind=kind, temperature=3.0), theirs)
+    highest = Targets(sparse=(classes, torch.tensor([[0.1, 0.5, 0.2, 0.1]] * 3), torch.full((3,), 0.1 / 6)))
+    assert torch.equal(highest.classes(), classes[:, 1])

@@ -10,8 +10,8 @@ import yaml
 
 from train import TrainError
 from train.config import parse
+from train.interrupt import Interrupted
 from train.job import train
-from train.loop import Interrupted
 from train.runs import all_runs, table
 from train.step import Step
 
@@ -25,7 +25,8 @@ def run(converted, tmp_path, monkeypatch):
 
     def run(*words: str):
         arguments = [*TINY, "--data", str(converted.folder), *words]
-        return train(parse(arguments), arguments)
+        runs = train(parse(arguments), arguments)
+        return runs[0] if len(runs) == 1 else runs
 
     return run
 
@@ -77,7 +78,7 @@ def test_what_a_run_leaves(run):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert (config["resolution"], config["crop"]["flip"], config["precision"]) == (32, True, "fp32")
     words = ["--config", str(folder / "config.yaml")]
-    assert train(parse(words), words).folder == folder
+    assert [again.folder for again in train(parse(words), words)] == [folder]
 
 
 def test_a_finished_run_is_not_repeated(run, capsys):
@@ -186,13 +187,99 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, m
 
     def call(self, batch):
         with torch.no_grad():
-            next(self.student.parameters()).fill_(float("nan"))
+            next(self.students[0].network.parameters()).fill_(float("nan"))
         original(self, batch)
 
     monkeypatch.setattr(Step, "__call__", call)
     with pytest.raises(TrainError, match="no longer finite in epoch 2, by step 3, at learning rate"):
         run("--out", "run")
     assert Path("run/last.pt").read_bytes() == before
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    states = [torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (one, other)]
+    return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+PAIR = ["--model", "mobilenet0.25 resnet18", "--optimizer.lr", "0.01"]
+
+
+def test_several_networks_train_together_as_they_would_alone(run, capsys):
+    refinery = run("--model", "resnet18", "--epochs", "1").folder
+    words = [*PAIR, "--refinery", str(refinery)]
+    capsys.readouterr()
+    together = run(*words)
+    assert capsys.readouterr().out.count("finished: top-1") == 2
+    folders = [each.folder for each in together]
+    for folder in folders:
+        folder.rename(folder.with_name(f"together-{folder.name}"))
+    for name, folder in zip(PAIR[1].split(), folders, strict=True):
+        alone = run(*words, "--model", name)
+        assert alone.folder == folder
+        assert same_weights(folder, folder.with_name(f"together-{folder.name}"))
+    # What has been trained alone is not trained again together.
+    assert [each.folder for each in run(*words)] == folders
+
+
+def test_several_networks_are_resumed_together(run, monkeypatch, capsys):
+    whole = run(*PAIR)
+    for each in whole:
+        each.folder.rename(each.folder.with_name(f"whole-{each.folder.name}"))
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        with pytest.raises(Interrupted):
+            run(*PAIR)
+    for each in whole:
+        assert (each.folder / "last.pt").is_file()
+    capsys.readouterr()
+    run(*PAIR)
+    assert capsys.readouterr().out.count("continuing in epoch 2 of 2, after step 1 of 3") == 1
+    for each in whole:
+        assert same_weights(each.folder, each.folder.with_name(f"whole-{each.folder.name}"))
+
+
+def test_one_that_was_begun_alone_goes_on_alone(run, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        with pytest.raises(Interrupted):
+            run(*PAIR, "--model", "resnet18")
+    capsys.readouterr()
+    first, second = run(*PAIR)
+    assert (first.identity["model"], second.identity["model"]) == ("mobilenet0.25", "resnet18")
+    out = capsys.readouterr().out
+    assert out.count("continuing in epoch 1 of 2, after step 2 of 3") == 1
+    assert out.count("finished: top-1") == 2
+
+
+def test_what_cannot_train_together_is_refused(run):
+    with pytest.raises(TrainError, match="name each network once"):
+        run("--model", "resnet18 resnet18")
+    with pytest.raises(TrainError, match="out=here: is the folder of one run"):
+        run(*PAIR, "--out", "here")
+
+
+def test_thrifty_refineries_are_runs_of_their_own(run, capsys):
+    words = ["--refinery", str(run("--model", "resnet18", "--epochs", "1").folder)]
+    options = ([], ["--labels.bn", "running"], ["--labels.resolution", "24"], ["--loss.kind", "l2"])
+    assert len({run(*words, *option).folder for option in options}) == 4
+    out = capsys.readouterr().out
+    assert "with running statistics" in out
+    assert "with batch statistics, at 24 px" in out
+    assert "loss l2, temperature 1" in out
+
+
+def test_too_little_memory_is_answered_with_a_batch_that_fits(run, monkeypatch):
+    """The allocator is PyTorch's own; a limit on it stands for a small machine."""
+    original = Step.__call__
+
+    def call(self, batch):
+        if len(batch.labels) > 4:
+            torch.empty(2**52)
+        original(self, batch)
+
+    monkeypatch.setattr(Step, "__call__", call)
+    with pytest.raises(TrainError, match=r"batch=16: a step at 32 px does not fit in the \d+ GiB.*; --batch 4 fits"):
+        run()
 
 
 def test_a_folder_with_another_run_is_refused(run):

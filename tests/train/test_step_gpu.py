@@ -5,8 +5,11 @@ import torch
 
 import models
 from data.loader import open_loader
+from train import TrainError
+from train.config import parse
+from train.job import train
 from train.labels.refinery import Refinery
-from train.step import LOSS, Step
+from train.step import LOSS, Step, Student
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,31 +17,43 @@ pytestmark = [
 ]
 
 
-def step_of(compiled: bool) -> Step:
+def step_of(compiled: bool, autocast: torch.dtype = torch.bfloat16, cuda_graphs: bool = False) -> Step:
     normalisation = models.normalisation("resnet18")
     torch.manual_seed(0)
-    student = models.build("mobilenet0.25", 3).cuda().to(memory_format=torch.channels_last)
-    refinery = Refinery(models.build("resnet18", 3), normalisation).cuda().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
     device = torch.device("cuda")
-    return Step(student, refinery, optimizer, normalisation, device=device, autocast=torch.bfloat16, compiled=compiled)
+    network = models.build("mobilenet0.25", 3).to(device).to(memory_format=torch.channels_last)
+    refinery = Refinery(models.build("resnet18", 3), normalisation, dtype=autocast)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, fused=True)
+    scaler = torch.amp.GradScaler("cuda") if autocast is torch.float16 else None
+    return Step(
+        [Student("mobilenet0.25", network, optimizer, normalisation, scaler)],
+        refinery.to(device).to(memory_format=torch.channels_last),
+        device=device,
+        autocast=autocast,
+        compiled=compiled,
+        strict=True,
+        cuda_graphs=cuda_graphs,
+    )
 
 
-def test_compiled_agrees_with_eager(converted):
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_compiled_agrees_with_eager(converted, cuda_graphs):
     loader = open_loader(converted.beton("train"), resolution=64, batch_size=16, device="cuda")
-    batch = next(iter(loader.epoch(0)))
     losses = []
     for compiled in (False, True):
-        step = step_of(compiled)
-        step(batch)
-        losses.append(step.sums[LOSS].item())
+        step = step_of(compiled, cuda_graphs=cuda_graphs and compiled)
+        for epoch in range(3):
+            for batch in loader.epoch(epoch):
+                step(batch)
+        losses.append(step.students[0].sums[LOSS].item())
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
-def test_nothing_waits_for_the_device(converted):
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_nothing_waits_for_the_device(converted, autocast):
     loader = open_loader(converted.beton("train"), resolution=64, batch_size=16, device="cuda")
     batches = list(loader.epoch(0))
-    step = step_of(compiled=False)
+    step = step_of(compiled=False, autocast=autocast)
     step(batches[0])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -47,4 +62,17 @@ def test_nothing_waits_for_the_device(converted):
             step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.isfinite(step.sums[LOSS])
+    assert torch.isfinite(step.students[0].sums[LOSS])
+
+
+def test_too_large_a_batch_is_answered_with_one_that_fits(converted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", str(converted.folder), "--model", "resnet18", "--resolution", "224", "--batch", "48"]
+    words += ["--epochs", "1", "--device", "cuda", "--compile", "never"]
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 1.5e9 / total))
+    try:
+        with pytest.raises(TrainError, match=r"batch=48: a step at 224 px does not fit in .*; --batch \d+ fits"):
+            train(parse(words), words)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
