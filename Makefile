@@ -17,10 +17,11 @@ takes.evaluate := CHECKPOINT DATA RESOLUTION BATCH DECODER OUT ARGS
 takes.predict  := CHECKPOINT IMAGES RESOLUTION ARGS
 takes.runs     := OUT ARGS
 takes.bench    := ONLY DATA RESOLUTION BATCH EPOCHS THREADS OUT ARGS
+takes.kernels  := ARGS
 takes.test     := ARGS
 takes.test-all := ARGS
 takes.test-gpu := ARGS
-verbs := help setup train convert evaluate predict runs bench test test-all test-gpu lint types format
+verbs := help setup train convert evaluate predict runs bench kernels test test-all test-gpu lint types format
 
 # ---- make's command line
 
@@ -97,6 +98,7 @@ Verbs, and the variables they take
   predict     the five likeliest classes          CHECKPOINT IMAGES RESOLUTION
   runs        a table of all runs                 OUT
   bench       how fast, against its peers         ONLY DATA RESOLUTION BATCH EPOCHS THREADS OUT
+  kernels     compiles the GPU kernels, without a GPU, and tells what they take
   test        the quick tests                     test-all: the slow ones too; test-gpu: on a GPU
   lint        ruff                                types: mypy; format: let ruff order the code
   setup       make .venv from requirements.lock   (every verb does it by itself, once)
@@ -161,6 +163,9 @@ bench_options = $(call option,--only,ONLY)$(call option,--data,DATA)$(call optio
 
 bench: $(ready)
 	$(run) bench$(bench_options)$(args)
+
+kernels: $(ready)
+	$(run) kernels$(args)
 
 test: $(ready)
 	$(run) pytest -m "not slow and not gpu"$(args)

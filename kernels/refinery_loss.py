@@ -252,7 +252,7 @@ def tile(classes: int) -> tuple[int, int]:
     if classes > _MOST_CLASSES:
         raise ValueError(f"{classes} classes: the kernels hold a row in registers and take at most {_MOST_CLASSES}")
     block = triton.next_power_of_2(classes)
-    # 8 elements a thread, 16 bytes of bfloat16, where the number of warps allows
+    # 8 elements a thread, as long as there are warps. Rows of more than 16384 no longer fit the registers and spill.
     return block, min(max(block // 256, 1), 32)
 
 

@@ -67,6 +67,7 @@ def test_every_verb_is_one_command(make):
         (["predict", "CHECKPOINT=c", "IMAGES=i"], ["-m", "train.predict", "--checkpoint", "c", "--images", "i"]),
         (["runs"], ["-m", "train.runs"]),
         (["bench", "ONLY=loaders", "THREADS=2"], ["-m", "bench", "--only", "loaders", "--threads", "2"]),
+        (["kernels", "ARGS=--targets 90"], ["-m", "kernels", "--targets", "90"]),
         (["test"], ["-m", "pytest", "-m", "not slow and not gpu"]),
         (["test-all"], ["-m", "pytest", "-m", "not gpu"]),
         (["test-gpu"], ["-m", "pytest", "-m", "gpu"]),
@@ -98,5 +99,6 @@ def test_programs_know_what_was_typed(make):
 
 def test_help_lists_the_verbs(make):
     text = make("help").stdout
-    for word in ("train", "convert", "evaluate", "predict", "runs", "bench", "test", "MODEL", "REFINERY", "ARGS"):
+    verbs = ("train", "convert", "evaluate", "predict", "runs", "bench", "kernels", "test")
+    for word in (*verbs, "MODEL", "REFINERY", "ARGS"):
         assert word in text

@@ -1,0 +1,64 @@
+"""Labels and what is to come of them, for the tests of kernels on every device."""
+
+import torch
+from torch import Tensor
+
+# How far a gradient may lie from the float32 one: a step between a dtype's numbers, for Triton's interpreter cuts off.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def logits(seed: int, rows: int, classes: int, spread: float = 3.0) -> Tensor:
+    return torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def dense(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(student, refinery); the refinery rules out classes in its first row, and likes two best in its second."""
+    refinery = logits(1, rows, classes)
+    refinery[0, 1:3] = -torch.inf
+    refinery[1, [2, 5]] = 20
+    return logits(0, rows, classes).to(dtype), refinery.to(dtype)
+
+
+def sparse(rows: int, classes: int, kept: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(student, classes, values, rest); the first row leaves nothing to other classes, the last sums to less than 1."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.stack([torch.randperm(classes, generator=generator)[:kept] for _ in range(rows)])
+    values = torch.rand(rows, kept, generator=generator).softmax(1)
+    rest = torch.full((rows,), 0.1 / (classes - kept))
+    rest[0] = 0
+    values *= (1 - rest * (classes - kept))[:, None]
+    values[-1] *= 0.9
+    return logits(0, rows, classes).to(dtype), ids, values, rest
+
+
+def defined(reference, student: Tensor, *label: Tensor, kind: str, temperature: float) -> tuple[Tensor, Tensor]:
+    """A reference's loss and its gradient with respect to the student, in float32."""
+    student = student.float().requires_grad_()
+    loss = reference(student, *label, kind=kind, temperature=temperature)
+    loss.sum().backward()
+    return loss.detach(), student.grad
+
+
+def check(done: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    """That an operator on logits of a dtype gave this loss and this gradient."""
+    (loss, gradient), (defined_loss, defined_gradient) = done, expected
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(loss, defined_loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.float(), defined_gradient, rtol=ROUNDING[dtype], atol=ROUNDING[dtype] / 100)
+
+
+def activations(device: str) -> list[Tensor]:
+    """Tensors in the layouts that a network may bring."""
+    x = logits(3, 40, 60, spread=1.0)
+    x[0, ::2][:8] = torch.tensor([-1, -0.0, 0, 1, -torch.inf, torch.inf, 0.999, -0.999])
+    x = x.to(device)
+    return [
+        x,
+        x.bfloat16().view(4, 10, 6, 10).contiguous(memory_format=torch.channels_last),
+        x.half().t(),
+        x[:, ::2],
+        x[:1].expand(3, 60),
+        x[:0],
+        x[0, 0],
+    ]

@@ -1,0 +1,67 @@
+"""The Triton kernels against the references, on the CPU: run by test_triton.py, with Triton as an interpreter."""
+
+import pytest
+import torch
+
+from kernels import binarise, refinery_loss
+from kernels.refinery_loss import KINDS
+from tests.kernels.cases import activations, check, defined, dense, sparse
+
+CASES = [(10, torch.float32, 1.0), (37, torch.bfloat16, 3.0), (1000, torch.float16, 2.0)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("classes", "dtype", "temperature"), CASES)
+def test_refinery_loss(classes, dtype, temperature, kind):
+    student, refinery = dense(3, classes, dtype)
+    expected = defined(refinery_loss.reference, student, refinery, kind=kind, temperature=temperature)
+    check(refinery_loss.launch(student, refinery, kind, temperature), expected, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("classes", "dtype", "temperature"), CASES)
+def test_sparse_loss(classes, dtype, temperature, kind):
+    student, *label = sparse(3, classes, 5, dtype)
+    expected = defined(refinery_loss.sparse_reference, student, *label, kind=kind, temperature=temperature)
+    check(refinery_loss.launch_sparse(student, *label, kind, temperature), expected, dtype)
+
+
+def test_rows_may_lie_apart_and_columns_too():
+    student, refinery = dense(3, 10, torch.float32)
+    expected = defined(refinery_loss.reference, student, refinery, kind="soft", temperature=1.0)
+    wide = torch.full((3, 16), torch.nan)
+    wide[:, :10] = refinery
+    for layout in (wide[:, :10], refinery.t().contiguous().t()):
+        check(refinery_loss.launch(student, layout, "soft", 1.0), expected, torch.float32)
+        assert refinery_loss.launch(layout, layout, "soft", 1.0)[1].is_contiguous()
+
+
+def test_no_rows():
+    loss, gradient = refinery_loss.launch(torch.empty(0, 10), torch.empty(0, 10), "soft", 1.0)
+    assert loss.shape == (0,)
+    assert gradient.shape == (0, 10)
+
+
+@pytest.mark.parametrize("kind", ["soft", "reversed", "l2"])
+def test_broken_networks_show(kind):
+    student, refinery = dense(3, 10, torch.float32)
+    refinery[2, 4] = torch.nan
+    student[1, 4] = torch.nan
+    loss, _ = refinery_loss.launch(student, refinery, kind, 1.0)
+    assert loss.isnan().tolist() == [False, True, True]
+
+
+def test_binarise():
+    for x in activations("cpu"):
+        signs, passes = binarise.launch(x)
+        expected_signs, expected_passes = binarise._binarise(x)
+        assert torch.equal(signs, expected_signs)
+        assert torch.equal(passes, expected_passes)
+        assert (signs.stride(), passes.stride()) == (expected_signs.stride(), expected_passes.stride())
+        # Backward may come in another layout, or from a sum.
+        gradient = torch.randn_like(signs)
+        turned = gradient.movedim(0, -1).contiguous().movedim(-1, 0) if gradient.ndim else gradient
+        for incoming in (gradient, turned, gradient.sum().expand(signs.shape)):
+            back = binarise.launch_backward(incoming, passes)
+            assert torch.equal(back, torch.where(passes, incoming, 0))
+    assert binarise.launch(torch.tensor([torch.nan]))[0].isnan().all()

@@ -1,0 +1,63 @@
+"""The operators on a GPU, where they are Triton kernels."""
+
+import pytest
+import torch
+
+from kernels import binarise, refinery_loss
+from kernels.refinery_loss import KINDS
+from tests.kernels.cases import activations, check, defined, dense, sparse
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [10, 37, 1000, 21841])
+def test_losses_follow_their_references(classes, dtype, kind):
+    student, refinery = (x.cuda() for x in dense(64, classes, dtype))
+    expected = defined(refinery_loss.reference, student, refinery, kind=kind, temperature=2.0)
+    check(refinery_loss._refinery_loss(student, refinery, kind, 2.0), expected, dtype)
+    for kept in (1, 5):
+        student, *label = (x.cuda() for x in sparse(64, classes, kept, dtype))
+        expected = defined(refinery_loss.sparse_reference, student, *label, kind=kind, temperature=2.0)
+        check(refinery_loss._sparse_loss(student, *label, kind, 2.0), expected, dtype)
+
+
+def test_binarise_follows_its_reference():
+    for x in activations("cuda"):
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        signs = binarise.binarise(ours)
+        assert torch.equal(signs, binarise.reference(theirs))
+        weights = torch.randn_like(signs)
+        signs.backward(weights)
+        binarise.reference(theirs).backward(weights)
+        assert torch.equal(ours.grad, theirs.grad)
+    assert binarise.binarise(torch.tensor([torch.nan], device="cuda")).isnan().all()
+
+
+def test_the_operators_are_registered_well():
+    student, refinery = (x.cuda() for x in dense(8, 37, torch.bfloat16))
+    torch.library.opcheck(refinery_loss._refinery_loss, (student.requires_grad_(), refinery, "soft", 1.0))
+    student, *label = (x.cuda() for x in sparse(8, 37, 5, torch.bfloat16))
+    torch.library.opcheck(refinery_loss._sparse_loss, (student.requires_grad_(), *label, "reversed", 2.0))
+    for x in activations("cuda"):
+        torch.library.opcheck(binarise._binarise, (x.clone().requires_grad_(),))
+        torch.library.opcheck(binarise._binarise_backward, (x, x > 0))
+
+
+def test_one_compiled_graph():
+    student, refinery = (x.cuda() for x in dense(64, 1000, torch.bfloat16))
+
+    def gradient(function) -> torch.Tensor:
+        leaf = student.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            function(leaf).backward()
+        return leaf.grad
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return refinery_loss.refinery_loss(x * binarise.binarise(x), refinery).mean()
+
+    torch.testing.assert_close(gradient(torch.compile(step, fullgraph=True)), gradient(step))

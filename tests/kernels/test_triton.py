@@ -1,0 +1,49 @@
+"""The Triton kernels without a GPU: interpreted, and compiled for the GPUs that are to run them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels import __main__ as command
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_interpreted_kernels_follow_their_references():
+    """In a process of its own: Triton chooses between interpreting and compiling when kernels are defined."""
+    done = run("-m", "pytest", "--noconftest", "-q", "tests/kernels/interpreted.py", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("target", [80, 90])
+def test_every_kernel_compiles(target):
+    for version in command.versions():
+        usage = command.compile_version(version, target)
+        assert 0 < usage.registers <= 255
+        # Up to 16384 classes, a row fits the registers.
+        assert (usage.spilled == 0) == (version.shape != "C=21841"), version
+
+
+def test_what_does_not_compile_is_told_in_one_line():
+    done = run("-m", "kernels", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert done.stderr == "error: TRITON_INTERPRET is set, which leaves nothing to compile: unset it\n"
+    broken = command.versions()[2]
+    broken.constants["BLOCK"] = 3
+    with pytest.raises(command.KernelError, match="refinery_kernel soft, C=10, for sm_90: .*power of 2") as caught:
+        command.compile_version(broken, 90)
+    assert "\n" not in str(caught.value)
