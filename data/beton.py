@@ -74,7 +74,7 @@ class Beton:
         self.path = Path(path)
         try:
             file_size = os.path.getsize(self.path)
-            index = self._read_index(file_size)
+            header, (image, label), allocations, seal, sealed = self._read_index(file_size)
             with open(self.path, "rb") as file:
                 # Private: decoders that insist on writable buffers take its views as they are, and nothing reaches the
                 # file. Nothing is reserved for writes that never come, so that it may be larger than memory.
@@ -82,8 +82,6 @@ class Beton:
                 mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from None
-        header, rows, allocations, seal = index
-        image, label = rows
         self.num_samples = len(label)
         self.sizes = np.stack([image["height"], image["width"]], axis=1).astype(np.int32)
         self.labels = label.astype(np.int64)
@@ -92,8 +90,7 @@ class Beton:
         if self.num_samples and image["mode"].max() > _RAW:
             raise self._broken("an image stored in an unknown way")
 
-        by_place = np.argsort(allocations["ptr"], kind="stable")
-        allocations = allocations[by_place]
+        allocations = allocations[np.argsort(allocations["ptr"], kind="stable")]
         slots = np.searchsorted(allocations["ptr"], image["data_ptr"])
         if self.num_samples:
             slots = np.minimum(slots, len(allocations) - 1)
@@ -110,14 +107,13 @@ class Beton:
             raise self._broken("a raw image of another size than the index says")
         self.pages = self.starts // int(header["page_size"])
         self.bytes = np.frombuffer(mapped, dtype=np.uint8)
-        self._checksums = self._unsealed(seal, file_size) if seal is not None else None
-        if self._checksums is None:
-            digest = hashlib.sha256()
-            for array in (self.sizes, self.labels, self.starts, self.lengths, self.raw):
-                digest.update(np.ascontiguousarray(array).tobytes())
-            self.fingerprint = digest.hexdigest()
+        if seal is None:
+            self._checksums = None
+            digest = _digest(self.sizes, self.labels, self.starts, self.lengths, self.raw)
         else:
-            self.fingerprint = seal["digest"].tobytes().hex()
+            self._checksums = self._verified_checksums(seal, sealed, file_size)
+            digest = seal["digest"].tobytes()
+        self.fingerprint = digest.hex()
         self._trusted = np.full(self.num_samples, self._checksums is None)
 
     def encoded(self, index: int) -> NDArray[np.uint8]:
@@ -135,18 +131,18 @@ class Beton:
         for index in indices[~self._trusted[indices]]:
             self.encoded(index)
 
-    def _unsealed(self, seal, file_size: int) -> NDArray[np.uint32]:
+    def _verified_checksums(self, seal, index: tuple[NDArray, ...], file_size: int) -> NDArray[np.uint32]:
         """The images' checksums, once the digest has vouched for them and for the index."""
         start = int(seal["checksums_ptr"])
         if start + self.num_samples * 4 > file_size:
             raise self._broken("its seal is damaged")
         checksums = self.bytes[start : start + self.num_samples * 4].copy().view("<u4")
-        if _digest(self._sealed, checksums) != seal["digest"].tobytes():
+        if _digest(*index, checksums) != seal["digest"].tobytes():
             raise self._broken("its index is damaged")
-        del self._sealed
         return checksums
 
     def _read_index(self, file_size: int):
+        """Header, image and label rows, allocations, the seal (or None), and what the seal's digest covers."""
         with open(self.path, "rb") as file:
             header = _read(file, _HEADER, 1)
             if header is None or header[0]["version"] != _VERSION:
@@ -172,15 +168,13 @@ class Beton:
             if allocations is None:
                 raise self._broken("it is cut short")
         seal = fields["arguments"][types.index(_IMAGE_FIELD)][: _SEAL.itemsize].copy().view(_SEAL)[0]
-        if seal["name"] == _SEAL_NAME:
-            self._sealed = (header, rows, allocations)
-        elif seal["name"].startswith(_SEAL_START):
-            raise DataError(f"{self.path}: written by another version of label-refinery; convert the set again")
-        else:
+        if seal["name"] != _SEAL_NAME:
+            if seal["name"].startswith(_SEAL_START):
+                raise DataError(f"{self.path}: written by another version of label-refinery; convert the set again")
             seal = None
         names = row_type.names or ()
         image, label = (rows[names[types.index(kind)]] for kind in (_IMAGE_FIELD, _INT_FIELD))
-        return header, (image, label), allocations, seal
+        return header, (image, label), allocations, seal, (header, rows, allocations)
 
     def _broken(self, what: str) -> DataError:
         return DataError(f"{self.path}: {what}; convert the set again")
@@ -192,9 +186,9 @@ def _read(file, dtype: np.dtype, count: int) -> NDArray | None:
     return np.frombuffer(data, dtype=dtype) if len(data) == dtype.itemsize * count else None
 
 
-def _digest(index: Iterable[NDArray], checksums: NDArray[np.uint32]) -> bytes:
+def _digest(*arrays: NDArray) -> bytes:
     digest = hashlib.sha256()
-    for part in (*index, checksums):
+    for part in arrays:
         digest.update(part.tobytes())
     return digest.digest()
 
@@ -240,7 +234,7 @@ def write_beton(path: str | Path, images: Iterable[Encoded], *, at_most: int) ->
             file.seek(table)
             file.write(allocations[:count].tobytes())
             header = np.array([(_VERSION, len(fields), PAGE_SIZE, count, table)], dtype=_HEADER)[0]
-            digest = _digest((header, rows[:count], allocations[:count]), checksums[:count])
+            digest = _digest(header, rows[:count], allocations[:count], checksums[:count])
             seal = np.array([(_SEAL_NAME, checksums_start, np.frombuffer(digest, np.uint8))], dtype=_SEAL)
             fields["arguments"][0][: _SEAL.itemsize] = seal.view(np.uint8)
             file.seek(0)

@@ -108,7 +108,7 @@ def part_of(beton: Beton, index: int, box: NDArray[np.int32]) -> Part:
     if not found.frame:
         raise undecodable(beton, index, NO_JPEG)
     if (found.height, found.width) != (height, width):
-        raise undecodable(beton, index, f"is {found.width}x{found.height}, the index says {width}x{height}")
+        raise undecodable(beton, index, other_size(beton, index, found.height, found.width))
     if not found.subsampled:
         return Part(stored, 0, 0)
     room = np.empty(len(stored), np.uint8)
@@ -116,6 +116,11 @@ def part_of(beton: Beton, index: int, box: NDArray[np.int32]) -> Part:
     if region.size < 0:
         raise undecodable(beton, index, BROKEN_TILES)
     return Part(room[: region.size] if region.size else stored, region.top, region.left)
+
+
+def other_size(beton: Beton, index: int, height: int, width: int) -> str:
+    """What is wrong with an image that turns out to have this size."""
+    return f"is {width}x{height}, the index says {beton.sizes[index][1]}x{beton.sizes[index][0]}"
 
 
 def undecodable(beton: Beton, index: int, why: str) -> DataError:

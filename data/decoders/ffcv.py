@@ -22,7 +22,7 @@ from numba.core import cgutils
 
 from data import DataError, tiles
 from data.beton import Beton
-from data.decoders import BROKEN_TILES, NO_JPEG, Request, View, lanes, resize, undecodable, union
+from data.decoders import BROKEN_TILES, NO_JPEG, Request, View, lanes, other_size, resize, undecodable, union
 from data.decoders.ahead import Ahead
 from data.decoders.lanes import intrinsic
 from data.decoders.resize import crop_resize, crop_resize_planes
@@ -146,13 +146,14 @@ class Decoder:
             worker.pixels,
         )
         if why:
+            index = int(indices[failed])
             reasons = {
                 _NO_JPEG: NO_JPEG,
-                _OTHER_SIZE: f"is {width}x{height}, the index says {sizes[failed][1]}x{sizes[failed][0]}",
+                _OTHER_SIZE: other_size(beton, index, height, width),
                 _BROKEN_TILES: BROKEN_TILES,
                 _UNDECODABLE: worker.error(),
             }
-            raise undecodable(beton, int(indices[failed]), reasons[why])
+            raise undecodable(beton, index, reasons[why])
 
 
 @intrinsic
