@@ -76,11 +76,17 @@ class LabelsConfig:
         bn: the refinery's batch normalisation uses the statistics of the batch (as the paper does) or its running
             ones, which is faster, since they are folded into the convolutions
         resolution: pixels a side at which the refinery sees the crops; fewer are faster (default: as the student)
+        per: what has a label of its own: each crop, as in the paper; each image, whose central crop the refinery labels
+            once for all its crops; or each category, whose label is the refinery's mean over its images
+        taxonomy: without a refinery, a file of WordNet's is-a relation ("parent child" lines): each category's label
+            is its similarity to all (Wu and Palmer)
     """
 
     smoothing: float = 0.0
     bn: Literal["batch", "running"] = "batch"
     resolution: int | None = None
+    per: Literal["crop", "image", "category"] = "crop"
+    taxonomy: str | None = None
 
 
 @dataclass
@@ -146,6 +152,8 @@ class Config:
         schedule: how the learning rate falls
         labels: what the labels are made of
         loss: how outputs are compared with labels
+        jitter: eta of adversarial jitter, 1 in the paper: each crop is trained on once more, moved to where student and
+            refinery disagree more; for students that are trained already (pretrained)
         crop: where crops lie
     """
 
@@ -172,6 +180,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    jitter: float = 0.0
     crop: CropConfig = field(default_factory=CropConfig)
 
     def __post_init__(self):
@@ -186,8 +195,24 @@ class Config:
             raise TrainError("labels.smoothing is for ground truth; a refinery's labels are soft already")
         if not self.loss.temperature > 0:
             raise TrainError(f"loss.temperature={self.loss.temperature}: must be above 0")
-        if not self.refinery and (self.loss != LossConfig() or self.labels.resolution):
-            raise TrainError("loss and labels.resolution are for a refinery's labels; give a refinery too")
+        if self.jitter < 0:
+            raise TrainError(f"jitter={self.jitter}: must not be below 0")
+        if self.labels.taxonomy and (self.refinery or self.labels.smoothing):
+            raise TrainError("labels.taxonomy takes the place of a refinery and of labels.smoothing; give one of them")
+        if not (self.refinery or self.labels.taxonomy) and self.loss != LossConfig():
+            raise TrainError("loss is for soft labels; give a refinery too")
+        if not self.refinery:
+            for name, given in {
+                "labels.resolution": self.labels.resolution,
+                "labels.per": self.labels.per != "crop",
+                "jitter": self.jitter,
+            }.items():
+                if given:
+                    raise TrainError(f"{name} is for a refinery's labels; give a refinery too")
+        if self.jitter and self.labels.per != "crop":
+            raise TrainError("jitter needs a label for every crop; leave labels.per out")
+        if self.jitter and len(self.model.split()) > 1:
+            raise TrainError("jitter moves crops for one student; name one model")
         if self.refinery and self.labels.bn == "batch" and self.batch == 1:
             raise TrainError(
                 "batch=1: a refinery with batch statistics needs more than one crop; use labels.bn=running"
@@ -266,4 +291,6 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def command_to_continue() -> str:
     """The command that the user typed, to be typed again."""
-    return os.environ.get("TYPED_COMMAND") or f"python -m train {shlex.join(sys.argv[1:])}"
+    spec = sys.modules["__main__"].__spec__
+    module = spec.name.removesuffix(".__main__") if spec else "train"
+    return os.environ.get("TYPED_COMMAND") or f"python -m {module} {shlex.join(sys.argv[1:])}"

@@ -7,7 +7,7 @@ make train MODEL=mobilenet REFINERY=resnet50
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,18 @@ from data import DataError, decoders
 from data.beton import Beton
 from data.command import fail
 from data.convert import ConvertedSet, Unconverted, find_set
+from data.loader import Pairing, open_loader
 from data.sources import CropRule, scenes_fingerprint
 from models import ModelError
 from models.weights import load_into, load_weights
 from train import TrainError, checkpoint
-from train.config import Config, CropConfig, LossConfig, parse
+from train.announce import announce, report
+from train.config import Config, CropConfig, parse
 from train.crop_truth import label_quality
-from train.device import Precision, autocast_type, device_named, precision_on
+from train.device import autocast_type, device_named, precision_on
 from train.interrupt import Interrupted
 from train.labels import LabelSource
+from train.labels.category import Category, taxonomy_table, visual_similarity
 from train.labels.ground_truth import GroundTruth
 from train.labels.refinery import Refinery
 from train.loop import Job, Trainer
@@ -39,8 +42,13 @@ from train.trained import Trained, load_trained, parse_spec
 def main() -> None:
     arguments = sys.argv[1:]
     config = parse(arguments)
+    end_in_one_line(lambda: train(config, arguments))
+
+
+def end_in_one_line(work: Callable[[], object]) -> None:
+    """Runs a command; bad input ends it with one line and status 2, a stop by the user with status 130."""
     try:
-        train(config, arguments)
+        work()
     except (DataError, ModelError, TrainError) as error:
         fail(error)
     except Interrupted as stopped:
@@ -65,10 +73,12 @@ def train(config: Config, arguments: Sequence[str]) -> list[Run]:
     for each in configs:
         _check_network(each)
     found = find_set(config.data)
+    if config.labels.taxonomy:
+        taxonomy_table(Path(config.labels.taxonomy), found.class_names)
     refinery: Trained | None = None
     refinery_config: Config | None = None
     if config.refinery and parse_spec(config.refinery)[1] is None:
-        refinery_config = parse([*arguments, *_ON_GROUND_TRUTH, "--model", config.refinery])
+        refinery_config = parse([*arguments, *_AS_REFINERY, "--model", config.refinery])
         _check_network(refinery_config)
     elif config.refinery:
         refinery = load_trained(config.refinery, class_names=found.class_names)
@@ -83,15 +93,16 @@ def train(config: Config, arguments: Sequence[str]) -> list[Run]:
     return _runs(configs, data, refinery, device)
 
 
-# What turns a student's words into those of its refinery's own training.
-_ON_GROUND_TRUTH = [
+# What turns words for a student of a refinery into those for a network that learns from the ground truth.
+ON_GROUND_TRUTH = (
     "--refinery=null",
-    "--pretrained=null",
-    "--out=null",
     "--labels.resolution=null",
+    "--labels.per=crop",
     "--loss.kind=soft",
     "--loss.temperature=1",
-]
+    "--jitter=0",
+)
+_AS_REFINERY = (*ON_GROUND_TRUTH, "--pretrained=null", "--out=null")
 
 
 def _one_each(config: Config, arguments: Sequence[str]) -> list[Config]:
@@ -173,7 +184,7 @@ def _runs(configs: Sequence[Config], data: ConvertedSet, refinery: Trained | Non
     # Those that stand elsewhere (one was begun alone, say) cannot share their steps.
     for together in unfinished.values():
         trainer = open_trainer(together, data, refinery, device)
-        _announce(trainer, refinery, asked=together[0].precision)
+        announce(trainer, refinery, asked=together[0].precision)
         for job, result in zip(trainer.jobs, trainer.run(), strict=True):
             runs[job.config.model] = _finish(trainer, job, result, refinery)
     return [runs[config.model] for config in configs]
@@ -198,17 +209,42 @@ def open_trainer(
         identity = _identity(config, rule, data, refinery)
         normalisation = models.normalisation(config.model)
         jobs.append(Job(config, _folder(config, data, identity), _build(config, data), normalisation, identity))
-    labels: LabelSource = GroundTruth(len(data.class_names), config.labels.smoothing)
-    if refinery:
-        labels = Refinery(
-            refinery.network,
-            refinery.normalisation,
-            bn=config.labels.bn,
-            resolution=config.labels.resolution,
-            dtype=autocast_type(config.precision) or torch.float32,
-        )
+    labels = _label_source(config, rule, data, refinery, device)
     compiled = config.compile == "always" or (config.compile == "auto" and device.type == "cuda")
     return Trainer(jobs, data, rule, labels, device=device, compiled=compiled)
+
+
+def _label_source(
+    config: Config, rule: CropRule, data: ConvertedSet, refinery: Trained | None, device: torch.device
+) -> LabelSource:
+    wanted, autocast = config.labels, autocast_type(config.precision)
+    if wanted.taxonomy:
+        return Category(taxonomy_table(Path(wanted.taxonomy), data.class_names))
+    if not refinery:
+        return GroundTruth(len(data.class_names), wanted.smoothing)
+    center = Pairing("center", rule.resolution) if wanted.per == "image" else None
+    labels = Refinery(
+        refinery.network,
+        refinery.normalisation,
+        bn=wanted.bn,
+        resolution=wanted.resolution,
+        center=center,
+        dtype=autocast or torch.float32,
+    )
+    if wanted.per != "category":
+        return labels
+    loader = open_loader(
+        data.beton("train"),
+        resolution=rule.resolution,
+        batch_size=config.batch,
+        decoder=config.decoder,
+        train=False,
+        device=device,
+        threads=config.threads,
+        center_ratio=rule.center_ratio,
+    )
+    labels = labels.to(device).to(memory_format=torch.channels_last)
+    return Category(visual_similarity(labels, loader, device=device, autocast=autocast))
 
 
 def _folder(config: Config, data: ConvertedSet, identity: dict[str, Any]) -> Path:
@@ -237,7 +273,7 @@ def _finish(trainer: Trainer, job: Job, result: dict[str, Any], refinery: Traine
         path.write_text(json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise TrainError(f"{path}: cannot be written ({error.strerror})") from None
-    _report(result, job.folder, refinery)
+    report(result, job.folder, refinery)
     return Run(job.folder, job.identity, result)
 
 
@@ -262,13 +298,17 @@ def _identity(config: Config, rule: CropRule, data: ConvertedSet, refinery: Trai
     pretrained = config.pretrained
     if pretrained and pretrained != "timm":
         pretrained = _hash_of(Path(pretrained))
+    labels = asdict(config.labels)
+    if config.labels.taxonomy:
+        labels["taxonomy"] = _hash_of(Path(config.labels.taxonomy))
     identity = {
         "data": {"name": data.name, "fingerprint": hashlib.sha256(fingerprint.encode()).hexdigest()},
         "model": config.model,
         "pretrained": pretrained,
         "refinery": {"network": refinery.name, "weights": _hash_of(refinery.file)} if refinery else None,
-        "labels": asdict(config.labels),
+        "labels": labels,
         "loss": asdict(config.loss),
+        "jitter": config.jitter,
         "crop": asdict(rule),
         "resolution": rule.resolution,
         "epochs": config.epochs,
@@ -287,70 +327,3 @@ def _identity(config: Config, rule: CropRule, data: ConvertedSet, refinery: Trai
 def _hash_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _announce(trainer: Trainer, refinery: Trained | None, *, asked: Precision) -> None:
-    """Says what is about to be trained, on what, and how."""
-    config, rule = trainer.config, trainer.rule
-    low, high = (f"{100 * share:g}" for share in rule.scale)
-    labels = "ground truth, the label of the whole image for every crop"
-    if refinery:
-        labels = f"refinery {refinery.name} ({refinery.file}), with {config.labels.bn} statistics"
-        if config.labels.resolution:
-            labels += f", at {config.labels.resolution} px"
-        if config.loss != LossConfig():
-            labels += f"; loss {config.loss.kind}, temperature {config.loss.temperature:g}"
-    elif config.labels.smoothing:
-        labels += f", smoothed by {config.labels.smoothing:g}"
-    lines = [
-        ("model", f"{job.config.model}, {sum(p.numel() for p in job.network.parameters()) / 1e6:.2f} M parameters")
-        for job in trainer.jobs
-    ]
-    lines += [
-        ("labels", labels),
-        (
-            "data",
-            f"{trainer.data.folder}: {trainer.loader.num_samples} images to train on, "
-            f"{trainer.validation.num_samples} for validation, {len(trainer.data.class_names)} classes",
-        ),
-        (
-            "crops",
-            f"{rule.resolution} px, {low} to {high} % of the area, aspect {rule.ratio[0]:.2f} to "
-            f"{rule.ratio[1]:.2f}, {'flips' if rule.flip else 'no flips'}; validation: the central "
-            f"{100 * rule.center_ratio:.3g} %",
-        ),
-        (
-            "length",
-            f"{config.epochs} epochs of {trainer.loader.steps} steps of {config.batch} crops, recipe {config.recipe}",
-        ),
-        ("device", f"{_units(trainer, asked)}; decoder {trainer.decoder}"),
-        *(("run", str(job.folder)) for job in trainer.jobs),
-    ]
-    for name, text in lines:
-        print(f"{name:7} {text}")
-    sys.stdout.flush()
-
-
-def _units(trainer: Trainer, asked: Precision) -> str:
-    device, used = trainer.device, trainer.config.precision
-    text = f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, {used}"
-    if asked == "auto" and used != "bf16":
-        text += " (no bf16 units)"
-    elif asked not in ("auto", used):
-        text += f" in place of {asked}, for which it has no units"
-    return text + (", compiled" if trainer.compiled else "")
-
-
-def _report(result: dict[str, Any], folder: Path, refinery: Trained | None) -> None:
-    print(
-        f"finished: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
-        f"{result['images_per_second_per_device']:.0f} images/s, {result['seconds'] / 60:.1f} minutes; {folder}"
-    )
-    quality = result.get("crop_labels")
-    if quality:
-        print(
-            f"of {quality['crops']} training crops that show something, the image's label is right about "
-            f"{quality['image_label_right']:.1f} %"
-            + (f", the refinery's about {quality['label_right']:.1f} %" if refinery else "")
-        )
-    sys.stdout.flush()

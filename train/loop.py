@@ -101,6 +101,7 @@ class Trainer:
             self.labels,
             loss=config.loss.kind,
             temperature=config.loss.temperature,
+            jitter=config.jitter,
             device=device,
             autocast=self._autocast,
             compiled=compiled,
@@ -118,6 +119,7 @@ class Trainer:
             scale=rule.scale,
             ratio=rule.ratio,
             flip=rule.flip,
+            paired=self.labels.pairings,
             fetch=self.labels.fetch,
             **loading,
         )

@@ -6,7 +6,7 @@ make runs
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,9 +128,14 @@ def table(folder: str = "runs") -> None:
         )
     if len(rows) == 1:
         raise TrainError(f"{folder}: no runs in it yet")
+    print(table_text(rows), end="")
+
+
+def table_text(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import nn
 from data.loader import CropBatch
 from kernels.normalise import Normalisation, Normalise
 from train import TrainError
+from train.jitter import with_jittered
 from train.labels import LabelSource
 
 # What the sums hold, in order.
@@ -43,7 +44,8 @@ class Step:
     """A step of training students on the labels of `labels`, which are made once for all of them.
 
     loss, temperature: how the students' outputs are compared with the labels (kernels.refinery_loss).
-    autocast: bfloat16, float16, or None for float32 throughout.
+    jitter: eta of adversarial jitter (train.jitter) with a single student; 0 is none. Jittered crops count in the loss
+    and not in the accuracies. autocast: bfloat16, float16, or None for float32 throughout.
     compiled: labels, students and losses as one compiled graph, made in the first step. Where that fails, a line says
     so and the step goes on uncompiled, or under `strict` raises TrainError. cuda_graphs: the compiled graph is
     recorded and replayed, kernels and all, as CUDA graphs.
@@ -56,6 +58,7 @@ class Step:
         *,
         loss: str = "soft",
         temperature: float = 1.0,
+        jitter: float = 0.0,
         device: torch.device,
         autocast: torch.dtype | None,
         compiled: bool,
@@ -64,7 +67,7 @@ class Step:
     ):
         self.students = students
         self.labels = labels
-        self._loss, self._temperature = loss, temperature
+        self._loss, self._temperature, self._jitter = loss, temperature, jitter
         self._device, self._autocast = device, autocast
         self._normalise = [Normalise(student.normalisation).to(device) for student in students]
         for student in students:
@@ -80,6 +83,16 @@ class Step:
     def __call__(self, batch: CropBatch) -> None:
         for student in self.students:
             student.network.train()
+        if self._jitter:
+            (student,) = self.students
+            batch = with_jittered(
+                batch,
+                self.labels,
+                student.network,
+                student.normalisation,
+                eta=self._jitter,
+                autocast=self._autocast,
+            )
         counted = self._first_gradients(batch) if self._untried else self._gradients(batch)
         for student, sums in zip(self.students, counted, strict=True):
             if student.scaler:
@@ -138,7 +151,7 @@ class Step:
         crops = torch.full((), len(batch.labels), dtype=torch.float64, device=self._device)
         for logits in outputs:
             loss = targets.loss(logits, kind=self._loss, temperature=self._temperature).mean()
-            top1, top5 = correct(logits, batch.labels)
+            top1, top5 = correct(logits[: len(batch.labels)], batch.labels)
             losses.append(loss)
             counted.append(torch.stack([loss.detach().double() * crops, top1.double(), top5.double(), crops]))
         return torch.stack(losses), torch.stack(counted)

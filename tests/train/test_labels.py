@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 import models
-from data.loader import open_loader
+from data.loader import Pairing, open_loader
 from kernels.normalise import Normalise
 from train import TrainError
 from train.labels import Targets
@@ -142,3 +142,14 @@ def test_sparse_targets():
         torch.testing.assert_close(sparse.loss(student, kind=kind, temperature=3.0), theirs)
     highest = Targets(sparse=(classes, torch.tensor([[0.1, 0.5, 0.2, 0.1]] * 3), torch.full((3,), 0.1 / 6)))
     assert torch.equal(highest.classes(), classes[:, 1])
+
+
+def test_the_label_of_the_image_is_that_of_its_central_crop(converted, network):
+    center = Pairing("center", 32)
+    loader = open_loader(converted.beton("train"), resolution=32, batch_size=12, decoder="ffcv", paired=(center,))
+    batch = next(iter(loader.epoch(0)))
+    refinery = Refinery(network, IMAGENET, bn="running", center=center)
+    assert refinery.pairings == (center,)
+    whole = open_loader(converted.beton("train"), resolution=32, batch_size=48, decoder="ffcv", train=False)
+    said = Refinery(network, IMAGENET, bn="running")(next(iter(whole.epoch(0)))).logits
+    torch.testing.assert_close(refinery(batch).logits, said[batch.indices], rtol=1e-4, atol=1e-4)

@@ -1,49 +1,19 @@
 """Runs: what is in their folders, that they are resumed with the same bits, not repeated and not mixed up."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from tests.stopping import stop_at
 from train import TrainError
 from train.config import parse
 from train.interrupt import Interrupted
 from train.job import train
 from train.runs import all_runs, table
 from train.step import Step
-
-TINY = ["--model", "mobilenet0.25", "--resolution", "32", "--batch", "16", "--epochs", "2", "--device", "cpu"]
-
-
-@pytest.fixture
-def run(converted, tmp_path, monkeypatch):
-    """Trains with these words on the tiny set, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str):
-        arguments = [*TINY, "--data", str(converted.folder), *words]
-        runs = train(parse(arguments), arguments)
-        return runs[0] if len(runs) == 1 else runs
-
-    return run
-
-
-def stop_at(step: int, monkeypatch) -> None:
-    """Ctrl-C arrives during this step of the process's next run."""
-    calls = 0
-    original = Step.__call__
-
-    def call(self, batch):
-        nonlocal calls
-        calls += 1
-        if calls == step:
-            signal.raise_signal(signal.SIGINT)
-        original(self, batch)
-
-    monkeypatch.setattr(Step, "__call__", call)
 
 
 def test_what_a_run_leaves(run):
@@ -309,3 +279,26 @@ def test_table(run, capsys):
     assert all("mobilenet0.25" in line and "finished" in line for line in lines[1:])
     with pytest.raises(TrainError, match="absent: no such folder"):
         table("absent")
+
+
+def test_ablations_are_runs_by_option(run, tmp_path, capsys):
+    """Tables 3 to 5 of the paper: each has its options, ends, and is a run of its own."""
+    words = ["--refinery", str(run("--model", "resnet18", "--epochs", "1").folder), "--epochs", "1"]
+    is_a = tmp_path / "is_a.txt"
+    is_a.write_text("thing class0\nthing class1\nclass1 class2\n")
+    runs = [
+        run(*words, *option)
+        for option in (
+            [],
+            ["--labels.per", "image"],
+            ["--labels.per", "image", "--labels.bn", "running"],
+            ["--labels.per", "category", "--labels.bn", "running"],
+            ["--loss.kind", "hard"],
+            ["--jitter", "1"],
+        )
+    ]
+    runs.append(run("--labels.taxonomy", str(is_a), "--epochs", "1"))
+    assert len({each.folder for each in runs}) == 7
+    out = capsys.readouterr().out
+    for said in ("one an image", "one a category", "adversarial jitter, eta 1", f"one a category, by {is_a}"):
+        assert said in out

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from data.loader import CropBatch
+from data.loader import CropBatch, Pairing
 from kernels.refinery_loss import probabilities_loss, refinery_loss, sparse_loss
 
 
@@ -57,7 +57,12 @@ class Targets:
 
 
 class LabelSource(nn.Module):
-    """Base of all label sources: overrides forward, and fetch where labels lie in files."""
+    """Base of all label sources: overrides forward, and fetch where labels lie in files.
+
+    pairings: further crops of each image that forward needs.
+    """
+
+    pairings: tuple[Pairing, ...] = ()
 
     def fetch(self, indices: NDArray[np.int64], copies: NDArray[np.int64], epoch: int) -> Any:
         """Host tensors for these crops (indices and copies int64 [B]), or None where nothing is looked up."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data.loader import CropBatch
+from data.loader import CropBatch, Pairing
 from kernels.normalise import Normalisation, Normalise
 from models.folding import fold
 from train import TrainError
@@ -24,6 +24,8 @@ class Refinery(LabelSource):
     bn: "batch" normalises with the statistics of the current batch, as the network itself was trained, which the
     paper found to label more accurately (section 3); "running" uses the stored ones, folded into the convolutions.
     normalisation: mean and std of its input. resolution: px a side that crops are resized to for it; None: as they are.
+    center: the central crop that it labels in place of each training crop ("soft static", Table 4); None: it labels the
+    training crop itself.
     dtype: what its convolutions and linear layers compute in under autocast, and so what their weights are stored in.
     """
 
@@ -34,6 +36,7 @@ class Refinery(LabelSource):
         *,
         bn: str = "batch",
         resolution: int | None = None,
+        center: Pairing | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
@@ -41,6 +44,7 @@ class Refinery(LabelSource):
         self.normalise = Normalise(normalisation)
         self.bn = bn
         self.resolution = resolution
+        self.pairings = (center,) if center else ()
         norms: list[Any] = [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.eval()
         if bn == "batch":
@@ -63,7 +67,7 @@ class Refinery(LabelSource):
             raise TrainError(
                 "batch=1: batch statistics of a single crop mean nothing; use a larger batch or bn=running"
             )
-        crops = self.normalise(batch.crops)
+        crops = self.normalise(batch.paired[self.pairings[0]] if self.pairings else batch.crops)
         if self.resolution and crops.shape[-1] != self.resolution:
             crops = F.interpolate(crops, size=(self.resolution, self.resolution), mode="bilinear", antialias=True)
         return Targets(logits=self.network(crops))

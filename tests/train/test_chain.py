@@ -1,0 +1,72 @@
+"""Chains of generations: who learns from whom, what is repeated, and the table at the end."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.stopping import stop_at
+from train import TrainError
+from train.chain import chain
+from train.interrupt import Interrupted
+from train.runs import all_runs
+
+MODELS = ["resnet18", "mobilenet0.25", "mobilenet0.25"]
+
+
+@pytest.fixture
+def words(run, converted):
+    """Those of tiny runs; `run` has chosen the folder."""
+    return [
+        *["--resolution", "32", "--batch", "16", "--epochs", "1", "--device", "cpu", "--data"],
+        str(converted.folder),
+    ]
+
+
+def test_each_generation_learns_from_the_one_before(words, capsys):
+    first, second, third = chain(MODELS, [*words, "--loss.kind", "reversed"])
+    assert first.identity["refinery"] is None
+    assert second.identity["refinery"]["network"] == "resnet18"
+    assert third.identity["refinery"]["network"] == "mobilenet0.25"
+    assert second.identity["refinery"]["weights"] != third.identity["refinery"]["weights"]
+    assert [run.identity["loss"]["kind"] for run in (first, second, third)] == ["soft", "reversed", "reversed"]
+    (folder,) = Path("runs").glob("*/chain-*")
+    rows = json.loads((folder / "chain.json").read_text())
+    assert [row["model"] for row in rows] == MODELS
+    assert [row["labels"] for row in rows] == ["ground truth", "resnet18", "mobilenet0.25"]
+    for row, run in zip(rows, (first, second, third), strict=True):
+        last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert (row["top1"], row["top5"]) == (run.result["top1"], run.result["top5"])
+        assert row["gap"] == pytest.approx(last["train_top1"] - run.result["top1"])
+    text = (folder / "chain.txt").read_text()
+    assert len(text.splitlines()) == 4
+    assert text in capsys.readouterr().out
+    assert (folder / "chain.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_generations_are_not_repeated_and_a_stopped_one_goes_on(words, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at(5, patch)  # three steps an epoch: in the second generation
+        with pytest.raises(Interrupted):
+            chain(MODELS, words)
+    assert not list(Path("runs").glob("*/chain-*"))
+    capsys.readouterr()
+    chain(MODELS, words)
+    out = capsys.readouterr().out
+    assert out.count("is finished: top-1") == 1
+    assert out.count("continuing in epoch 1 of 1, after step 2 of 3") == 1
+    assert len(list(all_runs(Path("runs")))) == 3
+
+
+def test_a_chain_may_start_from_a_refinery(words, run):
+    refinery = run("--model", "resnet18", "--epochs", "1").folder
+    first, second = chain(MODELS[1:], words, refinery=str(refinery))
+    assert first.identity["refinery"]["network"] == "resnet18"
+    assert second.identity["refinery"]["network"] == "mobilenet0.25"
+
+
+def test_bad_chains_are_refused(words):
+    with pytest.raises(TrainError, match="MODELS is empty"):
+        chain([], words)
+    with pytest.raises(TrainError, match="out=here: is the folder of one run"):
+        chain(MODELS, [*words, "--out", "here"])

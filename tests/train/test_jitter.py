@@ -1,0 +1,91 @@
+"""Adversarial jitter: the gradient, whose it is, and what it leaves alone."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import models
+from data.loader import open_loader
+from kernels.normalise import Normalise
+from train.jitter import with_jittered
+from train.labels.ground_truth import GroundTruth
+from train.labels.refinery import Refinery
+from train.step import CROPS, Step, Student
+
+IMAGENET = models.normalisation("resnet18")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def batch(converted):
+    return next(iter(open_loader(converted.beton("train"), resolution=32, batch_size=6, decoder="ffcv").epoch(0)))
+
+
+@pytest.fixture(scope="module")
+def networks():
+    torch.manual_seed(0)
+    return models.build("resnet18", 3), models.build("mobilenet0.25", 3).train()
+
+
+def moved(batch, networks, *, eta=1.0, bn="running"):
+    refinery, student = networks
+    labels = Refinery(refinery, IMAGENET, bn=bn)
+    return with_jittered(batch, labels, student, IMAGENET, eta=eta, autocast=None).crops
+
+
+def test_is_the_papers_equation(batch, networks):
+    """Written out: X' = X + eta dL/dX, L through both networks, X the normalised crop, each crop by itself."""
+    refinery, student = (copy.deepcopy(network) for network in networks)
+    refinery.eval()
+    student.eval()  # running statistics, so that crops do not touch each other
+    ours = with_jittered(batch, Refinery(refinery, IMAGENET, bn="running"), student, IMAGENET, eta=1.0, autocast=None)
+    for i in range(6):
+        x = Normalise(IMAGENET)(batch.crops[i : i + 1]).requires_grad_()
+        log_p, log_q = (F.log_softmax(network(x), dim=1) for network in (refinery, student))
+        (log_p.exp() * (log_p - log_q)).sum().backward()
+        expected = x.detach() + x.grad
+        found = Normalise(IMAGENET)(ours.crops[6 + i : 7 + i])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4)
+        # Not through the student alone.
+        assert not torch.allclose(found, x.detach(), atol=1e-6)
+
+
+def test_clean_crops_come_first_and_nothing_else_changes(batch, networks):
+    before = copy.deepcopy(networks[1].state_dict())
+    crops = moved(batch, networks)
+    assert crops.shape == (12, 3, 32, 32)
+    assert torch.equal(crops[:6], batch.crops.float())
+    assert torch.equal(moved(batch, networks, eta=0.0)[6:], batch.crops.float())
+    for name, value in networks[1].state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(parameter.grad is None for network in networks for parameter in network.parameters())
+
+
+def test_they_disagree_more_about_jittered_crops(batch, networks):
+    refinery, student = networks
+    labels = Refinery(refinery, IMAGENET, bn="running")
+    crops = moved(batch, networks, eta=1e-3)
+    with torch.no_grad():
+        losses = [
+            labels(replace(batch, crops=half)).loss(copy.deepcopy(student)(Normalise(IMAGENET)(half))).mean()
+            for half in crops.chunk(2)
+        ]
+    assert losses[1] > losses[0]
+
+
+def test_a_step_with_jitter(batch):
+    """Loss over clean and jittered crops, accuracy over the clean ones; ground truth has no gradient to follow."""
+    torch.manual_seed(1)
+    network = models.build("mobilenet0.25", 3)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    labels = Refinery(models.build("resnet18", 3), IMAGENET)
+    student = Student("student", network, optimizer, IMAGENET)
+    step = Step([student], labels, jitter=1.0, device=CPU, autocast=None, compiled=False)
+    before = network.classifier.weight.detach().clone()
+    step(batch)
+    assert student.sums[CROPS] == 6
+    assert not torch.equal(network.classifier.weight, before)
+    assert GroundTruth(3)(batch).logits is None

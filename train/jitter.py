@@ -1,0 +1,54 @@
+"""Adversarial jitter: crops moved to where student and refinery disagree more (Label Refinery, section 3.1)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from data.loader import CropBatch
+from kernels.normalise import Normalisation, Normalise
+from train.labels import LabelSource
+
+
+def with_jittered(
+    batch: CropBatch,
+    labels: LabelSource,
+    student: nn.Module,
+    normalisation: Normalisation,
+    *,
+    eta: float,
+    autocast: torch.dtype | None,
+) -> CropBatch:
+    """The batch with its jittered crops behind its clean ones: crops float32 [2B, 3, R, R] in 0..255, not clipped.
+
+    X' = X + eta dL/dX (eq. 3), one step of ascent on each crop's KL(refinery || student), through both networks. X is
+    the student's normalised input; the paper leaves open whether it is. The gradient of the sum of the crops' losses
+    is taken, which is each crop's own but for what batch normalisation mixes in.
+    """
+    device = batch.crops.device
+    crops = batch.crops.float().requires_grad_()
+    _, std = normalisation
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None), _statistics_kept(student):
+        targets = labels(replace(batch, crops=crops))
+        logits = student(Normalise(normalisation).to(device)(crops))
+    (gradient,) = torch.autograd.grad(targets.loss(logits).sum(), crops)
+    # X = crops / (255 std) + ..., so dX is d crops / (255 std), and dL/dX is 255 std dL/d crops.
+    scale = (255 * torch.tensor(std, device=device)).view(1, 3, 1, 1) ** 2
+    return replace(batch, crops=torch.cat([crops.detach(), crops.detach() + eta * scale * gradient]))
+
+
+@contextmanager
+def _statistics_kept(network: nn.Module) -> Iterator[None]:
+    """The network's running statistics stay as they are, whatever passes through it."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [norm.track_running_stats for norm in norms]
+    for norm in norms:
+        # In training mode batch statistics are used all the same, and without this they are not counted in.
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm, tracked in zip(norms, before, strict=True):
+            norm.track_running_stats = tracked
