@@ -30,6 +30,7 @@ def announce(trainer: Trainer, refinery: Trained | None, *, asked: Precision) ->
         labels = f"one a category, by {config.labels.taxonomy}"
     elif config.labels.smoothing:
         labels += f", smoothed by {config.labels.smoothing:g}"
+    sides = f"{config.resolution_from} to {rule.resolution}" if config.resolution_from else str(rule.resolution)
     lines = [
         ("model", f"{job.config.model}, {sum(p.numel() for p in job.network.parameters()) / 1e6:.2f} M parameters")
         for job in trainer.jobs
@@ -43,13 +44,14 @@ def announce(trainer: Trainer, refinery: Trained | None, *, asked: Precision) ->
         ),
         (
             "crops",
-            f"{rule.resolution} px, {low} to {high} % of the area, aspect {rule.ratio[0]:.2f} to "
+            f"{sides} px, {low} to {high} % of the area, aspect {rule.ratio[0]:.2f} to "
             f"{rule.ratio[1]:.2f}, {'flips' if rule.flip else 'no flips'}; validation: the central "
             f"{100 * rule.center_ratio:.3g} %",
         ),
         (
             "length",
-            f"{config.epochs} epochs of {trainer.loader.steps} steps of {config.batch} crops, recipe {config.recipe}",
+            f"{config.epochs} epochs of {trainer.loader.steps} steps of {config.batch} crops, recipe {config.recipe}"
+            + (f", weights averaged with decay {config.ema:g}" if config.ema else ""),
         ),
         ("device", f"{_units(trainer, asked)}; decoder {trainer.decoder}"),
         *(("run", str(job.folder)) for job in trainer.jobs),

@@ -17,6 +17,9 @@ from data.command import fail, run_command
 from train import TrainError
 from train.device import Precision
 
+# Each resolution on the way up compiles once, so there are not many.
+_RESOLUTION_STEP = 16
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -152,6 +155,9 @@ class Config:
         schedule: how the learning rate falls
         labels: what the labels are made of
         loss: how outputs are compared with labels
+        ema: decay a step of an exponential moving average of the weights, which is then what is scored (0: none)
+        resolution_from: pixels a side of the crops in the first third of the run; over the second third they grow to
+            resolution, in steps of 16 (default: the same throughout)
         jitter: eta of adversarial jitter, 1 in the paper: each crop is trained on once more, moved to where student and
             refinery disagree more; for students that are trained already (pretrained)
         crop: where crops lie
@@ -180,6 +186,8 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    ema: float = 0.0
+    resolution_from: int | None = None
     jitter: float = 0.0
     crop: CropConfig = field(default_factory=CropConfig)
 
@@ -195,6 +203,8 @@ class Config:
             raise TrainError("labels.smoothing is for ground truth; a refinery's labels are soft already")
         if not self.loss.temperature > 0:
             raise TrainError(f"loss.temperature={self.loss.temperature}: must be above 0")
+        if not 0 <= self.ema < 1:
+            raise TrainError(f"ema={self.ema}: give a decay from 0 to below 1, as 0.999")
         if self.jitter < 0:
             raise TrainError(f"jitter={self.jitter}: must not be below 0")
         if self.labels.taxonomy and (self.refinery or self.labels.smoothing):
@@ -217,6 +227,12 @@ class Config:
             raise TrainError(
                 "batch=1: a refinery with batch statistics needs more than one crop; use labels.bn=running"
             )
+
+
+def growing_resolution(epoch: int, epochs: int, first: int, last: int) -> int:
+    """Pixels a side in an epoch (0, 1, ...) of a run whose crops grow from `first` to `last`; see Config."""
+    grown = min(max(3 * epoch / epochs - 1, 0.0), 1.0)
+    return first + int(grown * (last - first) / _RESOLUTION_STEP) * _RESOLUTION_STEP if grown < 1 else last
 
 
 def parse(arguments: Sequence[str]) -> Config:

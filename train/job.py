@@ -87,7 +87,10 @@ def train(config: Config, arguments: Sequence[str]) -> list[Run]:
     data = found.convert() if isinstance(found, Unconverted) else found
     del found  # and with it what an archive was unpacked to
     for each in (*configs, *([refinery_config] if refinery_config else [])):
-        models.check_resolution(each.model, _crop_rule(each, data).resolution)
+        resolution = _crop_rule(each, data).resolution
+        models.check_resolution(each.model, resolution)
+        if each.resolution_from and each.resolution_from > resolution:
+            raise TrainError(f"resolution_from={each.resolution_from}: is above resolution={resolution}")
     if refinery_config:
         refinery = load_trained(str(_refinery_run(refinery_config, data, device).folder))
     return _runs(configs, data, refinery, device)
@@ -134,8 +137,9 @@ _OWN = ("model", "optimizer", "schedule")
 
 def _check_network(config: Config) -> None:
     models.normalisation(config.model)  # refuses an unknown name
-    if config.resolution is not None:
-        models.check_resolution(config.model, config.resolution)
+    for resolution in (config.resolution, config.resolution_from):
+        if resolution is not None:
+            models.check_resolution(config.model, resolution)
     if config.pretrained and config.pretrained != "timm":
         load_weights(config.pretrained)
 
@@ -308,6 +312,8 @@ def _identity(config: Config, rule: CropRule, data: ConvertedSet, refinery: Trai
         "refinery": {"network": refinery.name, "weights": _hash_of(refinery.file)} if refinery else None,
         "labels": labels,
         "loss": asdict(config.loss),
+        "ema": config.ema,
+        "resolution_from": config.resolution_from,
         "jitter": config.jitter,
         "crop": asdict(rule),
         "resolution": rule.resolution,

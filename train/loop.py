@@ -17,12 +17,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.convert import ConvertedSet
-from data.loader import CropBatch, open_loader
+from data.loader import CropBatch, Loader, open_loader
 from data.progress import images_bar
 from data.sources import CropRule
 from kernels.normalise import Normalisation
 from train import TrainError, checkpoint
-from train.config import Config, OptimizerConfig, command_to_continue
+from train.config import Config, OptimizerConfig, command_to_continue, growing_resolution
 from train.device import autocast_type, set_float32_units
 from train.evaluate import Scores, score, validation_loader
 from train.interrupt import Interrupted, Stop, stop_on_signal
@@ -108,22 +108,12 @@ class Trainer:
             strict=config.compile == "always",
             cuda_graphs=config.cuda_graphs,
         )
-        loading: dict[str, Any] = {"decoder": config.decoder, "device": device, "threads": config.threads}
-        self.loader = open_loader(
-            data.beton("train"),
-            resolution=rule.resolution,
-            batch_size=config.batch,
-            seed=config.seed,
-            copies=config.copies,
-            order=config.order,
-            scale=rule.scale,
-            ratio=rule.ratio,
-            flip=rule.flip,
-            paired=self.labels.pairings,
-            fetch=self.labels.fetch,
-            **loading,
-        )
-        self.validation = validation_loader(data, rule=rule, batch=config.batch, **loading)
+        # The networks that are scored and kept: weights averaged over steps, or the students' own.
+        self._averages = [_average(student, config.ema) for student in students] if config.ema else []
+        self._scored = [average.module for average in self._averages] or [student.network for student in students]
+        self.loader = self._open_loader(rule.resolution)
+        self._loaders = {rule.resolution: self.loader}
+        self.validation = validation_loader(data, rule=rule, batch=config.batch, **self._loading)
         self.decoder = self.loader.decoder
         self.progress = Progress()
         self._best = [0.0] * len(jobs)
@@ -157,13 +147,13 @@ class Trainer:
                 started = time.perf_counter()
                 scores = [
                     score(
-                        student.network,
+                        network,
                         self.validation,
-                        student.normalisation,
+                        job.normalisation,
                         device=self.device,
                         autocast=self._autocast,
                     )
-                    for student in self.step.students
+                    for job, network in zip(self.jobs, self._scored, strict=True)
                 ]
                 self._end_epoch(sums, scores, boards, seconds=time.perf_counter() - started)
                 if self._stop.requested and self.progress.epoch < config.epochs:
@@ -175,7 +165,7 @@ class Trainer:
 
         The epoch's seconds are in `progress`, which still stands in this epoch.
         """
-        config, progress, loader = self.config, self.progress, self.loader
+        config, progress, loader = self.config, self.progress, self._loader_of(self.progress.epoch)
         name = f"epoch {progress.epoch + 1}/{config.epochs}"
         done, total = progress.step * config.batch, loader.steps * config.batch
         with images_bar(total, name, done=done) as bar:
@@ -186,6 +176,8 @@ class Trainer:
                 self._set_rates(progress.epoch + progress.step / loader.steps)
                 self._train_on(batch)
                 progress.step += 1
+                for average, student in zip(self._averages, self.step.students, strict=False):
+                    average.update(student.network, step=progress.epoch * loader.steps + progress.step)
                 bar.update(len(batch.labels))
                 now = time.perf_counter()
                 progress.train_seconds += now - mark
@@ -207,6 +199,34 @@ class Trainer:
             sums_of_all = self._finite_sums()
             progress.train_seconds += time.perf_counter() - mark
         return sums_of_all
+
+    def _open_loader(self, resolution: int) -> Loader:
+        config, rule = self.config, self.rule
+        return open_loader(
+            self.data.beton("train"),
+            resolution=resolution,
+            batch_size=config.batch,
+            seed=config.seed,
+            copies=config.copies,
+            order=config.order,
+            scale=rule.scale,
+            ratio=rule.ratio,
+            flip=rule.flip,
+            paired=self.labels.pairings,
+            fetch=self.labels.fetch,
+            **self._loading,
+        )
+
+    def _loader_of(self, epoch: int) -> Loader:
+        first, last = self.config.resolution_from, self.rule.resolution
+        resolution = growing_resolution(epoch, self.config.epochs, first, last) if first else last
+        if resolution not in self._loaders:
+            self._loaders[resolution] = self._open_loader(resolution)
+        return self._loaders[resolution]
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        return {"decoder": self.config.decoder, "device": self.device, "threads": self.config.threads}
 
     def _set_rates(self, epoch: float) -> None:
         for job, lr, student in zip(self.jobs, self._rates, self.step.students, strict=True):
@@ -314,12 +334,15 @@ class Trainer:
         """Writes the checkpoint of each job, or of those chosen."""
         for index, (job, student) in enumerate(zip(self.jobs, self.step.students, strict=True)):
             if chosen is None or chosen[index]:
-                checkpoint.save(job.folder / name, self._state(job, student, self._best[index]))
+                state = self._state(job, student, self._scored[index], self._best[index])
+                checkpoint.save(job.folder / name, state)
 
-    def _state(self, job: Job, student: Student, best: float) -> dict[str, Any]:
+    def _state(self, job: Job, student: Student, scored: nn.Module, best: float) -> dict[str, Any]:
         mean, std = job.normalisation
         return {
-            "model": student.network.state_dict(),
+            "model": scored.state_dict(),
+            # Where the model is an average: the weights that training goes on from.
+            "trained": student.network.state_dict() if scored is not student.network else None,
             "network": {
                 "name": job.config.model,
                 "num_classes": len(self.data.class_names),
@@ -339,7 +362,8 @@ class Trainer:
     def _restore(self) -> None:
         for index, (job, student) in enumerate(zip(self.jobs, self.step.students, strict=True)):
             state = checkpoint.load(job.checkpoint)
-            student.network.load_state_dict(state["model"])
+            self._scored[index].load_state_dict(state["model"])
+            student.network.load_state_dict(state.get("trained") or state["model"])
             student.optimizer.load_state_dict(state["optimizer"])
             if student.scaler:
                 student.scaler.load_state_dict(state["scaler"])
@@ -379,6 +403,13 @@ def _open_folder(job: Job, *, epochs: int) -> None:
         metrics.write_text("".join(lines[:epochs]))
     except OSError as error:
         raise TrainError(f"{folder}: the run cannot be written there ({error.strerror})") from None
+
+
+def _average(student: Student, decay: float) -> Any:
+    # Loading timm takes seconds, which runs without an average need not wait for.
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(student.network, decay=decay, use_warmup=True)
 
 
 def _memory_of(device: torch.device) -> str:

@@ -1,8 +1,10 @@
 """Options, recipes and what is refused."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from train.config import RECIPES, ScheduleConfig, parse, read_recipe
+from train.config import RECIPES, ScheduleConfig, growing_resolution, parse, read_recipe
 
 
 def refusal(capsys, *words) -> str:
@@ -82,6 +84,7 @@ def test_what_is_refused(capsys, tmp_path):
     assert "labels.per is for a refinery's labels" in refusal(capsys, "--labels.per", "image")
     assert "labels.resolution is for a refinery's labels" in refusal(capsys, "--labels.resolution", "64")
     assert "loss is for soft labels" in refusal(capsys, "--loss.kind", "l2")
+    assert "ema=1" in refusal(capsys, "--ema", "1")
     assert "loss.temperature=0" in refusal(capsys, "--loss.temperature", "0", "--refinery", "resnet18")
     assert "place of a refinery" in refusal(capsys, "--labels.taxonomy", "is_a.txt", "--refinery", "resnet18")
     both = ("--refinery", "resnet18", "--jitter", "1")
@@ -106,3 +109,12 @@ def test_cosine_with_warm_up():
     schedule = ScheduleConfig(kind="cosine", warmup=2)
     assert [schedule.factor(epoch, 10) for epoch in (0, 1, 2, 6)] == pytest.approx([0, 0.5, 1, 0.5])
     assert schedule.factor(9.999, 10) == pytest.approx(0, abs=1e-5)
+
+
+@given(st.integers(1, 60), st.integers(32, 200), st.integers(0, 300))
+def test_crops_grow_from_first_to_last(epochs, first, more):
+    sides = [growing_resolution(epoch, epochs, first, first + more) for epoch in range(epochs)]
+    assert sides == sorted(sides)
+    assert all(side == first for side in sides[: epochs // 3])
+    assert all(side == first + more for side in sides[-(-2 * epochs // 3) :])
+    assert {(side - first) % 16 for side in sides} <= {0, more % 16}

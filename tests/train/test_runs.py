@@ -10,6 +10,7 @@ import yaml
 from tests.stopping import stop_at
 from train import TrainError
 from train.config import parse
+from train.evaluate import evaluate
 from train.interrupt import Interrupted
 from train.job import train
 from train.runs import all_runs, table
@@ -99,6 +100,41 @@ def test_resuming_equals_never_stopping_bit_for_bit(run, monkeypatch, capsys, st
         for folder in (whole.folder, parts.folder)
     ]
     assert lines[0] == lines[1]
+
+
+def test_an_average_and_growing_crops_resume_bit_for_bit_too(run, monkeypatch):
+    words = ["--ema", "0.9", "--resolution_from", "32", "--resolution", "48", "--epochs", "4"]
+    whole = run(*words, "--out", "whole")
+    with monkeypatch.context() as patch:
+        stop_at(5, patch)
+        with pytest.raises(Interrupted):
+            run(*words, "--out", "parts")
+    parts = run(*words, "--out", "parts")
+    assert same_weights(whole.folder, parts.folder)
+    state = torch.load(whole.folder / "last.pt", weights_only=True)
+    assert not torch.equal(state["model"]["classifier.weight"], state["trained"]["classifier.weight"])
+    data = yaml.safe_load((whole.folder / "config.yaml").read_text())["data"]
+    evaluate(str(whole.folder), data, out="scores.json", device="cpu")
+    # What is kept is what was scored.
+    assert json.loads(Path("scores.json").read_text())["top1"] == whole.result["top1"]
+
+
+def test_crops_grow(run, monkeypatch):
+    seen = []
+    original = Step.__call__
+
+    def call(self, batch):
+        seen.append(batch.crops.shape[-1])
+        original(self, batch)
+
+    monkeypatch.setattr(Step, "__call__", call)
+    run("--resolution_from", "32", "--resolution", "72", "--epochs", "6")
+    assert seen[::3] == [32, 32, 32, 48, 72, 72]
+
+
+def test_crops_that_would_shrink_are_refused(run):
+    with pytest.raises(TrainError, match="resolution_from=64: is above resolution=32"):
+        run("--resolution_from", "64")
 
 
 def test_a_missing_refinery_is_trained_first_and_used_again(run, capsys):
