@@ -9,9 +9,10 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 # ---- what each verb takes
 
 training  := MODEL REFINERY PRETRAINED DATA EPOCHS RESOLUTION BATCH DECODER RECIPE SEED OUT
-variables := $(training) CHECKPOINT IMAGES ONLY THREADS ARGS PYTHON
+variables := $(training) MODELS CHECKPOINT IMAGES ONLY THREADS ARGS PYTHON
 
 takes.train    := $(training) ARGS
+takes.chain    := MODELS $(filter-out MODEL OUT,$(training)) ARGS
 takes.convert  := DATA OUT ARGS
 takes.evaluate := CHECKPOINT DATA RESOLUTION BATCH DECODER OUT ARGS
 takes.predict  := CHECKPOINT IMAGES RESOLUTION ARGS
@@ -21,7 +22,7 @@ takes.kernels  := ARGS
 takes.test     := ARGS
 takes.test-all := ARGS
 takes.test-gpu := ARGS
-verbs := help setup train convert evaluate predict runs bench kernels test test-all test-gpu lint types format
+verbs := help setup train chain convert evaluate predict runs bench kernels test test-all test-gpu lint types format
 
 # ---- make's command line
 
@@ -93,6 +94,8 @@ Train image classifiers on labels that a better network writes for every crop.
 
 Verbs, and the variables they take
   train       train a network                     all of the training variables
+  chain       generations of networks, each learning from the one before
+                                                  MODELS and the training variables but MODEL OUT
   convert     write images as a converted set     DATA OUT   (train does it when needed)
   evaluate    top-1 and top-5 of a checkpoint     CHECKPOINT DATA RESOLUTION BATCH DECODER OUT
   predict     the five likeliest classes          CHECKPOINT IMAGES RESOLUTION
@@ -104,7 +107,8 @@ Verbs, and the variables they take
   setup       make .venv from requirements.lock   (every verb does it by itself, once)
 
 Training variables (typed on make's command line; the environment does not count)
-  MODEL       network to train: alexnet, mobilenet, mobilenet0.25, resnet18, timm:NAME, ...
+  MODEL       network to train: alexnet, mobilenet, mobilenet0.25, resnet18, timm:NAME, ...;
+              MODEL="A B C" trains several on the labels of one refinery's pass
   REFINERY    who writes the labels: a network's name (trained first if need be), a run folder
               or NETWORK:FILE; left out: the labels are the ground truth
   PRETRAINED  weights that MODEL starts from: a file, or timm's own
@@ -116,6 +120,7 @@ Training variables (typed on make's command line; the environment does not count
   OUT         where the result goes
 
 Other variables
+  MODELS      a chain's networks: "alexnet alexnet alexnet"
   CHECKPOINT  a run's best.pt or last.pt          IMAGES      a file or a folder
   ONLY        the part of the bench: loaders      THREADS     that decode (bench)
   ARGS        anything else, as raw words, with every verb that runs a program or tests:
@@ -145,6 +150,9 @@ evaluate_options = $(call option,--checkpoint,CHECKPOINT)$(call option,--data,DA
 
 train: $(ready)
 	$(run) train$(train_options)$(args)
+
+chain: $(ready)
+	$(run) train.chain$(call option,--models,MODELS)$(train_options)$(args)
 
 convert: $(ready)
 	$(run) data.convert$(call option,--data,DATA)$(call option,--out,OUT)$(args)

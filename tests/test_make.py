@@ -50,6 +50,12 @@ def test_train_takes_its_variables(make):
     ]
 
 
+def test_a_chain_takes_models(make):
+    done = make("chain", "MODELS=alexnet alexnet", "DATA=images")
+    assert words_of(done) == ["-m", "train.chain", "--models", "alexnet alexnet", "--data", "images"]
+    assert "does not take MODEL OUT" in make("chain", "MODEL=alexnet", "OUT=here").stderr
+
+
 @pytest.mark.parametrize("value", ["a b", "it's", 'say "x"', "$HOME", "`id`", "#1", "50%", "a;b"])
 def test_values_arrive_as_typed(make, value):
     escaped = value.replace("$", "$$")
