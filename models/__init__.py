@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
-from torchvision.models import resnet18, resnet34, resnet50
+from torchvision.models import resnet18, resnet34, resnet50, vgg16_bn, vgg19_bn
 
 from kernels.normalise import Normalisation
 from models.alexnet import AlexNet
+from models.darknet import Darknet19
 from models.mobilenet import MobileNet
+from models.xnor import XnorResNet50
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -43,6 +45,11 @@ _NETWORKS = {
     "resnet18": _Network(partial(resnet18, zero_init_residual=True)),
     "resnet34": _Network(partial(resnet34, zero_init_residual=True)),
     "resnet50": _Network(partial(resnet50, zero_init_residual=True)),
+    "resnet50-xnor": _Network(XnorResNet50),
+    # With batch normalisation, which the learning rate of 0.1 wants, and as published with dropout in the classifier.
+    "vgg16": _Network(vgg16_bn),
+    "vgg19": _Network(vgg19_bn),
+    "darknet19": _Network(Darknet19),
 }
 
 _TIMM = "timm:"

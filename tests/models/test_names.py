@@ -25,6 +25,7 @@ def message(error: pytest.ExceptionInfo[ModelError]) -> str:
         ("resnet5", "resnet50"),
         ("ALEXNET", "alexnet"),
         ("mobilenet0.8", "mobilenet0.75"),
+        ("vgg16_bn", "vgg16"),
         ("timm:vit_tiny_patch16_22", "timm:vit_tiny_patch16_224"),
         ("timm:resnet18.a1_in2k", "timm:resnet18.a1_in1k"),
         ("vit_tiny_patch16_224", "timm:vit_tiny_patch16_224"),
@@ -87,7 +88,10 @@ def test_built_in_networks_have_no_weights_to_fetch() -> None:
         models.build("resnet50", 10, pretrained=True)
 
 
-@pytest.mark.parametrize(("name", "smallest"), [("alexnet", 64), ("mobilenet0.5", 32), ("resnet34", 32)])
+@pytest.mark.parametrize(
+    ("name", "smallest"),
+    [("alexnet", 64), ("mobilenet0.5", 32), ("resnet34", 32), ("resnet50-xnor", 32), ("vgg19", 32)],
+)
 def test_crops_too_small_are_refused(name: str, smallest: int) -> None:
     models.check_resolution(name, smallest)
     with pytest.raises(ModelError) as error:

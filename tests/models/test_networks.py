@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import models
 
 # At 1000 classes. AlexNet: arXiv 1805.02641; MobileNet: arXiv 1704.04861 (4.2, 2.6, 1.3 and 0.5 million); the
-# ResNets: torchvision's documentation.
+# ResNets and VGGs: torchvision's documentation; Darknet-19: the published file, darknet19.weights, is of 80 MB.
+# The binary ResNet-50 has the convolutions and the classifier of the real one (25,503,912) and 45,568 weights of
+# batch normalisation, 2 for each channel that enters a convolution (three to a block) or the last ReLU.
 PARAMETERS = {
     "alexnet": 62_396_480,
     "mobilenet": 4_231_976,
@@ -21,6 +24,10 @@ PARAMETERS = {
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
     "resnet50": 25_557_032,
+    "resnet50-xnor": 25_549_480,
+    "vgg16": 138_365_992,
+    "vgg19": 143_678_248,
+    "darknet19": 20_842_376,
 }
 SMALLEST = {name: 64 if name == "alexnet" else 32 for name in PARAMETERS}
 
@@ -139,6 +146,42 @@ def test_mobilenet_halves_the_resolution_five_times_in_28_layers() -> None:
     assert network.get_submodule("features")(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 512, 7, 7)
 
 
+def test_darknet19_is_3x3_and_1x1_in_turn_at_six_resolutions() -> None:
+    network = shapes_only("darknet19")
+    convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convs) == 19
+    assert {conv.stride for conv in convs} == {(1, 1)}
+    assert [conv.kernel_size[0] for conv in convs] == [3, 3, 3, 1, 3, 3, 1, 3, 3, 1, 3, 1, 3, 3, 1, 3, 1, 3, 1]
+    assert [conv.bias is not None for conv in convs] == [False] * 18 + [True]
+    slopes = [module.negative_slope for module in network.modules() if isinstance(module, nn.LeakyReLU)]
+    assert slopes == [0.1] * 18
+    assert network.get_submodule("features")(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1024, 7, 7)
+
+
+def test_darknet19_takes_5_58_billion_operations() -> None:
+    # arXiv 1612.08242, section 3; a multiplication and an addition are two. Only the right channels at the right
+    # resolutions come to this number.
+    with FlopCounterMode(display=False) as counter:
+        shapes_only("darknet19")(torch.empty(1, 3, 224, 224, device="meta"))
+    assert counter.get_total_flops() == pytest.approx(5.58e9, abs=0.005e9)
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("vgg16", (2, 2, 3, 3, 3)), ("vgg19", (2, 2, 4, 4, 4))])
+def test_vgg_carries_torchvisions_names_batch_normalisation_and_dropout(name: str, blocks: tuple[int, ...]) -> None:
+    bn = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    keys, at = [], 0
+    for convs in blocks:
+        for _ in range(convs):
+            keys += [f"features.{at}.{key}" for key in ("weight", "bias")]
+            keys += [f"features.{at + 1}.{key}" for key in bn]
+            at += 3  # convolution, normalisation, ReLU
+        at += 1  # pool
+    keys += [f"classifier.{i}.{key}" for i in (0, 3, 6) for key in ("weight", "bias")]
+    network = shapes_only(name)
+    assert list(network.state_dict()) == keys
+    assert [module.p for module in network.modules() if isinstance(module, nn.Dropout)] == [0.5, 0.5]
+
+
 def test_initial_weights_have_the_variance_of_their_fan_out() -> None:
     torch.manual_seed(0)
     features = models.build("mobilenet", 10).get_submodule("features")
@@ -151,7 +194,16 @@ def test_initial_weights_have_the_variance_of_their_fan_out() -> None:
 
 # The hand-written ones at the learning rates of their paper.
 @pytest.mark.parametrize(
-    ("name", "resolution", "lr"), [("alexnet", 64, 0.01), ("mobilenet0.25", 64, 0.1), ("resnet18", 32, 0.01)]
+    ("name", "resolution", "lr"),
+    [
+        ("alexnet", 64, 0.01),
+        ("mobilenet0.25", 64, 0.1),
+        ("resnet18", 32, 0.01),
+        ("resnet50-xnor", 32, 0.1),
+        ("darknet19", 32, 0.01),
+        # A few crops of a few classes are too one-sided a batch for 0.1 without normalisation in the classifier.
+        pytest.param("vgg16", 32, 0.01, marks=pytest.mark.slow),
+    ],
 )
 def test_untrained_networks_learn(name: str, resolution: int, lr: float) -> None:
     torch.manual_seed(0)
@@ -172,7 +224,8 @@ def test_untrained_networks_learn(name: str, resolution: int, lr: float) -> None
     # Biases in front of a batch normalisation are the only parameters still idle in the second step
     # (in the first, so is all that lies behind the residual blocks' zero scales).
     idle = [key for key, g in gradients.items() if g is not None and not g.any()]
-    assert all(name == "alexnet" and key.endswith(("conv.bias", "linear.bias")) for key in idle)
+    in_front = {"alexnet": ("conv.bias", "linear.bias"), "vgg16": ("bias",)}.get(name, ())
+    assert all(key.endswith(in_front) for key in idle)
     # At first no class is preferred by much; one step then helps on the same crops.
     assert losses[0] == pytest.approx(math.log(classes), abs=1)
     assert losses[1] < losses[0]
