@@ -9,10 +9,11 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 # ---- what each verb takes
 
 training  := MODEL REFINERY PRETRAINED DATA EPOCHS RESOLUTION BATCH DECODER RECIPE SEED OUT
-variables := $(training) MODELS CHECKPOINT IMAGES ONLY THREADS ARGS PYTHON
+variables := $(training) MODELS TABLES CHECKPOINT IMAGES ONLY THREADS ARGS PYTHON
 
 takes.train    := $(training) ARGS
 takes.chain    := MODELS $(filter-out MODEL OUT,$(training)) ARGS
+takes.tables   := TABLES DATA OUT ARGS
 takes.convert  := DATA OUT ARGS
 takes.evaluate := CHECKPOINT DATA RESOLUTION BATCH DECODER OUT ARGS
 takes.predict  := CHECKPOINT IMAGES RESOLUTION ARGS
@@ -22,7 +23,7 @@ takes.kernels  := ARGS
 takes.test     := ARGS
 takes.test-all := ARGS
 takes.test-gpu := ARGS
-verbs := help setup train chain convert evaluate predict runs bench kernels test test-all test-gpu lint types format
+verbs := help setup train chain tables convert evaluate predict runs bench kernels test test-all test-gpu lint types format
 
 # ---- make's command line
 
@@ -96,6 +97,7 @@ Verbs, and the variables they take
   train       train a network                     all of the training variables
   chain       generations of networks, each learning from the one before
                                                   MODELS and the training variables but MODEL OUT
+  tables      the tables of the paper, anew       TABLES DATA OUT
   convert     write images as a converted set     DATA OUT   (train does it when needed)
   evaluate    top-1 and top-5 of a checkpoint     CHECKPOINT DATA RESOLUTION BATCH DECODER OUT
   predict     the five likeliest classes          CHECKPOINT IMAGES RESOLUTION
@@ -121,6 +123,7 @@ Training variables (typed on make's command line; the environment does not count
 
 Other variables
   MODELS      a chain's networks: "alexnet alexnet alexnet"
+  TABLES      which tables of the paper: 1,4
   CHECKPOINT  a run's best.pt or last.pt          IMAGES      a file or a folder
   ONLY        the part of the bench: loaders      THREADS     that decode (bench)
   ARGS        anything else, as raw words, with every verb that runs a program or tests:
@@ -153,6 +156,9 @@ train: $(ready)
 
 chain: $(ready)
 	$(run) train.chain$(call option,--models,MODELS)$(train_options)$(args)
+
+tables: $(ready)
+	$(run) train.tables$(call option,--tables,TABLES)$(call option,--data,DATA)$(call option,--out,OUT)$(args)
 
 convert: $(ready)
 	$(run) data.convert$(call option,--data,DATA)$(call option,--out,OUT)$(args)

@@ -1,0 +1,268 @@
+"""The tables of the Label Refinery paper, made anew on any set of images and at any size.
+
+python -m train.tables --data imagenette2-160 --tables 1,4
+make tables DATA=imagenette2-160 TABLES=1,4
+
+Every row is a run, or one a seed: what is finished is not repeated, and what was stopped goes on.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train import TrainError
+from train.config import parse
+from train.job import end_in_one_line, train
+from train.runs import Run, table_text
+
+_TITLES = {
+    "1": "Table 1, self-refinement: each generation learns from the one before",
+    "2": "Table 2, students of one refinery",
+    "3": "Table 3, adversarial jitter, from the refined student on",
+    "4": "Table 4, what a label is of and whether it is soft",
+    "5": "Table 5, labels by category and by image, the refinery's statistics frozen",
+    "6": "Table 6, refineries",
+    "7": "Table 7, losses",
+}
+
+
+@dataclass
+class Setting:
+    """What the tables are made with.
+
+    data: as for train. words: options of train that hold for every run. seeds: how many, from 0. student, refinery: the
+    networks of most rows. students: those of Table 2. refineries: those of Table 6. taxonomy: WordNet's is-a relation,
+    for Table 5.
+    """
+
+    data: str
+    words: list[str]
+    seeds: int
+    student: str
+    refinery: str
+    students: list[str]
+    refineries: list[str]
+    taxonomy: str | None
+
+
+@dataclass
+class Row:
+    """A row of a table: its runs, one a seed, and the options that tell it from the others."""
+
+    table: str
+    name: str
+    options: str
+    runs: list[Run] = field(default_factory=list)
+
+
+class Tables:
+    """Makes rows, run by run, and calls `show(rows)` after each."""
+
+    def __init__(self, setting: Setting, show: Callable[[list[Row]], None]):
+        self.rows: list[Row] = []
+        self._setting = setting
+        self._show = show
+
+    def make(self, table: str) -> None:
+        """Adds the rows of one of _TITLES' tables."""
+        getattr(self, f"_table{table}")()
+
+    def _table1(self) -> None:
+        student = self._setting.student
+        generations: list[Row] = []
+        for generation in (1, 2, 3):
+            before = generations[-1].runs if generations else None
+            generations.append(self._row("1", f"generation {generation}", student, learns_from=before))
+        longer = 3 * parse(["--data", self._setting.data, *self._setting.words, "--model", student]).epochs
+        self._row("1", "generation 1, as long as all three", student, "--epochs", str(longer))
+
+    def _table2(self) -> None:
+        names = self._setting.students
+        refinery = self._refinery()
+        for name in names:
+            self._row("2", f"{name}, ground truth", name, seeds=1)
+        # The refinery labels each crop once for all of them.
+        words = ["--refinery", str(refinery.folder), "--seed", "0"]
+        refined = self._train(" ".join(names), words)
+        for name, run in zip(names, refined, strict=True):
+            self._add(Row("2", f"{name}, refined", _options(name, "--refinery", refinery.identity["model"])), run)
+
+    def _table3(self) -> None:
+        student, refinery = self._setting.student, self._refinery()
+        start = self._row("3", "refined", student, learns_from=[refinery])
+        for name, options in (("trained on", ()), ("trained on with jitter", ("--jitter", "1"))):
+            row = Row("3", name, _options(student, "--refinery", refinery.identity["model"], *options))
+            for seed, run in enumerate(start.runs):
+                words = ["--refinery", str(refinery.folder), "--pretrained", str(run.weights), "--seed", str(seed)]
+                self._add(row, *self._train(student, [*words, *options]))
+
+    def _table4(self) -> None:
+        self._row("4", "no refinery", self._setting.student)
+        self._refined("4", "soft static", "--labels.per", "image")
+        self._refined("4", "hard dynamic", "--loss.kind", "hard")
+        self._refined("4", "soft dynamic")
+
+    def _table5(self) -> None:
+        if not self._setting.taxonomy:
+            raise TrainError("table 5 needs --taxonomy, a file of WordNet's is-a relation")
+        self._row("5", "no refinery", self._setting.student)
+        self._row("5", "taxonomy categories", self._setting.student, "--labels.taxonomy", self._setting.taxonomy)
+        frozen = ("--labels.bn", "running")
+        self._refined("5", "visually refined categories", *frozen, "--labels.per", "category")
+        self._refined("5", "visually refined images", *frozen, "--labels.per", "image")
+
+    def _table6(self) -> None:
+        self._row("6", "no refinery", self._setting.student)
+        for name in self._setting.refineries:
+            refinery = self._refinery(name)
+            self._row("6", f"{name} ({_result(refinery)['top1']:.2f})", self._setting.student, learns_from=[refinery])
+
+    def _table7(self) -> None:
+        self._row("7", "no refinery", self._setting.student)
+        self._refined("7", "L2", "--loss.kind", "l2")
+        self._refined("7", "KL from output to label", "--loss.kind", "reversed")
+        self._refined("7", "KL from label to output")
+
+    def _refinery(self, name: str | None = None) -> Run:
+        name = name or self._setting.refinery
+        (run,) = self._train(name, ["--seed", "0"])
+        return run
+
+    def _refined(self, table: str, name: str, *options: str) -> None:
+        self._row(table, name, self._setting.student, *options, learns_from=[self._refinery()])
+
+    def _row(
+        self,
+        table: str,
+        name: str,
+        model: str,
+        *options: str,
+        learns_from: Sequence[Run] | None = None,
+        seeds: int | None = None,
+    ) -> Row:
+        """A row of a run a seed; learns_from: its refinery, the same for all seeds or one for each."""
+        described = ("--refinery", learns_from[0].identity["model"]) if learns_from else ()
+        row = Row(table, name, _options(model, *described, *options))
+        for seed in range(seeds or self._setting.seeds):
+            words = ["--seed", str(seed), *options]
+            if learns_from:
+                words += ["--refinery", str(learns_from[seed % len(learns_from)].folder)]
+            self._add(row, *self._train(model, words))
+        return row
+
+    def _add(self, row: Row, run: Run) -> None:
+        if not row.runs:
+            self.rows.append(row)
+        row.runs.append(run)
+        self._show(self.rows)
+
+    def _train(self, model: str, words: Sequence[str]) -> list[Run]:
+        arguments = ["--data", self._setting.data, *self._setting.words, "--model", model, *words]
+        return train(parse(arguments), arguments)
+
+
+def _options(model: str, *words: str) -> str:
+    # Files by their names alone: where they lie is another machine's matter.
+    return shlex.join(["--model", model, *(Path(word).name if "/" in word else word for word in words)])
+
+
+def _result(run: Run) -> dict[str, Any]:
+    assert run.result is not None
+    return run.result
+
+
+def markdown(rows: Sequence[Row], setting: Setting) -> str:
+    """All rows so far: mean over seeds, and the standard deviation where there are several."""
+    words = shlex.join(["--data", Path(setting.data).name, *setting.words])
+    text = f"Every run: `python -m train {words}` and the row's options; last epoch, one central crop.\n"
+    for table, title in _TITLES.items():
+        mine = [row for row in rows if row.table == table]
+        if mine:
+            text += f"\n## {title}\n\n"
+            text += (
+                "| row | options | top-1 | ± | top-5 | train top-1 | seeds | minutes |\n|---|---|" + "---:|" * 6 + "\n"
+            )
+            for row in mine:
+                top1 = [_result(run)["top1"] for run in row.runs]
+                spread = f"{statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+                text += (
+                    f"| {row.name} | `{row.options}` | {statistics.mean(top1):.2f} | {spread} | "
+                    f"{statistics.mean(_result(run)['top5'] for run in row.runs):.2f} | "
+                    f"{statistics.mean(_train_top1(run) for run in row.runs):.2f} | {len(row.runs)} | "
+                    f"{statistics.mean(_result(run)['seconds'] for run in row.runs) / 60:.1f} |\n"
+                )
+    return text
+
+
+def _train_top1(run: Run) -> float:
+    return json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])["train_top1"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.tables",
+        description="Makes tables of the Label Refinery paper anew. What is finished is not repeated.",
+        epilog="All other options are those of python -m train (--help lists them) and hold for every run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--data", default="scenes", help="as for train (default: scenes)")
+    parser.add_argument("--tables", default="1,4,2,3,6,7,5", help="which, with commas between them (default: all)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs a row (default: 3)")
+    parser.add_argument("--student", default="mobilenet0.25", help="the student of most rows (default: mobilenet0.25)")
+    parser.add_argument("--refinery", default="resnet18", help="its refinery (default: resnet18)")
+    parser.add_argument(
+        "--students", default="mobilenet0.25 mobilenet0.5 mobilenet resnet18 darknet19", help="those of Table 2"
+    )
+    parser.add_argument("--refineries", default="mobilenet0.5 darknet19 resnet18", help="those of Table 6")
+    parser.add_argument("--taxonomy", metavar="FILE", help='WordNet\'s is-a relation, "parent child" lines (Table 5)')
+    parser.add_argument("--out", default="runs/tables.md", help="the file to write (default: runs/tables.md)")
+    options, words = parser.parse_known_args()
+    setting = Setting(
+        data=options.data,
+        words=words,
+        seeds=options.seeds,
+        student=options.student,
+        refinery=options.refinery,
+        students=options.students.split(),
+        refineries=options.refineries.split(),
+        taxonomy=options.taxonomy,
+    )
+    end_in_one_line(lambda: make_tables(options.tables.split(","), setting, Path(options.out)))
+
+
+def make_tables(wanted: Sequence[str], setting: Setting, out: Path) -> list[Row]:
+    """Makes the tables in this order; `out` holds all rows so far after every run. Raises as train.job.train."""
+    unknown = [table for table in wanted if table not in _TITLES]
+    if unknown:
+        raise TrainError(f"tables={unknown[0]}: unknown; there are {', '.join(_TITLES)}")
+    if setting.seeds < 1:
+        raise TrainError(f"seeds={setting.seeds}: must be at least 1")
+    if "5" in wanted and not setting.taxonomy:
+        raise TrainError("table 5 needs --taxonomy, a file of WordNet's is-a relation")
+
+    def write(rows: list[Row]) -> None:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(markdown(rows, setting))
+        except OSError as error:
+            raise TrainError(f"{out}: cannot be written ({error.strerror})") from None
+
+    tables = Tables(setting, write)
+    for table in wanted:
+        tables.make(table)
+    rows = [("table", "row", "top-1", "seeds")]
+    for row in tables.rows:
+        top1 = statistics.mean(_result(run)["top1"] for run in row.runs)
+        rows.append((row.table, row.name, f"{top1:.2f}", str(len(row.runs))))
+    print(table_text(rows))
+    print(f"written: {out}", flush=True)
+    return tables.rows
+
+
+if __name__ == "__main__":
+    main()
