@@ -20,7 +20,7 @@ from train.labels import LabelSource
 LOSS, TOP1, TOP5, CROPS = range(4)
 
 # Inductor may drop channels-last in the backward graph (PyTorch 2.13); the networks are laid out for it.
-_COMPILER_OPTIONS: dict[str, Any] = {"force_layout_optimization": True}
+COMPILER_OPTIONS: dict[str, Any] = {"force_layout_optimization": True}
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Step:
         self._compute: Callable[[CropBatch], tuple[torch.Tensor, torch.Tensor]] = self._losses
         self._untried = self._strict = False
         if compiled:
-            options = _COMPILER_OPTIONS | ({"triton.cudagraphs": True} if cuda_graphs else {})
+            options = COMPILER_OPTIONS | ({"triton.cudagraphs": True} if cuda_graphs else {})
             # A graph for each resolution; one for all sizes would be slower at each.
             self._compute = torch.compile(self._losses, fullgraph=True, dynamic=False, options=options)
             self._untried, self._strict = True, strict
