@@ -23,7 +23,7 @@ from data.sources import CropRule
 from kernels.normalise import Normalisation
 from train import TrainError, checkpoint
 from train.config import Config, OptimizerConfig, command_to_continue, growing_resolution
-from train.device import autocast_type, set_float32_units
+from train.device import autocast_type, prepare
 from train.evaluate import Scores, score, validation_loader
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.labels import LabelSource
@@ -92,7 +92,7 @@ class Trainer:
         self.compiled = compiled
         self.config = config = jobs[0].config
         self._autocast = autocast_type(config.precision)
-        set_float32_units(config.precision)
+        prepare(device, config.precision)
         self._rates = [job.config.optimizer.lr * config.batch / job.config.optimizer.lr_batch for job in jobs]
         students = [_student(job, lr, self._autocast, device) for job, lr in zip(jobs, self._rates, strict=True)]
         self.labels = labels.to(device).to(memory_format=torch.channels_last)
