@@ -1,68 +1,121 @@
-"""Measures this project against its peers.
+"""Measures this machine, and this project against its limits and its peers.
 
-python -m bench --only loaders
-make bench ONLY=loaders
+python -m bench --only loaders,loop
+make bench ONLY=loaders,loop
 """
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from bench import BenchError, loaders
-from bench.record import environment, table, write
+from bench import BenchError, loaders, loop, machine, networks, thrift
+from bench.environment import environment
+from bench.record import table, write
+from bench.settings import resolve
+from bench.trace import trace
+from data import DataError
 from data.command import run_command
-from data.decoders.ahead import default_threads
+from models import ModelError
 from train import TrainError
-from train.device import device_named
+from train.device import Precision
+
+_PARTS = {
+    "machine": machine.measure,
+    "loaders": loaders.measure,
+    "networks": networks.measure,
+    "loop": loop.measure,
+    "thrift": thrift.measure,
+}
+_FLAGS = ("--quick", "--profile")
 
 
 def run(
-    only: str = "loaders",
+    only: str = "",
+    quick: bool = False,
+    profile: bool = False,
     data: str | None = None,
-    resolution: int = 224,
-    batch: int = 64,
-    epochs: int = 5,
+    resolution: int | None = None,
+    batch: int | None = None,
+    epochs: int | None = None,
     threads: int | None = None,
-    crops: int = 2048,
+    crops: int | None = None,
+    steps: int | None = None,
+    contenders: str | None = None,
+    pairs: str | None = None,
+    refinery: str | None = None,
     device: str = "auto",
-    contenders: str = "",
+    precision: Precision = "auto",
+    compile: Literal["always", "never"] | None = None,
     out: str = "bench/results",
 ) -> None:
-    """Measures, prints a table, and writes it with a chart and all figures to `out`.
+    """Measures, prints tables, and writes them with charts and all figures to `out`.
 
     Args:
-        only: the parts to measure, with commas between them; there is one so far: loaders
-        data: any folder of images (default: images drawn by code)
-        resolution: side of a crop in pixels
-        batch: crops a batch
-        epochs: timed epochs of each contender; where one is over in less than a second, several count as one
-        threads: decoding threads (default: once with 2 and once with all processors)
-        crops: crops an epoch, about; of more images, as many are taken, and fewer are repeated
-        device: where batches are delivered: auto, cpu or cuda
-        contenders: only those with one of these texts, with commas between them, in their names
+        only: the parts to measure, with commas between them: machine, loaders, networks, loop, thrift (default: all)
+        quick: all in small, within three minutes on two cores; other options still count
+        profile: nothing is measured, but one step of the first pair traced, and its costliest operators shown
+        data: any folder of images, or a converted set (default: images drawn by code)
+        resolution: side of a crop in pixels (default: 224)
+        batch: crops a batch (default: 256 on a GPU, 64 on a CPU)
+        epochs: timed turns of each contender, epochs of loaders and loops; work that is over in less than a second is
+            repeated within a turn (default: 5)
+        threads: decoding threads (default: all processors; loaders also with 2)
+        crops: crops an epoch of a loader, about (default: 2048); of more images, as many are taken, and fewer are
+            repeated
+        steps: steps an epoch of the training loop (default: 40 on a GPU, 4 on a CPU)
+        contenders: only the loaders of these names, with commas between them, or with such a text in their names
+        pairs: refineries and students, as in resnet50:mobilenet,resnet50:alexnet; networks takes all, the others the
+            first
+        refinery: a trained one, for thrift: a run folder, or NAME:FILE; data is then its converted set
+        device: where batches are delivered and networks run: auto, cpu or cuda
+        precision: of networks, as in training: auto, bf16, fp16, tf32 or fp32
+        compile: run networks compiled (default: on a GPU)
         out: the folder for the results
     """
-    unknown = [part for part in only.split(",") if part != "loaders"]
+    parts = [part.strip() for part in only.split(",")] if only else list(_PARTS)
+    unknown = [part for part in parts if part not in _PARTS]
     if unknown:
-        raise BenchError(f"only={unknown[0]}: unknown; there is loaders")
-    for name, value in (("resolution", resolution), ("batch", batch), ("epochs", epochs), ("crops", crops)):
-        if value < 1:
-            raise BenchError(f"{name}={value}: must be at least 1")
-    if threads is not None and not 1 <= threads <= default_threads():
-        raise BenchError(f"threads={threads}: give 1 to {default_threads()}, the processors there are")
-    place = device_named(device).type
-    found = environment(place)
-    record = loaders.measure(
+        raise BenchError(f"only={unknown[0]}: unknown; there are {', '.join(_PARTS)}")
+    settings = resolve(
+        quick=quick,
+        device=device,
+        precision=precision,
         data=data,
+        refinery=refinery,
         resolution=resolution,
         batch=batch,
         epochs=epochs,
         threads=threads,
         crops=crops,
-        device=place,
+        steps=steps,
         contenders=contenders,
+        pairs=pairs,
+        compile=compile,
     )
-    print(table(record, found))
-    print("written:", *write(record, found, Path(out)))
+    found = environment(settings.device)
+    if profile:
+        print("written:", trace(settings, found, Path(out)))
+        return
+    for part in parts:
+        record = _PARTS[part](settings)
+        print(f"\n{part}\n\n{table(record, found)}")
+        print("written:", *write(record, found, Path(out)), flush=True)
+
+
+def with_flags(words: Sequence[str]) -> list[str]:
+    """The words of a command line, flags without a value as --flag=true."""
+    following = [*words[1:], "--"]
+    return [
+        f"{word}=true" if word in _FLAGS and after.startswith("--") else word
+        for word, after in zip(words, following, strict=True)
+    ]
 
 
 if __name__ == "__main__":
-    run_command(run, prog="python -m bench", errors=(BenchError, TrainError))
+    run_command(
+        run,
+        prog="python -m bench",
+        errors=(BenchError, DataError, ModelError, TrainError),
+        args=with_flags(sys.argv[1:]),
+    )

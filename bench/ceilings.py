@@ -3,7 +3,7 @@
 Their batches hold no pictures worth looking at; what counts is the time that the part takes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -47,10 +47,28 @@ class Decoding(Loader):
             yield from [self._blank] * self._copies
 
 
-class Resizing(Loader):
-    """Crops made of planes that lie ready, the same for every image."""
+class _Filling(Loader):
+    """Crops that a fill of its own puts into batches, on threads, as our loader does it."""
 
     bytes_per_crop = 0.0
+
+    def __init__(self, task: Task, *, copies: int):
+        assert task.beton is not None
+        self._task, self._copies = task, copies
+        self._beton = Beton(task.beton)
+        views = (View(copies, task.resolution),)
+        self._ahead = Ahead(self._fill, views=views, device=_CPU, threads=task.threads)
+
+    def epoch(self, number: int) -> Iterator[torch.Tensor]:
+        for (crops,) in self._ahead.batches(_requests(self._task, self._beton, self._copies, number)):
+            yield from crops.split(self._task.batch)
+
+    def _fill(self, request: Request, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
+        raise NotImplementedError
+
+
+class Resizing(_Filling):
+    """Crops made of planes that lie ready, the same for every image."""
 
     def __init__(self, task: Task, *, copies: int):
         from numba import njit
@@ -85,17 +103,10 @@ class Resizing(Loader):
                         crop,
                     )
 
-        assert task.beton is not None
-        self._task, self._copies = task, copies
-        self._beton = Beton(task.beton)
+        super().__init__(task, copies=copies)
         self._resize = resize
         area = int((self._beton.sizes + 1).prod(axis=1).max())
         self._planes = np.random.default_rng(0).integers(0, 256, (3, area), dtype=np.uint8)
-        views = (View(copies, task.resolution),)
-        self._ahead = Ahead(self._fill, views=views, device=_CPU, threads=task.threads)
-
-    def epoch(self, number: int) -> Iterator[torch.Tensor]:
-        return _batches(self._ahead.batches(_requests(self._task, self._beton, self._copies, number)), self._task)
 
     def _fill(self, request: Request, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
         sizes = self._beton.sizes[request.indices[first:last]]
@@ -103,25 +114,12 @@ class Resizing(Loader):
         self._resize(self._planes, sizes, boxes, request.flips[first:last], outs[0].numpy(), first)
 
 
-class Copying(Loader):
+class Copying(_Filling):
     """Finished crops copied into batches."""
 
-    bytes_per_crop = 0.0
-
     def __init__(self, task: Task, *, copies: int):
-        assert task.beton is not None
-        self._task, self._copies = task, copies
-        self._beton = Beton(task.beton)
+        super().__init__(task, copies=copies)
         self._ready = torch.zeros(task.batch, task.resolution, task.resolution, 3, dtype=torch.uint8)
-        self._ahead = Ahead(self._fill, views=(View(copies, task.resolution),), device=_CPU, threads=task.threads)
-
-    def epoch(self, number: int) -> Iterator[torch.Tensor]:
-        return _batches(self._ahead.batches(_requests(self._task, self._beton, self._copies, number)), self._task)
 
     def _fill(self, request: Request, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
         outs[0][:, first:last] = self._ready[first:last]
-
-
-def _batches(blocks: Iterable[tuple[torch.Tensor, ...]], task: Task) -> Iterator[torch.Tensor]:
-    for (crops,) in blocks:
-        yield from crops.split(task.batch)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from bench.ceilings import Copying, Decoding, Resizing
-from bench.task import Contender, Loader, Task
+from bench.task import Entry, Loader, Task
 from data import plan
 from data.beton import Beton
 from data.decoders import part_of, union
@@ -89,7 +89,7 @@ class Dali:
                 num_attempts=10,
             )
             pipeline.set_outputs(_dali_resize(images, task, fn.random.coin_flip()))
-        self._run = DaliRun(pipeline)
+        self._run = DaliRun(pipeline, task.device)
 
     def epoch(self, number: int) -> Iterator[torch.Tensor]:
         return self._run.batches(self._batches)
@@ -117,7 +117,7 @@ class DaliSlice:
                 encoded, device="cpu" if task.device == "cpu" else "mixed", start=starts, shape=shapes, axes=[0, 1]
             )
             pipeline.set_outputs(_dali_resize(images, task, flips))
-        self._run = DaliRun(pipeline)
+        self._run = DaliRun(pipeline, task.device)
 
     def epoch(self, number: int) -> Iterator[torch.Tensor]:
         order = plan.epoch_order(self._beton.num_samples, seed=0, epoch=number)
@@ -152,8 +152,9 @@ def _dali_resize(images, task: Task, flips):
 class DaliRun:
     """Runs a pipeline for exactly the batches asked for; DALI's iterators would go on to fill their queues."""
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline, device: str):
         self._pipeline = pipeline
+        self._stream = None if device == "cpu" else torch.cuda.current_stream()
         self._started = False
 
     def batches(self, count: int) -> Iterator[torch.Tensor]:
@@ -165,16 +166,9 @@ class DaliRun:
                 self._pipeline.schedule_run()
                 scheduled += 1 if self._started else ahead
                 self._started = True
-            (crops,) = self._pipeline.share_outputs()
-            dense = crops.as_tensor()
-            # The buffer goes back to DALI, so the batch is copied out, as DALI's own iterators do.
-            if hasattr(dense, "__cuda_array_interface__"):
-                batch = torch.from_dlpack(dense).clone()
-                torch.cuda.current_stream().synchronize()
-            else:
-                batch = torch.from_numpy(np.array(dense))
-            self._pipeline.release_outputs()
-            yield batch.permute(0, 3, 1, 2)
+            (crops,) = self._pipeline.outputs(self._stream)
+            # DALI's dynamic executor leaves the memory of a batch to whoever holds it.
+            yield torch.from_dlpack(crops.as_tensor()).permute(0, 3, 1, 2)
 
 
 class Ffcv:
@@ -250,14 +244,14 @@ COPIES = 4
 # In the order of the table. `ffcv` is the one the others are compared with.
 REFERENCE = "ffcv"
 CONTENDERS = {
-    "pillow": Contender(_pillow, "files", "DataLoader, Pillow"),
-    "torchvision": Contender(_torchvision, "files", "DataLoader, decode_jpeg, transforms v2"),
-    "dali": Contender(Dali, "files", "readers.file, decoders.image_random_crop, resize"),
-    "dali slice": Contender(DaliSlice, "plain", "decoders.image_slice with our boxes, resize"),
-    "ffcv": Contender(Ffcv, "plain", "stock loader"),
-    "ffcv raw": Contender(Ffcv, "raw", "stock loader"),
+    "pillow": Entry(_pillow, "files", "DataLoader, Pillow"),
+    "torchvision": Entry(_torchvision, "files", "DataLoader, decode_jpeg, transforms v2"),
+    "dali": Entry(Dali, "files", "readers.file, decoders.image_random_crop, resize"),
+    "dali slice": Entry(DaliSlice, "plain", "decoders.image_slice with our boxes, resize"),
+    "ffcv": Entry(Ffcv, "plain", "stock loader"),
+    "ffcv raw": Entry(Ffcv, "raw", "stock loader"),
     **{
-        f"ours {decoder}{' raw' if raw else ''}{f' x{copies}' if copies > 1 else ''}": Contender(
+        f"ours {decoder}{' raw' if raw else ''}{f' x{copies}' if copies > 1 else ''}": Entry(
             partial(Ours, decoder=decoder, copies=copies),
             "converted raw" if raw else "converted",
             f"open_loader, {copies} crops an image",
@@ -267,7 +261,7 @@ CONTENDERS = {
         for copies in (1, COPIES)
     },
     **{
-        f"limit: {part}{f' x{copies}' if copies > 1 else ''}": Contender(
+        f"limit: {part}{f' x{copies}' if copies > 1 else ''}": Entry(
             partial(build, copies=copies), "converted", f"what bounds ours ffcv: {part} alone"
         )
         for part, build, copies in (

@@ -12,33 +12,56 @@ from PIL import Image, ImageDraw
 from scipy import fft
 
 from bench import BenchError
-from data.beton import Encoded, write_beton
-from data.convert import Storage, encode
+from data.beton import Beton, Encoded, write_beton
+from data.convert import Storage, encode, is_converted, open_set
 from data.decoders.ahead import default_threads
 from data.pixels import upright_rgb
 from data.sources import image_files
 
-MAX_RESOLUTION, QUALITY = 512, 90
-RAW_RESOLUTION = 256
+# What stock FFCV is given is of the same sizes and quality.
+JPEG = Storage("jpeg", max_resolution=512, quality=90)
+RAW = Storage("raw", max_resolution=256)
 
 _DRAWN = 300
 # Height and width in pixels, as often as they come in ImageNet: mostly 500 on the longer side, some larger.
 _SIZES = [(375, 500)] * 8 + [(333, 500)] * 4 + [(500, 375)] * 3 + [(500, 333), (400, 500), (480, 640), (600, 800)]
 
 
-def find(data: str | None, folder: Path) -> list[str]:
-    """The image files below the folder `data`, or, without one, of a set that is drawn into `folder`.
+def find(data: str | None, folder: Path, *, most: int) -> list[str]:
+    """The image files below the folder `data`, or, without one, of a set that is drawn.
 
+    Of a converted set, and of the drawn one, `most` images at most are written into `folder`.
     Raises BenchError where there are none.
     """
     if data is None:
         with ThreadPoolExecutor(default_threads()) as pool:
-            return list(pool.map(lambda index: _write_drawn(index, folder), range(_DRAWN)))
+            return list(pool.map(lambda index: _write_drawn(index, folder), range(min(_DRAWN, most))))
     if not Path(data).is_dir():
         raise BenchError(f"DATA={data}: no such folder; give a folder of images, or leave DATA out")
+    if is_converted(data):
+        return _extracted(open_set(data).beton("train"), folder, most)
     files = image_files(data)
     if not files:
         raise BenchError(f"DATA={data}: no images in it or below")
+    return files
+
+
+def described(data: str | None, count: int) -> str:
+    """`count` images of what find() found, in words."""
+    if data is None:
+        return f"{count} drawn images of photographs' size and detail"
+    return f"{count} images of {Path(data).resolve().name}"
+
+
+def _extracted(path: Path, folder: Path, most: int) -> list[str]:
+    beton = Beton(path)
+    if beton.raw.any():
+        raise BenchError(f"DATA={path.parent}: stores raw pixels, no image files; give a folder of images")
+    files = []
+    for place in range(min(beton.num_samples, most)):
+        index = place * beton.num_samples // min(beton.num_samples, most)
+        files.append(str(folder / f"{index:08}.jpg"))
+        Path(files[-1]).write_bytes(beton.encoded(index).tobytes())
     return files
 
 
@@ -97,23 +120,16 @@ def write_plain(path: Path, files: list[str]) -> None:
 
     def plain(image: Image.Image) -> Encoded:
         image = upright_rgb(image)
-        image.thumbnail((MAX_RESOLUTION, MAX_RESOLUTION), Image.Resampling.BICUBIC)
+        image.thumbnail((JPEG.max_resolution, JPEG.max_resolution), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0", comment=b"")
+        image.save(buffer, "JPEG", quality=JPEG.quality, subsampling="4:2:0", comment=b"")
         return Encoded(buffer.getvalue(), image.height, image.width, 0)
 
     write_beton(path, _encoded(files, plain), at_most=len(files))
 
 
-def write_converted(path: Path, files: list[str]) -> None:
-    """A `.beton` as data.convert stores images, of the same size and quality."""
-    storage = Storage("jpeg", MAX_RESOLUTION, QUALITY)
-    write_beton(path, _encoded(files, lambda image: encode(image, storage)), at_most=len(files))
-
-
-def write_converted_raw(path: Path, files: list[str]) -> None:
-    """A `.beton` of raw pixels as data.convert stores them, 256 px on the longer side."""
-    storage = Storage("raw", RAW_RESOLUTION)
+def write_converted(path: Path, files: list[str], storage: Storage = JPEG) -> None:
+    """A `.beton` as data.convert stores images."""
     write_beton(path, _encoded(files, lambda image: encode(image, storage)), at_most=len(files))
 
 
@@ -123,9 +139,9 @@ def write_raw(path: Path, files: list[str]) -> None:
     from ffcv.writer import DatasetWriter
 
     for file in dict.fromkeys(files):
-        _open(file)  # FFCV's writer waits forever where a worker meets a damaged one
+        open_image(file)  # FFCV's writer waits forever where a worker meets a damaged one
     # One worker: several would order the pages by chance.
-    writer = DatasetWriter(str(path), {"image": RGBImageField("raw", max_resolution=RAW_RESOLUTION)}, num_workers=1)
+    writer = DatasetWriter(str(path), {"image": RGBImageField("raw", max_resolution=RAW.max_resolution)}, num_workers=1)
     writer.from_indexed_dataset(_Pixels(files))
 
 
@@ -142,7 +158,7 @@ class _Pixels:
     def __getitem__(self, index: int) -> tuple[np.ndarray]:
         file = self._files[index]
         if self._last is None or self._last[0] != file:
-            self._last = file, np.array(upright_rgb(_open(file)))
+            self._last = file, np.array(upright_rgb(open_image(file)))
         return (self._last[1],)
 
 
@@ -150,12 +166,13 @@ def _encoded(files: list[str], encode: Callable[[Image.Image], Encoded]) -> Iter
     """Each file encoded, in order; a repeated one once."""
     runs = [(file, len(list(repeats))) for file, repeats in groupby(files)]
     with ThreadPoolExecutor(default_threads()) as pool:
-        encoded = pool.map(lambda run: encode(_open(run[0])), runs)
+        encoded = pool.map(lambda run: encode(open_image(run[0])), runs)
         for image, (_, repeats) in zip(encoded, runs, strict=True):
             yield from [image] * repeats
 
 
-def _open(file: str) -> Image.Image:
+def open_image(file: str) -> Image.Image:
+    """The file's image, loaded. Raises BenchError where it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

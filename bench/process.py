@@ -52,8 +52,17 @@ class Process:
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """function(*arguments) over there. Raises CallFailed if it raised, if the process died, or if it hangs."""
-        try:
+        self.begin(function, *arguments)
+        return self.answer()
+
+    def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Begins a call, whose answer() is to be asked for before the next one."""
+        with contextlib.suppress(OSError):  # of a dead process, as answer() will say
             self._connection.send((function, arguments))
+
+    def answer(self) -> Any:
+        """What the call that was begun returns, once it does. Raises CallFailed as call() does."""
+        try:
             if not self._connection.poll(_PATIENCE):
                 raise CallFailed(f"no answer within {_PATIENCE} s")
             answer, failure = self._connection.recv()

@@ -1,65 +1,67 @@
-"""What a measurement was made on, and its record: JSON, a table in Markdown, and a bar chart."""
+"""The record of a measurement: JSON, a table in Markdown, and a bar chart."""
 
-import contextlib
-import importlib.metadata
 import json
-import os
-import platform
 import re
-import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import features
+Row = dict[str, Any]
 
-_ROOT = Path(__file__).parents[1]
-_PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "ffcv", "numba", "numpy", "Pillow")
-# The units that decoding and resizing have been written for.
-_SIMD = ("sse4_1", "avx2", "avx512f", "avx512bw", "avx512_vbmi", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd")
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its head, and what it says of a row."""
+
+    head: str
+    cell: Callable[[Row], str]
+
+
+def figure(value: float) -> str:
+    """A number with three digits at least."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def optional(head: str, key: str, say: Callable[[Any], str]) -> Column:
+    """A column of what only some rows know, or know as None."""
+    return Column(head, lambda row: "–" if row.get(key) is None else say(row[key]))
+
+
+def rate_columns(unit: str) -> tuple[Column, Column]:
+    return (
+        Column(unit, lambda row: figure(row["rate"]["median"])),
+        Column("min–max", lambda row: f"{figure(row['rate']['min'])}–{figure(row['rate']['max'])}"),
+    )
+
+
+# Of rows whose unit is images/s; batch: images a batch.
+BATCH_TIME = Column("ms a batch", lambda row: figure(1000 * row["batch"] / row["rate"]["median"]))
+MEMORY = optional("memory MB", "peak_memory_bytes", lambda value: f"{value / 1e6:.0f}")
+DEVICE_MEMORY = optional("GPU MB", "peak_device_memory_bytes", lambda value: f"{value / 1e6:.0f}")
 
 
 @dataclass(frozen=True)
 class Record:
     """The result of one part of the bench.
 
-    settings: what was asked for. notes: sentences that say how to read the table.
-    rows: one a measurement, with `contender`, `threads`, and either the figures or `not_run`, the reason.
+    settings: what was asked for. notes: sentences that say how to read the table, and what follows from it.
+    rows: one a measurement, as in_turns gives them; `name` and `group` are its own in the part.
+    identity, figures: columns of the table: what is known of every row, and what only of those that ran.
     """
 
     part: str
     settings: dict[str, Any]
     notes: list[str]
-    rows: list[dict[str, Any]]
-
-
-def environment(device: str) -> dict[str, Any]:
-    """The machine and the versions that figures depend on, before anything is measured.
-
-    device: cpu or cuda. memory_bytes: of the machine. load_average: of the last minute, what else it was busy with.
-    """
-    cpu = _cpu()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD") or None,
-        # A result written earlier is no change of the code.
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu["model"],
-        "cpu": cpu,
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load_average": os.getloadavg()[0],
-        "system": platform.platform(),
-        "versions": _versions(),
-    }
+    rows: list[Row]
+    identity: tuple[Column, ...]
+    figures: tuple[Column, ...]
 
 
 def write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
     """Writes DATE-PART-DEVICE.json, .md and .png into the folder and returns their paths; `found`: environment()."""
     folder.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", found["device"].lower())).strip("-")
-    stem = folder / f"{found['date'][:10]}-{record.part}-{device}-{found['cpu']['cores']}-cores"
+    stem = place(folder, record.part, found)
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("json", "md", "png")]
     described = {
         "part": record.part,
@@ -74,43 +76,43 @@ def write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
     return paths
 
 
+def place(folder: Path, part: str, found: dict[str, Any]) -> Path:
+    """Where the files of a part lie, without their suffix."""
+    device = re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", found["device"].lower())).strip("-")
+    return folder / f"{found['date'][:10]}-{part}-{device}-{found['cpu']['cores']}-cores"
+
+
 def table(record: Record, found: dict[str, Any]) -> str:
     """The record in Markdown: the notes, the machine, and a table that reads well as plain text too."""
-    head = ("loader", "reads", "threads", "images/s", "min–max", "× ffcv", "cores", "memory MB", "kB")
-    rows = [head]
+    rows = []
     missing = []
     for row in record.rows:
-        first = (row["contender"], row["reads"], str(row["threads"]))
+        cells = [column.cell(row) for column in record.identity]
         if "not_run" in row:
-            rows.append((*first, "not run", *[""] * 5))
-            missing.append(f"- {row['contender']}, threads={row['threads']}: not run: {row['not_run']}\n")
-            continue
-        rate, memory = row["images_per_second"], row["peak_memory_bytes"]
-        rows.append(
-            (
-                *first,
-                f"{rate['median']:.0f}",
-                f"{rate['min']:.0f}–{rate['max']:.0f}",
-                f"{row['times_ffcv']:.2f}" if "times_ffcv" in row else "–",
-                f"{row['cores']:.2f}",
-                f"{memory / 1e6:.0f}" if memory else "–",
-                f"{row['bytes_per_crop'] / 1e3:.1f}",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = [
-        "| "
-        + " | ".join(_pad(cell, width, column) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 1) + ("-" if column < 2 else ":") for column, width in enumerate(widths)) + "|"
-    text = "\n".join([*record.notes, "", _machine(found), "", lines[0], rule, *lines[1:]]) + "\n"
+            cells += ["not run", *[""] * (len(record.figures) - 1)]
+            called = ", ".join(part for part in (row["group"], row["name"]) if part)
+            missing.append(f"- {called}: not run: {row['not_run']}\n")
+        else:
+            cells += [column.cell(row) for column in record.figures]
+        rows.append(cells)
+    heads = [column.head for column in (*record.identity, *record.figures)]
+    text = "\n".join([*record.notes, "", _machine(found), "", aligned(heads, rows, left=len(record.identity))]) + "\n"
     return text + ("\n" + "".join(missing) if missing else "")
 
 
-def _pad(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column < 2 else cell.rjust(width)
+def aligned(heads: list[str], rows: list[list[str]], *, left: int) -> str:
+    """A Markdown table whose first `left` columns are aligned to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
+
+    def line(cells: list[str]) -> str:
+        padded = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join("-" * (width + 1) + ("-" if column < left else ":") for column, width in enumerate(widths))
+    return "\n".join([line(heads), f"|{rule}|", *map(line, rows)])
 
 
 def _machine(found: dict[str, Any]) -> str:
@@ -129,67 +131,39 @@ def _machine(found: dict[str, Any]) -> str:
 
 
 def _chart(record: Record, found: dict[str, Any], path: Path) -> None:
-    """Horizontal bars, a group for each contender: the median, with whiskers from the lowest to the highest."""
+    """Horizontal bars, a colour for each group: the median, with whiskers from the lowest to the highest."""
     from matplotlib.figure import Figure
 
     rows = [row for row in record.rows if "not_run" not in row]
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    counts = sorted({row["threads"] for row in rows})
-    height = 0.8 / max(len(counts), 1)
-    figure = Figure(figsize=(9, 1.6 + 0.32 * len(names) * max(len(counts), 1)), layout="constrained")
-    axes = figure.subplots()
-    for place, count in enumerate(counts):
-        group = [row for row in rows if row["threads"] == count]
-        rates = [row["images_per_second"] for row in group]
-        medians = [rate["median"] for rate in rates]
-        whiskers = [[rate["median"] - rate["min"] for rate in rates], [rate["max"] - rate["median"] for rate in rates]]
-        ys = [names.index(row["contender"]) + (place - (len(counts) - 1) / 2) * height for row in group]
-        axes.barh(ys, medians, height, xerr=whiskers, capsize=2.5, label=f"{count} threads", ecolor="0.25")
-        for y, rate in zip(ys, rates, strict=True):
-            axes.annotate(f"{rate['median']:.0f}", (rate["max"], y), (5, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel(
-        f"crops of {record.settings['resolution']} px a second (median; whiskers: lowest and highest epoch)"
-    )
-    axes.set_title(
+    units = list(dict.fromkeys(row["unit"] for row in rows)) or [""]
+    names = [list(dict.fromkeys(row["name"] for row in rows if row["unit"] == unit)) for unit in units]
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    heights = [0.8 + 0.32 * len(labels) * max(len(groups), 1) for labels in names]
+    sheet = Figure(figsize=(9, 0.8 + sum(heights)), layout="constrained")
+    panels = sheet.subplots(len(units), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, unit, labels in zip(panels, units, names, strict=True):
+        height = 0.8 / max(len(groups), 1)
+        for number, group in enumerate(groups):
+            drawn = [row for row in rows if row["unit"] == unit and row["group"] == group]
+            rates = [row["rate"] for row in drawn]
+            medians = [rate["median"] for rate in rates]
+            whiskers = [
+                [rate["median"] - rate["min"] for rate in rates],
+                [rate["max"] - rate["median"] for rate in rates],
+            ]
+            ys = [labels.index(row["name"]) + (number - (len(groups) - 1) / 2) * height for row in drawn]
+            axes.barh(ys, medians, height, xerr=whiskers, capsize=2.5, label=group, ecolor="0.25")
+            for y, rate in zip(ys, rates, strict=True):
+                text = figure(rate["median"])
+                axes.annotate(text, (rate["max"], y), (5, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlabel(f"{unit} (median; whiskers: lowest and highest turn)")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_title(
         f"{record.part}: {found['device']}, {found['cpu']['cores']} cores, {found['date'][:10]}", fontsize=10
     )
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(counts) > 1:
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def _cpu() -> dict[str, Any]:
-    """model, cores (that this process may use, and all), simd: the flags of _SIMD that it has."""
-    text = ""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    has = set(flags[1].split()) if flags else set()
-    return {
-        "model": model[1] if model else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "cores_of_machine": os.cpu_count(),
-        "simd": [name for name in _SIMD if name in has],
-    }
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    # Pillow's; torchvision, FFCV and DALI carry one of their own, which they don't tell.
-    versions["libjpeg-turbo"] = features.version_feature("libjpeg_turbo")
-    return versions
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", "-C", str(_ROOT), *words], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    if len(groups) > 1:
+        panels[0].legend(frameon=False)
+    sheet.savefig(path, dpi=120)

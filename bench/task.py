@@ -37,7 +37,7 @@ class Loader(Protocol):
 
 
 @dataclass(frozen=True)
-class Contender:
+class Entry:
     """build makes the loader. reads: `files`, or which of bench.images' stored sets. about: a few words for readers."""
 
     build: Callable[[Task], Loader]

@@ -1,6 +1,7 @@
 """The images that loaders are measured on."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,17 @@ def test_stored_sets_hold_every_file_reduced(write, tmp_path):
     for index in range(4):
         with Image.open(io.BytesIO(beton.encoded(index).tobytes())) as image:
             assert image.size == tuple(beton.sizes[index, ::-1])
+
+
+def test_a_converted_set_gives_its_images_as_files(converted, tmp_path):
+    files = images.find(str(converted.folder), tmp_path, most=20)
+    beton = Beton(converted.beton("train"))
+    assert beton.num_samples > 20
+    stored = [beton.encoded(index).tobytes() for index in range(beton.num_samples)]
+    places = [stored.index(Path(file).read_bytes()) for file in files]
+    assert len(places) == 20
+    assert places == sorted(set(places))
+    assert places[-1] > 40  # spread over all
 
 
 @pytest.mark.parametrize("write", [images.write_plain, images.write_converted])

@@ -13,13 +13,16 @@ from PIL import Image
 from bench import BenchError, images
 from bench.__main__ import run
 from bench.contenders import CONTENDERS
+from bench.loaders import _shares_of_limit
+from bench.machine import DecodeTiles
 from data.beton import Beton
 from data.command import run_command
 from data.sources import image_files
+from models import ModelError
 from tests.pictures import photograph
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = ("--only", "loaders", "--resolution", "32", "--batch", "4", "--crops", "16", "--epochs", "1")
+OPTIONS = ("--quick", "--only", "loaders", "--resolution", "32", "--batch", "4", "--crops", "16", "--epochs", "1")
 
 
 def bench(*words: str) -> subprocess.CompletedProcess:
@@ -41,15 +44,14 @@ def folder(tmp_path):
 def test_the_record_is_consistent_and_a_failing_contender_does_not_end_it(folder, tmp_path):
     # torchvision reads no BMP; Pillow, which makes the converted set, does.
     photograph(12, 60, 90).save(folder / "12.bmp")
-    out = tmp_path / "results"
-    done = bench("--data", str(folder), "--threads", "1", "--contenders", "torchvision", "--out", str(out))
+    out, names = tmp_path / "results", "torchvision,ours torchvision,ours torchvision x4"
+    done = bench("--data", str(folder), "--threads", "1", "--contenders", names, "--out", str(out))
 
     (record,) = (json.loads(path.read_text()) for path in out.glob("*-loaders-*.json"))
     assert record["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
     assert record["settings"]["images"] == 13
-    rows = {row["contender"]: row for row in record["rows"]}
-    ours = [f"ours torchvision{raw}{copies}" for raw in ("", " raw") for copies in ("", " x4")]
-    assert list(rows) == ["torchvision", *ours]
+    rows = {row["name"]: row for row in record["rows"]}
+    assert list(rows) == names.split(",")
     assert "nsupported image file" in rows.pop("torchvision")["not_run"]
 
     stored = tmp_path / "stored.beton"
@@ -64,11 +66,11 @@ def test_the_record_is_consistent_and_a_failing_contender_does_not_end_it(folder
         assert row["peak_memory_bytes"] > 10e6
         assert len(row["turns"]) == 1
         for turn in row["turns"]:
-            assert turn["crops"] > 0
-            assert turn["crops"] % 16 == 0
-            assert turn["seconds"] >= 1
-        rates = [turn["crops"] / turn["seconds"] for turn in row["turns"]]
-        assert row["images_per_second"] == {
+            assert turn["amount"] > 0
+            assert turn["amount"] % 16 == 0
+            assert turn["seconds"] >= 0.3
+        rates = [turn["amount"] / turn["seconds"] for turn in row["turns"]]
+        assert row["rate"] == {
             "median": pytest.approx(statistics.median(rates)),
             "min": pytest.approx(min(rates)),
             "max": pytest.approx(max(rates)),
@@ -81,16 +83,35 @@ def test_the_record_is_consistent_and_a_failing_contender_does_not_end_it(folder
     table = written.read_text().split("\n\n", 1)[1]
     assert table in done.stdout
     assert "| torchvision " in table
-    assert "- torchvision, threads=1: not run: " in table
+    assert "- 1 threads, torchvision: not run: " in table
     (chart,) = out.glob("*.png")
     assert Image.open(chart).width > 500
 
 
+def test_our_share_of_the_limit_is_that_of_decoding_and_resizing_one_after_the_other():
+    def row(name: str, rate: float, threads: int = 2) -> dict:
+        return {"name": name, "threads": threads, "rate": {"median": rate}}
+
+    limits = [row("limit: decode", 300), row("limit: resize", 600), row("limit: decode x4", 600)]
+    found = _shares_of_limit([*limits, row("ours ffcv", 150), row("ours ffcv x4", 240), row("ours ffcv", 9, threads=1)])
+    assert [line.split(" images/s")[0] for line in found] == [
+        "ours ffcv, 2 threads: 75 % of 200",
+        "ours ffcv x4, 2 threads: 80 % of 300",
+    ]
+    assert _shares_of_limit([*limits[1:], row("ours ffcv", 150)]) == []
+
+
+def test_the_tiles_of_images_are_decoded_alone(folder):
+    files = image_files(folder)
+    assert DecodeTiles(files).run().amount == len(files) == 12
+
+
+@pytest.mark.slow
 def test_the_limit_is_measured_and_our_share_of_it_is_told(folder, tmp_path):
-    names = "limit: decode,limit: resize,ours ffcv"
+    names = "limit: decode,limit: decode x4,limit: resize,ours ffcv"
     done = bench("--data", str(folder), "--threads", "1", "--contenders", names, "--out", str(tmp_path / "results"))
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json"))
-    rates = {row["contender"]: row["images_per_second"]["median"] for row in record["rows"]}
+    rates = {row["name"]: row["rate"]["median"] for row in record["rows"]}
     assert rates["limit: decode x4"] > rates["limit: decode"]
     limit = 1 / (1 / rates["limit: decode"] + 1 / rates["limit: resize"])
     assert f"ours ffcv, 1 threads: {100 * rates['ours ffcv'] / limit:.0f} % of {limit:.0f} images/s" in done.stdout
@@ -98,22 +119,24 @@ def test_the_limit_is_measured_and_our_share_of_it_is_told(folder, tmp_path):
 
 @pytest.mark.slow
 def test_every_contender_runs(folder, tmp_path):
-    bench("--data", str(folder), "--threads", "2", "--out", str(tmp_path / "results"))
+    bench("--data", str(folder), "--threads", "2", "--contenders", "", "--out", str(tmp_path / "results"))
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json"))
-    assert [row["contender"] for row in record["rows"]] == list(CONTENDERS)
+    assert [row["name"] for row in record["rows"]] == list(CONTENDERS)
     assert [row["not_run"] for row in record["rows"] if "not_run" in row] == []
-    rates = {row["contender"]: row["images_per_second"]["median"] for row in record["rows"]}
+    rates = {row["name"]: row["rate"]["median"] for row in record["rows"]}
     for row in record["rows"]:
-        assert row["times_ffcv"] == pytest.approx(rates[row["contender"]] / rates["ffcv"])
+        assert row["times_ffcv"] == pytest.approx(rates[row["name"]] / rates["ffcv"])
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--only", "loader"], "only=loader: unknown; there is loaders"),
-        (["--data", "{empty}"], "no images in it or below"),
-        (["--data", "{empty}/missing"], "no such folder"),
-        (["--contenders", "webdataset"], "contenders=webdataset: none has this in its name"),
+        (["--only", "loader"], "only=loader: unknown; there are machine, loaders,"),
+        (["--only", "loaders", "--data", "{empty}"], "no images in it or below"),
+        (["--only", "loaders", "--data", "{empty}/missing"], "no such folder"),
+        (["--only", "loaders", "--contenders", "webdataset"], "contenders=webdataset: none has this in its name"),
+        (["--pairs", "resnet50"], "pairs=resnet50: give REFINERY:STUDENT"),
+        (["--pairs", "resnet50:mobilnet"], "unknown network 'mobilnet'"),
         (["--threads", "4096"], "threads=4096: give 1 to"),
         (["--batch", "0"], "batch=0: must be at least 1"),
         (["--epochs", "many"], "epochs"),
@@ -122,7 +145,7 @@ def test_every_contender_runs(folder, tmp_path):
 def test_slips_are_refused_in_one_line(words, says, tmp_path, capsys):
     words = [word.format(empty=tmp_path) for word in words]
     with pytest.raises(SystemExit) as ended:
-        run_command(run, prog="python -m bench", errors=(BenchError,), args=words)
+        run_command(run, prog="python -m bench", errors=(BenchError, ModelError), args=words)
     assert ended.value.code == 2
     told = capsys.readouterr().err
     assert says in told

@@ -1,0 +1,81 @@
+"""What the loop is compared with: label refinery as its authors' code trained, written plainly.
+
+Pillow in the worker processes of a DataLoader, torchvision's transforms, float32 as PyTorch leaves it (on a GPU its
+convolutions in TF32, by the fastest of cuDNN's algorithms), eager, NCHW; a refinery in training mode, whose batch
+normalisation uses the batch and moves its running statistics, under no_grad; KL of softmax; SGD with momentum; the loss
+and the hits read after every batch.
+"""
+
+import time
+
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import models
+from bench.pairs import CLASSES, Pair
+from bench.turns import Runner, Work
+
+
+class Baseline(Runner):
+    """Epochs of training a pair on image files; file i is of class i modulo CLASSES."""
+
+    def __init__(self, pair: Pair, files: list[str], workers: int):
+        settings = pair.settings
+        self.device = settings.device
+        torch.manual_seed(0)
+        torch.backends.cudnn.benchmark = True
+        self._refinery = models.build(pair.refinery, CLASSES).to(self.device).train()
+        self._student = models.build(pair.student, CLASSES).to(self.device).train()
+        self._optimizer = torch.optim.SGD(self._student.parameters(), lr=1e-3, momentum=0.9)
+        mean, std = models.normalisation(pair.student)
+        transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(settings.resolution),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(mean, std),
+            ]
+        )
+        self._loader = DataLoader(
+            _Files(files, transform),
+            batch_size=settings.batch,
+            shuffle=True,
+            num_workers=workers,
+            pin_memory=self.device == "cuda",
+            persistent_workers=True,
+            drop_last=True,
+        )
+
+    def run(self) -> Work:
+        crops, waited, mark = 0, 0.0, time.perf_counter()
+        losses, hits = 0.0, 0
+        for images, labels in self._loader:
+            waited += time.perf_counter() - mark
+            images = images.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
+            with torch.no_grad():
+                targets = F.softmax(self._refinery(images), dim=1)
+            output = self._student(images)
+            loss = F.kl_div(F.log_softmax(output, dim=1), targets, reduction="batchmean")
+            self._optimizer.zero_grad()
+            loss.backward()
+            self._optimizer.step()
+            losses += loss.item() * len(images)
+            hits += int((output.topk(5, dim=1).indices == labels[:, None]).sum())
+            crops += len(images)
+            mark = time.perf_counter()
+        return Work(crops, waited)
+
+
+class _Files(Dataset):
+    def __init__(self, files: list[str], transform: transforms.Compose):
+        self._files, self._transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self._transform(Image.open(self._files[index]).convert("RGB")), index % CLASSES

@@ -1,0 +1,101 @@
+"""Two results of the same part side by side, row by row.
+
+python -m bench.compare before.json after.json
+make bench-compare A=before.json B=after.json
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench import BenchError
+from bench.record import aligned, figure
+from data.command import fail
+
+# What a difference of figures may come from instead of the code.
+_MACHINE = ("device", "cpu", "versions")
+
+
+def compare(first: Path, second: Path) -> str:
+    """A table of the ratios of medians, second to first; differing machines, versions and settings above it.
+
+    Where the ranges of the turns of two rows overlap, their difference is called noise.
+    Raises BenchError for files that are no results, and for results of different parts.
+    """
+    one, other = _read(first), _read(second)
+    if one["part"] != other["part"]:
+        raise BenchError(
+            f"{first} is of part {one['part']} and {second} of {other['part']}; compare results of one part"
+        )
+    lines = [
+        *(_differing(f"DIFFERENT {name.upper()}", one["environment"], other["environment"], name) for name in _MACHINE),
+        *(
+            _differing(f"different setting, {name}", one["settings"], other["settings"], name)
+            for name in sorted(one["settings"] | other["settings"])
+        ),
+    ]
+    rows = {_key(row): row for row in one["rows"]}
+    others = {_key(row): row for row in other["rows"]}
+    cells = [[*key, *_compared(rows.get(key), others.get(key))] for key in rows | others]
+    heads = ["group", "name", "unit", "A", "B", "B / A", ""]
+    if not any(cell[0] for cell in cells):
+        heads, cells = heads[1:], [cell[1:] for cell in cells]
+    top = [f"A: {first}", f"B: {second}", *(line for line in lines if line), ""]
+    return "\n".join([*top, aligned(heads, cells, left=len(heads) - 4)]) + "\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        for row in found["rows"]:
+            if "not_run" not in row:
+                row["rate"]["median"], row["group"], row["name"], row["unit"]
+        found["environment"], found["settings"], found["part"]
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be read ({error.strerror}); give a result's .json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise BenchError(f"{path}: no result of this version of the bench; measure it again") from None
+    return found
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str]:
+    return row["group"], row["name"]
+
+
+def _differing(title: str, one: dict[str, Any], other: dict[str, Any], name: str) -> str:
+    """A line that says in what the two differ, or ""."""
+    mine, theirs = one.get(name), other.get(name)
+    if mine == theirs:
+        return ""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        keys = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
+        return f"{title}: " + ", ".join(f"{key} {mine.get(key)} / {theirs.get(key)}" for key in keys)
+    return f"{title}: {mine} / {theirs}"
+
+
+def _compared(one: dict[str, Any] | None, other: dict[str, Any] | None) -> list[str]:
+    """unit, both medians, their ratio, and what is to be thought of it."""
+    ran = [row if row and "not_run" not in row else None for row in (one, other)]
+    unit = next((row["unit"] for row in ran if row), "")
+    medians = [figure(row["rate"]["median"]) if row else "–" for row in ran]
+    mine, theirs = ran
+    if mine is None or theirs is None:
+        return [unit, *medians, "–", "not run" if one and other else "in one only"]
+    a, b = mine["rate"], theirs["rate"]
+    within_noise = a["min"] <= b["max"] and b["min"] <= a["max"]
+    return [unit, *medians, f"{b['median'] / a['median']:.3f}", "within noise" if within_noise else ""]
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if len(words) != 2:
+        fail("give two results: python -m bench.compare A.json B.json, make bench-compare A=... B=...")
+    try:
+        print(compare(*map(Path, words)), end="")
+    except BenchError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

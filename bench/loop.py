@@ -1,0 +1,198 @@
+"""Images a second of the whole training loop, between the step that bounds it and the way it was once done.
+
+Images on disk to moved weights: the loop, the bare step on a batch of the same loop, and bench.baseline.
+"""
+
+import itertools
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import models
+from bench import images
+from bench.baseline import Baseline
+from bench.pairs import (
+    CLASSES,
+    LIMIT,
+    CompilerNotes,
+    Pair,
+    compiler_note,
+    described,
+    figures,
+    limit_note,
+    measured,
+    with_shares,
+)
+from bench.process import CallFailed, Process
+from bench.record import Column, Record, Row
+from bench.settings import Settings
+from bench.turns import Contender, Runner, Work, in_turns
+from data.convert import convert_source, open_set
+from data.sources import CropRule, Source, Split
+from train.config import Config, OptimizerConfig
+from train.job import open_trainer
+from train.loop import Progress, Trainer
+from train.trained import load_trained
+
+BASELINE, STEP, LOOP = "baseline", "step", "loop"
+
+
+class Looping(Runner):
+    """Epochs of a train.loop.Trainer."""
+
+    def __init__(self, pair: Pair, folder: Path, threads: int):
+        self.device = pair.settings.device
+        self._compiler = CompilerNotes() if pair.settings.compiled else None
+        self._trainer = _trainer(pair, folder, threads)
+
+    def run(self) -> Work:
+        trainer = self._trainer
+        trainer.train_epoch()
+        waited = trainer.progress.waited_seconds
+        trainer.progress = Progress(epoch=trainer.progress.epoch + 1)
+        return Work(trainer.loader.steps * trainer.config.batch, waited)
+
+    def facts(self) -> dict[str, Any]:
+        found = {"compiler": self._compiler.found()} if self._compiler else {}
+        return found | {"decoder": self._trainer.decoder}
+
+
+class Stepping(Runner):
+    """As many steps as an epoch of the loop has, on its first batch, which lies ready."""
+
+    def __init__(self, pair: Pair, folder: Path, threads: int):
+        self.device = pair.settings.device
+        self._trainer = _trainer(pair, folder, threads)
+        (self._batch,) = itertools.islice(self._trainer.loader.epoch(0), 1)
+
+    def run(self) -> Work:
+        for _ in range(self._trainer.loader.steps):
+            self._trainer.step(self._batch)
+        return Work(self._trainer.loader.steps * self._trainer.config.batch)
+
+
+def _trainer(pair: Pair, folder: Path, threads: int) -> Trainer:
+    settings = pair.settings
+    data = open_set(folder / "converted")
+    config = Config(
+        model=pair.student,
+        refinery=_spec(pair, folder),
+        data=str(data.folder),
+        # So many that none is the last.
+        epochs=1_000_000,
+        batch=settings.batch,
+        device=settings.device,
+        threads=threads,
+        precision=settings.precision,
+        compile="always" if settings.compiled else "never",
+        optimizer=OptimizerConfig(lr=1e-3, lr_batch=settings.batch),
+        runs=str(folder / "runs"),
+    )
+    refinery = load_trained(_spec(pair, folder), class_names=data.class_names)
+    return open_trainer([config], data, refinery, torch.device(settings.device))
+
+
+def _spec(pair: Pair, folder: Path) -> str:
+    return f"{pair.refinery}:{folder / 'refinery.pt'}"
+
+
+def _prepare(pair: Pair, files: list[str], folder: Path) -> float:
+    """Writes the converted set and the refinery's random weights; returns the seconds that converting took."""
+    torch.manual_seed(0)
+    torch.save(models.build(pair.refinery, CLASSES).state_dict(), folder / "refinery.pt")
+    labels = np.arange(len(files), dtype=np.int64) % CLASSES
+    source = Source(
+        name="bench",
+        class_names=tuple(map(str, range(CLASSES))),
+        train=Split(files, labels, images.open_image),
+        val=Split(files[:1], labels[:1], images.open_image),
+        crop=CropRule(pair.settings.resolution),
+        fingerprint="",
+    )
+    started = time.perf_counter()
+    convert_source(source, folder / "converted")
+    return time.perf_counter() - started
+
+
+def measure(settings: Settings) -> Record:
+    """Measures the loop of the first pair. Raises BenchError for images that cannot be used."""
+    pair = Pair(*settings.pairs[0], settings)
+    threads = max(settings.threads)
+    count = settings.steps * settings.batch
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        found = images.find(settings.data, folder, most=count)
+        files = images.spread(found, count)
+        contenders = _contenders(pair, files, folder, threads)
+        rows = with_shares(in_turns(contenders, turns=settings.turns, seconds=settings.seconds, title=f"loop, {pair}"))
+    return Record(
+        part="loop",
+        settings=described(settings)
+        | {
+            "data": settings.data or f"{len(found)} drawn images",
+            "images": min(len(found), count),
+            "pair": [pair.refinery, pair.student],
+            "threads": threads,
+            "steps": settings.steps,
+        },
+        notes=[
+            f"Training {pair.student} from {pair.refinery}, both of random weights, on random crops of "
+            f"{images.described(settings.data, min(len(found), count))} to {settings.resolution} px, from the page "
+            f"cache, in batches of {settings.batch}. images/s of one device: median, lowest and highest of "
+            f"{settings.turns} epochs of {settings.steps} steps, in turns, after an untimed one each.",
+            f"loop: train.loop.Trainer on a converted set, {settings.computing}, {threads} decoding threads. step: its "
+            "step alone, on one batch that lies on the device. baseline: Pillow in a DataLoader with "
+            f"{threads} workers, transforms, float32, eager, NCHW, the refinery in training mode (bench/baseline.py). On a CPU the "
+            "loop and the step keep freed memory (train.device.prepare); the baseline is as PyTorch comes.",
+            limit_note(settings),
+            *_findings(rows),
+        ],
+        rows=rows,
+        identity=(Column("what", lambda row: row["name"]),),
+        figures=figures(settings, Column("waiting", lambda row: f"{100 * row['waiting']:.1f} %")),
+    )
+
+
+def _contenders(pair: Pair, files: list[str], folder: Path, threads: int) -> list[Contender]:
+    flops = sum(pair.flops())
+    failed = ""
+    if not pair.why_not():
+        try:
+            with Process() as process:
+                seconds = process.call(_prepare, pair, files, folder)
+            print(f"converted: {len(files)} images in {seconds:.0f} s", flush=True)
+        except CallFailed as error:
+            failed = str(error)
+    ours = [
+        pair.contender(STEP, partial(Stepping, folder=folder, threads=threads), flops),
+        pair.contender(LOOP, partial(Looping, folder=folder, threads=threads), flops),
+    ]
+    return [
+        pair.limit(),
+        pair.contender(BASELINE, partial(Baseline, files=files, workers=threads), flops),
+        *(Contender(each.build, each.row, each.not_run or failed) for each in ours),
+    ]
+
+
+def _findings(rows: list[Row]) -> list[str]:
+    """What follows from the rows: the loop against the step and the baseline, the limit, the compiler's."""
+    ran = measured(rows)
+    rates = {name: row["rate"]["median"] for name, row in ran.items()}
+    notes = []
+    if LIMIT in ran:
+        flops = ran[LIMIT]["flops"]
+        notes.append(
+            f"{flops / 1e9:.3g} GFLOP an image in a step; the device does {rates[LIMIT] * flops / 1e12:.3g} TFLOP/s."
+        )
+    if LOOP in rates and STEP in rates:
+        notes.append(f"The loop reaches {100 * rates[LOOP] / rates[STEP]:.1f} % of the bare step (target: 95 %).")
+    if LOOP in rates and BASELINE in rates:
+        notes.append(f"The loop is {rates[LOOP] / rates[BASELINE]:.2f} times as fast as the baseline.")
+    if "compiler" in ran.get(LOOP, {}):
+        notes.append(compiler_note(ran[LOOP]["compiler"]).capitalize())
+    return notes

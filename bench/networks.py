@@ -1,0 +1,221 @@
+"""Images a second of the networks of a step, each alone and all of them in the step of training.
+
+The crops lie ready on the device. Weights are random: the time does not depend on them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import models
+from bench.pairs import (
+    CLASSES,
+    LIMIT,
+    CompilerNotes,
+    Pair,
+    batch,
+    compiler_note,
+    crops,
+    described,
+    figures,
+    limit_note,
+    measured,
+    on_device,
+    refinery,
+    with_shares,
+)
+from bench.record import Column, Record, Row
+from bench.settings import Settings
+from bench.turns import Contender, Runner, Work, in_turns
+from kernels.normalise import Normalise
+from train.device import prepare
+from train.step import COMPILER_OPTIONS, Step, Student
+
+# Batches between two looks at the clock: a GPU works on while it is fed.
+_AT_ONCE = {"cpu": 1, "cuda": 20}
+
+REFINERY, STUDENT = "refinery forward", "student forward and backward"
+OPTIMIZER, BARE, STEP = "optimizer", "step without networks", "step"
+
+
+class _Batches(Runner):
+    """What the runners of a pair share: `step` for each batch."""
+
+    def __init__(self, pair: Pair):
+        self.pair = pair
+        self.settings = pair.settings
+        self.device = pair.settings.device
+        prepare(torch.device(self.device), pair.settings.precision)
+        torch.manual_seed(0)
+
+    def run(self) -> Work:
+        for _ in range(_AT_ONCE[self.device]):
+            self.step()
+        return Work(_AT_ONCE[self.device] * self.settings.batch)
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def _forward_of(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The network as train.step.Step runs it: under autocast, and compiled if asked for."""
+        device, autocast = self.device, self.settings.autocast
+
+        def forward(images: Tensor) -> Tensor:
+            with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+                return network(images)
+
+        if not self.settings.compiled:
+            return forward
+        return torch.compile(forward, fullgraph=True, dynamic=False, options=COMPILER_OPTIONS)
+
+    def _images(self, name: str) -> Tensor:
+        return Normalise(models.normalisation(name)).to(self.device)(crops(self.settings))
+
+
+class RefineryForward(_Batches):
+    """The refinery's network, from normalised images to logits."""
+
+    def __init__(self, pair: Pair):
+        super().__init__(pair)
+        self._forward = self._forward_of(refinery(pair, models.build(pair.refinery, CLASSES)).network)
+        self._ready = self._images(pair.refinery)
+
+    def step(self) -> None:
+        with torch.no_grad():
+            self._forward(self._ready)
+
+
+class StudentPass(_Batches):
+    """The student's network, from normalised images to logits, and back from a gradient to those of the weights."""
+
+    def __init__(self, pair: Pair):
+        super().__init__(pair)
+        self._network = on_device(models.build(pair.student, CLASSES), self.settings)
+        self._forward = self._forward_of(self._network)
+        self._ready = self._images(pair.student)
+
+    def step(self) -> None:
+        logits = self._forward(self._ready)
+        logits.backward(torch.full_like(logits, 1e-3))
+        self._network.zero_grad(set_to_none=True)
+
+
+class Optimizing(_Batches):
+    """The student's weights moved by gradients that lie ready."""
+
+    def __init__(self, pair: Pair):
+        super().__init__(pair)
+        network = on_device(models.build(pair.student, CLASSES), self.settings)
+        self._optimizer = _optimizer(network)
+        for weight in network.parameters():
+            weight.grad = torch.full_like(weight, 1e-6)
+
+    def step(self) -> None:
+        self._optimizer.step()
+
+
+class Stepping(_Batches):
+    """train.step.Step on crops that lie ready; with `networks` false, on two that do next to nothing."""
+
+    def __init__(self, pair: Pair, *, networks: bool):
+        super().__init__(pair)
+        settings = self.settings
+        self._compiler = CompilerNotes() if settings.compiled else None
+        names = pair.refinery, pair.student
+        built = [models.build(name, CLASSES) if networks else _Nothing(settings.resolution) for name in names]
+        student = on_device(built[1], settings)
+        scaler = torch.amp.GradScaler(self.device) if settings.autocast is torch.float16 else None
+        self._step = Step(
+            [Student(pair.student, student, _optimizer(student), models.normalisation(pair.student), scaler)],
+            refinery(pair, built[0]),
+            device=torch.device(self.device),
+            autocast=settings.autocast,
+            compiled=settings.compiled,
+            strict=True,
+        )
+        self._batch = batch(settings)
+
+    def step(self) -> None:
+        self._step(self._batch)
+
+    def facts(self) -> dict[str, Any]:
+        return {"compiler": self._compiler.found()} if self._compiler else {}
+
+
+class _Nothing(nn.Module):
+    """In the place of a network: takes images, so that they must be made, and looks at one pixel of each."""
+
+    def __init__(self, resolution: int):
+        super().__init__()
+        self._pixel = nn.Conv2d(3, CLASSES, 1, stride=resolution)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._pixel(images).flatten(1)
+
+
+def _optimizer(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, fused=True)
+
+
+def measure(settings: Settings) -> Record:
+    """Measures the networks of each pair."""
+    rows: list[Row] = []
+    notes: list[str] = []
+    for names in settings.pairs:
+        pair = Pair(*names, settings)
+        found = in_turns(_contenders(pair), turns=settings.turns, seconds=settings.seconds, title=f"networks, {pair}")
+        rows += with_shares(found)
+        notes += _findings(str(pair), found)
+    return Record(
+        part="networks",
+        settings=described(settings) | {"pairs": [list(names) for names in settings.pairs]},
+        notes=[
+            f"Batches of {settings.batch} crops of {settings.resolution} px that lie on the device, "
+            f"{settings.computing}, random weights. images/s of one device: median, lowest and highest of "
+            f"{settings.turns} turns of {settings.seconds:g} s or more, in turns, after an untimed one each.",
+            limit_note(settings),
+            *notes,
+        ],
+        rows=rows,
+        identity=(Column("pair", lambda row: row["group"]), Column("what", lambda row: row["name"])),
+        figures=figures(settings),
+    )
+
+
+def _contenders(pair: Pair) -> list[Contender]:
+    forward, training = pair.flops()
+    return [
+        pair.limit(),
+        pair.contender(REFINERY, RefineryForward, forward),
+        pair.contender(STUDENT, StudentPass, training),
+        pair.contender(OPTIMIZER, Optimizing),
+        pair.contender(BARE, partial(Stepping, networks=False)),
+        pair.contender(STEP, partial(Stepping, networks=True), forward + training),
+    ]
+
+
+def _findings(title: str, rows: list[Row]) -> list[str]:
+    """What follows from the rows of a pair: the limit in figures, the time outside networks, the compiler's words."""
+    ran = measured(rows)
+    notes = []
+    if LIMIT in ran:
+        row = ran[LIMIT]
+        rate = row["rate"]["median"] * row["flops"] / 1e12
+        notes.append(f"{title}: {row['flops'] / 1e9:.3g} GFLOP an image in a step; the device does {rate:.3g} TFLOP/s.")
+    if all(name in ran for name in (REFINERY, STUDENT, OPTIMIZER, BARE, STEP)):
+        seconds = {name: row["batch"] / row["rate"]["median"] for name, row in ran.items()}
+        step = seconds[STEP]
+        alone = (seconds[OPTIMIZER] + seconds[BARE]) / step
+        rest = 1 - (seconds[REFINERY] + seconds[STUDENT]) / step
+        notes.append(
+            f"{title}: bookkeeping, neither network's forward or backward, takes {100 * alone:.1f} % of a step, "
+            f"measured alone (normalise, loss, metrics {1000 * seconds[BARE]:.3g} ms, optimizer "
+            f"{1000 * seconds[OPTIMIZER]:.3g} ms of {1000 * step:.4g} ms); what the step takes beyond the two networks "
+            f"measured alone is {100 * rest:.1f} %."
+        )
+    if STEP in ran and "compiler" in ran[STEP]:
+        notes.append(f"{title}: {compiler_note(ran[STEP]['compiler'])}")
+    return notes

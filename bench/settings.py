@@ -1,0 +1,113 @@
+"""What the parts of the bench are asked to do."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import models
+from bench import BenchError
+from data.decoders.ahead import default_threads
+from train.device import Precision, autocast_type, device_named, precision_on
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for, with what fits the device in place of what was left out.
+
+    data: any folder of images or a converted set; None: images drawn by code. threads: of loaders, each count in turn.
+    turns: timed ones of each contender, of so many seconds at least. crops: an epoch of a loader. steps: an epoch of
+    the training loop. contenders: names of loaders, or parts of them. pairs: (refinery, student), names of networks.
+    refinery: a trained one. device: cpu or cuda. compiled: networks run compiled.
+    """
+
+    data: str | None
+    resolution: int
+    batch: int
+    turns: int
+    seconds: float
+    threads: tuple[int, ...]
+    crops: int
+    steps: int
+    contenders: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
+    refinery: str | None
+    device: str
+    precision: Precision
+    compiled: bool
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return autocast_type(self.precision)
+
+    @property
+    def computing(self) -> str:
+        """How networks run, in words."""
+        return f"{self.precision}, {'compiled' if self.compiled else 'eager'}"
+
+
+# What is measured unless asked otherwise: on a GPU, on a CPU, and where it is to be over in three minutes.
+_ON_GPU: dict[str, Any] = {
+    "resolution": 224,
+    "batch": 256,
+    "epochs": 5,
+    "crops": 2048,
+    "steps": 40,
+    "contenders": "",
+    "pairs": "resnet50:mobilenet,resnet50:alexnet,resnet50:resnet18,resnet50:resnet50",
+    "compile": "always",
+}
+_ON_CPU = _ON_GPU | {"batch": 64, "steps": 4, "pairs": "resnet50:mobilenet,resnet50:alexnet", "compile": "never"}
+_QUICK: dict[str, Any] = {
+    "resolution": 64,
+    "batch": 16,
+    "epochs": 2,
+    "crops": 64,
+    "contenders": "pillow,ours ffcv",
+    "pairs": "resnet18:mobilenet0.25",
+    "compile": "never",
+}
+
+
+def resolve(
+    *, quick: bool, device: str, precision: Precision, data: str | None, refinery: str | None, **asked: Any
+) -> Settings:
+    """The settings that these options mean; of `asked`, what is None was left out. Raises BenchError and others."""
+    where = device_named(device)
+    fitting = _ON_GPU if where.type == "cuda" else _ON_CPU
+    values = fitting | (_QUICK if quick else {}) | {name: value for name, value in asked.items() if value is not None}
+    for name in ("resolution", "batch", "epochs", "crops", "steps"):
+        if values[name] < 1:
+            raise BenchError(f"{name}={values[name]}: must be at least 1")
+    threads, most = asked["threads"], default_threads()
+    if threads is not None and not 1 <= threads <= most:
+        raise BenchError(f"threads={threads}: give 1 to {most}, the processors there are")
+    counts = {threads} if threads else {most} if quick else {min(2, most), most}
+    pairs = tuple(_pair(words.strip()) for words in values["pairs"].split(","))
+    return Settings(
+        data=data,
+        resolution=values["resolution"],
+        batch=values["batch"],
+        turns=values["epochs"],
+        seconds=0.3 if quick else 1.0,
+        threads=tuple(sorted(counts)),
+        crops=values["crops"],
+        steps=values["steps"],
+        contenders=tuple(words.strip() for words in values["contenders"].split(",")),
+        pairs=pairs,
+        refinery=refinery,
+        device=where.type,
+        precision=precision_on(where, precision),
+        compiled=values["compile"] == "always",
+    )
+
+
+def _pair(words: str) -> tuple[str, str]:
+    # timm:NAME has a colon of its own.
+    refinery, student = words.replace("timm:", "timm;").partition(":")[::2]
+    names = refinery.replace("timm;", "timm:"), student.replace("timm;", "timm:")
+    if not all(names):
+        raise BenchError(f"pairs={words}: give REFINERY:STUDENT, two names of networks, as in resnet50:mobilenet")
+    for name in names:
+        models.normalisation(name)  # refuses an unknown name
+    return names

@@ -1,0 +1,248 @@
+"""What the thrift options of a refinery gain, and what they do to its labels.
+
+For a trained refinery, on training crops of its data: running statistics in place of the batch's, fewer pixels, and
+several students from one pass.
+"""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+import models
+from bench.pairs import described, on_device
+from bench.process import CallFailed, Process
+from bench.record import BATCH_TIME, DEVICE_MEMORY, MEMORY, Column, Record, Row, optional, rate_columns
+from bench.settings import Settings
+from bench.turns import Contender, Runner, Work, in_turns
+from data import DataError
+from data.convert import ConvertedSet, find_set
+from data.loader import CropBatch, Loader, open_loader
+from models import ModelError
+from train import TrainError
+from train.device import prepare
+from train.labels.refinery import Refinery
+from train.step import Step, Student
+from train.trained import Trained, load_trained
+
+# Batch normalisation, and the share of the crops' side. The first is what the others are compared with.
+_OPTIONS = (("batch", 1.0), ("running", 1.0), ("batch", 0.71), ("batch", 0.5), ("running", 0.71), ("running", 0.5))
+_STUDENTS = 3
+_AT_ONCE = {"cpu": 1, "cuda": 20}
+
+
+def _side(resolution: int, share: float) -> int:
+    """A share of a resolution; in steps of 8 px, unless it is all."""
+    return max(round(resolution * share / 8) * 8, 8) if share < 1 else resolution
+
+
+def _opened(settings: Settings) -> tuple[Trained, ConvertedSet, int]:
+    """The refinery, its data, and the resolution of the crops. Raises DataError, ModelError or TrainError."""
+    if not settings.refinery:
+        raise TrainError("it needs a trained refinery: REFINERY=run folder or NAME:FILE, with DATA=its converted set")
+    data = find_set(settings.data or "scenes")
+    if not isinstance(data, ConvertedSet):
+        raise DataError(f"DATA={settings.data or 'scenes'}: is not converted yet; make convert DATA=... OUT=...")
+    trained = load_trained(settings.refinery, class_names=data.class_names)
+    return trained, data, trained.resolution or data.crop.resolution
+
+
+def _loader(settings: Settings, data: ConvertedSet, resolution: int) -> Loader:
+    rule = data.crop
+    return open_loader(
+        data.beton("train"),
+        resolution=resolution,
+        batch_size=settings.batch,
+        device=settings.device,
+        scale=rule.scale,
+        ratio=rule.ratio,
+        flip=rule.flip,
+    )
+
+
+def _refinery(settings: Settings, trained: Trained, bn: str, resolution: int) -> Refinery:
+    dtype = settings.autocast or torch.float32
+    source = Refinery(trained.network, trained.normalisation, bn=bn, resolution=resolution, dtype=dtype)
+    return on_device(source, settings)
+
+
+class Labelling(Runner):
+    """A label source that labels a batch which lies ready."""
+
+    def __init__(self, settings: Settings, bn: str, share: float):
+        self.device = settings.device
+        self._settings = settings
+        prepare(torch.device(settings.device), settings.precision)
+        trained, data, resolution = _opened(settings)
+        self._labels = _refinery(settings, trained, bn, _side(resolution, share))
+        (self._batch,) = itertools.islice(_loader(settings, data, resolution).epoch(0), 1)
+        self._forward: Callable[[CropBatch], Any] = (
+            torch.compile(self._logits, fullgraph=True, dynamic=False) if settings.compiled else self._logits
+        )
+
+    def run(self) -> Work:
+        with torch.no_grad():
+            for _ in range(_AT_ONCE[self.device]):
+                self._forward(self._batch)
+        return Work(_AT_ONCE[self.device] * self._settings.batch)
+
+    def _logits(self, batch: CropBatch) -> torch.Tensor | None:
+        autocast = self._settings.autocast
+        with torch.autocast(self.device, dtype=autocast, enabled=autocast is not None):
+            return self._labels(batch).logits
+
+
+class Teaching(Runner):
+    """Several students, in one step or in one each; a crop counts once, however many learn from it."""
+
+    def __init__(self, settings: Settings, together: bool):
+        self.device = settings.device
+        self._settings = settings
+        prepare(torch.device(settings.device), settings.precision)
+        trained, data, resolution = _opened(settings)
+        labels = _refinery(settings, trained, "batch", resolution)
+        name = settings.pairs[0][1]
+        students = [self._student(name, len(trained.class_names)) for _ in range(_STUDENTS)]
+        self._steps = [
+            Step(
+                group,
+                labels,
+                device=torch.device(self.device),
+                autocast=settings.autocast,
+                compiled=settings.compiled,
+                strict=True,
+            )
+            for group in ([students] if together else [[student] for student in students])
+        ]
+        (self._batch,) = itertools.islice(_loader(settings, data, resolution).epoch(0), 1)
+
+    def _student(self, name: str, classes: int) -> Student:
+        network = on_device(models.build(name, classes), self._settings)
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, fused=True)
+        scaler = torch.amp.GradScaler(self.device) if self._settings.autocast is torch.float16 else None
+        return Student(name, network, optimizer, models.normalisation(name), scaler)
+
+    def run(self) -> Work:
+        for _ in range(_AT_ONCE[self.device]):
+            for step in self._steps:
+                step(self._batch)
+        return Work(_AT_ONCE[self.device] * self._settings.batch)
+
+
+def measure(settings: Settings) -> Record:
+    """Measures the options of the refinery that was named; without one, a row says so."""
+    try:
+        trained, data, resolution = _opened(settings)
+        rows, notes = _rows(settings, resolution), _notes(settings, trained, data, resolution)
+    except (DataError, ModelError, TrainError) as error:
+        rows, notes = [{"name": "all options", "group": "", "unit": "images/s", "not_run": str(error)}], []
+    return Record(
+        part="thrift",
+        settings=described(settings) | {"refinery": settings.refinery, "data": settings.data, "crops": settings.crops},
+        notes=notes,
+        rows=rows,
+        identity=(Column("part", lambda row: row["group"]), Column("what", lambda row: row["name"])),
+        figures=(
+            *rate_columns("images/s"),
+            BATCH_TIME,
+            optional("gain", "gain", lambda gain: f"{gain:.2f}"),
+            optional("agrees", "agreement", lambda share: f"{100 * share:.1f} %"),
+            optional("KL", "divergence", lambda nats: f"{nats:.3g}"),
+            DEVICE_MEMORY if settings.device == "cuda" else MEMORY,
+        ),
+    )
+
+
+def _rows(settings: Settings, resolution: int) -> list[Row]:
+    labelling = [
+        _contender(settings, "labels", _named(option, resolution), partial(Labelling, settings, *option))
+        for option in _OPTIONS
+    ]
+    teaching = [
+        _contender(
+            settings, "students", f"{_STUDENTS} x {settings.pairs[0][1]}, {how}", partial(Teaching, settings, one)
+        )
+        for how, one in (("a step each", False), ("one step", True))
+    ]
+    rows: list[Row] = []
+    for members in (labelling, teaching):
+        title = f"thrift, {members[0].row['group']}"
+        found = in_turns(members, turns=settings.turns, seconds=settings.seconds, title=title)
+        # The first of each is what the others are compared with.
+        if "not_run" not in found[0]:
+            for row in found:
+                if "not_run" not in row:
+                    row["gain"] = row["rate"]["median"] / found[0]["rate"]["median"]
+        rows += found
+    _compare_labels(settings, rows[: len(labelling)])
+    return rows
+
+
+def _named(option: tuple[str, float], resolution: int) -> str:
+    return f"bn={option[0]}, {_side(resolution, option[1])} px"
+
+
+def _contender(settings: Settings, group: str, name: str, build: Callable[[], Runner]) -> Contender:
+    return Contender(build, {"name": name, "group": group, "unit": "images/s", "batch": settings.batch})
+
+
+def _notes(settings: Settings, trained: Trained, data: ConvertedSet, resolution: int) -> list[str]:
+    reference = _named(_OPTIONS[0], resolution)
+    return [
+        f"{trained.name} on training crops of {data.name} at {resolution} px, in batches of {settings.batch}, "
+        f"{settings.computing}. images/s of one device: median, lowest and highest of {settings.turns} turns of "
+        f"{settings.seconds:g} s or more, in turns, after an untimed one each. labels: the refinery's pass alone. "
+        "students: whole steps; a crop counts once.",
+        f"gain: over {reference}, and over a step each. agrees: how often the likeliest class is that of {reference}. "
+        f"KL: KL({reference} || option) of the labels, mean in nats. Both on "
+        f"{_label_batches(settings) * settings.batch} crops, or an epoch's if these are fewer.",
+    ]
+
+
+def _label_batches(settings: Settings) -> int:
+    return -(-settings.crops // settings.batch)
+
+
+# ---- what the options do to the labels, in one process
+
+
+def _compare_labels(settings: Settings, rows: list[Row]) -> None:
+    """Adds `agreement` and `divergence` to the rows of the options, in their order, that ran."""
+    with Process() as process:
+        for row, option in zip(rows, _OPTIONS, strict=True):
+            if "not_run" not in row:
+                try:
+                    row |= process.call(_differences, settings, *option)
+                except CallFailed as error:
+                    row["not_run"] = str(error)
+            if "not_run" in rows[0]:
+                return
+
+
+_reference: list[torch.Tensor] = []
+
+
+@torch.inference_mode()
+def _differences(settings: Settings, bn: str, share: float) -> dict[str, float]:
+    """How the option's labels differ from those of the first call's: agreement 0 to 1, KL in nats."""
+    prepare(torch.device(settings.device), settings.precision)
+    trained, data, resolution = _opened(settings)
+    labels = _refinery(settings, trained, bn, _side(resolution, share))
+    first = not _reference
+    same, divergence, count = 0, 0.0, 0
+    batches = itertools.islice(_loader(settings, data, resolution).epoch(0), _label_batches(settings))
+    for number, batch in enumerate(batches):
+        with torch.autocast(settings.device, dtype=settings.autocast, enabled=settings.autocast is not None):
+            logits = labels(batch).logits
+        assert logits is not None
+        found = F.log_softmax(logits.float(), dim=1)
+        if first:
+            _reference.append(found)
+        expected = _reference[number]
+        same += int((found.argmax(dim=1) == expected.argmax(dim=1)).sum())
+        divergence += float(F.kl_div(found, expected, reduction="sum", log_target=True))
+        count += len(found)
+    return {"agreement": same / count, "divergence": divergence / count}

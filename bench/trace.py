@@ -1,0 +1,50 @@
+"""One step of training under PyTorch's profiler: where its time goes, kernel by kernel."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.networks import Stepping
+from bench.pairs import Pair
+from bench.record import aligned, place
+from bench.settings import Settings
+
+_WARM_UP = 3
+_COSTLIEST = 10
+
+
+def trace(settings: Settings, found: dict[str, Any], folder: Path) -> Path:
+    """Prints the costliest operators or kernels of a step of the first pair, by their own time.
+
+    Writes DATE-step-DEVICE.trace.json.gz, for chrome://tracing and ui.perfetto.dev, into the folder; returns its path.
+    """
+    pair = Pair(*settings.pairs[0], settings)
+    stepping = Stepping(pair, networks=True)
+    for _ in range(_WARM_UP):
+        stepping.step()
+    on_gpu = settings.device == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
+        stepping.step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, name), reverse=True)
+    total = sum(getattr(event, name) for event in events)
+    rows = [
+        [
+            event.key.split("(")[0][:80],
+            str(event.count),
+            f"{getattr(event, name) / 1000:.2f}",
+            f"{100 * getattr(event, name) / total:.1f} %",
+        ]
+        for event in events[:_COSTLIEST]
+    ]
+    print(f"A step of {pair}: {settings.batch} crops of {settings.resolution} px, {settings.computing}.")
+    print(aligned(["kernel" if on_gpu else "operator", "calls", "ms", "share"], rows, left=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = place(folder, "step", found)
+    path = stem.with_name(f"{stem.name}.trace.json.gz")
+    profiler.export_chrome_trace(str(path))
+    return path

@@ -1,0 +1,247 @@
+"""The parts that run networks: small pairs, for real, and what is made of their rates."""
+
+import gzip
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from bench import networks, thrift
+from bench.__main__ import with_flags
+from bench.baseline import Baseline
+from bench.environment import environment
+from bench.networks import BARE, OPTIMIZER, REFINERY, STEP, STUDENT, Optimizing, RefineryForward, Stepping, StudentPass
+from bench.pairs import LIMIT, CompilerNotes, Pair, with_shares
+from bench.settings import resolve
+from bench.trace import trace
+from data.sources import image_files
+from train.step import CROPS
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "resolution": 32,
+    "batch": 4,
+    "epochs": 1,
+    "crops": 8,
+    "steps": 2,
+    "threads": 1,
+    "contenders": "ours torchvision x4",
+    "pairs": "mobilenet0.25:mobilenet0.25",
+}
+WORDS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def settings():
+    return resolve(quick=True, device="cpu", precision="fp32", data=None, refinery=None, compile=None, **SMALL)
+
+
+@pytest.fixture
+def pair(settings):
+    return Pair(*settings.pairs[0], settings)
+
+
+@pytest.fixture
+def trained(settings, converted, tmp_path):
+    """The settings with a refinery of random weights for the converted set."""
+    torch.manual_seed(0)
+    file = tmp_path / "refinery.pt"
+    torch.save(models.build("mobilenet0.25", 3).state_dict(), file)
+    return replace(settings, refinery=f"mobilenet0.25:{file}", data=str(converted.folder))
+
+
+def bench(*words: str, out: Path, timeout: int = 280) -> dict[str, dict]:
+    """Runs the command, small; returns each part's record."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--quick", *WORDS, *words, "--out", str(out)],
+        cwd=ROOT,
+        # Networks this small spend their time waiting for a second thread.
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    return {record["part"]: record for record in records}
+
+
+def test_operations_are_counted_as_published(settings):
+    pair = Pair("resnet18", "resnet18", replace(settings, resolution=224))
+    forward, training = pair.flops()
+    assert forward == pytest.approx(2 * 1.814e9, rel=0.01)  # multiply-adds of torchvision's documentation
+    # Backward does it twice more, but for the gradient with respect to the image.
+    stem = 2 * 64 * 3 * 7 * 7 * 112 * 112
+    assert training == pytest.approx(3 * forward - stem, rel=1e-3)
+
+
+def test_a_pair_that_cannot_take_the_resolution_says_so(settings):
+    pair = Pair("mobilenet0.25", "alexnet", settings)
+    assert "alexnet: resolution=32 is too small" in pair.why_not()
+    assert all(contender.not_run == pair.why_not() for contender in networks._contenders(pair))
+
+
+@pytest.mark.parametrize("build", [RefineryForward, StudentPass, Optimizing])
+def test_parts_of_a_step_work_a_batch_at_a_time(pair, build):
+    assert build(pair).run().amount == 4
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_a_step_trains_on_its_batch(pair, real):
+    stepping = Stepping(pair, networks=real)
+    (student,) = stepping._step.students
+    before = [weight.clone() for weight in student.network.parameters()]
+    assert stepping.run().amount == 4
+    assert student.sums[CROPS] == 4
+    moved = [not torch.equal(weight, old) for weight, old in zip(student.network.parameters(), before, strict=True)]
+    assert moved.count(True) > len(moved) / 2
+
+
+def test_shares_and_bookkeeping_follow_from_the_rates():
+    def row(name: str, rate: float, flops: float | None) -> dict:
+        return {"name": name, "batch": 10, "flops": flops, "rate": {"median": rate}}
+
+    rows = [
+        row(LIMIT, 1000, 3e9),  # 3 TFLOP/s
+        row(REFINERY, 500, 1e9),
+        row(STUDENT, 200, 2e9),
+        row(OPTIMIZER, 10_000, None),
+        row(BARE, 5000, None),
+        row(STEP, 125, 3e9),
+        {"name": "another", "not_run": "x", "flops": 1e9},
+    ]
+    shares = {row["name"]: row.get("share_of_limit") for row in with_shares(rows)}
+    assert shares == {
+        LIMIT: None,
+        REFINERY: pytest.approx(500 / 3000),
+        STUDENT: pytest.approx(400 / 3000),
+        OPTIMIZER: None,
+        BARE: None,
+        STEP: pytest.approx(0.125),
+        "another": None,
+    }
+    limit, bookkeeping = networks._findings("a → b", rows)
+    assert limit == "a → b: 3 GFLOP an image in a step; the device does 3 TFLOP/s."
+    # A step of 80 ms: refinery 20, student 50; optimizer 1, normalise, loss and metrics 2.
+    assert "takes 3.8 % of a step, measured alone" in bookkeeping
+    assert bookkeeping.endswith("beyond the two networks measured alone is 12.5 %.")
+
+
+def test_the_compiler_is_listened_to():
+    notes = CompilerNotes()
+    log = logging.getLogger("torch._inductor.graph")
+    log.debug("Skipped layout opt because only a few conv")
+    log.debug("lowering 17 nodes")
+    logging.getLogger("torch._inductor.utils").warning("Not enough SMs\nto go on")
+    log.debug("Skipped layout opt because only a few conv")
+    assert notes.found()["said"] == ["Skipped layout opt because only a few conv", "Not enough SMs"]
+
+
+@pytest.mark.slow
+def test_a_compiled_step_says_what_was_skipped(settings):
+    stepping = Stepping(Pair(*settings.pairs[0], replace(settings, compiled=True)), networks=True)
+    assert stepping.run().amount == 4
+    assert stepping.facts()["compiler"]["graph_breaks"] == 0
+
+
+def test_the_baseline_trains_as_the_original_did(pair, image_folder):
+    files = [str(file) for file in image_files(image_folder / "train")][:10]
+    baseline = Baseline(pair, files, workers=1)
+    before = [weight.clone() for weight in baseline._student.parameters()]
+    running = [buffer.clone() for buffer in baseline._refinery.buffers()]
+    weights = [weight.clone() for weight in baseline._refinery.parameters()]
+    work = baseline.run()
+    assert work.amount == 8  # full batches alone
+    assert work.waited_seconds > 0
+    assert any(not torch.equal(new, old) for new, old in zip(baseline._student.parameters(), before, strict=True))
+    assert all(torch.equal(new, old) for new, old in zip(baseline._refinery.parameters(), weights, strict=True))
+    assert any(not torch.equal(new, old) for new, old in zip(baseline._refinery.buffers(), running, strict=True))
+
+
+def test_options_of_a_refinery_are_compared_with_its_labels(trained, monkeypatch):
+    monkeypatch.setattr(thrift, "_reference", [])
+    assert thrift._differences(trained, "batch", 1.0) == {"agreement": 1.0, "divergence": pytest.approx(0, abs=1e-7)}
+    assert thrift._differences(trained, "batch", 1.0)["divergence"] == pytest.approx(0, abs=1e-6)
+    for option in (("running", 1.0), ("batch", 0.5)):
+        found = thrift._differences(trained, *option)
+        assert found["divergence"] > 1e-6
+        assert 0 <= found["agreement"] <= 1
+
+
+def test_students_learn_together_or_each_alone(trained):
+    for together, steps in ((True, 1), (False, 3)):
+        teaching = thrift.Teaching(trained, together)
+        assert len(teaching._steps) == steps
+        assert teaching.run().amount == 4
+        students = [student for step in teaching._steps for student in step.students]
+        assert [float(student.sums[CROPS]) for student in students] == [4, 4, 4]
+
+
+def test_thrift_without_a_refinery_says_what_is_missing(settings, tmp_path):
+    (row,) = thrift.measure(settings).rows
+    assert "REFINERY=" in row["not_run"]
+    (row,) = thrift.measure(replace(settings, refinery=str(tmp_path), data=str(tmp_path))).rows
+    assert str(tmp_path) in row["not_run"]
+
+
+def test_a_profile_is_a_trace_and_its_costliest_operators(settings, tmp_path, capsys):
+    path = trace(settings, environment("cpu"), tmp_path)
+    assert path.name.endswith(".trace.json.gz")
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    assert any("convolution" in event["name"] for event in events)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 10
+    spent = [float(line.split("|")[3]) for line in rows[1:]]
+    assert spent == sorted(spent, reverse=True)
+
+
+def test_flags_need_no_value():
+    words = ["--quick", "--only", "loop", "--profile", "false", "--quick"]
+    assert with_flags(words) == ["--quick=true", "--only", "loop", "--profile", "false", "--quick=true"]
+
+
+def test_the_loop_is_measured_beside_its_step_and_the_baseline(converted, tmp_path):
+    record = bench("--only", "loop", "--data", str(converted.folder), out=tmp_path / "results")["loop"]
+    rows = {row["name"]: row for row in record["rows"]}
+    assert list(rows) == [LIMIT, "baseline", "step", "loop"]
+    rates = {name: row["rate"]["median"] for name, row in rows.items()}
+    for name in ("baseline", "loop"):
+        assert 0 < rows[name]["waiting"] < 1
+        assert rows[name]["share_of_limit"] == pytest.approx(rates[name] / rates[LIMIT])
+        assert all(turn["amount"] % 8 == 0 for turn in rows[name]["turns"])
+    notes = "\n".join(record["notes"])
+    assert f"The loop reaches {100 * rates['loop'] / rates['step']:.1f} % of the bare step" in notes
+    assert f"The loop is {rates['loop'] / rates['baseline']:.2f} times as fast as the baseline" in notes
+
+
+@pytest.mark.slow
+def test_every_part_runs(trained, tmp_path):
+    check_every_part(bench("--refinery", trained.refinery, "--data", trained.data, out=tmp_path / "results"))
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+def test_every_part_runs_compiled_on_a_gpu(trained, tmp_path):
+    words = ("--device", "cuda", "--compile", "always", "--refinery", trained.refinery, "--data", trained.data)
+    records = bench(*words, out=tmp_path / "results", timeout=880)
+    check_every_part(records)
+    steps = [row for row in records["networks"]["rows"] if row["name"] == STEP]
+    assert all(row["peak_device_memory_bytes"] > 0 and "compiler" in row for row in steps)
+
+
+def check_every_part(records: dict[str, dict]) -> None:
+    assert set(records) == {"machine", "loaders", "networks", "loop", "thrift"}
+    for record in records.values():
+        assert record["environment"] == records["machine"]["environment"]
+        assert [row for row in record["rows"] if "not_run" in row] == []
+    labels = [row for row in records["thrift"]["rows"] if row["group"] == "labels"]
+    assert labels[0]["agreement"] == 1
+    assert all(row["gain"] > 0 for row in records["thrift"]["rows"])
