@@ -147,8 +147,8 @@ def measure(settings: Settings) -> Record:
             f"{settings.turns} epochs of {settings.steps} steps, in turns, after an untimed one each.",
             f"loop: train.loop.Trainer on a converted set, {settings.computing}, {threads} decoding threads. step: its "
             "step alone, on one batch that lies on the device. baseline: Pillow in a DataLoader with "
-            f"{threads} workers, transforms, float32, eager, NCHW, the refinery in training mode (bench/baseline.py). On a CPU the "
-            "loop and the step keep freed memory (train.device.prepare); the baseline is as PyTorch comes.",
+            f"{threads} workers, transforms, float32, eager, NCHW, the refinery in training mode (bench/baseline.py). "
+            "On a CPU loop and step keep freed memory (train.device.prepare); the baseline is as PyTorch comes.",
             limit_note(settings),
             *_findings(rows),
         ],

@@ -16,6 +16,7 @@ from data.pixels import EXTENSIONS
 
 TORCHVISION_SETS = ("cifar10", "svhn", "imagenette")
 _VAL_SHARE = 0.1
+_HAS_SPLITS = "has images for training and others for validation; leave --split out"
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,26 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def open_source(data: str) -> Source:
+def open_source(data: str, *, whole: bool = False) -> Source:
     """Opens `scenes`, a torchvision set by name, or an image folder or archive (zip, tar) of one by path.
 
+    whole: of class folders alone, all images are val's and none train's, for a set that is only evaluated on.
     A compressed tar is unpacked to a temporary file first; see open_archive.
     Raises DataError for a name that is neither a set nor a folder nor an archive, one without images or with one class,
-    classes in val that train lacks, a damaged or encrypted archive, and a set that cannot be downloaded.
+    classes in val that train lacks, a damaged or encrypted archive, a set that cannot be downloaded, and for the whole
+    of what has a train and a val split.
     """
+    if whole and data in ("scenes", *TORCHVISION_SETS):
+        raise DataError(f"DATA={data}: {_HAS_SPLITS}")
     if data == "scenes":
         return _scenes()
     if data in TORCHVISION_SETS:
         return _torchvision_set(data)
     path = Path(data)
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, whole)
     if path.is_file():
-        return _archive(path)
+        return _archive(path, whole)
     sets = ", ".join(("scenes", *TORCHVISION_SETS))
     raise DataError(
         f"DATA={data}: no such folder or archive (.zip, .tar, .tar.gz, .tar.xz, .tar.bz2), and not the name of a set "
@@ -147,34 +152,36 @@ def _from_array(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _folder(root: Path) -> Source:
+def _folder(root: Path, whole: bool = False) -> Source:
     files: dict[str, str] = {}
     # Of a folder with train/ and val/ nothing else is looked at: a test/ beside them may be large.
     parts = [root / "train", root / "val"]
     for part in parts if all(part.is_dir() for part in parts) else [root]:
         files |= {os.path.relpath(file, root): file for file in image_files(part)}
-    names, train, val, notes = _arranged(str(root), f"{root}/", files, Image.open)
+    names, train, val, notes = _arranged(str(root), f"{root}/", files, Image.open, whole)
     return Source(root.resolve().name, names, train, val, None, _fingerprint(root, [train, val]), notes)
 
 
-def _archive(path: Path) -> Source:
+def _archive(path: Path, whole: bool = False) -> Source:
     fingerprint = archives.fingerprint(path)
     archive = archives.open_archive(path)
-    names, train, val, notes = _arranged(str(path), archive.below, archive.files, archive.read)
+    names, train, val, notes = _arranged(str(path), archive.below, archive.files, archive.read, whole)
     return Source(archives.archive_name(path), names, train, val, None, fingerprint, notes)
 
 
 def _arranged(
-    root: str, below: str, files: Mapping[str, Any], read: Callable[[Any], Image.Image]
+    root: str, below: str, files: Mapping[str, Any], read: Callable[[Any], Image.Image], whole: bool
 ) -> tuple[tuple[str, ...], Split, Split, tuple[str, ...]]:
     """Class names, train and val splits, and notes, from image files by their paths below root.
 
-    The paths are train/CLASS/... and val/CLASS/..., or CLASS/... alone to be split. below: what stands before a path in
-    messages.
+    The paths are train/CLASS/... and val/CLASS/..., or CLASS/... alone to be split, or as a whole to be val. below:
+    what stands before a path in messages.
     """
     tops = _by_folder(files)
     notes: tuple[str, ...] = ()
     if "train" in tops and "val" in tops:
+        if whole:
+            raise DataError(f"{root}: {_HAS_SPLITS}")
         train, val = (_classes(f"{below}{part}", tops[part]) for part in ("train", "val"))
         unknown = sorted(set(val) - set(train))
         if unknown:
@@ -188,6 +195,8 @@ def _arranged(
             f"{below}{missing}: no such folder, or no images in it; give both train/ and val/, or class folders alone "
             "to be split"
         )
+    elif whole:
+        train, val = {}, _classes(root, files)
     else:
         classes = _classes(root, files)
         train, val = {}, {}
@@ -202,7 +211,7 @@ def _arranged(
         )
         if not count:
             raise DataError(f"{root}: too few images to hold any out for validation (2 of a class are needed)")
-    names = tuple(sorted(train))
+    names = tuple(sorted(train or val))
     if len(names) < 2:
         raise DataError(f"{root}: only one class ({names[0]}); a classifier needs class folders for two or more")
     return names, _split_of(train, names, read), _split_of(val, names, read), notes

@@ -88,11 +88,13 @@ class Ahead:
     def _start(self, request: Request) -> tuple[tuple[torch.Tensor, ...], list[Future]]:
         n = len(request.indices)
         shapes = [(view.copies, n, view.resolution, view.resolution, 3) for view in self._views]
-        if self._device.type == "cuda":
-            # PyTorch's caching allocator uses pinned memory again, and only after the copy from it has ended.
-            outs = tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in shapes)
-        else:
-            outs = tuple(self._buffers.take(shape) for shape in shapes)
+        # Tensors of a consumer's inference mode could not be written to by the threads, which are outside it.
+        with torch.inference_mode(False):
+            if self._device.type == "cuda":
+                # PyTorch's caching allocator uses pinned memory again, and only after the copy from it has ended.
+                outs = tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in shapes)
+            else:
+                outs = tuple(self._buffers.take(shape) for shape in shapes)
         ranges = ((first, min(first + _IMAGES_AT_ONCE, n)) for first in range(0, n, _IMAGES_AT_ONCE))
         return outs, [self._pool.submit(self._fill, request, first, last, outs) for first, last in ranges]
 
