@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 # ---- what each verb takes
 
 training  := MODEL REFINERY PRETRAINED DATA EPOCHS RESOLUTION BATCH DECODER RECIPE SEED OUT
-variables := $(training) MODELS TABLES CHECKPOINT IMAGES ONLY THREADS ARGS PYTHON
+variables := $(training) MODELS TABLES RUNS CHECKPOINT IMAGES ONLY QUICK PROFILE PAIRS THREADS A B ARGS PYTHON
 
 takes.train    := $(training) ARGS
 takes.chain    := MODELS $(filter-out MODEL OUT,$(training)) ARGS
@@ -18,12 +18,14 @@ takes.convert  := DATA OUT ARGS
 takes.evaluate := CHECKPOINT DATA RESOLUTION BATCH DECODER OUT ARGS
 takes.predict  := CHECKPOINT IMAGES RESOLUTION ARGS
 takes.runs     := OUT ARGS
-takes.bench    := ONLY DATA RESOLUTION BATCH EPOCHS THREADS OUT ARGS
+takes.report   := RUNS DATA OUT ARGS
+takes.bench    := ONLY QUICK PROFILE PAIRS REFINERY DATA RESOLUTION BATCH EPOCHS THREADS OUT ARGS
+takes.bench-compare := A B
 takes.kernels  := ARGS
 takes.test     := ARGS
 takes.test-all := ARGS
 takes.test-gpu := ARGS
-verbs := help setup train chain tables convert evaluate predict runs bench kernels test test-all test-gpu lint types format
+verbs := help setup train chain tables convert evaluate predict runs report bench bench-compare kernels test test-all test-gpu lint types format
 
 # ---- make's command line
 
@@ -53,6 +55,10 @@ endif
 quoted = '$(subst ','\'',$(value $1))'
 # " --option VALUE" if VARIABLE was typed
 option = $(if $(call is_typed,$2), $1 $(call quoted,$2))
+# " --option" if VARIABLE was typed, and not as 0
+flag = $(if $(call is_typed,$2),$(if $(filter-out 0,$(value $2)), $1))
+# " VALUE" if VARIABLE was typed
+operand = $(if $(call is_typed,$1), $(call quoted,$1))
 # ARGS is the one exception: raw words
 args = $(if $(call is_typed,ARGS), $(value ARGS))
 
@@ -102,18 +108,23 @@ Verbs, and the variables they take
   evaluate    top-1 and top-5 of a checkpoint     CHECKPOINT DATA RESOLUTION BATCH DECODER OUT
   predict     the five likeliest classes          CHECKPOINT IMAGES RESOLUTION
   runs        a table of all runs                 OUT
-  bench       how fast, against its peers         ONLY DATA RESOLUTION BATCH EPOCHS THREADS OUT
+  report      figures of what runs have learned   RUNS DATA OUT
+  bench       how fast, and against what limit    ONLY QUICK PROFILE PAIRS REFINERY DATA RESOLUTION
+              and which peers                     BATCH EPOCHS THREADS OUT
+  bench-compare  two of its results (.json)       A B
   kernels     compiles the GPU kernels, without a GPU, and tells what they take
   test        the quick tests                     test-all: the slow ones too; test-gpu: on a GPU
   lint        ruff                                types: mypy; format: let ruff order the code
   setup       make .venv from requirements.lock   (every verb does it by itself, once)
 
 Training variables (typed on make's command line; the environment does not count)
-  MODEL       network to train: alexnet, mobilenet, mobilenet0.25, resnet18, timm:NAME, ...;
+  MODEL       network to train: alexnet, mobilenet, mobilenet0.25, resnet18, timm:NAME,
+              torchvision:NAME, ...;
               MODEL="A B C" trains several on the labels of one refinery's pass
-  REFINERY    who writes the labels: a network's name (trained first if need be), a run folder
-              or NETWORK:FILE; left out: the labels are the ground truth
-  PRETRAINED  weights that MODEL starts from: a file, or timm's own
+  REFINERY    who writes the labels: a network's name (trained first if need be), a run folder,
+              NETWORK:FILE, or published weights as timm:NAME:pretrained, torchvision:NAME:pretrained;
+              left out: the labels are the ground truth
+  PRETRAINED  weights that MODEL starts from: a file, or timm or torchvision, which publish them
   DATA        an image folder, a converted set, or cifar10, svhn, imagenette;
               left out: scenes, a set drawn by code
   EPOCHS      passes over the images              RESOLUTION  side of a crop, in pixels
@@ -124,8 +135,12 @@ Training variables (typed on make's command line; the environment does not count
 Other variables
   MODELS      a chain's networks: "alexnet alexnet alexnet"
   TABLES      which tables of the paper: 1,4
-  CHECKPOINT  a run's best.pt or last.pt          IMAGES      a file or a folder
-  ONLY        the part of the bench: loaders      THREADS     that decode (bench)
+  RUNS        run folders: "runs/scenes/A runs/scenes/B"
+  CHECKPOINT  a run's best.pt or last.pt, or what REFINERY takes but a name alone
+  IMAGES      a file or a folder
+  ONLY        parts of the bench, with commas: machine, loaders, networks, loop, thrift
+  QUICK       1: the bench in three minutes       PROFILE     1: trace one step instead
+  PAIRS       resnet50:mobilenet,...              THREADS     that decode (bench)
   ARGS        anything else, as raw words, with every verb that runs a program or tests:
               ARGS='--print_config', ARGS='-k plan'
   PYTHON      an interpreter that has the packages: used as it is; no .venv, no set-up
@@ -172,11 +187,19 @@ predict: $(ready)
 runs: $(ready)
 	$(run) train.runs$(call option,--folder,OUT)$(args)
 
-bench_options = $(call option,--only,ONLY)$(call option,--data,DATA)$(call option,--resolution,RESOLUTION) \
+report: $(ready)
+	$(run) train.report$(call option,--runs,RUNS)$(call option,--data,DATA)$(call option,--out,OUT)$(args)
+
+bench_options = $(call option,--only,ONLY)$(call flag,--quick,QUICK)$(call flag,--profile,PROFILE) \
+    $(call option,--pairs,PAIRS)$(call option,--refinery,REFINERY) \
+    $(call option,--data,DATA)$(call option,--resolution,RESOLUTION) \
     $(call option,--batch,BATCH)$(call option,--epochs,EPOCHS)$(call option,--threads,THREADS)$(call option,--out,OUT)
 
 bench: $(ready)
 	$(run) bench$(bench_options)$(args)
+
+bench-compare: $(ready)
+	$(run) bench.compare$(call operand,A)$(call operand,B)
 
 kernels: $(ready)
 	$(run) kernels$(args)

@@ -1,6 +1,7 @@
-"""The networks, by name: the papers' own, and any timm model as `timm:<name>`.
+"""The networks, by name: the papers' own, and any of timm's or torchvision's as `timm:<name>`, `torchvision:<name>`.
 
     network = build("mobilenet0.5", num_classes=1000)
+    network = build("timm:resnet50.a1_in1k", num_classes=1000, pretrained=True)
 
 Every network takes float [B, 3, R, R], normalised with its `normalisation`, and gives logits
 [B, num_classes].
@@ -9,7 +10,7 @@ Every network takes float [B, 3, R, R], normalised with its `normalisation`, and
 import difflib
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,11 +19,9 @@ from torchvision.models import resnet18, resnet34, resnet50, vgg16_bn, vgg19_bn
 from kernels.normalise import Normalisation
 from models.alexnet import AlexNet
 from models.darknet import Darknet19
+from models.hubs import HUBS, Hub, Published
 from models.mobilenet import MobileNet
 from models.xnor import XnorResNet50
-
-if TYPE_CHECKING:
-    from timm.models import PretrainedCfg
 
 
 class ModelError(ValueError):
@@ -52,39 +51,36 @@ _NETWORKS = {
     "darknet19": _Network(Darknet19),
 }
 
-_TIMM = "timm:"
-
 _IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def names() -> list[str]:
-    """The built-in networks; `build` takes `timm:<name>` besides, for each name in `timm.list_models()`."""
+    """The built-in networks; `build` takes `timm:<name>` and `torchvision:<name>` besides, for each of their names."""
     return list(_NETWORKS)
 
 
 def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module:
     """A freshly initialised network in training mode, on the current default device.
 
-    name: one of `names()`, or `timm:<name>` with or without the tag of its weights (`timm:resnet18.a1_in1k`).
-    pretrained: start from timm's own weights, fetched from the network; where `num_classes` is not
-        theirs, the classifier keeps its initialisation. Only for timm's models: for the others, and without
-        a network, `models.weights` reads files.
+    name: one of `names()`, or `timm:<name>` or `torchvision:<name>`, with or without the tag of its weights
+        (`timm:resnet18.a1_in1k`, `torchvision:resnet50.IMAGENET1K_V1`).
+    pretrained: start from the published weights, fetched from the network; where `num_classes` is not
+        theirs, the classifier keeps its initialisation. Only for the networks of hubs: for the others, and
+        without a network, `models.weights` reads files.
 
     Raises ModelError for an unknown name, fewer than one class, or weights that cannot be fetched.
     """
-    timm_name = _timm_name(name)
+    hub, plain = _found(name)
     if num_classes < 1:
         raise ModelError(f"{name}: num_classes={num_classes}; a classifier needs at least 1 class")
-    if timm_name is None:
+    if hub is None:
         if pretrained:
-            raise ModelError(f"{name}: has no weights to fetch; pass a file of weights instead")
+            published(name)
         return _NETWORKS[name].build(num_classes=num_classes)
-    import timm
-
     if not pretrained:
-        return timm.create_model(timm_name, num_classes=num_classes)
+        return hub.build(plain, num_classes)
     try:
-        return timm.create_model(timm_name, num_classes=num_classes, pretrained=True)
+        return hub.fetch(plain, num_classes)
     except Exception as error:  # each hub and each proxy fails with another class
         raise ModelError(
             f"{name}: its pretrained weights cannot be fetched ({_first_line(error)}); pass a file of weights instead"
@@ -94,10 +90,10 @@ def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module
 def check_resolution(name: str, resolution: int) -> None:
     """Check that the network takes square crops of `resolution` px and gives one logit a class.
 
-    A timm model is tried with shapes alone, without memory for weights or activations. Raises ModelError.
+    A hub's network is tried with shapes alone, without memory for weights or activations. Raises ModelError.
     """
-    timm_name = _timm_name(name)
-    if timm_name is None:
+    hub, plain = _found(name)
+    if hub is None:
         smallest = _NETWORKS[name].smallest
         if resolution < smallest:
             raise ModelError(f"{name}: resolution={resolution} is too small; it takes {smallest} px and up")
@@ -106,16 +102,10 @@ def check_resolution(name: str, resolution: int) -> None:
     try:
         with torch.device("meta"), torch.no_grad():
             # Two crops, because batch normalisation in training refuses a single value a channel.
-            logits = build(name, classes)(torch.empty(2, 3, resolution, resolution))
+            logits = hub.build(plain, classes)(torch.empty(2, 3, resolution, resolution))
     except Exception as error:  # whatever its layers raise at a size they were not made for
-        config = _timm_config(timm_name)
-        if config.fixed_input_size:
-            wants = f"it takes {config.input_size[-1]} px only"
-        elif config.min_input_size:
-            wants = f"it takes {config.min_input_size[-1]} px and up"
-        else:
-            wants = f"it was made for {config.input_size[-1]} px"
-        raise ModelError(f"{name}: cannot take resolution={resolution} ({_first_line(error)}); {wants}") from error
+        takes = hub.published(plain).takes
+        raise ModelError(f"{name}: cannot take resolution={resolution} ({_first_line(error)}); {takes}") from error
     if getattr(logits, "shape", None) != (2, classes):
         raise ModelError(f"{name}: does not give one logit a class; choose a network that classifies")
 
@@ -123,38 +113,35 @@ def check_resolution(name: str, resolution: int) -> None:
 def normalisation(name: str) -> Normalisation:
     """The mean and the standard deviation of red, green and blue, in the range 0 to 1, that the network expects.
 
-    ImageNet's for the built-in networks; for a timm model those of its published weights. Raises ModelError
+    ImageNet's for the built-in networks; for a hub's network those of its published weights. Raises ModelError
     for an unknown name.
     """
-    timm_name = _timm_name(name)
-    if timm_name is None:
-        return _IMAGENET
-    config = _timm_config(timm_name)
-    (red, green, blue), (red_std, green_std, blue_std) = config.mean, config.std
-    return (red, green, blue), (red_std, green_std, blue_std)
+    hub, plain = _found(name)
+    return hub.published(plain).normalisation if hub else _IMAGENET
 
 
-def _timm_name(name: str) -> str | None:
-    """The part after `timm:`, or None for a built-in network; any other name raises ModelError."""
+def published(name: str) -> Published:
+    """What the published weights of a hub's network were made for. Raises ModelError for a built-in or unknown name."""
+    hub, plain = _found(name)
+    if hub is None:
+        raise ModelError(
+            f"{name}: has no weights to fetch; pass a file of weights instead, or take torchvision:NAME or timm:NAME"
+        )
+    return hub.published(plain)
+
+
+def _found(name: str) -> tuple[Hub | None, str]:
+    """The hub of a network (None for a built-in one) and its name there. Raises ModelError for an unknown name."""
     if name in _NETWORKS:
-        return None
-    # Loading timm takes seconds, which the built-in networks need not wait for.
-    import timm
-
-    known = [_TIMM + timm_name for timm_name in timm.list_models() + timm.list_pretrained()]
-    if name in known:
-        return name.removeprefix(_TIMM)
+        return None, name
+    hub, colon, plain = name.partition(":")
+    if colon and hub in HUBS and plain in HUBS[hub].names():
+        return HUBS[hub], plain
+    known = [f"{hub}:{plain}" for hub in HUBS for plain in HUBS[hub].names()]
     near = difflib.get_close_matches(name.lower(), [*_NETWORKS, *known])
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ModelError(f"unknown network {name!r}: {hint}take one of {', '.join(_NETWORKS)} or timm:<name>")
-
-
-def _timm_config(timm_name: str) -> "PretrainedCfg":
-    import timm
-    from timm.models import PretrainedCfg
-
-    # timm, too, takes the defaults for a model without published weights.
-    return timm.get_pretrained_cfg(timm_name) or PretrainedCfg()
+    theirs = " or ".join(f"{hub}:<name>" for hub in HUBS)
+    raise ModelError(f"unknown network {name!r}: {hint}take one of {', '.join(_NETWORKS)}, {theirs}")
 
 
 def _first_line(error: Exception) -> str:

@@ -64,6 +64,12 @@ def load_weights(path: str | PathLike[str]) -> Weights:
     return Weights(path, _plain_names(state), network)
 
 
+def count_outputs(weights: Weights, *, name: str) -> int | None:
+    """The number of classes that weights of the network `name` tell apart; None where they have no head of its kind."""
+    sizes = {weights.state[key].shape[0] for key in _head(name) if key in weights.state and weights.state[key].dim()}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
 def load_into(network: nn.Module, weights: Weights, *, name: str, strict_head: bool) -> list[str]:
     """Copy weights into the network that `build(name, ...)` made, in the type and on the device it has.
 
@@ -143,8 +149,8 @@ def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _architecture(name: str) -> str:
-    """The name without the tag of timm's weights, which says how they were trained, not what they are."""
-    return name.partition(".")[0] if name.startswith("timm:") else name
+    """The name without the tag of a hub's weights, which says how they were trained, not what they are."""
+    return name.partition(".")[0] if ":" in name else name
 
 
 def _head(name: str) -> set[str]:

@@ -18,7 +18,7 @@ def announce(trainer: Trainer, refinery: Trained | None, *, asked: Precision) ->
     low, high = (f"{100 * share:g}" for share in rule.scale)
     labels = "ground truth, the label of the whole image for every crop"
     if refinery:
-        labels = f"refinery {refinery.name} ({refinery.file}), with {config.labels.bn} statistics"
+        labels = f"refinery {refinery.name} ({refinery.place}), with {config.labels.bn} statistics"
         labels += {"crop": "", "image": ", one an image", "category": ", one a category"}[config.labels.per]
         if config.labels.resolution:
             labels += f", at {config.labels.resolution} px"

@@ -78,7 +78,8 @@ class LabelsConfig:
         smoothing: without a refinery, the share of each label spread over all classes, 0 to 1
         bn: the refinery's batch normalisation uses the statistics of the batch (as the paper does) or its running
             ones, which is faster, since they are folded into the convolutions
-        resolution: pixels a side at which the refinery sees the crops; fewer are faster (default: as the student)
+        resolution: pixels a side at which the refinery sees the crops; fewer are faster, and published weights are at
+            their best at what they were trained at (default: as the student, if the refinery takes that size)
         per: what has a label of its own: each crop, as in the paper; each image, whose central crop the refinery labels
             once for all its crops; or each category, whose label is the refinery's mean over its images
         taxonomy: without a refinery, a file of WordNet's is-a relation ("parent child" lines): each category's label
@@ -128,11 +129,12 @@ class Config:
     """Trains an image classifier, from the labels that a refinery gives to each crop or from the ground truth.
 
     Args:
-        model: the network to train: alexnet, mobilenet, resnet18, ... or timm:NAME; several, with spaces between
-            them, train together on one refinery's labels
+        model: the network to train: alexnet, mobilenet, resnet18, ..., timm:NAME or torchvision:NAME; several, with
+            spaces between them, train together on one refinery's labels
         refinery: who labels the crops: a network's name (trained first if it has no finished run on this data),
-            a run folder, or NAME:FILE; left out: the images' own labels
-        pretrained: start from a file of weights, or from timm's own (timm)
+            a run folder, NAME:FILE, or timm:NAME:pretrained or torchvision:NAME:pretrained for published weights;
+            left out: the images' own labels. Of a refinery that knows more classes than the data has, those are used
+        pretrained: start from a file of weights, or from those that timm or torchvision publish for its network
         data: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette
         recipe: a recipe's name or YAML file (default: quick on scenes, fine-tune with pretrained, else label-refinery)
         epochs: passes over the training images

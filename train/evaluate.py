@@ -1,76 +1,98 @@
-"""Scores a trained network on a validation set: top-1, top-5 and the accuracy of each class.
+"""Scores a trained network on a validation set: top-1, top-5 and the accuracy of each class, ReaL and multi-label.
 
 python -m train.evaluate --checkpoint runs/scenes/... --data images/
+python -m train.evaluate --checkpoint torchvision:resnet50:pretrained --data imagenet/val --split all --real real.json
 make evaluate CHECKPOINT=runs/scenes/... DATA=images/
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from data import DataError
 from data.command import run_command
-from data.convert import ConvertedSet, Unconverted, find_set
+from data.convert import ConvertedSet, Unconverted, find_set, is_converted
 from data.loader import Loader, open_loader
+from data.originals import Originals
 from data.progress import images_bar
-from data.sources import CropRule
+from data.sources import CropRule, Source, open_source
 from kernels.normalise import Normalisation, Normalise
 from models import ModelError
 from train import TrainError
+from train.classes import are_imagenet, by_id, lacking, places_of
 from train.device import autocast_type, device_named, precision_on
+from train.multilabel import Accuracy, Answers, Labels, multi_label_accuracy, read_multi_label, read_real, real_accuracy
 from train.trained import Trained, load_trained
+
+# For images whose set has no crop rule, where the network doesn't say either.
+_USUAL_CROPS = CropRule(resolution=224)
 
 
 @dataclass
 class Scores:
-    """Accuracies in percent. per_class: for each class, its images and its top-1 (None where it has no images)."""
+    """Accuracies in percent. per_class: for each class, its images and its top-1 (None where it has no images).
+
+    predicted: int64 [images of the set], the likeliest class of each; -1 for one that could not be read.
+    """
 
     top1: float
     top5: float
     images: int
     per_class: list[tuple[int, float | None]]
+    predicted: torch.Tensor
 
 
 @torch.inference_mode()
 def score(
     network: nn.Module,
-    loader: Loader,
+    loader: Loader | Originals,
     normalisation: Normalisation,
     *,
     device: torch.device,
     autocast: torch.dtype | None,
-    columns: Sequence[int] | None = None,
+    places: Sequence[int] | None = None,
 ) -> Scores:
     """Runs the network over the loader's images, in evaluation mode.
 
-    columns: for each class of the loader, its place among the network's outputs; None where they are the same.
+    places: for each class of the loader its place among the network's outputs, or -1 where the network lacks it; None
+    where the two are the same. The network chooses among the loader's classes alone, and images of classes that it
+    lacks are not scored.
     """
     network.eval()
     normalise = Normalise(normalisation).to(device)
     num_classes = loader.num_classes
+    known = torch.tensor(range(num_classes) if places is None else places)
+    # The loader's classes to choose from, and the outputs that stand for them.
+    choices = (known >= 0).nonzero()[:, 0].to(device)
+    outputs = known.to(device)[choices]
     # Rows: images of each class, those right at first, those right within five.
     counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
+    predicted = torch.full((loader.num_samples,), -1, dtype=torch.int64, device=device)
     with images_bar(loader.num_samples, "validate", leave=False) as bar:
         for batch in loader.epoch(0):
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 logits = network(normalise(batch.crops)).float()
-            if columns is not None:
-                logits = logits[:, columns]
-            hits = logits.topk(min(5, num_classes), dim=1).indices == batch.labels[:, None]
-            for row, weights in enumerate((torch.ones_like(batch.labels), hits[:, 0], hits.any(dim=1))):
+            likeliest = choices[logits[:, outputs].topk(min(5, len(choices)), dim=1).indices]
+            predicted[batch.indices] = likeliest[:, 0]
+            hits = likeliest == batch.labels[:, None]
+            for row, weights in enumerate((torch.isin(batch.labels, choices), hits[:, 0], hits.any(dim=1))):
                 counts[row].scatter_add_(0, batch.labels, weights.long())
             bar.update(len(batch.labels))
     images, first, within5 = counts.cpu().tolist()
     total = sum(images)
+    if not total:
+        raise TrainError("there is no image to score: none could be read that is of a class of the network")
     return Scores(
         top1=100 * sum(first) / total,
         top5=100 * sum(within5) / total,
         images=total,
         per_class=[(n, 100 * right / n if n else None) for n, right in zip(images, first, strict=True)],
+        predicted=predicted.cpu(),
     )
 
 
@@ -99,69 +121,162 @@ def evaluate(
     decoder: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    split: Literal["val", "all"] = "val",
+    real: str | None = None,
+    multi_label: str | None = None,
 ) -> None:
     """Scores a checkpoint on the validation images of a set, and writes the scores with the accuracy of each class.
 
+    Where the set has only some of the network's classes, the network chooses among these. A network of some of
+    ImageNet's classes is scored on the images of these. Folders numbered 0 to 999, as ImageNetV2's are, are ImageNet's
+    classes in their order.
+
+    For ReaL and multi-label accuracy (train/multilabel.py), labels outside the classes that are scored are dropped, and
+    images left without labels are not scored.
+
     Args:
-        checkpoint: a run folder, a checkpoint file, or NAME:FILE for a bare file of weights
+        checkpoint: a run folder, a checkpoint file, NAME:FILE for a bare file of weights, or for published ones
+            timm:NAME:pretrained or torchvision:NAME:pretrained
         data: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette
-        out: the JSON file to write (default: beside the checkpoint)
+        out: the JSON file to write (default: beside the checkpoint; for published weights, here)
         resolution: pixels a side of the crops (default: what the network was trained at)
         batch: crops at a time
         decoder: auto, ffcv, dali or torchvision
         device: auto, cpu, cuda or cuda:N
         threads: decoding threads (default: one a processor)
+        split: all scores every image of class folders without train/ and val/, not the tenth of them that training
+            holds out: for sets made for evaluation. Like real and multi_label it reads the image files as they are
+        real: real.json, for ReaL accuracy too: of the images with labels there (ILSVRC2012_val_00000001 and so on), the
+            share whose likeliest class is one of them
+        multi_label: human_accuracy_v3.0.0.json, for multi-label accuracy too: the share of a class's images whose
+            likeliest class experts judged right or unclear, but for problematic images; the mean over the classes
     """
     where = device_named(device)
-    found = find_set(data)
+    asked: dict[str, tuple[Labels, Callable[[Labels, Answers], Accuracy]]] = {}
+    if real:
+        asked["ReaL"] = read_real(Path(real)), real_accuracy
+    if multi_label:
+        asked["multi-label"] = read_multi_label(Path(multi_label)), multi_label_accuracy
+    from_files = split == "all" or bool(asked)
+    found = _image_files(data, split, labelled=bool(asked)) if from_files else find_set(data)
     trained = load_trained(checkpoint, class_names=found.class_names)
-    columns = columns_of(trained, found.class_names, data)
-    target = (
-        Path(out) if out else trained.file.parent / f"evaluation-{trained.file.stem}-{Path(data).resolve().name}.json"
-    )
-    converted = found.convert() if isinstance(found, Unconverted) else found
-    resolution = resolution or trained.resolution or converted.crop.resolution
-    rule = replace(converted.crop, resolution=resolution)
-    loader = validation_loader(converted, rule=rule, batch=batch, decoder=decoder, device=where, threads=threads)
-    network = trained.network.to(where).to(memory_format=torch.channels_last)
-    autocast = autocast_type(precision_on(where))
-    scores = score(network, loader, trained.normalisation, device=where, autocast=autocast, columns=columns)
-    print(f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % on {scores.images} images at {resolution} px")
+    places = _places(trained, found.class_names, data)
+    several: dict[str, Accuracy] = {}
+    if isinstance(found, Source):
+        rule = _crop_rule(trained, found.crop or _USUAL_CROPS, resolution)
+        images = Originals(
+            found.val,
+            found.class_names,
+            resolution=rule.resolution,
+            batch_size=batch,
+            center_ratio=rule.center_ratio,
+            device=where,
+            threads=threads,
+        )
+        for kind, (labels, _) in asked.items():
+            if not any(Path(file).stem in labels for file in images.files):
+                raise TrainError(f"DATA={data}: none of its files is named as one that has {kind} labels")
+        scores = _scored(trained, images, places, where)
+        ids = by_id(found.class_names)
+        answers = Answers(
+            files=images.files,
+            folders=[ids[label] for label in found.val.labels],
+            likeliest=[ids[index] if index >= 0 else None for index in scores.predicted.tolist()],
+            choices=frozenset(name for name, place in zip(ids, places, strict=True) if place >= 0),
+        )
+        several = {kind: accuracy(labels, answers) for kind, (labels, accuracy) in asked.items()}
+    else:
+        converted = found.convert() if isinstance(found, Unconverted) else found
+        rule = _crop_rule(trained, converted.crop, resolution)
+        loader = validation_loader(converted, rule=rule, batch=batch, decoder=decoder, device=where, threads=threads)
+        scores = _scored(trained, loader, places, where)
+    print(f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % on {scores.images} images at {rule.resolution} px")
+    for kind, accuracy in several.items():
+        percent = "unknown" if accuracy.percent is None else f"{accuracy.percent:.2f} %"
+        known = sum(place >= 0 for place in places)
+        print(
+            f"{kind} {percent} on {accuracy.images} images; {accuracy.left_out} more have no label among the {known} "
+            "classes"
+        )
     written = {
-        "checkpoint": str(trained.file),
+        "checkpoint": trained.place,
         "network": trained.name,
         "data": data,
-        "resolution": resolution,
+        "resolution": rule.resolution,
         "top1": scores.top1,
         "top5": scores.top5,
         "images": scores.images,
+        **{kind.lower().replace("-", "_"): asdict(accuracy) for kind, accuracy in several.items()},
         "per_class": {
-            name: {"images": images, "top1": top1}
-            for name, (images, top1) in zip(converted.class_names, scores.per_class, strict=True)
+            name: {"images": images_of, "top1": top1}
+            for name, (images_of, top1) in zip(found.class_names, scores.per_class, strict=True)
         },
     }
+    _write(written, Path(out) if out else _beside(trained, data))
+
+
+def _image_files(data: str, split: str, *, labelled: bool) -> Source:
+    """The image files of a set, whose val split is to be scored."""
+    if is_converted(data):
+        raise TrainError(
+            f"DATA={data}: is a converted set, which keeps no names of files; give the folder or archive that it "
+            "was made from"
+        )
+    source = open_source(data, whole=split == "all")
+    if labelled and not are_imagenet(source.class_names):
+        raise TrainError(f"DATA={data}: is of other classes than ImageNet's, for which real and multi_label are")
+    for note in source.notes:
+        print(note, flush=True)
+    return source
+
+
+def _places(trained: Trained, class_names: Sequence[str], data: str) -> list[int]:
+    """For each of the set's classes its place among the network's outputs, or -1; says so where they are not the same.
+
+    Raises TrainError when the network lacks classes of the set, unless it is one of ImageNet's that has some of them.
+    """
+    places = places_of(trained.class_names, class_names)
+    theirs, ours, common = len(trained.class_names), len(places), sum(place >= 0 for place in places)
+    if common < ours:
+        imagenet = are_imagenet(trained.class_names) and are_imagenet(class_names)
+        if not (imagenet and common > 1):
+            raise TrainError(
+                f"{trained.place}: {trained.name} was trained on {theirs} classes, and {data} has {ours}, of which it "
+                f"lacks {lacking(places, class_names)}"
+            )
+        print(f"of the data's {ours} classes, the {common} that {trained.name} knows are scored", flush=True)
+    if common < theirs:
+        print(f"of the {theirs} classes of {trained.name}, the {common} of the data are used", flush=True)
+    return places
+
+
+def _crop_rule(trained: Trained, rule: CropRule, resolution: int | None) -> CropRule:
+    """The validation crop: the network's own, else the set's."""
+    return replace(
+        rule,
+        resolution=resolution or trained.resolution or rule.resolution,
+        center_ratio=trained.center_ratio or rule.center_ratio,
+    )
+
+
+def _scored(trained: Trained, loader: Loader | Originals, places: Sequence[int], device: torch.device) -> Scores:
+    network = trained.network.to(device).to(memory_format=torch.channels_last)
+    autocast = autocast_type(precision_on(device))
+    return score(network, loader, trained.normalisation, device=device, autocast=autocast, places=places)
+
+
+def _beside(trained: Trained, data: str) -> Path:
+    """Where scores are written unless the user says so: beside the checkpoint; for published weights, here."""
+    folder, stem = (trained.file.parent, trained.file.stem) if trained.file else (Path(), trained.name)
+    return folder / f"evaluation-{stem.replace(':', '-')}-{Path(data).resolve().name}.json"
+
+
+def _write(written: dict, target: Path) -> None:
     try:
         target.write_text(json.dumps(written, indent=1) + "\n")
     except OSError as error:
         raise TrainError(f"{target}: cannot be written ({error.strerror}); name another file with OUT") from None
     print(f"written to {target}")
-
-
-def columns_of(trained: Trained, class_names: Sequence[str], data: str) -> list[int] | None:
-    """Where the set's classes stand among the network's outputs; None where the two lists are the same.
-
-    Raises TrainError when the network lacks a class of the set.
-    """
-    if tuple(trained.class_names) == tuple(class_names):
-        return None
-    places = {name: place for place, name in enumerate(trained.class_names)}
-    missing = [name for name in class_names if name not in places]
-    if missing:
-        raise TrainError(
-            f"{trained.file}: {trained.name} was trained on {len(trained.class_names)} classes, and {data} has "
-            f"{len(class_names)}, of which it lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
-        )
-    return [places[name] for name in class_names]
 
 
 if __name__ == "__main__":

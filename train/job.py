@@ -26,6 +26,7 @@ from models import ModelError
 from models.weights import load_into, load_weights
 from train import TrainError, checkpoint
 from train.announce import announce, report
+from train.classes import lacking, places_of
 from train.config import Config, CropConfig, parse
 from train.crop_truth import label_quality
 from train.device import autocast_type, device_named, precision_on
@@ -140,16 +141,64 @@ def _check_network(config: Config) -> None:
     for resolution in (config.resolution, config.resolution_from):
         if resolution is not None:
             models.check_resolution(config.model, resolution)
-    if config.pretrained and config.pretrained != "timm":
+    if config.pretrained in models.HUBS:
+        if not config.model.startswith(f"{config.pretrained}:"):
+            raise TrainError(
+                f"pretrained={config.pretrained}: has weights for {config.pretrained}:NAME only, and not for "
+                f"MODEL={config.model}; give a file of weights"
+            )
+    elif config.pretrained:
         load_weights(config.pretrained)
 
 
 def _check_classes(refinery: Trained, class_names: Sequence[str], config: Config) -> None:
-    theirs, ours = len(refinery.class_names), len(class_names)
-    if theirs != ours:
-        raise TrainError(f"REFINERY={config.refinery}: labels {theirs} classes, and DATA={config.data} has {ours}")
-    if refinery.class_names != tuple(class_names):
-        raise TrainError(f"REFINERY={config.refinery}: labels {theirs} other classes than those of DATA={config.data}")
+    places = places_of(refinery.class_names, class_names)
+    theirs, ours = len(refinery.class_names), len(places)
+    if -1 in places:
+        raise TrainError(
+            f"REFINERY={config.refinery}: labels {theirs} classes, and DATA={config.data} has {ours}, of which it "
+            f"lacks {lacking(places, class_names)}; train it on DATA first, as MODEL with PRETRAINED"
+        )
+    if theirs > ours:
+        print(f"refinery: of its {theirs} classes, the data's {ours} are used", flush=True)
+
+
+def _refinery_resolution(refinery: Trained, config: Config, rule: CropRule) -> int | None:
+    """Pixels a side to which crops are resized for the refinery; None: it sees them as the student does.
+
+    So it does unless another size is asked for or it takes only the one it was trained at, as most transformers do;
+    that one may be many times the student's work. Raises TrainError for a size that it does not take.
+    """
+    asked, usual = config.labels.resolution, refinery.resolution
+    for side in {asked} if asked else {rule.resolution, config.resolution_from or rule.resolution}:
+        failure = _failure_at(side, refinery)
+        if failure and (asked or not usual):
+            raise TrainError(
+                f"REFINERY={config.refinery}: cannot take crops of {side} px ({failure}); give another size with "
+                "labels.resolution"
+            )
+        if failure:
+            print(f"refinery: crops are resized to the {usual} px that it takes", flush=True)
+            return usual
+    if not asked and usual not in (None, rule.resolution):
+        print(
+            f"refinery: trained at {usual} px, it sees the crops of {rule.resolution} px as they are "
+            f"(--labels.resolution {usual} resizes them)",
+            flush=True,
+        )
+    return asked
+
+
+@torch.inference_mode()
+def _failure_at(side: int, refinery: Trained) -> str | None:
+    """Why the network does not take crops of this size; None if it does."""
+    if side == refinery.resolution:
+        return None
+    try:
+        refinery.network.eval()(torch.zeros(1, 3, side, side))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
 
 
 def _refinery_run(config: Config, data: ConvertedSet, device: torch.device) -> Run:
@@ -231,8 +280,9 @@ def _label_source(
         refinery.network,
         refinery.normalisation,
         bn=wanted.bn,
-        resolution=wanted.resolution,
+        resolution=_refinery_resolution(refinery, config, rule),
         center=center,
+        columns=None if refinery.class_names == data.class_names else places_of(refinery.class_names, data.class_names),
         dtype=autocast or torch.float32,
     )
     if wanted.per != "category":
@@ -257,8 +307,9 @@ def _folder(config: Config, data: ConvertedSet, identity: dict[str, Any]) -> Pat
 
 def _build(config: Config, data: ConvertedSet) -> nn.Module:
     torch.manual_seed(config.seed)
-    network = models.build(config.model, len(data.class_names), pretrained=config.pretrained == "timm")
-    if config.pretrained and config.pretrained != "timm":
+    published = config.pretrained in models.HUBS
+    network = models.build(config.model, len(data.class_names), pretrained=published)
+    if config.pretrained and not published:
         left_out = load_into(network, load_weights(config.pretrained), name=config.model, strict_head=False)
         print(
             f"pre-trained weights from {config.pretrained}{f', except {left_out}' if left_out else ''}",
@@ -300,7 +351,7 @@ def _identity(config: Config, rule: CropRule, data: ConvertedSet, refinery: Trai
     """All that decides the weights a run ends with; how fast it gets there (decoder, threads, compiler) is left out."""
     fingerprint = "".join(Beton(data.beton(split)).fingerprint for split in ("train", "val"))
     pretrained = config.pretrained
-    if pretrained and pretrained != "timm":
+    if pretrained and pretrained not in models.HUBS:
         pretrained = _hash_of(Path(pretrained))
     labels = asdict(config.labels)
     if config.labels.taxonomy:
@@ -309,7 +360,7 @@ def _identity(config: Config, rule: CropRule, data: ConvertedSet, refinery: Trai
         "data": {"name": data.name, "fingerprint": hashlib.sha256(fingerprint.encode()).hexdigest()},
         "model": config.model,
         "pretrained": pretrained,
-        "refinery": {"network": refinery.name, "weights": _hash_of(refinery.file)} if refinery else None,
+        "refinery": {"network": refinery.name, "weights": refinery.digest()} if refinery else None,
         "labels": labels,
         "loss": asdict(config.loss),
         "ema": config.ema,

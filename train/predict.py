@@ -7,14 +7,13 @@ make predict CHECKPOINT=runs/scenes/... IMAGES=folder/
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
 from data import DataError
 from data.command import run_command
+from data.originals import UNREADABLE, central_crop
 from data.pixels import upright_rgb
-from data.plan import center_boxes
 from data.sources import image_files
 from kernels.normalise import Normalise
 from models import ModelError
@@ -28,7 +27,8 @@ def predict(checkpoint: str, images: str, resolution: int | None = None, device:
     """Prints the five likeliest classes of an image, or of every image in a folder and below.
 
     Args:
-        checkpoint: a run folder or a checkpoint file of ours
+        checkpoint: a run folder, a checkpoint file of ours, or a network of ImageNet's classes as NAME:FILE,
+            timm:NAME:pretrained or torchvision:NAME:pretrained
         images: an image file or a folder
         resolution: pixels a side of the crop (default: what the network was trained at)
         device: auto, cpu, cuda or cuda:N
@@ -46,15 +46,12 @@ def predict(checkpoint: str, images: str, resolution: int | None = None, device:
     for file in files:
         try:
             image = upright_rgb(Image.open(file))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             print(f"{file}: left out, cannot be read ({error})", file=sys.stderr)
             unreadable += 1
             continue
-        top, left, height, width = map(
-            int, center_boxes([(image.height, image.width)], ratio=trained.center_ratio or 224 / 256)[0]
-        )
-        crop = image.crop((left, top, left + width, top + height)).resize((side, side), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None].to(where)
+        crop = central_crop(image, resolution=side, center_ratio=trained.center_ratio or 224 / 256)
+        pixels = torch.from_numpy(crop).permute(2, 0, 1)[None].to(where)
         chances = network(normalise(pixels)).float().softmax(dim=1)[0]
         likeliest = chances.topk(min(5, len(chances)))
         print(file)

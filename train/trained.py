@@ -1,54 +1,85 @@
-"""A trained network as the user names it: a run folder, a checkpoint file, or NAME:FILE."""
+"""A trained network as the user names it: a run folder, a checkpoint file, NAME:FILE, or NAME:pretrained."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import models
 from kernels.normalise import Normalisation
-from models.weights import load_into, load_weights
+from models.imagenet import class_ids
+from models.weights import count_outputs, load_into, load_weights
 from train import TrainError
+from train.classes import by_id
+
+# What takes the place of a file for the weights that a hub publishes.
+_PRETRAINED = "pretrained"
 
 
 @dataclass
 class Trained:
     """A network with its weights.
 
+    file: None for weights that a hub published. class_names: of its outputs, in order.
     resolution, center_ratio: pixels a side it was trained at, and its validation crop; None where the file doesn't say.
     """
 
     network: nn.Module
     name: str
-    file: Path
+    file: Path | None
     class_names: tuple[str, ...]
     normalisation: Normalisation
     resolution: int | None = None
     center_ratio: float | None = None
 
+    @property
+    def place(self) -> str:
+        """Where its weights come from, for messages."""
+        return str(self.file) if self.file else f"{self.name}:{_PRETRAINED}"
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of its file, or of its weights where there is none."""
+        if self.file:
+            with open(self.file, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for name, value in sorted(self.network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
 
 def parse_spec(spec: str) -> tuple[str | None, str | None]:
     """A network's name and a file, either of which may be left out: NAME, NAME:FILE, or a run folder or file.
 
-    `resnet50`, `timm:NAME`, `resnet50:weights.pt`, `timm:NAME:weights.pt`, `runs/scenes/resnet50-0123abcd`.
+    `resnet50`, `timm:NAME`, `resnet50:weights.pt`, `timm:NAME:weights.pt`, `runs/scenes/resnet50-0123abcd`. In place
+    of a file, `pretrained` stands for what a hub publishes: `timm:NAME:pretrained`, `torchvision:NAME:pretrained`.
     """
-    if spec in models.names() or (spec.startswith("timm:") and spec.count(":") == 1):
+    hubs = tuple(f"{hub}:" for hub in models.HUBS)
+    if spec in models.names() or (spec.startswith(hubs) and spec.count(":") == 1):
         return spec, None
     name, _, file = spec.rpartition(":")
-    if name in models.names() or name.startswith("timm:"):
+    if name in models.names() or name.startswith(hubs):
         return name, file
     return None, spec
 
 
 def load_trained(spec: str, *, class_names: Sequence[str] | None = None) -> Trained:
-    """Loads a run folder (its last.pt), a checkpoint file of ours, or NAME:FILE.
+    """Loads a run folder (its last.pt), a checkpoint file of ours, NAME:FILE, or NAME:pretrained.
 
-    class_names: the classes of a bare file of weights, which names none.
+    class_names: those of the data. A bare file of weights names no classes: its are these, unless it has as many
+    outputs as ImageNet has classes and these are some of ImageNet's, or not known; then its are ImageNet's, in the
+    order of all published networks.
 
-    Raises TrainError for a path that is not there and ModelError for files that do not fit the network.
+    Raises TrainError for a path that is not there and ModelError for files that do not fit the network, and for
+    published weights that cannot be fetched.
     """
     name, place = parse_spec(spec)
+    if name and place == _PRETRAINED:
+        return _published(name)
     path = Path(place or "")
     if path.is_dir():
         if not (path / "last.pt").is_file():
@@ -60,13 +91,40 @@ def load_trained(spec: str, *, class_names: Sequence[str] | None = None) -> Trai
     described = weights.network
     if not described and not name:
         raise TrainError(f"{path}: holds bare weights; name their network too, as in resnet50:{path}")
-    if not described and class_names is None:
-        raise TrainError(f"{path}: holds bare weights without the names of classes; use a run folder or its checkpoint")
     name = name or str(described["name"] if described else "")
-    names = tuple(described["class_names"]) if described else tuple(class_names or ())
+    if described:
+        names = tuple(described["class_names"])
+    else:
+        names = _classes_of_bare(count_outputs(weights, name=name), class_names)
+        if not names:
+            raise TrainError(
+                f"{path}: holds bare weights without the names of classes; use a run folder or its checkpoint"
+            )
     network = models.build(name, len(names))
     load_into(network, weights, name=name, strict_head=True)
     if described:
         normalisation = (tuple(described["mean"]), tuple(described["std"]))
         return Trained(network, name, path, names, normalisation, described["resolution"], described["center_ratio"])
     return Trained(network, name, path, names, models.normalisation(name))
+
+
+def _published(name: str) -> Trained:
+    known = models.published(name)
+    names = class_ids(known.num_classes)
+    if not names:
+        raise TrainError(
+            f"{name}: its published weights are no classifier of ImageNet's classes; fine-tune it, or take another"
+        )
+    network = models.build(name, len(names), pretrained=True)
+    return Trained(network, name, None, names, known.normalisation, known.resolution, known.center_ratio)
+
+
+def _classes_of_bare(outputs: int | None, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    """The classes of a bare file of weights; none where nothing tells."""
+    given = tuple(class_names or ())
+    ours = by_id(given)
+    # Folders that are numbered are in another order than the outputs of any network of ImageNet.
+    if outputs is None or (len(given) == outputs and ours == given):
+        return ours
+    imagenet = class_ids(outputs) or ()
+    return imagenet if set(ours) <= set(imagenet) else ours

@@ -131,3 +131,18 @@ def test_digits_do_not_flip(no_checksums, tmp_path):
     assert source.crop is not None
     assert not source.crop.flip
     assert source.crop.scale == (0.5, 1.0)
+
+
+def test_a_set_made_for_evaluation_is_val_as_a_whole(tmp_path):
+    root = write_class_folders(tmp_path / "set", 3, 1)
+    with pytest.raises(DataError, match="too few images to hold any out"):
+        open_source(str(root))
+    whole = open_source(str(root), whole=True)
+    assert (len(whole.train.items), whole.val.labels.tolist()) == (0, [0, 1, 2])
+    assert whole.class_names == ("class0", "class1", "class2")
+    assert whole.notes == ()
+    write_class_folders(tmp_path / "both" / "train", 2, 1)
+    write_class_folders(tmp_path / "both" / "val", 2, 1)
+    for data in (str(tmp_path / "both"), "scenes"):
+        with pytest.raises(DataError, match=f"{data}: has images for training and others for validation; leave"):
+            open_source(data, whole=True)

@@ -42,7 +42,9 @@ def test_an_unknown_name_lists_the_names_and_suggests_a_near_one(name: str, sugg
 
 
 def test_a_name_unlike_any_other_gets_no_suggestion() -> None:
-    with pytest.raises(ModelError, match=r"^unknown network 'qqqq': take one of alexnet, .* or timm:<name>$"):
+    with pytest.raises(
+        ModelError, match=r"^unknown network 'qqqq': take one of alexnet, .*, timm:<name> or torchvision:<name>$"
+    ):
         models.check_resolution("qqqq", 224)
 
 
@@ -84,7 +86,10 @@ def test_weights_that_cannot_be_fetched_end_in_one_line(monkeypatch: pytest.Monk
 
 
 def test_built_in_networks_have_no_weights_to_fetch() -> None:
-    with pytest.raises(ModelError, match=r"^resnet50: has no weights to fetch; pass a file of weights instead$"):
+    with pytest.raises(
+        ModelError,
+        match=r"^resnet50: has no weights to fetch; pass a file of weights instead, or take torchvision:NAME",
+    ):
         models.build("resnet50", 10, pretrained=True)
 
 

@@ -1,7 +1,10 @@
-"""Runs on a tiny set, within this process."""
+"""Runs on a tiny set, within this process; and one whose classes are some of ImageNet's."""
+
+from pathlib import Path
 
 import pytest
 
+from tests.pictures import write_class_folders
 from train.config import parse
 from train.job import train
 
@@ -19,3 +22,14 @@ def run(converted, tmp_path, monkeypatch):
         return runs[0] if len(runs) == 1 else runs
 
     return run
+
+
+@pytest.fixture(scope="session")
+def wordnet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ with 16 images of each of 3 classes of ImageNet, val/ with 5."""
+    root = tmp_path_factory.mktemp("wordnet")
+    for part, images, seed in (("train", 16, 0), ("val", 5, 1000)):
+        write_class_folders(root / part, 3, images, seed=seed)
+        for label, name in enumerate(("n01491361", "n02104029", "n15075141")):
+            (root / part / f"class{label}").rename(root / part / name)
+    return root

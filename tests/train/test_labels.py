@@ -153,3 +153,15 @@ def test_the_label_of_the_image_is_that_of_its_central_crop(converted, network):
     whole = open_loader(converted.beton("train"), resolution=32, batch_size=48, decoder="ffcv", train=False)
     said = Refinery(network, IMAGENET, bn="running")(next(iter(whole.epoch(0)))).logits
     torch.testing.assert_close(refinery(batch).logits, said[batch.indices], rtol=1e-4, atol=1e-4)
+
+
+def test_of_a_refinery_of_more_classes_the_datas_are_used(batch):
+    """Its label is what the network says given that the crop shows one of the data's classes."""
+    torch.manual_seed(0)
+    network = models.build("resnet18", 20)
+    columns = [17, 3, 8]
+    logits = Refinery(network, IMAGENET, columns=columns)(batch).logits
+    whole = Refinery(network, IMAGENET)(batch).logits
+    assert torch.equal(logits, whole[:, columns])
+    chances = whole.softmax(dim=1)[:, columns]
+    torch.testing.assert_close(logits.softmax(dim=1), chances / chances.sum(dim=1, keepdim=True))

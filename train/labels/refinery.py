@@ -1,5 +1,6 @@
 """An online refinery: a trained network that labels the very crop the student sees (Label Refinery, section 3)."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -21,6 +22,11 @@ _USUAL_RESOLUTION = 224
 class Refinery(LabelSource):
     """The network's logits for each crop. Its weights and running statistics stay as they are; dropout is off.
 
+    columns: where the data's classes stand among its outputs, for a network that knows more classes; None: they are the
+    same. The other outputs are dropped, so that the label is the softmax over the data's classes: what the network says
+    of the crop given that it shows one of these. What it gave to the others is no probability that the student, who
+    lacks them, could learn.
+
     bn: "batch" normalises with the statistics of the current batch, as the network itself was trained, which the
     paper found to label more accurately (section 3); "running" uses the stored ones, folded into the convolutions.
     normalisation: mean and std of its input. resolution: px a side that crops are resized to for it; None: as they are.
@@ -28,6 +34,8 @@ class Refinery(LabelSource):
     training crop itself.
     dtype: what its convolutions and linear layers compute in under autocast, and so what their weights are stored in.
     """
+
+    columns: torch.Tensor | None
 
     def __init__(
         self,
@@ -37,6 +45,7 @@ class Refinery(LabelSource):
         bn: str = "batch",
         resolution: int | None = None,
         center: Pairing | None = None,
+        columns: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
@@ -45,6 +54,7 @@ class Refinery(LabelSource):
         self.bn = bn
         self.resolution = resolution
         self.pairings = (center,) if center else ()
+        self.register_buffer("columns", None if columns is None else torch.tensor(columns), persistent=False)
         norms: list[Any] = [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.eval()
         if bn == "batch":
@@ -70,4 +80,5 @@ class Refinery(LabelSource):
         crops = self.normalise(batch.paired[self.pairings[0]] if self.pairings else batch.crops)
         if self.resolution and crops.shape[-1] != self.resolution:
             crops = F.interpolate(crops, size=(self.resolution, self.resolution), mode="bilinear", antialias=True)
-        return Targets(logits=self.network(crops))
+        logits = self.network(crops)
+        return Targets(logits=logits if self.columns is None else logits[:, self.columns])

@@ -1,0 +1,363 @@
+"""What trained networks know of each class, and what they say about single crops: the numbers behind a report."""
+
+import contextlib
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from data import decoders, plan
+from data.beton import Beton
+from data.convert import ConvertedSet
+from data.decoders import Request, View, build_decoder
+from data.loader import CropBatch, open_loader
+from data.sources import CropRule
+from kernels.normalise import Normalise
+from train.classes import are_imagenet, by_id, places_of
+from train.device import autocast_type
+from train.evaluate import score, validation_loader
+from train.labels.refinery import Refinery
+from train.runs import Run, key_of
+from train.trained import Trained
+
+# The likeliest classes of a crop, first to last, with their probabilities.
+Labels = list[tuple[str, float]]
+
+_LABELS_SHOWN = 3
+# A line of twenty points can be read; with few classes, a point still has the mean of two.
+_MOST_BINS = 20
+
+
+@dataclass(frozen=True)
+class Means:
+    """With what crops are decoded and networks run. batch: crops at a time."""
+
+    device: torch.device
+    decoder: str
+    threads: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A finished run as a report sees it.
+
+    name: what figures call it. trained: the weights of its last epoch. rule: how its crops are made. precision: what
+    its network computes in.
+    """
+
+    run: Run
+    name: str
+    trained: Trained
+    rule: CropRule
+    precision: str
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """In percent. per_class: for each class, its images and its top-1 (None where it has no images)."""
+
+    top1: float
+    top5: float
+    per_class: list[tuple[int, float | None]]
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Of one network. train: on one random crop of each training image; val: on the validation images."""
+
+    train: Accuracy
+    val: Accuracy
+
+
+def fingerprint_of(data: ConvertedSet) -> str:
+    """Names the images of a set, as the identity of a run does."""
+    both = "".join(Beton(data.beton(split)).fingerprint for split in ("train", "val"))
+    return hashlib.sha256(both.encode()).hexdigest()
+
+
+def readable(class_names: Sequence[str]) -> tuple[str, ...]:
+    """What readers call the classes: for WordNet ids of ImageNet's classes the first of their words, else the names.
+
+    Where two have the same word (a crane lifts or flies), the id follows it.
+    """
+    if not are_imagenet(class_names):
+        return tuple(class_names)
+    # Loading timm takes seconds.
+    from timm.data import ImageNetInfo
+
+    known = ImageNetInfo()
+    words = dict(zip(known.label_names(), known.label_descriptions(), strict=True))
+    ids = by_id(class_names)
+    names = [words.get(wordnet_id, wordnet_id).partition(",")[0] for wordnet_id in ids]
+    times = Counter(names)
+    return tuple(
+        name if times[name] == 1 else f"{name} {wordnet_id}" for name, wordnet_id in zip(names, ids, strict=True)
+    )
+
+
+def accuracies(subject: Subject, data: ConvertedSet, *, seed: int, means: Means) -> Accuracies:
+    """The accuracy of each class, of the network in evaluation mode, on training crops and on validation images.
+
+    The training crops are those that the plan draws for epoch 0 of `seed`, one of each image.
+    Computed once and kept in the run's folder, named by all that they depend on; that includes decoder, kind of device
+    and precision, since a network that is unsure of a crop may turn with the rounding of a pixel.
+    Raises DataError for damaged images.
+    """
+    of: dict[str, Any] = {
+        "weights": subject.trained.digest(),
+        "images": fingerprint_of(data),
+        "crop": asdict(subject.rule),
+        "seed": seed,
+        "decoder": decoders.choose(means.decoder, means.device),
+        "device": means.device.type,
+        "precision": subject.precision,
+    }
+    path = subject.run.folder / f"accuracies-{key_of(of)}.json"
+    # One that was cut short while it was written is computed again.
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        kept = json.loads(path.read_text())
+        found = Accuracies(*(_accuracy(**kept[split]) for split in ("train", "val")))
+        print(f"{subject.name}: accuracy of each class from {path}", flush=True)
+        return found
+    rule = subject.rule
+    loading: dict[str, Any] = {"decoder": means.decoder, "device": means.device, "threads": means.threads}
+    train = open_loader(
+        data.beton("train"),
+        resolution=rule.resolution,
+        batch_size=means.batch,
+        seed=seed,
+        order="sequential",
+        drop_last=False,
+        scale=rule.scale,
+        ratio=rule.ratio,
+        flip=rule.flip,
+        **loading,
+    )
+    val = validation_loader(data, rule=rule, batch=means.batch, **loading)
+    print(
+        f"{subject.name}: accuracy of each class on {train.num_samples} training crops and {val.num_samples} "
+        "validation images",
+        flush=True,
+    )
+    network = subject.trained.network.to(means.device).to(memory_format=torch.channels_last)
+    autocast = autocast_type(subject.precision)
+    splits = []
+    for loader in (train, val):
+        scores = score(network, loader, subject.trained.normalisation, device=means.device, autocast=autocast)
+        splits.append(_accuracy(scores.top1, scores.top5, scores.per_class))
+    found = Accuracies(*splits)
+    written = {"of": of, "class_names": data.class_names} | asdict(found)
+    try:
+        path.write_text(json.dumps(written, indent=1) + "\n")
+    except OSError as error:
+        print(f"{path}: cannot be written ({error.strerror}); the next report computes this again", flush=True)
+    return found
+
+
+def _accuracy(top1: float, top5: float, per_class: Iterable[Sequence[Any]]) -> Accuracy:
+    # JSON gives lists back for tuples.
+    return Accuracy(top1, top5, [(images, of_class) for images, of_class in per_class])
+
+
+def of_classes(accuracy: Accuracy) -> NDArray[np.float64]:
+    """Accuracy of each class in percent, float64 [C]; NaN for a class without images."""
+    return np.array([np.nan if top1 is None else top1 for _, top1 in accuracy.per_class])
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Classes sorted by training accuracy and binned, each float64 [bins], in percent (Figure 4 of the paper).
+
+    train: mean training accuracy of the bin's classes. val, spread: mean and standard deviation of their validation
+    accuracies. sizes: int, how many classes they are.
+    """
+
+    train: NDArray[np.float64]
+    val: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    sizes: NDArray[np.int64]
+
+
+def binned(found: Accuracies) -> Bins:
+    """Bins of equally many classes (give or take one): of two at least, and at most twenty bins.
+
+    Classes without training or validation images are left out.
+    """
+    train, val = of_classes(found.train), of_classes(found.val)
+    known = np.flatnonzero(np.isfinite(train) & np.isfinite(val))
+    ordered = known[np.argsort(train[known], kind="stable")]
+    members = np.array_split(ordered, min(_MOST_BINS, max(1, len(ordered) // 2)))
+    return Bins(
+        train=np.array([train[ids].mean() for ids in members]),
+        val=np.array([val[ids].mean() for ids in members]),
+        spread=np.array([val[ids].std() for ids in members]),
+        sizes=np.array([len(ids) for ids in members]),
+    )
+
+
+def choose_images(beton: Beton, count: int, *, seed: int) -> list[int]:
+    """At most `count` images of different classes: the first of each in the plan's random order of epoch 0."""
+    order = plan.epoch_order(beton.num_samples, seed=seed, epoch=0)
+    _, firsts = np.unique(beton.labels[order], return_index=True)
+    return order[np.sort(firsts)[:count]].tolist()
+
+
+def training_crops(beton: Beton, indices: Sequence[int], rule: CropRule, *, seed: int, copies: int = 1) -> Request:
+    """`copies` random crops of each image; the first is the one that `accuracies` counts."""
+    images = np.asarray(indices, dtype=np.int64)
+    drawn = [
+        plan.random_boxes(
+            images, beton.sizes[images], seed=seed, epoch=0, copy=copy, scale=rule.scale, ratio=rule.ratio
+        )
+        for copy in range(copies)
+    ]
+    boxes, flips = (np.ascontiguousarray(np.stack(parts, axis=1)) for parts in zip(*drawn, strict=True))
+    return Request(images, boxes, flips & rule.flip)
+
+
+def central_crops(beton: Beton, indices: Sequence[int], rule: CropRule) -> Request:
+    """The validation crop of each image."""
+    images = np.asarray(indices, dtype=np.int64)
+    boxes = plan.center_boxes(beton.sizes[images], ratio=rule.center_ratio)
+    return Request(images, boxes[:, None], np.zeros((len(images), 1), dtype=bool))
+
+
+@torch.no_grad()
+def predictions(subject: Subject, beton: Beton, crops: Request, *, names: Sequence[str], means: Means) -> list[Labels]:
+    """The three likeliest classes of each image's one crop, by the network in evaluation mode.
+
+    names: what the classes are called.
+    """
+    network = subject.trained.network.to(means.device).to(memory_format=torch.channels_last).eval()
+    normalise = Normalise(subject.trained.normalisation).to(means.device)
+    pixels = _pixels(beton, crops, subject.rule.resolution, means)
+    with _autocast(subject.precision, means.device):
+        logits = network(normalise(pixels))
+    return _likeliest(logits, names)
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """How a refinery labels the crops of a student in training.
+
+    whose: a phrase that says which network it is. bn, resolution: see Refinery.
+    """
+
+    refinery: Trained
+    whose: str
+    student: Subject
+    bn: str
+    resolution: int | None
+
+    @property
+    def batch(self) -> int:
+        """Crops at a time; two at the least, for a single one has no statistics."""
+        return max(2, self.student.run.identity["batch"])
+
+
+@torch.no_grad()
+def refinery_labels(
+    labelling: Labelling,
+    beton: Beton,
+    indices: Sequence[int],
+    *,
+    seed: int,
+    copies: int,
+    names: Sequence[str],
+    means: Means,
+) -> tuple[Request, list[list[Labels]]]:
+    """Random crops of training images, and the three likeliest classes of each by the refinery.
+
+    Batch statistics are those of a training batch: crops of other images fill it up, in the plan's order. names: what
+    the classes are called.
+    Returns the crops of these images, and labels [image][copy].
+    """
+    student = labelling.student
+    order = plan.epoch_order(beton.num_samples, seed=seed, epoch=0)
+    others = order[~np.isin(order, indices)].tolist() if labelling.bn == "batch" else []
+    images = [*indices, *others][: max(labelling.batch, len(indices))]
+    n = len(images)
+    crops = training_crops(beton, images, student.rule, seed=seed, copies=copies)
+    autocast = autocast_type(student.precision)
+    class_names, known = student.trained.class_names, labelling.refinery.class_names
+    refinery = Refinery(
+        labelling.refinery.network,
+        labelling.refinery.normalisation,
+        bn=labelling.bn,
+        resolution=labelling.resolution,
+        columns=None if known == class_names else places_of(known, class_names),
+        dtype=autocast or torch.float32,
+    )
+    refinery = refinery.to(means.device).to(memory_format=torch.channels_last)
+    pixels = _pixels(beton, crops, student.rule.resolution, means)
+    labels = []
+    for copy in range(copies):
+        batch = CropBatch(
+            crops=pixels[copy * n : (copy + 1) * n],
+            labels=torch.from_numpy(beton.labels[images]),
+            indices=torch.from_numpy(crops.indices),
+            copies=torch.full((n,), copy),
+            epoch=0,
+            boxes=torch.from_numpy(crops.boxes[:, copy]),
+            sizes=torch.from_numpy(beton.sizes[images]),
+            flips=torch.from_numpy(crops.flips[:, copy]),
+        )
+        with _autocast(student.precision, means.device):
+            logits = refinery(batch).logits
+        labels.append(_likeliest(logits[: len(indices)], names))
+    shown = len(indices)
+    return Request(crops.indices[:shown], crops.boxes[:shown], crops.flips[:shown]), [
+        list(of_image) for of_image in zip(*labels, strict=True)
+    ]
+
+
+def picture(beton: Beton, index: int) -> NDArray[np.uint8]:
+    """A stored image, whole: uint8 [height, width, 3]."""
+    data = beton.encoded(index)
+    if beton.raw[index]:
+        return data.reshape(*beton.sizes[index], 3)
+    return np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
+
+
+def cut_out(image: NDArray[np.uint8], box: NDArray[np.int32], flip: bool) -> NDArray[np.uint8]:
+    """The crop of an image [height, width, 3], at the image's own resolution."""
+    top, left, height, width = map(int, box)
+    crop = image[top : top + height, left : left + width]
+    return crop[:, ::-1] if flip else crop
+
+
+def _pixels(beton: Beton, crops: Request, resolution: int, means: Means) -> torch.Tensor:
+    """uint8 [copies * n, 3, R, R] on the device, all images' first crops in front."""
+    n, copies = crops.flips.shape
+    decoder = build_decoder(
+        means.decoder,
+        beton,
+        views=(View(copies, resolution),),
+        device=means.device,
+        threads=means.threads,
+        max_batch=n,
+    )
+    ((pixels,),) = decoder.decode([crops])
+    return pixels
+
+
+def _autocast(precision: str, device: torch.device) -> torch.autocast:
+    dtype = autocast_type(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def _likeliest(logits: torch.Tensor, names: Sequence[str]) -> list[Labels]:
+    found = logits.float().softmax(dim=1).topk(min(_LABELS_SHOWN, len(names)), dim=1)
+    return [
+        [(names[place], chance) for place, chance in zip(places, chances, strict=True)]
+        for places, chances in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    ]

@@ -1,0 +1,351 @@
+"""The page of a report: its figures, drawn, what they show in words, and the table of its runs, as one HTML file."""
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from data.beton import Beton
+from data.convert import ConvertedSet
+from data.decoders import Request
+from train import analysis, figures
+from train.analysis import Accuracies, Labelling, Means, Subject
+
+HEADS = ("run", "model", "labels from", "top-1", "top-5", "train top-1", "gap", "folder")
+_CROPS_OF_ONE = 6
+
+# Colours follow the reader's theme by the system's own names; figures are dark on white in both.
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 0 auto; padding: 1rem;
+  background: Canvas; color: CanvasText; }
+h1 { font-size: 1.5rem; line-height: 1.25; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3rem 0.6rem; text-align: left; border-bottom: 1px solid #8886; white-space: nowrap; }
+.number { text-align: right; }
+figure { margin: 2.5rem 0; }
+img { display: block; width: 100%; height: auto; box-sizing: border-box; padding: 0.5rem; border-radius: 0.5rem;
+  background: white; }
+figcaption { margin-top: 0.5rem; font-size: 0.9rem; overflow-wrap: anywhere; }
+"""
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that a report is made of.
+
+    found: of each subject. class_names: what readers call the classes of `data`. same_images: the runs were trained on
+    the very images of `data`. train, val: these images. seed: of the random crops.
+    """
+
+    subjects: Sequence[Subject]
+    found: Sequence[Accuracies]
+    data: ConvertedSet
+    class_names: Sequence[str]
+    same_images: bool
+    train: Beton
+    val: Beton
+    labelling: Labelling
+    seed: int
+    means: Means
+
+    @property
+    def names(self) -> list[str]:
+        return [subject.name for subject in self.subjects]
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A figure on disk, what it shows, and the same for those who cannot see it."""
+
+    path: Path
+    caption: str
+    alt: str
+
+
+def write(material: Material, seen: Sequence[int], unseen: Sequence[int], folder: Path) -> Path:
+    """Draws the figures into the folder and writes report.html, which holds them too; returns its path.
+
+    seen, unseen: indices of the training and validation images that are shown.
+    """
+    # A class may be called "$1 and $2", which is no formula.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        plates = [
+            _runs(material, folder / "figure-1.png"),
+            *_refined(material, seen[:2], folder),
+            _bins(material, folder / "figure-4.png"),
+            _distribution(material, "train", folder / "figure-5.png"),
+            _distribution(material, "val", folder / "figure-6.png"),
+            _training_crops(material, seen, folder / "figure-7.png"),
+            _validation_images(material, unseen, folder / "figure-8.png"),
+        ]
+    path = folder / "report.html"
+    path.write_text(_html(material, plates), encoding="utf-8")
+    return path
+
+
+def rows(material: Material) -> list[list[str]]:
+    """The table of the runs, below HEADS. Accuracies in percent; gap: training less validation top-1."""
+    return [
+        [
+            str(number),
+            subject.run.identity["model"],
+            _labels_of(subject.run.identity),
+            *(
+                f"{x:.2f}"
+                for x in (found.val.top1, found.val.top5, found.train.top1, found.train.top1 - found.val.top1)
+            ),
+            subject.run.folder.name,
+        ]
+        for number, (subject, found) in enumerate(zip(material.subjects, material.found, strict=True), 1)
+    ]
+
+
+def _labels_of(identity: dict[str, Any]) -> str:
+    labels, refinery = identity["labels"], identity["refinery"]
+    if refinery:
+        per = {"crop": "", "image": ", one an image", "category": ", one a category"}[labels["per"]]
+        return refinery["network"] + per
+    if labels["taxonomy"]:
+        return "a taxonomy"
+    return "ground truth" + (f", smoothed by {labels['smoothing']:g}" if labels["smoothing"] else "")
+
+
+# ---- figures of accuracies
+
+
+def _runs(material: Material, path: Path) -> Plate:
+    train, val = [each.train.top1 for each in material.found], [each.val.top1 for each in material.found]
+    figures.by_run(material.names, train, val, path)
+    values = zip(material.names, train, val, strict=True)
+    return Plate(
+        path,
+        f"Top-1 accuracy on training crops and on validation images, run by run. {_counted(material, 'train', 'val')}",
+        "; ".join(
+            f"{name}: {seen:.1f} % on training crops, {unseen:.1f} % in validation" for name, seen, unseen in values
+        ),
+    )
+
+
+def _bins(material: Material, path: Path) -> Plate:
+    bins = [analysis.binned(each) for each in material.found]
+    figures.by_training_accuracy(material.names, bins, path)
+    sizes = np.concatenate([each.sizes for each in bins]).tolist()
+    ends = (
+        f"{name}: {each.val[0]:.0f} % where training has {each.train[0]:.0f} %, to {each.val[-1]:.0f} % where it has "
+        f"{each.train[-1]:.0f} %"
+        for name, each in zip(material.names, bins, strict=True)
+    )
+    return Plate(
+        path,
+        f"Validation accuracy of classes that are about as accurate in training. The {_classes(material)} are sorted "
+        f"by each run's own accuracy on training crops and put into bins of {_span(sizes, 'class', 'classes')}. A "
+        "point is the mean over a bin, its bar the standard deviation of the validation accuracies in it; on the "
+        f"dashed line both accuracies are equal. {_counted(material, 'train', 'val')}",
+        "A line for each run, validation accuracy over training accuracy. " + "; ".join(ends),
+    )
+
+
+def _distribution(material: Material, split: str, path: Path) -> Plate:
+    said = "accuracy on training crops" if split == "train" else "validation accuracy"
+    scores = [getattr(each, split) for each in material.found]
+    values = [accuracy[np.isfinite(accuracy)] for accuracy in map(analysis.of_classes, scores)]
+    figures.distributions(material.names, values, f"{said} of a class, %", path)
+    images = [count for count, _ in scores[0].per_class if count]
+    quartiles = (
+        f"{name}: lowest {each.min():.0f} %, median {np.median(each):.0f} %, highest {each.max():.0f} %"
+        for name, each in zip(material.names, values, strict=True)
+    )
+    return Plate(
+        path,
+        f"How {said} is distributed over the {len(values[0]):,} classes: a dot is a class (of "
+        f"{_span(images, 'image', 'images')}), a box the middle half with the median in it, a line "
+        f"reaches from the lowest to the highest, and a diamond is the mean. {_counted(material, split)}",
+        "Dots and a box for each run. " + "; ".join(quartiles),
+    )
+
+
+def _counted(material: Material, *splits: str) -> str:
+    """On what the accuracies of these splits were counted, and by which weights."""
+    crops = {
+        "train": f"one random crop of each of {material.train.num_samples:,} training images (seed {material.seed}, "
+        "epoch 0)",
+        "val": f"the central crop of each of {material.val.num_samples:,} validation images",
+    }
+    return f"{material.data.name}: {', '.join(crops[split] for split in splits)}. {_WEIGHTS}"
+
+
+_WEIGHTS = "Weights of each run's last epoch (last.pt), networks in evaluation mode."
+
+
+def _classes(material: Material) -> str:
+    scores = material.found[0]
+    both = zip(scores.train.per_class, scores.val.per_class, strict=True)
+    known, every = sum(bool(train[0] and val[0]) for train, val in both), len(material.data.class_names)
+    return f"{known:,} classes" + (f" (of {every:,}) that have images of both kinds" if known < every else "")
+
+
+def _span(counts: Sequence[int], one: str, many: str) -> str:
+    """Counts as "3 images" or "3 to 5 images"."""
+    low, high = min(counts), max(counts)
+    return f"{low:,} {one if low == 1 else many}" if low == high else f"{low:,} to {high:,} {many}"
+
+
+# ---- figures of crops
+
+
+def _refined(material: Material, indices: Sequence[int], folder: Path) -> list[Plate]:
+    """Figures 2 and 3: an image each."""
+    crops, labels = analysis.refinery_labels(
+        material.labelling,
+        material.train,
+        indices,
+        seed=material.seed,
+        copies=_CROPS_OF_ONE,
+        names=material.class_names,
+        means=material.means,
+    )
+    plates = []
+    for place, index in enumerate(indices):
+        image, truth = analysis.picture(material.train, index), _class_of(material, material.train, index)
+        boxes, flips = crops.boxes[place], crops.flips[place]
+        cuts = [analysis.cut_out(image, box, flip) for box, flip in zip(boxes, flips, strict=True)]
+        title = f"training image {index}: {truth}"
+        path = folder / f"figure-{2 + place}.png"
+        figures.crops_of_image(image, boxes, cuts, labels[place], title, path)
+        statistics = (
+            f"of the batch, {material.labelling.batch} training crops, as in training"
+            if material.labelling.bn == "batch"
+            else "as they were when it was trained"
+        )
+        likeliest = (f"crop {number}: {label[0][0]}" for number, label in enumerate(labels[place], 1))
+        plates.append(
+            Plate(
+                path,
+                f"Labels of a refinery for {len(cuts)} random crops of one image: the three likeliest classes by "
+                f"{material.labelling.whose}; its batch normalisation by statistics {statistics}. "
+                f"{material.data.name}, training image {index}, which the set labels {truth}; crops of seed "
+                f"{material.seed}, epoch 0{', some mirrored' if flips.any() else ''}.",
+                f"Training image {index}, {truth}, with {len(cuts)} numbered boxes, and below it what they show. "
+                + "; ".join(likeliest),
+            )
+        )
+    return plates
+
+
+def _training_crops(material: Material, indices: Sequence[int], path: Path) -> Plate:
+    crops = analysis.training_crops(material.train, indices, material.subjects[0].rule, seed=material.seed)
+    what = (
+        f"{_span([len(indices)], 'training image', 'training images')}, a random crop of each (seed {material.seed}, "
+    )
+    return _predicted(material, material.train, crops, f"{what}epoch 0)", "training image", path)
+
+
+def _validation_images(material: Material, indices: Sequence[int], path: Path) -> Plate:
+    crops = analysis.central_crops(material.val, indices, material.subjects[0].rule)
+    what = f"{_span([len(indices)], 'validation image', 'validation images')}, the central crop of each"
+    return _predicted(material, material.val, crops, what, "validation image", path)
+
+
+def _predicted(material: Material, beton: Beton, crops: Request, what: str, kind: str, path: Path) -> Plate:
+    said = [
+        analysis.predictions(subject, beton, crops, names=material.class_names, means=material.means)
+        for subject in material.subjects
+    ]
+    examples = []
+    for place, index in enumerate(crops.indices.tolist()):
+        truth = _class_of(material, beton, index)
+        crop = analysis.cut_out(analysis.picture(beton, index), crops.boxes[place, 0], crops.flips[place, 0])
+        examples.append(figures.Example(crop, f"{kind} {index}: {truth}", truth, [labels[place] for labels in said]))
+    figures.predictions(material.names, examples, path)
+    likeliest = (
+        f"{example.title}: "
+        + ", ".join(f"{name} says {labels[0][0]}" for name, labels in zip(material.names, example.said, strict=True))
+        for example in examples
+    )
+    return Plate(
+        path,
+        f"The three likeliest classes by each run, with their probabilities; the image's own label is bold. "
+        f"{material.data.name}: {what}. {_WEIGHTS}",
+        "; ".join(likeliest),
+    )
+
+
+def _class_of(material: Material, beton: Beton, index: int) -> str:
+    return material.class_names[int(beton.labels[index])]
+
+
+# ---- HTML
+
+
+def _html(material: Material, plates: Sequence[Plate]) -> str:
+    name = html.escape(material.data.name)
+    figures_of_page = "\n".join(map(_figure, plates))
+    note = "" if material.same_images else "<p>The runs were trained on other images of these classes.</p>\n"
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Report: {name}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{_span([len(material.subjects)], "run", "runs")} on {name}</h1>
+<p>The analysis of Label Refinery (Bagherinezhad et al. 2018, section 4.1), with the paper's numbers of figures. A crop
+counts as right where the likeliest class is its image's.</p>
+{note}<div class="wide">
+{_table(HEADS, rows(material))}
+</div>
+<p>Accuracies in percent. top-1, top-5: on the central crop of each of {material.val.num_samples:,} validation images.
+train top-1: on one random crop of each of {material.train.num_samples:,} training images (seed {material.seed}, epoch
+0: crops that no run was trained on), the network in evaluation mode. gap: train top-1 less top-1.
+{_rule(material)}.</p>
+{figures_of_page}
+</main>
+</body>
+</html>
+"""
+
+
+def _rule(material: Material) -> str:
+    rules = {subject.rule for subject in material.subjects}
+    if len(rules) > 1:
+        return "Each run sees crops by its own rule; Figures 7 and 8 show them by that of the first"
+    (rule,) = rules
+    low, high = (f"{100 * share:g}" for share in rule.scale)
+    return (
+        f"Validation crops are the central {100 * rule.center_ratio:.3g} %, training crops {low} to {high} % of the "
+        f"area, aspect {rule.ratio[0]:.2f} to {rule.ratio[1]:.2f}{', half of them mirrored' if rule.flip else ''}; all "
+        f"at {rule.resolution} px"
+    )
+
+
+def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    numbers = ("top-1", "top-5", "train top-1", "gap")
+    kinds = [' class="number"' if head in numbers else "" for head in heads]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        marked = (f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
+        return f"<tr>{''.join(marked)}</tr>"
+
+    below = "\n".join(line("td", cells) for cells in body)
+    return f"<table>\n<thead>{line('th', heads)}</thead>\n<tbody>\n{below}\n</tbody>\n</table>"
+
+
+def _figure(plate: Plate) -> str:
+    number = plate.path.stem.removeprefix("figure-")
+    image = base64.b64encode(plate.path.read_bytes()).decode()
+    return (
+        f'<figure id="{plate.path.stem}">\n'
+        f'<img alt="{html.escape(plate.alt)}" src="data:image/png;base64,{image}">\n'
+        f"<figcaption><b>Figure {number}.</b> {html.escape(plate.caption)}</figcaption>\n"
+        "</figure>"
+    )

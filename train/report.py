@@ -1,0 +1,240 @@
+"""What refined labels do to networks, in figures: the analysis of Label Refinery (section 4.1) for runs of your own.
+
+python -m train.report --runs "runs/scenes/resnet50-... runs/scenes/mobilenet-from-resnet50-..."
+make report RUNS="runs/scenes/resnet50-... runs/scenes/mobilenet-from-resnet50-..."
+"""
+
+import contextlib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import models
+from data import DataError, decoders
+from data.beton import Beton
+from data.command import run_command
+from data.convert import ConvertedSet, Unconverted, find_set
+from data.decoders.ahead import default_threads
+from data.sources import CropRule
+from models import ModelError
+from train import TrainError, page
+from train.analysis import Labelling, Means, Subject, accuracies, choose_images, fingerprint_of, readable
+from train.device import device_named, precision_on
+from train.runs import Run, all_runs, key_of, progress_of, read_run, table_text
+from train.trained import Trained, load_trained, parse_spec
+
+# How many images Figures 7 and 8 show, unless they are named.
+_EXAMPLES = 4
+
+
+def report(
+    runs: str,
+    data: str | None = None,
+    out: str | None = None,
+    images: str | None = None,
+    validation_images: str | None = None,
+    seed: int = 1000,
+    batch: int = 256,
+    decoder: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Draws what finished runs know of each class and say about crops, as PNG files and as one page, report.html.
+
+    Args:
+        runs: run folders in the order of generations, with spaces between them (quotes around a path that has some);
+            the first may be the refinery
+        data: the set that they were trained on, where it is no longer found as it was then
+        out: the folder to write (default: report-KEY beside the first run)
+        images: training images for Figures 2, 3 (the first two) and 7, by index, as in "5 17" (default: four by the
+            seed)
+        validation_images: validation images for Figure 8, by index (default: four by the seed)
+        seed: start of the random crops and choices; other than the runs' own, so that the crops are new to them
+        batch: crops at a time
+        decoder: auto, ffcv, dali or torchvision
+        device: auto, cpu, cuda or cuda:N
+        threads: decoding threads (default: one a processor)
+    """
+    where = device_named(device)
+    decoders.choose(decoder, where)
+    for name, value in {"batch": batch, "threads": threads}.items():
+        if value is not None and value < 1:
+            raise TrainError(f"{name}={value}: must be at least 1")
+    means = Means(where, decoder, threads or default_threads(), batch)
+    members = _finished(runs)
+    _check_alike(members, seed)
+    subjects = [_subject(run, number, means) for number, run in enumerate(members, 1)]
+    for subject in subjects:
+        if subject.trained.class_names != subjects[0].trained.class_names:
+            raise TrainError(f"{subject.run.folder}: was trained on other classes than {subjects[0].run.folder}")
+    converted = _set_of(subjects[0], data)
+    train, val = Beton(converted.beton("train")), Beton(converted.beton("val"))
+    seen = _indices("images", images, train) or choose_images(train, _EXAMPLES, seed=seed)
+    unseen = _indices("validation_images", validation_images, val) or choose_images(val, _EXAMPLES, seed=seed)
+    fingerprint = fingerprint_of(converted)
+    identity = {
+        "runs": [subject.run.folder.name for subject in subjects],
+        "data": fingerprint,
+        "images": [seen, unseen],
+        "seed": seed,
+    }
+    folder = Path(out) if out else subjects[0].run.folder.parent / f"report-{key_of(identity)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainError(f"{folder}: cannot be made ({error.strerror}); name another folder with OUT") from None
+    material = page.Material(
+        subjects=subjects,
+        found=[accuracies(subject, converted, seed=seed, means=means) for subject in subjects],
+        data=converted,
+        class_names=readable(converted.class_names),
+        same_images=fingerprint == subjects[0].run.identity["data"]["fingerprint"],
+        train=train,
+        val=val,
+        labelling=_labelling(subjects),
+        seed=seed,
+        means=means,
+    )
+    try:
+        written = page.write(material, seen, unseen, folder)
+    except OSError as error:
+        raise TrainError(f"{folder}: the report cannot be written ({error.strerror})") from None
+    print(f"\n{table_text([page.HEADS, *page.rows(material)])}\n{written}, and its figures beside it")
+
+
+def _finished(folders: str) -> list[Run]:
+    try:
+        names = shlex.split(folders)
+    except ValueError as error:
+        raise TrainError(f"RUNS={folders}: cannot be read ({error})") from None
+    if not names:
+        raise TrainError("RUNS is empty; name run folders, with spaces between them")
+    found: list[Run] = []
+    for name in names:
+        run = read_run(Path(name))
+        if not run:
+            raise TrainError(f"{name}: not the folder of a run (make runs lists them)")
+        if not run.result:
+            raise TrainError(f"{name}: is not finished ({progress_of(run)}); type its command again to go on with it")
+        if any(run.folder.resolve() == other.folder.resolve() for other in found):
+            raise TrainError(f"{name}: is named twice")
+        found.append(run)
+    return found
+
+
+def _subject(run: Run, number: int, means: Means) -> Subject:
+    crop = run.identity["crop"]
+    rule = CropRule(**crop | {key: tuple(crop[key]) for key in ("scale", "ratio")})
+    # Absolute, for a folder may be called as a network is.
+    trained = load_trained(str(run.folder.absolute()))
+    precision = precision_on(means.device, run.identity["precision"])
+    return Subject(run, f"{number} {run.identity['model']}", trained, rule, precision)
+
+
+def _check_alike(runs: Sequence[Run], seed: int) -> None:
+    first = runs[0]
+    for run in runs:
+        ours, theirs = first.identity["data"], run.identity["data"]
+        if theirs["fingerprint"] != ours["fingerprint"]:
+            raise TrainError(
+                f"{run.folder}: was trained on other images ({theirs['name']}) than {first.folder} ({ours['name']}); "
+                "a report takes runs of one set"
+            )
+        if run.identity["seed"] == seed:
+            raise TrainError(
+                f"seed={seed}: {run.folder} was trained with it; give another, whose crops are new to every run"
+            )
+
+
+def _set_of(first: Subject, data: str | None) -> ConvertedSet:
+    """The set that was asked for, or the one that the runs were trained on."""
+    folder = first.run.folder
+    name = data or _config_of(first.run)["data"]
+    try:
+        found = find_set(name)
+    except DataError as error:
+        raise error if data else DataError(f"{error}; say with DATA where {folder}'s images are now") from None
+    theirs, ours = len(first.trained.class_names), len(found.class_names)
+    if tuple(found.class_names) != first.trained.class_names:
+        raise TrainError(
+            f"DATA={name}: has {ours} {'other ' if ours == theirs else ''}classes, and {folder} was trained on {theirs}"
+        )
+    converted = found.convert() if isinstance(found, Unconverted) else found
+    if not data and fingerprint_of(converted) != first.run.identity["data"]["fingerprint"]:
+        raise TrainError(
+            f"{converted.folder}: its images are no longer those that {folder} was trained on; DATA={name} takes them "
+            "all the same"
+        )
+    return converted
+
+
+def _config_of(run: Run) -> dict[str, Any]:
+    """What a run was asked for."""
+    path = run.folder / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("data"), str):
+        raise TrainError(f"{path}: missing or damaged; say with DATA what the run was trained on")
+    return config
+
+
+def _indices(option: str, words: str | None, beton: Beton) -> list[int]:
+    if words is None:
+        return []
+    try:
+        found = [int(word) for word in words.replace(",", " ").split()]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= index < beton.num_samples for index in found) or len(set(found)) < len(found):
+        raise TrainError(
+            f"{option}={words}: give numbers from 0 to {beton.num_samples - 1}, each once, with spaces between them"
+        )
+    return found
+
+
+def _labelling(subjects: Sequence[Subject]) -> Labelling:
+    """The refinery of the first run that has one, as it labelled for that run; else the first run."""
+    student = next((subject for subject in subjects if subject.run.identity["refinery"]), None)
+    if student:
+        wanted, labels = student.run.identity["refinery"], student.run.identity["labels"]
+        for spec in _refineries(student, subjects):
+            with contextlib.suppress(TrainError, ModelError):
+                refinery = load_trained(spec, class_names=student.trained.class_names)
+                if refinery.digest() == wanted["weights"]:
+                    whose = f"{refinery.name}, the refinery of run {student.name}, with the weights it had"
+                    resolution = labels["resolution"] or _own_resolution(refinery, student.rule.resolution)
+                    return Labelling(refinery, whose, student, bn=labels["bn"], resolution=resolution)
+    first = subjects[0]
+    whose = f"run {first.name}, weights of its last epoch (last.pt)"
+    if student:
+        whose += f", because the refinery of run {student.name} was not found"
+    return Labelling(first.trained, whose, first, bn="batch", resolution=None)
+
+
+def _own_resolution(refinery: Trained, resolution: int) -> int | None:
+    """What a refinery was trained at, where it does not take crops of this size; else None."""
+    try:
+        models.check_resolution(refinery.name, resolution)
+    except ModelError:
+        return refinery.resolution
+    return None
+
+
+def _refineries(student: Subject, subjects: Sequence[Subject]) -> list[str]:
+    """Where a run's refinery may lie: among the runs of the report, where it was when it was asked, beside the run."""
+    specs = [str(subject.run.folder.absolute()) for subject in subjects]
+    with contextlib.suppress(TrainError):
+        asked = _config_of(student.run)["refinery"]
+        specs += [asked] if parse_spec(asked)[1] else []
+    network = student.run.identity["refinery"]["network"]
+    beside = [run for run in all_runs(student.run.folder.absolute().parent) if run.identity["model"] == network]
+    return [*specs, *(str(run.folder) for run in beside if run.result)]
+
+
+if __name__ == "__main__":
+    run_command(report, prog="python -m train.report", errors=(DataError, ModelError, TrainError))
