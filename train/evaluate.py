@@ -25,7 +25,7 @@ from kernels.normalise import Normalisation, Normalise
 from models import ModelError
 from train import TrainError
 from train.classes import are_imagenet, by_id, lacking, places_of
-from train.device import autocast_type, device_named, precision_on
+from train.device import autocast_type, device_named, precision_on, prepare
 from train.multilabel import Accuracy, Answers, Labels, multi_label_accuracy, read_multi_label, read_real, real_accuracy
 from train.trained import Trained, load_trained
 
@@ -261,7 +261,9 @@ def _crop_rule(trained: Trained, rule: CropRule, resolution: int | None) -> Crop
 
 def _scored(trained: Trained, loader: Loader | Originals, places: Sequence[int], device: torch.device) -> Scores:
     network = trained.network.to(device).to(memory_format=torch.channels_last)
-    autocast = autocast_type(precision_on(device))
+    precision = precision_on(device)
+    prepare(device, precision)
+    autocast = autocast_type(precision)
     return score(network, loader, trained.normalisation, device=device, autocast=autocast, places=places)
 
 

@@ -23,11 +23,12 @@ from data.loader import open_loader
 from kernels.normalise import Normalise
 from models import ModelError
 from tests.pictures import write_class_folders
-from train import TrainError, analysis
-from train.analysis import Accuracies, Accuracy, Means, Subject
+from train import TrainError
 from train.config import parse
 from train.job import train
-from train.report import report
+from train.report import analysis
+from train.report.analysis import Accuracies, Accuracy, Means, Subject
+from train.report.command import report
 from train.trained import load_trained
 
 CPU = Means(torch.device("cpu"), "ffcv", 1, 16)

@@ -13,8 +13,8 @@ import numpy as np
 from data.beton import Beton
 from data.convert import ConvertedSet
 from data.decoders import Request
-from train import analysis, figures
-from train.analysis import Accuracies, Labelling, Means, Subject
+from train.report import analysis, figures
+from train.report.analysis import Accuracies, Labelling, Means, Subject
 
 HEADS = ("run", "model", "labels from", "top-1", "top-5", "train top-1", "gap", "folder")
 _CROPS_OF_ONE = 6

@@ -1,4 +1,4 @@
-"""Draws the figures of a report as PNG files; what they show is computed elsewhere (train/analysis.py).
+"""Draws the figures of a report as PNG files; what they show is computed elsewhere (analysis.py).
 
 All are six inches wide, so that their letters can be read on a telephone.
 """
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from train.analysis import Bins, Labels
+from train.report.analysis import Bins, Labels
 
 _WIDTH = 6.0  # inches
 _DPI = 160

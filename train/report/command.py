@@ -15,14 +15,14 @@ import yaml
 import models
 from data import DataError, decoders
 from data.beton import Beton
-from data.command import run_command
 from data.convert import ConvertedSet, Unconverted, find_set
 from data.decoders.ahead import default_threads
 from data.sources import CropRule
 from models import ModelError
-from train import TrainError, page
-from train.analysis import Labelling, Means, Subject, accuracies, choose_images, fingerprint_of, readable
-from train.device import device_named, precision_on
+from train import TrainError
+from train.device import device_named, precision_on, prepare
+from train.report import page
+from train.report.analysis import Labelling, Means, Subject, accuracies, choose_images, fingerprint_of, readable
 from train.runs import Run, all_runs, key_of, progress_of, read_run, table_text
 from train.trained import Trained, load_trained, parse_spec
 
@@ -67,6 +67,7 @@ def report(
     members = _finished(runs)
     _check_alike(members, seed)
     subjects = [_subject(run, number, means) for number, run in enumerate(members, 1)]
+    prepare(where, subjects[0].precision)
     for subject in subjects:
         if subject.trained.class_names != subjects[0].trained.class_names:
             raise TrainError(f"{subject.run.folder}: was trained on other classes than {subjects[0].run.folder}")
@@ -234,7 +235,3 @@ def _refineries(student: Subject, subjects: Sequence[Subject]) -> list[str]:
     network = student.run.identity["refinery"]["network"]
     beside = [run for run in all_runs(student.run.folder.absolute().parent) if run.identity["model"] == network]
     return [*specs, *(str(run.folder) for run in beside if run.result)]
-
-
-if __name__ == "__main__":
-    run_command(report, prog="python -m train.report", errors=(DataError, ModelError, TrainError))
