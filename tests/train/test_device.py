@@ -1,0 +1,59 @@
+"""What a device computes in, and the settings of the process."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from train.device import autocast_type, precision_on, prepare
+
+CPU = torch.device("cpu")
+
+
+def test_what_a_device_has_no_units_for_is_replaced():
+    assert precision_on(CPU, "fp32") == "fp32"
+    assert precision_on(CPU, "tf32") == "fp32"
+    assert precision_on(CPU, "fp16") == "fp32"
+    assert precision_on(CPU, "bf16") == precision_on(CPU) in ("bf16", "fp32")
+
+
+def test_autocast_types():
+    assert [autocast_type(name) for name in ("bf16", "fp16", "tf32", "fp32")] == [
+        torch.bfloat16,
+        torch.float16,
+        None,
+        None,
+    ]
+
+
+def test_tf32_only_where_asked():
+    try:
+        for precision in ("tf32", "bf16", "fp32"):
+            prepare(CPU, precision)
+            assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
+            assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+    finally:
+        prepare(CPU, "fp32")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_memory_that_a_step_frees_is_used_again():
+    """Pages of a freed tensor are still there for the next: the system has none to give anew."""
+    code = """
+import resource, sys, torch
+from train.device import prepare
+if sys.argv[1] == "kept":
+    prepare(torch.device("cpu"), "fp32")
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):  # the allocator needs some until the pieces fit
+    before = faults()
+    torch.ones(64 << 20, dtype=torch.uint8)
+print(faults() - before)
+"""
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "handed back")
+    }
+    assert faults["kept"] < 1000 < faults["handed back"]
