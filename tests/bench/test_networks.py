@@ -208,6 +208,7 @@ def test_flags_need_no_value():
     assert with_flags(words) == ["--quick=true", "--only", "loop", "--profile", "false", "--quick=true"]
 
 
+@pytest.mark.slow
 def test_the_loop_is_measured_beside_its_step_and_the_baseline(converted, tmp_path):
     record = bench("--only", "loop", "--data", str(converted.folder), out=tmp_path / "results")["loop"]
     rows = {row["name"]: row for row in record["rows"]}

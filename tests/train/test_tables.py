@@ -43,6 +43,7 @@ def test_every_table(setting, tmp_path):
     assert f"| soft dynamic | `--model mobilenet0.25 --refinery resnet18` | {sum(top1) / 2:.2f} |" in text
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(setting, tmp_path, capsys):
     setting.seeds = 1
     make_tables(["4"], setting, tmp_path / "tables.md")
