@@ -98,7 +98,7 @@ def measure(settings: Settings) -> Record:
     return Record(
         part="loaders",
         settings={
-            "data": settings.data or f"{len(found)} drawn images",
+            "data": settings.source or f"{len(found)} drawn images",
             "images": min(len(found), len(files)),
             "resolution": settings.resolution,
             "batch": batch,

@@ -134,7 +134,7 @@ def measure(settings: Settings) -> Record:
         part="loop",
         settings=described(settings)
         | {
-            "data": settings.data or f"{len(found)} drawn images",
+            "data": settings.source or f"{len(found)} drawn images",
             "images": min(len(found), count),
             "pair": [pair.refinery, pair.student],
             "threads": threads,

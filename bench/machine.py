@@ -123,7 +123,7 @@ def measure(settings: Settings) -> Record:
         notes.append("This CPU has no bf16 units: bf16 is emulated.")
     return Record(
         part="machine",
-        settings={"device": device, "turns": settings.turns, "data": settings.data},
+        settings={"device": device, "turns": settings.turns, "data": settings.source},
         notes=notes,
         rows=rows,
         identity=(Column("what", lambda row: row["name"]), Column("unit", lambda row: row["unit"])),

@@ -1,6 +1,7 @@
 """What the parts of the bench are asked to do."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ class Settings:
     @property
     def autocast(self) -> torch.dtype | None:
         return autocast_type(self.precision)
+
+    @property
+    def source(self) -> str | None:
+        """The name of `data`, which a record holds: where it lies is another machine's matter."""
+        return Path(self.data).resolve().name if self.data else None
 
     @property
     def computing(self) -> str:

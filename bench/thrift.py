@@ -7,6 +7,7 @@ several students from one pass.
 import itertools
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,7 +142,12 @@ def measure(settings: Settings) -> Record:
         rows, notes = [{"name": "all options", "group": "", "unit": "images/s", "not_run": str(error)}], []
     return Record(
         part="thrift",
-        settings=described(settings) | {"refinery": settings.refinery, "data": settings.data, "crops": settings.crops},
+        settings=described(settings)
+        | {
+            "refinery": Path(settings.refinery).name if settings.refinery else None,
+            "data": settings.source,
+            "crops": settings.crops,
+        },
         notes=notes,
         rows=rows,
         identity=(Column("part", lambda row: row["group"]), Column("what", lambda row: row["name"])),
