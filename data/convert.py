@@ -74,6 +74,11 @@ class ConvertedSet:
     def beton(self, split: str) -> Path:
         return self.folder / f"{split}.beton"
 
+    def fingerprint(self) -> str:
+        """Names the stored images and labels of both splits."""
+        both = "".join(Beton(self.beton(split)).fingerprint for split in ("train", "val"))
+        return hashlib.sha256(both.encode()).hexdigest()
+
 
 def open_set(folder: str | Path) -> ConvertedSet:
     """Reads the `set.json` of a converted set. Raises DataError where it is missing or damaged."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from train.config import LossConfig
+from train.config import PER_WORDS, LossConfig
 from train.device import Precision
 from train.loop import Trainer
 from train.trained import Trained
@@ -19,7 +19,7 @@ def announce(trainer: Trainer, refinery: Trained | None, *, asked: Precision) ->
     labels = "ground truth, the label of the whole image for every crop"
     if refinery:
         labels = f"refinery {refinery.name} ({refinery.place}), with {config.labels.bn} statistics"
-        labels += {"crop": "", "image": ", one an image", "category": ", one a category"}[config.labels.per]
+        labels += PER_WORDS[config.labels.per]
         if config.labels.resolution:
             labels += f", at {config.labels.resolution} px"
         if config.loss != LossConfig():

@@ -5,7 +5,6 @@ make chain MODELS="alexnet alexnet alexnet" DATA=images/
 """
 
 import argparse
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from train import TrainError
 from train.config import parse
 from train.job import ON_GROUND_TRUTH, end_in_one_line, train
-from train.runs import Run, table_text
+from train.runs import Run, key_of, table_text
 
 
 def main() -> None:
@@ -58,7 +57,7 @@ def chain(models: Sequence[str], arguments: Sequence[str], *, refinery: str | No
 
 def _row(generation: int, run: Run) -> dict[str, Any]:
     assert run.result is not None
-    last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    last = run.metrics[-1]
     refinery = run.identity["refinery"]
     return {
         "generation": generation,
@@ -89,8 +88,8 @@ def _write(rows: list[dict[str, Any]], runs: Sequence[Run], root: Path) -> None:
             ),
         ]
     )
-    names = json.dumps([run.folder.name for run in runs]).encode()
-    folder = root / runs[-1].identity["data"]["name"] / f"chain-{hashlib.sha256(names).hexdigest()[:8]}"
+    key = key_of([run.folder.name for run in runs])
+    folder = root / runs[-1].identity["data"]["name"] / f"chain-{key}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "chain.txt").write_text(text)

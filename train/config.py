@@ -70,6 +70,10 @@ class ScheduleConfig:
         return float(self.gamma ** sum(epoch >= round(share * epochs) for share in self.milestones))
 
 
+# What a report says of `labels.per`, behind the name of the refinery.
+PER_WORDS = {"crop": "", "image": ", one an image", "category": ", one a category"}
+
+
 @dataclass
 class LabelsConfig:
     """What the labels are made of.

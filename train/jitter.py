@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from data.loader import CropBatch
-from kernels.normalise import Normalisation, Normalise
+from kernels.normalise import Normalise
 from train.labels import LabelSource
 
 
@@ -16,7 +16,7 @@ def with_jittered(
     batch: CropBatch,
     labels: LabelSource,
     student: nn.Module,
-    normalisation: Normalisation,
+    normalise: Normalise,
     *,
     eta: float,
     autocast: torch.dtype | None,
@@ -24,19 +24,18 @@ def with_jittered(
     """The batch with its jittered crops behind its clean ones: crops float32 [2B, 3, R, R] in 0..255, not clipped.
 
     X' = X + eta dL/dX (eq. 3), one step of ascent on each crop's KL(refinery || student), through both networks. X is
-    the student's normalised input; the paper leaves open whether it is. The gradient of the sum of the crops' losses
-    is taken, which is each crop's own but for what batch normalisation mixes in.
+    the student's normalised input (`normalise`); the paper leaves open whether it is. The gradient of the sum of the
+    crops' losses is taken, which is each crop's own but for what batch normalisation mixes in.
     """
     device = batch.crops.device
     crops = batch.crops.float().requires_grad_()
-    _, std = normalisation
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None), _statistics_kept(student):
         targets = labels(replace(batch, crops=crops))
-        logits = student(Normalise(normalisation).to(device)(crops))
+        logits = student(normalise(crops))
     (gradient,) = torch.autograd.grad(targets.loss(logits).sum(), crops)
-    # X = crops / (255 std) + ..., so dX is d crops / (255 std), and dL/dX is 255 std dL/d crops.
-    scale = (255 * torch.tensor(std, device=device)).view(1, 3, 1, 1) ** 2
-    return replace(batch, crops=torch.cat([crops.detach(), crops.detach() + eta * scale * gradient]))
+    # X = scale crops + shift, so d crops is dX / scale, and dL/dX is dL/d crops / scale.
+    moved = crops.detach() + eta * gradient / normalise.scale**2
+    return replace(batch, crops=torch.cat([crops.detach(), moved]))
 
 
 @contextmanager

@@ -4,7 +4,6 @@ python -m train --model mobilenet --refinery resnet50
 make train MODEL=mobilenet REFINERY=resnet50
 """
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from torch import nn
 
 import models
 from data import DataError, decoders
-from data.beton import Beton
 from data.command import fail
 from data.convert import ConvertedSet, Unconverted, find_set
 from data.loader import Pairing, open_loader
@@ -37,7 +35,7 @@ from train.labels.ground_truth import GroundTruth
 from train.labels.refinery import Refinery
 from train.loop import Job, Trainer
 from train.runs import Run, finished_refinery, folder_name, read_run
-from train.trained import Trained, load_trained, parse_spec
+from train.trained import Trained, digest_of, load_trained, parse_spec
 
 
 def main() -> None:
@@ -171,7 +169,7 @@ def _refinery_resolution(refinery: Trained, config: Config, rule: CropRule) -> i
     """
     asked, usual = config.labels.resolution, refinery.resolution
     for side in {asked} if asked else {rule.resolution, config.resolution_from or rule.resolution}:
-        failure = _failure_at(side, refinery)
+        failure = refinery.failure_at(side)
         if failure and (asked or not usual):
             raise TrainError(
                 f"REFINERY={config.refinery}: cannot take crops of {side} px ({failure}); give another size with "
@@ -187,18 +185,6 @@ def _refinery_resolution(refinery: Trained, config: Config, rule: CropRule) -> i
             flush=True,
         )
     return asked
-
-
-@torch.inference_mode()
-def _failure_at(side: int, refinery: Trained) -> str | None:
-    """Why the network does not take crops of this size; None if it does."""
-    if side == refinery.resolution:
-        return None
-    try:
-        refinery.network.eval()(torch.zeros(1, 3, side, side))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
-    return None
 
 
 def _refinery_run(config: Config, data: ConvertedSet, device: torch.device) -> Run:
@@ -282,7 +268,7 @@ def _label_source(
         bn=wanted.bn,
         resolution=_refinery_resolution(refinery, config, rule),
         center=center,
-        columns=None if refinery.class_names == data.class_names else places_of(refinery.class_names, data.class_names),
+        columns=refinery.columns_of(data.class_names),
         dtype=autocast or torch.float32,
     )
     if wanted.per != "category":
@@ -349,15 +335,14 @@ def _crop_rule(config: Config, data: ConvertedSet) -> CropRule:
 
 def _identity(config: Config, rule: CropRule, data: ConvertedSet, refinery: Trained | None) -> dict[str, Any]:
     """All that decides the weights a run ends with; how fast it gets there (decoder, threads, compiler) is left out."""
-    fingerprint = "".join(Beton(data.beton(split)).fingerprint for split in ("train", "val"))
     pretrained = config.pretrained
     if pretrained and pretrained not in models.HUBS:
-        pretrained = _hash_of(Path(pretrained))
+        pretrained = digest_of(Path(pretrained))
     labels = asdict(config.labels)
     if config.labels.taxonomy:
-        labels["taxonomy"] = _hash_of(Path(config.labels.taxonomy))
+        labels["taxonomy"] = digest_of(Path(config.labels.taxonomy))
     identity = {
-        "data": {"name": data.name, "fingerprint": hashlib.sha256(fingerprint.encode()).hexdigest()},
+        "data": {"name": data.name, "fingerprint": data.fingerprint()},
         "model": config.model,
         "pretrained": pretrained,
         "refinery": {"network": refinery.name, "weights": refinery.digest()} if refinery else None,
@@ -379,8 +364,3 @@ def _identity(config: Config, rule: CropRule, data: ConvertedSet, refinery: Trai
     }
     # As JSON gives it back, so that it compares equal with what was read from a run's folder.
     return json.loads(json.dumps(identity))
-
-
-def _hash_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

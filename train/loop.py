@@ -243,7 +243,7 @@ class Trainer:
         # Here, the failed step's tensors are gone with its exception.
         fitting = self._fitting_batch(batch)
         raise TrainError(
-            f"batch={len(batch.labels)}: a step at {self.rule.resolution} px does not fit in {_memory_of(self.device)}"
+            f"batch={len(batch.labels)}: a step at {batch.crops.shape[-1]} px does not fit in {_memory_of(self.device)}"
             + (f"; --batch {fitting} fits" if fitting else ", nor does the smallest batch; try a smaller --resolution")
         )
 

@@ -27,9 +27,15 @@ class Run:
     def weights(self) -> Path:
         return self.folder / "last.pt"
 
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """What was measured after each epoch so far."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
-def key_of(identity: dict[str, Any]) -> str:
-    """Eight hex digits that name an identity."""
+
+def key_of(identity: Any) -> str:
+    """Eight hex digits that name an identity, or anything else that JSON can hold."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -77,9 +83,7 @@ def finished_refinery(root: Path, wanted: dict[str, Any]) -> Run | None:
 def progress_of(run: Run) -> str:
     if run.result:
         return "finished"
-    metrics = run.folder / "metrics.jsonl"
-    epochs = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
-    return f"epoch {epochs} of {run.identity['epochs']}"
+    return f"epoch {len(run.metrics)} of {run.identity['epochs']}"
 
 
 def table(folder: str = "runs") -> None:

@@ -89,7 +89,7 @@ class Step:
                 batch,
                 self.labels,
                 student.network,
-                student.normalisation,
+                self._normalise[0],
                 eta=self._jitter,
                 autocast=self._autocast,
             )

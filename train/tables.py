@@ -7,7 +7,6 @@ Every row is a run, or one a seed: what is finished is not repeated, and what wa
 """
 
 import argparse
-import json
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
@@ -108,8 +107,7 @@ class Tables:
         self._refined("4", "soft dynamic")
 
     def _table5(self) -> None:
-        if not self._setting.taxonomy:
-            raise TrainError("table 5 needs --taxonomy, a file of WordNet's is-a relation")
+        assert self._setting.taxonomy  # make_tables has seen to it
         self._row("5", "no refinery", self._setting.student)
         self._row("5", "taxonomy categories", self._setting.student, "--labels.taxonomy", self._setting.taxonomy)
         frozen = ("--labels.bn", "running")
@@ -193,14 +191,10 @@ def markdown(rows: Sequence[Row], setting: Setting) -> str:
                 text += (
                     f"| {row.name} | `{row.options}` | {statistics.mean(top1):.2f} | {spread} | "
                     f"{statistics.mean(_result(run)['top5'] for run in row.runs):.2f} | "
-                    f"{statistics.mean(_train_top1(run) for run in row.runs):.2f} | {len(row.runs)} | "
+                    f"{statistics.mean(run.metrics[-1]['train_top1'] for run in row.runs):.2f} | {len(row.runs)} | "
                     f"{statistics.mean(_result(run)['seconds'] for run in row.runs) / 60:.1f} |\n"
                 )
     return text
-
-
-def _train_top1(run: Run) -> float:
-    return json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])["train_top1"]
 
 
 def main() -> None:

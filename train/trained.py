@@ -13,7 +13,7 @@ from kernels.normalise import Normalisation
 from models.imagenet import class_ids
 from models.weights import count_outputs, load_into, load_weights
 from train import TrainError
-from train.classes import by_id
+from train.classes import by_id, places_of
 
 # What takes the place of a file for the weights that a hub publishes.
 _PRETRAINED = "pretrained"
@@ -43,13 +43,33 @@ class Trained:
     def digest(self) -> str:
         """SHA-256, in hex, of its file, or of its weights where there is none."""
         if self.file:
-            with open(self.file, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return digest_of(self.file)
         digest = hashlib.sha256()
         for name, value in sorted(self.network.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    def columns_of(self, class_names: Sequence[str]) -> list[int] | None:
+        """For each of these classes its place among the outputs; None where they are the network's own."""
+        return None if self.class_names == tuple(class_names) else places_of(self.class_names, class_names)
+
+    @torch.inference_mode()
+    def failure_at(self, resolution: int) -> str | None:
+        """Why the network does not take crops of so many pixels a side; None if it does."""
+        if resolution == self.resolution:
+            return None
+        try:
+            self.network.eval()(torch.zeros(1, 3, resolution, resolution))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            return (str(error).splitlines() or [type(error).__name__])[0]
+        return None
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_spec(spec: str) -> tuple[str | None, str | None]:

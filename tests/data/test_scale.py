@@ -58,7 +58,10 @@ def test_memory_does_not_grow_with_epochs(converted, decoder):
                 assert batch.crops.shape == (16, 3, 64, 64)
 
     epochs(range(15))
-    before = resident_mb()
-    # A leak of one batch an epoch would be 12 MB, of one epoch's batches 71 MB.
-    epochs(range(15, 75))
-    assert resident_mb() < before + 8
+    # A leak grows in every stretch of epochs, one batch an epoch by 6 MB in each; pools and allocators in some only.
+    grown = []
+    for stretch in range(4):
+        before = resident_mb()
+        epochs(range(15 + stretch * 30, 45 + stretch * 30))
+        grown.append(resident_mb() - before)
+    assert sorted(grown)[1] < 3

@@ -55,7 +55,7 @@ def test_laws_of_the_taxonomy(tmp_path):
     names = ["dog", "cat", "oak"]
     similarity = wu_palmer(read_is_a(tmp_path / "is_a.txt"), names, tmp_path)
     np.testing.assert_allclose(similarity, [[1, 2 / 3, 1 / 3], [2 / 3, 1, 1 / 3], [1 / 3, 1 / 3, 1]])
-    table = taxonomy_table(tmp_path / "is_a.txt", names)
+    table = taxonomy_table(tmp_path / "is_a.txt", tuple(names))
     torch.testing.assert_close(table.sum(1), torch.ones(3))
     assert table.argmax(1).tolist() == [0, 1, 2]
     assert table[0, 1] > table[0, 2]
@@ -63,22 +63,22 @@ def test_laws_of_the_taxonomy(tmp_path):
 
 def test_bad_hierarchies_are_refused(tmp_path):
     with pytest.raises(TrainError, match=r"absent.txt: cannot be read"):
-        taxonomy_table(tmp_path / "absent.txt", ["a"])
+        taxonomy_table(tmp_path / "absent.txt", ("a",))
     (tmp_path / "words.txt").write_text("thing animal\nanimal\n")
     with pytest.raises(TrainError, match=r'words.txt:2: expected two words, "parent child"'):
-        taxonomy_table(tmp_path / "words.txt", ["animal"])
+        taxonomy_table(tmp_path / "words.txt", ("animal",))
     (tmp_path / "small.txt").write_text("thing animal\n")
     with pytest.raises(TrainError, match=r"lacks 4 of the 5 classes, a, b, c, \.\.\.; its nodes must be named as"):
-        taxonomy_table(tmp_path / "small.txt", ["animal", "a", "b", "c", "d"])
+        taxonomy_table(tmp_path / "small.txt", ("animal", "a", "b", "c", "d"))
     (tmp_path / "circle.txt").write_text("a b\nb c\nc a\n")
     with pytest.raises(TrainError, match="is its own ancestor"):
-        taxonomy_table(tmp_path / "circle.txt", ["a", "b"])
+        taxonomy_table(tmp_path / "circle.txt", ("a", "b"))
 
 
 @pytest.mark.skipif(not LABELS.is_dir(), reason="needs WordNet's is-a relation")
 def test_the_thousand_classes_of_imagenet():
     classes = [row[1] for row in json.loads((LABELS / "imagenet_classes.json").read_text())]
-    table = taxonomy_table(LABELS / "wordnet.is_a.txt", classes)
+    table = taxonomy_table(LABELS / "wordnet.is_a.txt", tuple(classes))
     assert table.argmax(1).tolist() == list(range(1000))
     assert 0.05 < table.diagonal().mean() < 0.2
     names = {row[1]: row[2] for row in json.loads((LABELS / "imagenet_classes.json").read_text())}

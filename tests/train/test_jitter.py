@@ -33,7 +33,7 @@ def networks():
 def moved(batch, networks, *, eta=1.0, bn="running"):
     refinery, student = networks
     labels = Refinery(refinery, IMAGENET, bn=bn)
-    return with_jittered(batch, labels, student, IMAGENET, eta=eta, autocast=None).crops
+    return with_jittered(batch, labels, student, Normalise(IMAGENET), eta=eta, autocast=None).crops
 
 
 def test_is_the_papers_equation(batch, networks):
@@ -41,7 +41,8 @@ def test_is_the_papers_equation(batch, networks):
     refinery, student = (copy.deepcopy(network) for network in networks)
     refinery.eval()
     student.eval()  # running statistics, so that crops do not touch each other
-    ours = with_jittered(batch, Refinery(refinery, IMAGENET, bn="running"), student, IMAGENET, eta=1.0, autocast=None)
+    labels = Refinery(refinery, IMAGENET, bn="running")
+    ours = with_jittered(batch, labels, student, Normalise(IMAGENET), eta=1.0, autocast=None)
     for i in range(6):
         x = Normalise(IMAGENET)(batch.crops[i : i + 1]).requires_grad_()
         log_p, log_q = (F.log_softmax(network(x), dim=1) for network in (refinery, student))

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def visual_similarity(
     return torch.where(images > 0, total / images.clamp(min=1), own).float()
 
 
-def taxonomy_table(is_a: Path, class_names: Sequence[str]) -> torch.Tensor:
+@lru_cache(maxsize=1)  # asked for once to refuse bad input early, and once to train; seconds for a thousand classes
+def taxonomy_table(is_a: Path, class_names: tuple[str, ...]) -> torch.Tensor:
     """softmax(similarity / 0.1) of each pair of classes, float32 [C, C], rows sum to 1.
 
     is_a, class_names: see wu_palmer. Raises TrainError for a file that cannot be read or lacks a class.

@@ -1,7 +1,6 @@
 """What trained networks know of each class, and what they say about single crops: the numbers behind a report."""
 
 import contextlib
-import hashlib
 import io
 import json
 from collections import Counter
@@ -21,7 +20,7 @@ from data.decoders import Request, View, build_decoder
 from data.loader import CropBatch, open_loader
 from data.sources import CropRule
 from kernels.normalise import Normalise
-from train.classes import are_imagenet, by_id, places_of
+from train.classes import are_imagenet, by_id
 from train.device import autocast_type
 from train.evaluate import score, validation_loader
 from train.labels.refinery import Refinery
@@ -78,12 +77,6 @@ class Accuracies:
     val: Accuracy
 
 
-def fingerprint_of(data: ConvertedSet) -> str:
-    """Names the images of a set, as the identity of a run does."""
-    both = "".join(Beton(data.beton(split)).fingerprint for split in ("train", "val"))
-    return hashlib.sha256(both.encode()).hexdigest()
-
-
 def readable(class_names: Sequence[str]) -> tuple[str, ...]:
     """What readers call the classes: for WordNet ids of ImageNet's classes the first of their words, else the names.
 
@@ -114,7 +107,7 @@ def accuracies(subject: Subject, data: ConvertedSet, *, seed: int, means: Means)
     """
     of: dict[str, Any] = {
         "weights": subject.trained.digest(),
-        "images": fingerprint_of(data),
+        "images": data.fingerprint(),
         "crop": asdict(subject.rule),
         "seed": seed,
         "decoder": decoders.choose(means.decoder, means.device),
@@ -288,13 +281,12 @@ def refinery_labels(
     n = len(images)
     crops = training_crops(beton, images, student.rule, seed=seed, copies=copies)
     autocast = autocast_type(student.precision)
-    class_names, known = student.trained.class_names, labelling.refinery.class_names
     refinery = Refinery(
         labelling.refinery.network,
         labelling.refinery.normalisation,
         bn=labelling.bn,
         resolution=labelling.resolution,
-        columns=None if known == class_names else places_of(known, class_names),
+        columns=labelling.refinery.columns_of(student.trained.class_names),
         dtype=autocast or torch.float32,
     )
     refinery = refinery.to(means.device).to(memory_format=torch.channels_last)

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-import models
 from data import DataError, decoders
 from data.beton import Beton
 from data.convert import ConvertedSet, Unconverted, find_set
@@ -22,9 +21,9 @@ from models import ModelError
 from train import TrainError
 from train.device import device_named, precision_on, prepare
 from train.report import page
-from train.report.analysis import Labelling, Means, Subject, accuracies, choose_images, fingerprint_of, readable
+from train.report.analysis import Labelling, Means, Subject, accuracies, choose_images, readable
 from train.runs import Run, all_runs, key_of, progress_of, read_run, table_text
-from train.trained import Trained, load_trained, parse_spec
+from train.trained import load_trained, parse_spec
 
 # How many images Figures 7 and 8 show, unless they are named.
 _EXAMPLES = 4
@@ -75,7 +74,7 @@ def report(
     train, val = Beton(converted.beton("train")), Beton(converted.beton("val"))
     seen = _indices("images", images, train) or choose_images(train, _EXAMPLES, seed=seed)
     unseen = _indices("validation_images", validation_images, val) or choose_images(val, _EXAMPLES, seed=seed)
-    fingerprint = fingerprint_of(converted)
+    fingerprint = converted.fingerprint()
     identity = {
         "runs": [subject.run.folder.name for subject in subjects],
         "data": fingerprint,
@@ -164,7 +163,7 @@ def _set_of(first: Subject, data: str | None) -> ConvertedSet:
             f"DATA={name}: has {ours} {'other ' if ours == theirs else ''}classes, and {folder} was trained on {theirs}"
         )
     converted = found.convert() if isinstance(found, Unconverted) else found
-    if not data and fingerprint_of(converted) != first.run.identity["data"]["fingerprint"]:
+    if not data and converted.fingerprint() != first.run.identity["data"]["fingerprint"]:
         raise TrainError(
             f"{converted.folder}: its images are no longer those that {folder} was trained on; DATA={name} takes them "
             "all the same"
@@ -208,22 +207,15 @@ def _labelling(subjects: Sequence[Subject]) -> Labelling:
                 refinery = load_trained(spec, class_names=student.trained.class_names)
                 if refinery.digest() == wanted["weights"]:
                     whose = f"{refinery.name}, the refinery of run {student.name}, with the weights it had"
-                    resolution = labels["resolution"] or _own_resolution(refinery, student.rule.resolution)
+                    resolution = labels["resolution"]
+                    if not resolution and refinery.failure_at(student.rule.resolution):
+                        resolution = refinery.resolution
                     return Labelling(refinery, whose, student, bn=labels["bn"], resolution=resolution)
     first = subjects[0]
     whose = f"run {first.name}, weights of its last epoch (last.pt)"
     if student:
         whose += f", because the refinery of run {student.name} was not found"
     return Labelling(first.trained, whose, first, bn="batch", resolution=None)
-
-
-def _own_resolution(refinery: Trained, resolution: int) -> int | None:
-    """What a refinery was trained at, where it does not take crops of this size; else None."""
-    try:
-        models.check_resolution(refinery.name, resolution)
-    except ModelError:
-        return refinery.resolution
-    return None
 
 
 def _refineries(student: Subject, subjects: Sequence[Subject]) -> list[str]:

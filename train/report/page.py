@@ -13,6 +13,7 @@ import numpy as np
 from data.beton import Beton
 from data.convert import ConvertedSet
 from data.decoders import Request
+from train.config import PER_WORDS
 from train.report import analysis, figures
 from train.report.analysis import Accuracies, Labelling, Means, Subject
 
@@ -110,8 +111,7 @@ def rows(material: Material) -> list[list[str]]:
 def _labels_of(identity: dict[str, Any]) -> str:
     labels, refinery = identity["labels"], identity["refinery"]
     if refinery:
-        per = {"crop": "", "image": ", one an image", "category": ", one a category"}[labels["per"]]
-        return refinery["network"] + per
+        return refinery["network"] + PER_WORDS[labels["per"]]
     if labels["taxonomy"]:
         return "a taxonomy"
     return "ground truth" + (f", smoothed by {labels['smoothing']:g}" if labels["smoothing"] else "")
