@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from train.config import PER_WORDS, LossConfig
+from train.config import PER_WORDS, LossConfig, first_resolution
 from train.device import Precision
 from train.loop import Trainer
 from train.trained import Trained
@@ -30,7 +30,8 @@ def announce(trainer: Trainer, refinery: Trained | None, *, asked: Precision) ->
         labels = f"one a category, by {config.labels.taxonomy}"
     elif config.labels.smoothing:
         labels += f", smoothed by {config.labels.smoothing:g}"
-    sides = f"{config.resolution_from} to {rule.resolution}" if config.resolution_from else str(rule.resolution)
+    first = first_resolution(config.resolution_from, rule.resolution)
+    sides = f"{first} to {rule.resolution}" if first < rule.resolution else str(rule.resolution)
     lines = [
         ("model", f"{job.config.model}, {sum(p.numel() for p in job.network.parameters()) / 1e6:.2f} M parameters")
         for job in trainer.jobs

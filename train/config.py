@@ -162,8 +162,8 @@ class Config:
         labels: what the labels are made of
         loss: how outputs are compared with labels
         ema: decay a step of an exponential moving average of the weights, which is then what is scored (0: none)
-        resolution_from: pixels a side of the crops in the first third of the run; over the second third they grow to
-            resolution, in steps of 16 (default: the same throughout)
+        resolution_from: the share of resolution at which crops are small in the first third of the run; over the second
+            third they grow to all of it, in steps of 16 px (1: the same throughout)
         jitter: eta of adversarial jitter, 1 in the paper: each crop is trained on once more, moved to where student and
             refinery disagree more; for students that are trained already (pretrained)
         crop: where crops lie
@@ -193,7 +193,7 @@ class Config:
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     ema: float = 0.0
-    resolution_from: int | None = None
+    resolution_from: float = 1.0
     jitter: float = 0.0
     crop: CropConfig = field(default_factory=CropConfig)
 
@@ -211,6 +211,8 @@ class Config:
             raise TrainError(f"loss.temperature={self.loss.temperature}: must be above 0")
         if not 0 <= self.ema < 1:
             raise TrainError(f"ema={self.ema}: give a decay from 0 to below 1, as 0.999")
+        if not 0 < self.resolution_from <= 1:
+            raise TrainError(f"resolution_from={self.resolution_from}: give a share of resolution, above 0 and up to 1")
         if self.jitter < 0:
             raise TrainError(f"jitter={self.jitter}: must not be below 0")
         if self.labels.taxonomy and (self.refinery or self.labels.smoothing):
@@ -235,8 +237,14 @@ class Config:
             )
 
 
-def growing_resolution(epoch: int, epochs: int, first: int, last: int) -> int:
-    """Pixels a side in an epoch (0, 1, ...) of a run whose crops grow from `first` to `last`; see Config."""
+def first_resolution(share: float, last: int) -> int:
+    """Pixels a side at which a run begins whose crops grow to `last`: that share of it, in whole steps of 16 px."""
+    return min(max(round(share * last / _RESOLUTION_STEP), 1) * _RESOLUTION_STEP, last) if share < 1 else last
+
+
+def growing_resolution(epoch: int, epochs: int, share: float, last: int) -> int:
+    """Pixels a side in an epoch (0, 1, ...) of a run whose crops grow from `share` of `last` to `last`; see Config."""
+    first = first_resolution(share, last)
     grown = min(max(3 * epoch / epochs - 1, 0.0), 1.0)
     return first + int(grown * (last - first) / _RESOLUTION_STEP) * _RESOLUTION_STEP if grown < 1 else last
 

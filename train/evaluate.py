@@ -73,7 +73,7 @@ def score(
     # Rows: images of each class, those right at first, those right within five.
     counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
     predicted = torch.full((loader.num_samples,), -1, dtype=torch.int64, device=device)
-    with images_bar(loader.num_samples, "validate", leave=False) as bar:
+    with images_bar(loader.num_samples, "score", leave=False) as bar:
         for batch in loader.epoch(0):
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 logits = network(normalise(batch.crops)).float()

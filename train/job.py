@@ -25,7 +25,7 @@ from models.weights import load_into, load_weights
 from train import TrainError, checkpoint
 from train.announce import announce, report
 from train.classes import lacking, places_of
-from train.config import Config, CropConfig, parse
+from train.config import Config, CropConfig, first_resolution, parse
 from train.crop_truth import label_quality
 from train.device import autocast_type, device_named, precision_on
 from train.interrupt import Interrupted
@@ -87,9 +87,8 @@ def train(config: Config, arguments: Sequence[str]) -> list[Run]:
     del found  # and with it what an archive was unpacked to
     for each in (*configs, *([refinery_config] if refinery_config else [])):
         resolution = _crop_rule(each, data).resolution
+        models.check_resolution(each.model, first_resolution(each.resolution_from, resolution))
         models.check_resolution(each.model, resolution)
-        if each.resolution_from and each.resolution_from > resolution:
-            raise TrainError(f"resolution_from={each.resolution_from}: is above resolution={resolution}")
     if refinery_config:
         refinery = load_trained(str(_refinery_run(refinery_config, data, device).folder))
     return _runs(configs, data, refinery, device)
@@ -136,9 +135,8 @@ _OWN = ("model", "optimizer", "schedule")
 
 def _check_network(config: Config) -> None:
     models.normalisation(config.model)  # refuses an unknown name
-    for resolution in (config.resolution, config.resolution_from):
-        if resolution is not None:
-            models.check_resolution(config.model, resolution)
+    if config.resolution:
+        models.check_resolution(config.model, config.resolution)
     if config.pretrained in models.HUBS:
         if not config.model.startswith(f"{config.pretrained}:"):
             raise TrainError(
@@ -168,7 +166,7 @@ def _refinery_resolution(refinery: Trained, config: Config, rule: CropRule) -> i
     that one may be many times the student's work. Raises TrainError for a size that it does not take.
     """
     asked, usual = config.labels.resolution, refinery.resolution
-    for side in {asked} if asked else {rule.resolution, config.resolution_from or rule.resolution}:
+    for side in {asked} if asked else {first_resolution(config.resolution_from, rule.resolution), rule.resolution}:
         failure = refinery.failure_at(side)
         if failure and (asked or not usual):
             raise TrainError(

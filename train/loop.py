@@ -218,8 +218,8 @@ class Trainer:
         )
 
     def _loader_of(self, epoch: int) -> Loader:
-        first, last = self.config.resolution_from, self.rule.resolution
-        resolution = growing_resolution(epoch, self.config.epochs, first, last) if first else last
+        config = self.config
+        resolution = growing_resolution(epoch, config.epochs, config.resolution_from, self.rule.resolution)
         if resolution not in self._loaders:
             self._loaders[resolution] = self._open_loader(resolution)
         return self._loaders[resolution]

@@ -35,8 +35,8 @@ class Setting:
     """What the tables are made with.
 
     data: as for train. words: options of train that hold for every run. seeds: how many, from 0. student, refinery: the
-    networks of most rows. students: those of Table 2. refineries: those of Table 6. taxonomy: WordNet's is-a relation,
-    for Table 5.
+    networks of most rows. students: those of Table 2. refineries: those of Table 6. refinery_epochs: epochs of
+    refineries, where they train longer than students. taxonomy: WordNet's is-a relation, for Table 5.
     """
 
     data: str
@@ -46,7 +46,8 @@ class Setting:
     refinery: str
     students: list[str]
     refineries: list[str]
-    taxonomy: str | None
+    refinery_epochs: int | None = None
+    taxonomy: str | None = None
 
 
 @dataclass
@@ -83,6 +84,8 @@ class Tables:
     def _table2(self) -> None:
         names = self._setting.students
         refinery = self._refinery()
+        model = refinery.identity["model"]
+        self._add(Row("2", f"{model}, the refinery", _options(model, *self._refinery_words)), refinery)
         for name in names:
             self._row("2", f"{name}, ground truth", name, seeds=1)
         # The refinery labels each crop once for all of them.
@@ -128,8 +131,13 @@ class Tables:
 
     def _refinery(self, name: str | None = None) -> Run:
         name = name or self._setting.refinery
-        (run,) = self._train(name, ["--seed", "0"])
+        (run,) = self._train(name, ["--seed", "0", *self._refinery_words])
         return run
+
+    @property
+    def _refinery_words(self) -> tuple[str, ...]:
+        epochs = self._setting.refinery_epochs
+        return ("--epochs", str(epochs)) if epochs else ()
 
     def _refined(self, table: str, name: str, *options: str) -> None:
         self._row(table, name, self._setting.student, *options, learns_from=[self._refinery()])
@@ -178,6 +186,8 @@ def markdown(rows: Sequence[Row], setting: Setting) -> str:
     """All rows so far: mean over seeds, and the standard deviation where there are several."""
     words = shlex.join(["--data", Path(setting.data).name, *setting.words])
     text = f"Every run: `python -m train {words}` and the row's options; last epoch, one central crop.\n"
+    if setting.refinery_epochs:
+        text += f"Refineries: with `--epochs {setting.refinery_epochs}`.\n"
     for table, title in _TITLES.items():
         mine = [row for row in rows if row.table == table]
         if mine:
@@ -213,6 +223,7 @@ def main() -> None:
         "--students", default="mobilenet0.25 mobilenet0.5 mobilenet resnet18 darknet19", help="those of Table 2"
     )
     parser.add_argument("--refineries", default="mobilenet0.5 darknet19 resnet18", help="those of Table 6")
+    parser.add_argument("--refinery-epochs", type=int, metavar="N", help="for refineries (default: as all others)")
     parser.add_argument("--taxonomy", metavar="FILE", help='WordNet\'s is-a relation, "parent child" lines (Table 5)')
     parser.add_argument("--out", default="runs/tables.md", help="the file to write (default: runs/tables.md)")
     options, words = parser.parse_known_args()
@@ -224,6 +235,7 @@ def main() -> None:
         refinery=options.refinery,
         students=options.students.split(),
         refineries=options.refineries.split(),
+        refinery_epochs=options.refinery_epochs,
         taxonomy=options.taxonomy,
     )
     end_in_one_line(lambda: make_tables(options.tables.split(","), setting, Path(options.out)))

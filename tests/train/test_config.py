@@ -80,6 +80,8 @@ def test_what_is_refused(capsys, tmp_path):
     assert "labels.smoothing=2" in refusal(capsys, "--labels.smoothing", "2")
     assert "refinery's labels are soft" in refusal(capsys, "--labels.smoothing", "0.1", "--refinery", "resnet18")
     assert "batch=1" in refusal(capsys, "--batch", "1", "--refinery", "resnet18")
+    for share in ("0.0", "1.5", "64.0"):
+        assert f"resolution_from={share}: give a share" in refusal(capsys, "--resolution_from", share)
     assert "jitter is for a refinery's labels" in refusal(capsys, "--jitter", "1")
     assert "labels.per is for a refinery's labels" in refusal(capsys, "--labels.per", "image")
     assert "labels.resolution is for a refinery's labels" in refusal(capsys, "--labels.resolution", "64")
@@ -111,10 +113,10 @@ def test_cosine_with_warm_up():
     assert schedule.factor(9.999, 10) == pytest.approx(0, abs=1e-5)
 
 
-@given(st.integers(1, 60), st.integers(32, 200), st.integers(0, 300))
-def test_crops_grow_from_first_to_last(epochs, first, more):
-    sides = [growing_resolution(epoch, epochs, first, first + more) for epoch in range(epochs)]
+@given(st.integers(1, 60), st.floats(0.01, 1), st.integers(16, 500))
+def test_crops_grow_from_a_share_of_the_resolution_to_all_of_it(epochs, share, last):
+    sides = [growing_resolution(epoch, epochs, share, last) for epoch in range(epochs)]
     assert sides == sorted(sides)
-    assert all(side == first for side in sides[: epochs // 3])
-    assert all(side == first + more for side in sides[-(-2 * epochs // 3) :])
-    assert {(side - first) % 16 for side in sides} <= {0, more % 16}
+    assert all(abs(side - share * last) <= 16 for side in sides[: epochs // 3])
+    assert all(side == last for side in sides[-(-2 * epochs // 3) :])
+    assert all(side % 16 == 0 or side == last for side in sides)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from models import ModelError
 from tests.stopping import stop_at
 from train import TrainError
 from train.config import parse
@@ -103,7 +104,7 @@ def test_resuming_equals_never_stopping_bit_for_bit(run, monkeypatch, capsys, st
 
 
 def test_an_average_and_growing_crops_resume_bit_for_bit_too(run, monkeypatch):
-    words = ["--ema", "0.9", "--resolution_from", "32", "--resolution", "48", "--epochs", "4"]
+    words = ["--ema", "0.9", "--resolution_from", "0.67", "--resolution", "48", "--epochs", "4"]
     whole = run(*words, "--out", "whole")
     with monkeypatch.context() as patch:
         stop_at(5, patch)
@@ -128,13 +129,13 @@ def test_crops_grow(run, monkeypatch):
         original(self, batch)
 
     monkeypatch.setattr(Step, "__call__", call)
-    run("--resolution_from", "32", "--resolution", "72", "--epochs", "6")
+    run("--resolution_from", "0.45", "--resolution", "72", "--epochs", "6")
     assert seen[::3] == [32, 32, 32, 48, 72, 72]
 
 
-def test_crops_that_would_shrink_are_refused(run):
-    with pytest.raises(TrainError, match="resolution_from=64: is above resolution=32"):
-        run("--resolution_from", "64")
+def test_crops_too_small_for_the_network_are_refused_before_they_come(run):
+    with pytest.raises(ModelError, match="alexnet: resolution=32 is too small"):
+        run("--model", "alexnet", "--resolution", "64", "--resolution_from", "0.5")
 
 
 def test_a_missing_refinery_is_trained_first_and_used_again(run, capsys):

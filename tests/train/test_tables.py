@@ -19,6 +19,7 @@ def setting(run, converted, tmp_path):
         refinery="resnet18",
         students=["mobilenet0.25", "mobilenet0.5"],
         refineries=["resnet18"],
+        refinery_epochs=2,
         taxonomy=str(tmp_path / "is_a.txt"),
     )
 
@@ -30,14 +31,17 @@ def test_every_table(setting, tmp_path):
     assert re.findall(r"^## Table (\d)", text, re.MULTILINE) == list("1234567")
     assert str(tmp_path) not in text
     by_name = {(row.table, row.name): row for row in rows}
-    assert len(by_name) == len(rows) == 25
+    assert len(by_name) == len(rows) == 26
     first, second = (by_name["1", f"generation {number}"].runs for number in (1, 2))
     assert [run.identity["seed"] for run in first] == [0, 1]
     assert second[0].identity["refinery"]["weights"] != second[1].identity["refinery"]["weights"]
     assert by_name["1", "generation 1, as long as all three"].runs[0].identity["epochs"] == 3
     jittered = by_name["3", "trained on with jitter"].runs[0].identity
     assert (jittered["jitter"], jittered["pretrained"] is None) == (1.0, False)
+    (refinery,) = by_name["2", "resnet18, the refinery"].runs
+    assert refinery.identity["epochs"] == 2
     soft = by_name["4", "soft dynamic"].runs
+    assert all(run.identity["epochs"] == 1 for run in soft)
     assert [run.folder for run in by_name["7", "KL from label to output"].runs] == [run.folder for run in soft]
     top1 = [run.result["top1"] for run in soft]
     assert f"| soft dynamic | `--model mobilenet0.25 --refinery resnet18` | {sum(top1) / 2:.2f} |" in text
