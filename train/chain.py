@@ -12,7 +12,7 @@ from typing import Any
 
 from train import TrainError
 from train.config import parse
-from train.job import ON_GROUND_TRUTH, end_in_one_line, train
+from train.job import ON_GROUND_TRUTH, check, end_in_one_line, train
 from train.runs import Run, key_of, table_text
 
 
@@ -41,18 +41,25 @@ def chain(models: Sequence[str], arguments: Sequence[str], *, refinery: str | No
     if not models:
         raise TrainError("MODELS is empty; name the networks, with spaces between them")
     first = ["--refinery", refinery] if refinery else ON_GROUND_TRUTH
-    configs = [parse([*arguments, *first, "--model", model]) for model in models]
+    # Later generations are looked at as students of a network's name: the runs that will teach them are not there yet.
+    learning = [first, *([*_LATER, "--refinery", before] for before in models[:-1])]
+    configs = [parse([*arguments, *words, "--model", model]) for words, model in zip(learning, models, strict=True)]
     if configs[0].out:
         raise TrainError(f"out={configs[0].out}: is the folder of one run; the runs of a chain lie below --runs")
+    check(configs)
     runs: list[Run] = []
     for generation, model in enumerate(models, 1):
         print(f"generation {generation} of {len(models)}: {model}", flush=True)
-        learns = ["--refinery", str(runs[-1].folder), "--pretrained", "null"] if runs else first
+        learns = [*_LATER, "--refinery", str(runs[-1].folder)] if runs else first
         words = [*arguments, *learns, "--model", model]
         runs += train(parse(words), words)
         print(flush=True)
     _write([_row(generation, run) for generation, run in enumerate(runs, 1)], runs, Path(configs[0].runs))
     return runs
+
+
+# What holds for the first generation alone.
+_LATER = ("--pretrained=null", "--labels.smoothing=0", "--labels.taxonomy=null")
 
 
 def _row(generation: int, run: Run) -> dict[str, Any]:

@@ -213,6 +213,8 @@ class Config:
             raise TrainError(f"ema={self.ema}: give a decay from 0 to below 1, as 0.999")
         if not 0 < self.resolution_from <= 1:
             raise TrainError(f"resolution_from={self.resolution_from}: give a share of resolution, above 0 and up to 1")
+        self._check_optimizer()
+        self._check_crop()
         if self.jitter < 0:
             raise TrainError(f"jitter={self.jitter}: must not be below 0")
         if self.labels.taxonomy and (self.refinery or self.labels.smoothing):
@@ -229,12 +231,39 @@ class Config:
                     raise TrainError(f"{name} is for a refinery's labels; give a refinery too")
         if self.jitter and self.labels.per != "crop":
             raise TrainError("jitter needs a label for every crop; leave labels.per out")
+        if self.labels.per == "category" and self.labels.bn == "batch":
+            # The images of one class come one after the other: their own statistics would take away what they share.
+            raise TrainError("labels.per=category needs labels.bn=running, as in the paper")
         if self.jitter and len(self.model.split()) > 1:
             raise TrainError("jitter moves crops for one student; name one model")
+        if self.jitter and not self.pretrained:
+            raise TrainError("jitter is for a student that is trained already; name its weights with pretrained")
         if self.refinery and self.labels.bn == "batch" and self.batch == 1:
             raise TrainError(
                 "batch=1: a refinery with batch statistics needs more than one crop; use labels.bn=running"
             )
+
+    def _check_optimizer(self) -> None:
+        given = self.optimizer
+        if not 0 < given.lr < float("inf"):
+            raise TrainError(f"optimizer.lr={given.lr}: must be above 0")
+        if not 0 <= given.momentum < 1:
+            raise TrainError(f"optimizer.momentum={given.momentum}: give a share from 0 to below 1")
+        if given.kind == "sgd" and given.nesterov and not given.momentum:
+            raise TrainError("optimizer.nesterov looks ahead along the momentum; give optimizer.momentum too")
+        if given.weight_decay < 0:
+            raise TrainError(f"optimizer.weight_decay={given.weight_decay}: must not be below 0")
+        if self.schedule.warmup < 0:
+            raise TrainError(f"schedule.warmup={self.schedule.warmup}: must not be below 0")
+
+    def _check_crop(self) -> None:
+        crop = self.crop
+        if crop.scale and not 0 < crop.scale[0] <= crop.scale[1] <= 1:
+            raise TrainError(f"crop.scale={list(crop.scale)}: give two shares of the area, the lower first, up to 1")
+        if crop.ratio and not 0 < crop.ratio[0] <= crop.ratio[1]:
+            raise TrainError(f"crop.ratio={list(crop.ratio)}: give two ratios of width to height, the lower first")
+        if crop.center_ratio is not None and not 0 < crop.center_ratio <= 1:
+            raise TrainError(f"crop.center_ratio={crop.center_ratio}: give a share of the shorter side, up to 1")
 
 
 def first_resolution(share: float, last: int) -> int:

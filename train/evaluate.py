@@ -251,12 +251,10 @@ def _places(trained: Trained, class_names: Sequence[str], data: str) -> list[int
 
 
 def _crop_rule(trained: Trained, rule: CropRule, resolution: int | None) -> CropRule:
-    """The validation crop: the network's own, else the set's."""
-    return replace(
-        rule,
-        resolution=resolution or trained.resolution or rule.resolution,
-        center_ratio=trained.center_ratio or rule.center_ratio,
-    )
+    """The validation crop: the network's own, else the set's. Raises TrainError for a size it does not take."""
+    side = (trained.resolution or rule.resolution) if resolution is None else resolution
+    trained.check_resolution(side)
+    return replace(rule, resolution=side, center_ratio=trained.center_ratio or rule.center_ratio)
 
 
 def _scored(trained: Trained, loader: Loader | Originals, places: Sequence[int], device: torch.device) -> Scores:

@@ -25,7 +25,7 @@ from models.weights import load_into, load_weights
 from train import TrainError, checkpoint
 from train.announce import announce, report
 from train.classes import lacking, places_of
-from train.config import Config, CropConfig, first_resolution, parse
+from train.config import Config, CropConfig, command_to_continue, growing_resolution, parse
 from train.crop_truth import label_quality
 from train.device import autocast_type, device_named, precision_on
 from train.interrupt import Interrupted
@@ -69,34 +69,51 @@ def train(config: Config, arguments: Sequence[str]) -> list[Run]:
     device = device_named(config.device)
     decoders.choose(config.decoder, device)
     configs = _one_each(config, arguments)
+    trained_first: list[Config] = []
+    if config.refinery and parse_spec(config.refinery)[1] is None:
+        trained_first = [parse([*arguments, *_AS_REFINERY, "--model", config.refinery])]
+    data, refinery = check([*configs, *trained_first])
+    if trained_first:
+        refinery = load_trained(str(_refinery_run(trained_first[0], data, device).folder))
+    return _runs(configs, data, refinery, device)
+
+
+def check(configs: Sequence[Config]) -> tuple[ConvertedSet, Trained | None]:
+    """Refuses what no run can be made of, so that bad input is told before anything slow begins.
+
+    configs: all on the same data, the first with the refinery of all that have one. Returns their data, converted now
+    if it was not yet, and that refinery where it is trained already.
+    Raises DataError, ModelError or TrainError.
+    """
+    first = configs[0]
     for each in configs:
         _check_network(each)
-    found = find_set(config.data)
-    if config.labels.taxonomy:
-        taxonomy_table(Path(config.labels.taxonomy), found.class_names)
+    found = find_set(first.data)
+    for each in configs:
+        if each.labels.taxonomy:
+            taxonomy_table(Path(each.labels.taxonomy), found.class_names)
     refinery: Trained | None = None
-    refinery_config: Config | None = None
-    if config.refinery and parse_spec(config.refinery)[1] is None:
-        refinery_config = parse([*arguments, *_AS_REFINERY, "--model", config.refinery])
-        _check_network(refinery_config)
-    elif config.refinery:
-        refinery = load_trained(config.refinery, class_names=found.class_names)
-        _check_classes(refinery, found.class_names, config)
-
+    if first.refinery and parse_spec(first.refinery)[1] is not None:
+        refinery = load_trained(first.refinery, class_names=found.class_names)
+        _check_classes(refinery, found.class_names, first)
     data = found.convert() if isinstance(found, Unconverted) else found
     del found  # and with it what an archive was unpacked to
-    for each in (*configs, *([refinery_config] if refinery_config else [])):
-        resolution = _crop_rule(each, data).resolution
-        models.check_resolution(each.model, first_resolution(each.resolution_from, resolution))
-        models.check_resolution(each.model, resolution)
-    if refinery_config:
-        refinery = load_trained(str(_refinery_run(refinery_config, data, device).folder))
-    return _runs(configs, data, refinery, device)
+    for each in configs:
+        for side in _resolutions(each, _crop_rule(each, data)):
+            models.check_resolution(each.model, side)
+    return data, refinery
+
+
+def _resolutions(config: Config, rule: CropRule) -> list[int]:
+    """Pixels a side of the crops in all epochs of a run, each size once."""
+    share, epochs = config.resolution_from, config.epochs
+    return sorted({growing_resolution(epoch, epochs, share, rule.resolution) for epoch in range(epochs)})
 
 
 # What turns words for a student of a refinery into those for a network that learns from the ground truth.
 ON_GROUND_TRUTH = (
     "--refinery=null",
+    "--labels.bn=batch",
     "--labels.resolution=null",
     "--labels.per=crop",
     "--loss.kind=soft",
@@ -107,7 +124,10 @@ _AS_REFINERY = (*ON_GROUND_TRUTH, "--pretrained=null", "--out=null")
 
 
 def _one_each(config: Config, arguments: Sequence[str]) -> list[Config]:
-    """The configuration of each network that `config.model` names; a recipe may say other things of each."""
+    """The configuration of each network that `config.model` names; a recipe may say other things of each.
+
+    Where it says what they must share to train together, a line tells that they train apart.
+    """
     names = config.model.split()
     if len(names) == 1:
         return [config]
@@ -120,11 +140,11 @@ def _one_each(config: Config, arguments: Sequence[str]) -> list[Config]:
     first = asdict(configs[0])
     for other in configs[1:]:
         differing = [key for key, value in asdict(other).items() if value != first[key] and key not in _OWN]
-        if differing:
-            key = differing[0]
-            raise TrainError(
+        for key in differing:
+            print(
                 f"{key}: {configs[0].model} takes {first[key]} and {other.model} {asdict(other)[key]} from recipe "
-                f"{config.recipe}; give one --{key} to train them together"
+                f"{config.recipe}, so they train apart; one --{key} for all lets them share the refinery's labels",
+                flush=True,
             )
     return configs
 
@@ -166,7 +186,7 @@ def _refinery_resolution(refinery: Trained, config: Config, rule: CropRule) -> i
     that one may be many times the student's work. Raises TrainError for a size that it does not take.
     """
     asked, usual = config.labels.resolution, refinery.resolution
-    for side in {asked} if asked else {first_resolution(config.resolution_from, rule.resolution), rule.resolution}:
+    for side in [asked] if asked else _resolutions(config, rule):
         failure = refinery.failure_at(side)
         if failure and (asked or not usual):
             raise TrainError(
@@ -207,7 +227,7 @@ def _refinery_run(config: Config, data: ConvertedSet, device: torch.device) -> R
 def _runs(configs: Sequence[Config], data: ConvertedSet, refinery: Trained | None, device: torch.device) -> list[Run]:
     """Trains networks in their run folders, or continues them, or finds them finished; in the order of the configs."""
     runs: dict[str, Run] = {}
-    unfinished: dict[tuple[int, int], list[Config]] = {}
+    unfinished: dict[object, list[Config]] = {}
     for config in configs:
         run = _existing(config, data, refinery, device)
         if run and run.result:
@@ -217,13 +237,17 @@ def _runs(configs: Sequence[Config], data: ConvertedSet, refinery: Trained | Non
             )
             runs[config.model] = run
         else:
-            unfinished.setdefault(checkpoint.place_of(run.weights) if run else (0, 0), []).append(config)
-    # Those that stand elsewhere (one was begun alone, say) cannot share their steps.
+            # Those that stand elsewhere (one was begun alone, say) cannot share their steps, nor those of other crops.
+            place = checkpoint.place_of(run.weights) if run else (0, 0)
+            shared = str([value for key, value in asdict(config).items() if key not in _OWN])
+            unfinished.setdefault((place, shared), []).append(config)
     for together in unfinished.values():
         trainer = open_trainer(together, data, refinery, device)
         announce(trainer, refinery, asked=together[0].precision)
         for job, result in zip(trainer.jobs, trainer.run(), strict=True):
             runs[job.config.model] = _finish(trainer, job, result, refinery)
+        if trainer.stopped:
+            raise Interrupted(f"stopped after a finished run; to go on, type again:\n  {command_to_continue()}")
     return [runs[config.model] for config in configs]
 
 

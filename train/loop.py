@@ -139,7 +139,8 @@ class Trainer:
         with ExitStack() as stack:
             self._stop = stack.enter_context(stop_on_signal())
             boards = [
-                stack.enter_context(SummaryWriter(str(job.folder / "tensorboard"), purge_step=self.progress.epoch))
+                # Epochs are numbered from 1; those after the checkpoint will come again.
+                stack.enter_context(SummaryWriter(str(job.folder / "tensorboard"), purge_step=self.progress.epoch + 1))
                 for job in self.jobs
             ]
             while self.progress.epoch < config.epochs:
@@ -159,6 +160,11 @@ class Trainer:
                 if self._stop.requested and self.progress.epoch < config.epochs:
                     raise self._interrupted()
         return [self._result(job, best) for job, best in zip(self.jobs, self._best, strict=True)]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the user asked for a stop, which the last epoch of a run outlives."""
+        return self._stop.requested
 
     def train_epoch(self) -> list[list[float]]:
         """The steps of the present epoch that are still to be done; returns each student's sums (see Student).
@@ -184,6 +190,7 @@ class Trainer:
                 mark = now
                 if self._stop.requested or now - saved > _SECONDS_BETWEEN_SAVES:
                     self._finite_sums()
+                    self._check_weights()
                     self._save("last.pt")
                     saved = time.perf_counter()
                 if self._stop.requested:
@@ -198,6 +205,7 @@ class Trainer:
             # Reading the sums waits for the device, which belongs to the epoch's time.
             sums_of_all = self._finite_sums()
             progress.train_seconds += time.perf_counter() - mark
+        self._check_weights()
         return sums_of_all
 
     def _open_loader(self, resolution: int) -> Loader:
@@ -257,7 +265,8 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
-                self.step(replace(batch, crops=batch.crops[:size], labels=batch.labels[:size]))
+                paired = {pairing: crops[:size] for pairing, crops in batch.paired.items()}
+                self.step(replace(batch, crops=batch.crops[:size], labels=batch.labels[:size], paired=paired))
                 return size
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -269,13 +278,22 @@ class Trainer:
         every = [student.sums.tolist() for student in self.step.students]
         for student, sums in zip(self.step.students, every, strict=True):
             if not math.isfinite(sums[LOSS]):
-                rate = student.optimizer.param_groups[0]["lr"]
-                raise TrainError(
-                    f"{student.name}: the loss is no longer finite in epoch {self.progress.epoch + 1}, by step "
-                    f"{self.progress.step}, at learning rate {rate:.4g}; try a smaller --optimizer.lr (the checkpoint "
-                    "before it is kept)"
-                )
+                raise self._diverged(student, "the loss is")
         return every
+
+    def _check_weights(self) -> None:
+        """What is kept must be good to go on from; the last step's loss tells nothing of what that step did."""
+        for student in self.step.students:
+            if not all(parameter.isfinite().all() for parameter in student.network.parameters()):
+                raise self._diverged(student, "weights are")
+
+    def _diverged(self, student: Student, what: str) -> TrainError:
+        rate = student.optimizer.param_groups[0]["lr"]
+        return TrainError(
+            f"{student.name}: {what} no longer finite in epoch {self.progress.epoch + 1}, by step "
+            f"{self.progress.step}, at learning rate {rate:.4g}; try a smaller --optimizer.lr (the checkpoint before "
+            "it is kept)"
+        )
 
     def _end_epoch(
         self, sums: list[list[float]], scores: list[Scores], boards: list[SummaryWriter], *, seconds: float

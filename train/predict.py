@@ -39,9 +39,10 @@ def predict(checkpoint: str, images: str, resolution: int | None = None, device:
     if not files:
         raise TrainError(f"IMAGES={images}: {'no images in it' if path.is_dir() else 'no such file or folder'}")
     trained = load_trained(checkpoint)
+    side = (trained.resolution or 224) if resolution is None else resolution
+    trained.check_resolution(side)
     network = trained.network.to(where).to(memory_format=torch.channels_last).eval()
     normalise = Normalise(trained.normalisation).to(where)
-    side = resolution or trained.resolution or 224
     unreadable = 0
     for file in files:
         try:

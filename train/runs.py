@@ -72,8 +72,14 @@ def finished_refinery(root: Path, wanted: dict[str, Any]) -> Run | None:
     The very run if it is there, else the most accurate one of the same network on the same data, crops and
     resolution, trained on ground truth in any way (another seed, recipe or length, pre-trained or not).
     """
-    same = ("data", "model", "resolution", "refinery")
-    candidates = [run for run in all_runs(root) if run.result and all(run.identity[key] == wanted[key] for key in same)]
+    same = ("data", "model", "resolution", "crop", "refinery")
+    candidates = [
+        run
+        for run in all_runs(root)
+        if run.result
+        and all(run.identity[key] == wanted[key] for key in same)
+        and not run.identity["labels"]["taxonomy"]
+    ]
     for run in candidates:
         if run.identity == wanted:
             return run

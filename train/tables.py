@@ -10,13 +10,13 @@ import argparse
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from train import TrainError
 from train.config import parse
-from train.job import end_in_one_line, train
+from train.job import ON_GROUND_TRUTH, check, end_in_one_line, train
 from train.runs import Run, table_text
 
 _TITLES = {
@@ -28,6 +28,10 @@ _TITLES = {
     "6": "Table 6, refineries",
     "7": "Table 7, losses",
 }
+# The rows of networks that label for others, which belong to no table of their own.
+_REFINERIES = "refineries"
+# From the one that says most of the method on.
+_USUAL_ORDER = "1,4,2,3,6,7,5"
 
 
 @dataclass
@@ -52,12 +56,18 @@ class Setting:
 
 @dataclass
 class Row:
-    """A row of a table: its runs, one a seed, and the options that tell it from the others."""
+    """A row of a table: its runs, one a seed, and the options that tell it from the others.
+
+    In the options, the name of a row in brackets stands for the folder of its run of the same seed, or of its only one.
+    """
 
     table: str
     name: str
     options: str
     runs: list[Run] = field(default_factory=list)
+
+    def of_seed(self, seed: int) -> Run:
+        return self.runs[seed % len(self.runs)]
 
 
 class Tables:
@@ -74,34 +84,26 @@ class Tables:
 
     def _table1(self) -> None:
         student = self._setting.student
-        generations: list[Row] = []
+        before: Row | None = None
         for generation in (1, 2, 3):
-            before = generations[-1].runs if generations else None
-            generations.append(self._row("1", f"generation {generation}", student, learns_from=before))
+            before = self._row("1", f"generation {generation}", student, refinery=before)
         longer = 3 * parse(["--data", self._setting.data, *self._setting.words, "--model", student]).epochs
         self._row("1", "generation 1, as long as all three", student, "--epochs", str(longer))
 
     def _table2(self) -> None:
-        names = self._setting.students
-        refinery = self._refinery()
-        model = refinery.identity["model"]
-        self._add(Row("2", f"{model}, the refinery", _options(model, *self._refinery_words)), refinery)
+        names, refinery = self._setting.students, self._refinery()
         for name in names:
             self._row("2", f"{name}, ground truth", name, seeds=1)
-        # The refinery labels each crop once for all of them.
-        words = ["--refinery", str(refinery.folder), "--seed", "0"]
-        refined = self._train(" ".join(names), words)
+        # The refinery labels each crop once for all that can train together.
+        refined = self._train(" ".join(names), ["--refinery", str(refinery.of_seed(0).folder), "--seed", "0"])
         for name, run in zip(names, refined, strict=True):
-            self._add(Row("2", f"{name}, refined", _options(name, "--refinery", refinery.identity["model"])), run)
+            self._add(Row("2", f"{name}, refined", _options(name, "--refinery", f"[{refinery.name}]")), run)
 
     def _table3(self) -> None:
         student, refinery = self._setting.student, self._refinery()
-        start = self._row("3", "refined", student, learns_from=[refinery])
-        for name, options in (("trained on", ()), ("trained on with jitter", ("--jitter", "1"))):
-            row = Row("3", name, _options(student, "--refinery", refinery.identity["model"], *options))
-            for seed, run in enumerate(start.runs):
-                words = ["--refinery", str(refinery.folder), "--pretrained", str(run.weights), "--seed", str(seed)]
-                self._add(row, *self._train(student, [*words, *options]))
+        start = self._row("3", "refined", student, refinery=refinery)
+        for name, jitter in (("trained on", ()), ("trained on with jitter", ("--jitter", "1"))):
+            self._row("3", name, student, *jitter, refinery=refinery, pretrained=start)
 
     def _table4(self) -> None:
         self._row("4", "no refinery", self._setting.student)
@@ -120,8 +122,7 @@ class Tables:
     def _table6(self) -> None:
         self._row("6", "no refinery", self._setting.student)
         for name in self._setting.refineries:
-            refinery = self._refinery(name)
-            self._row("6", f"{name} ({_result(refinery)['top1']:.2f})", self._setting.student, learns_from=[refinery])
+            self._row("6", name, self._setting.student, refinery=self._refinery(name))
 
     def _table7(self) -> None:
         self._row("7", "no refinery", self._setting.student)
@@ -129,18 +130,17 @@ class Tables:
         self._refined("7", "KL from output to label", "--loss.kind", "reversed")
         self._refined("7", "KL from label to output")
 
-    def _refinery(self, name: str | None = None) -> Run:
+    def _refinery(self, name: str | None = None) -> Row:
         name = name or self._setting.refinery
-        (run,) = self._train(name, ["--seed", "0", *self._refinery_words])
-        return run
-
-    @property
-    def _refinery_words(self) -> tuple[str, ...]:
+        for row in self.rows:
+            if (row.table, row.name) == (_REFINERIES, f"refinery {name}"):
+                return row
         epochs = self._setting.refinery_epochs
-        return ("--epochs", str(epochs)) if epochs else ()
+        words = ("--epochs", str(epochs)) if epochs else ()
+        return self._row(_REFINERIES, f"refinery {name}", name, *words, seeds=1)
 
     def _refined(self, table: str, name: str, *options: str) -> None:
-        self._row(table, name, self._setting.student, *options, learns_from=[self._refinery()])
+        self._row(table, name, self._setting.student, *options, refinery=self._refinery())
 
     def _row(
         self,
@@ -148,16 +148,18 @@ class Tables:
         name: str,
         model: str,
         *options: str,
-        learns_from: Sequence[Run] | None = None,
+        refinery: Row | None = None,
+        pretrained: Row | None = None,
         seeds: int | None = None,
     ) -> Row:
-        """A row of a run a seed; learns_from: its refinery, the same for all seeds or one for each."""
-        described = ("--refinery", learns_from[0].identity["model"]) if learns_from else ()
+        """A row of a run a seed. refinery, pretrained: the rows whose runs label, and whose weights it starts from."""
+        described = ["--refinery", f"[{refinery.name}]"] if refinery else []
+        described += ["--pretrained", f"[{pretrained.name}]/last.pt"] if pretrained else []
         row = Row(table, name, _options(model, *described, *options))
         for seed in range(seeds or self._setting.seeds):
             words = ["--seed", str(seed), *options]
-            if learns_from:
-                words += ["--refinery", str(learns_from[seed % len(learns_from)].folder)]
+            words += ["--refinery", str(refinery.of_seed(seed).folder)] if refinery else []
+            words += ["--pretrained", str(pretrained.of_seed(seed).weights)] if pretrained else []
             self._add(row, *self._train(model, words))
         return row
 
@@ -173,8 +175,12 @@ class Tables:
 
 
 def _options(model: str, *words: str) -> str:
-    # Files by their names alone: where they lie is another machine's matter.
-    return shlex.join(["--model", model, *(Path(word).name if "/" in word else word for word in words)])
+    return " ".join(["--model", model, *_plain(words)])
+
+
+def _plain(words: Sequence[str]) -> list[str]:
+    """Files by their names alone: where they lie is another machine's matter. A row's name stays as it is."""
+    return [Path(word).name if "/" in word and not word.startswith("[") else word for word in words]
 
 
 def _result(run: Run) -> dict[str, Any]:
@@ -184,25 +190,29 @@ def _result(run: Run) -> dict[str, Any]:
 
 def markdown(rows: Sequence[Row], setting: Setting) -> str:
     """All rows so far: mean over seeds, and the standard deviation where there are several."""
-    words = shlex.join(["--data", Path(setting.data).name, *setting.words])
-    text = f"Every run: `python -m train {words}` and the row's options; last epoch, one central crop.\n"
-    if setting.refinery_epochs:
-        text += f"Refineries: with `--epochs {setting.refinery_epochs}`.\n"
-    for table, title in _TITLES.items():
+    words = shlex.join(["--data", Path(setting.data).name, *_plain(setting.words)])
+    text = (
+        f"Every run: `python -m train {words}` with the row's options and `--seed` 0, 1, ...; a row's name in brackets "
+        "stands for the folder of its run of the same seed. Accuracies are of the last epoch, one central crop, in "
+        "percent: the mean over the seeds, and ± their standard deviation. Train top-1 is of random crops, over the "
+        "last epoch. Students of Table 2 that trained together share a rate and minutes.\n"
+    )
+    for table, title in ({_REFINERIES: "Refineries"} | _TITLES).items():
         mine = [row for row in rows if row.table == table]
         if mine:
             text += f"\n## {title}\n\n"
-            text += (
-                "| row | options | top-1 | ± | top-5 | train top-1 | seeds | minutes |\n|---|---|" + "---:|" * 6 + "\n"
-            )
+            text += "| row | options | top-1 | ± | top-5 | train top-1 | seeds | images/s | minutes |\n"
+            text += "|---|---|" + "---:|" * 7 + "\n"
             for row in mine:
-                top1 = [_result(run)["top1"] for run in row.runs]
+                results = [_result(run) for run in row.runs]
+                top1 = [result["top1"] for result in results]
                 spread = f"{statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
                 text += (
                     f"| {row.name} | `{row.options}` | {statistics.mean(top1):.2f} | {spread} | "
-                    f"{statistics.mean(_result(run)['top5'] for run in row.runs):.2f} | "
+                    f"{statistics.mean(result['top5'] for result in results):.2f} | "
                     f"{statistics.mean(run.metrics[-1]['train_top1'] for run in row.runs):.2f} | {len(row.runs)} | "
-                    f"{statistics.mean(_result(run)['seconds'] for run in row.runs) / 60:.1f} |\n"
+                    f"{statistics.median(result['images_per_second_per_device'] for result in results):.0f} | "
+                    f"{statistics.mean(result['seconds'] for result in results) / 60:.1f} |\n"
                 )
     return text
 
@@ -215,7 +225,9 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--data", default="scenes", help="as for train (default: scenes)")
-    parser.add_argument("--tables", default="1,4,2,3,6,7,5", help="which, with commas between them (default: all)")
+    parser.add_argument(
+        "--tables", metavar="1,4,...", help="which, with commas between them (default: all; 5 only with --taxonomy)"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs a row (default: 3)")
     parser.add_argument("--student", default="mobilenet0.25", help="the student of most rows (default: mobilenet0.25)")
     parser.add_argument("--refinery", default="resnet18", help="its refinery (default: resnet18)")
@@ -225,8 +237,13 @@ def main() -> None:
     parser.add_argument("--refineries", default="mobilenet0.5 darknet19 resnet18", help="those of Table 6")
     parser.add_argument("--refinery-epochs", type=int, metavar="N", help="for refineries (default: as all others)")
     parser.add_argument("--taxonomy", metavar="FILE", help='WordNet\'s is-a relation, "parent child" lines (Table 5)')
-    parser.add_argument("--out", default="runs/tables.md", help="the file to write (default: runs/tables.md)")
+    parser.add_argument("--out", metavar="FILE", help="the file to write (default: runs/tables-1-4-....md)")
     options, words = parser.parse_known_args()
+    wanted = (options.tables or _USUAL_ORDER).split(",")
+    if not (options.tables or options.taxonomy):
+        print("table 5 is left out: it needs --taxonomy, a file of WordNet's is-a relation")
+        wanted.remove("5")
+    out = options.out or f"runs/tables-{'-'.join(wanted)}.md"
     setting = Setting(
         data=options.data,
         words=words,
@@ -238,7 +255,7 @@ def main() -> None:
         refinery_epochs=options.refinery_epochs,
         taxonomy=options.taxonomy,
     )
-    end_in_one_line(lambda: make_tables(options.tables.split(","), setting, Path(options.out)))
+    end_in_one_line(lambda: make_tables(wanted, setting, Path(out)))
 
 
 def make_tables(wanted: Sequence[str], setting: Setting, out: Path) -> list[Row]:
@@ -250,6 +267,15 @@ def make_tables(wanted: Sequence[str], setting: Setting, out: Path) -> list[Row]
         raise TrainError(f"seeds={setting.seeds}: must be at least 1")
     if "5" in wanted and not setting.taxonomy:
         raise TrainError("table 5 needs --taxonomy, a file of WordNet's is-a relation")
+
+    # By name, because rows that start from trained weights would else have another recipe than those beside them.
+    if not any(word.split("=")[0] == "--recipe" for word in setting.words):
+        recipe = parse(["--data", setting.data, *setting.words]).recipe
+        setting = replace(setting, words=["--recipe", str(recipe), *setting.words])
+    networks = dict.fromkeys([setting.student, setting.refinery, *setting.students, *setting.refineries])
+    words = ["--data", setting.data, *setting.words, *ON_GROUND_TRUTH]
+    words += ["--labels.taxonomy", setting.taxonomy] if setting.taxonomy and "5" in wanted else []
+    check([parse([*words, "--model", network]) for network in networks])
 
     def write(rows: list[Row]) -> None:
         try:

@@ -65,6 +65,14 @@ class Trained:
             return (str(error).splitlines() or [type(error).__name__])[0]
         return None
 
+    def check_resolution(self, resolution: int) -> None:
+        """Raises TrainError unless the network takes crops of so many pixels a side."""
+        failure = self.failure_at(resolution) if resolution > 0 else "there is no such size"
+        if failure:
+            raise TrainError(
+                f"{self.place}: {self.name} cannot take crops of {resolution} px ({failure}); give another resolution"
+            )
+
 
 def digest_of(path: Path) -> str:
     """SHA-256 of a file, in hex."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from models import ModelError
 from tests.stopping import stop_at
 from train import TrainError
 from train.chain import chain
@@ -65,7 +66,20 @@ def test_a_chain_may_start_from_a_refinery(words, run):
     assert second.identity["refinery"]["network"] == "mobilenet0.25"
 
 
-def test_bad_chains_are_refused(words):
+def test_what_the_first_generation_learns_from_is_not_for_later_ones(words, tmp_path):
+    (tmp_path / "is_a.txt").write_text("thing class0\nthing class1\nclass1 class2\n")
+    for option in (["--labels.smoothing", "0.1"], ["--labels.taxonomy", str(tmp_path / "is_a.txt")]):
+        first, second = chain(MODELS[1:], [*words, *option])
+        assert first.identity["refinery"] is None
+        assert (second.identity["labels"]["smoothing"], second.identity["labels"]["taxonomy"]) == (0, None)
+
+
+def test_bad_chains_are_refused_before_anything_is_trained(words, monkeypatch):
+    monkeypatch.setattr("train.chain.train", None)
+    with pytest.raises(ModelError, match="mobilnet"):
+        chain(["resnet18", "mobilnet"], words)
+    with pytest.raises(ModelError, match="alexnet: resolution=32 is too small"):
+        chain(["resnet18", "alexnet"], words)
     with pytest.raises(TrainError, match="MODELS is empty"):
         chain([], words)
     with pytest.raises(TrainError, match="out=here: is the folder of one run"):

@@ -165,6 +165,7 @@ def test_bad_inputs_end_in_one_line_before_anything_slow(workplace, refusal, tmp
     other = write_class_folders(tmp_path / "other", 5, 3)
     student = run_folder(place, "mobilenet0.25")
     torch.save(models.build("resnet18", 7).state_dict(), tmp_path / "seven.pt")
+    torch.save(models.build("alexnet", 3).state_dict(), tmp_path / "three.pt")
     (tmp_path / "cut.beton").write_bytes(b"\x02\x00")
     for words, says in [
         (["--data", "no/such/folder"], "no/such/folder: no such folder"),
@@ -186,11 +187,17 @@ def test_bad_inputs_end_in_one_line_before_anything_slow(workplace, refusal, tmp
         (["--checkpoint", "absent.pt"], "absent.pt: no such run folder or file"),
         (["--checkpoint", tmp_path / "cut.beton"], "cut.beton"),
         (["--checkpoint", student, "--data", other], "it lacks class3, class4"),
+        (["--checkpoint", student, "--resolution", "-1"], "cannot take crops of -1 px"),
+        (
+            ["--checkpoint", f"alexnet:{tmp_path / 'three.pt'}", "--resolution", "32"],
+            "alexnet cannot take crops of 32 px",
+        ),
     ]:
         assert says in refusal(main_of(evaluate), "--data", image_folder, *words), words
     for words, says in [
         (["--checkpoint", student, "--images", "absent.jpg"], "IMAGES=absent.jpg: no such file"),
         (["--checkpoint", f"resnet18:{tmp_path / 'seven.pt'}", "--images", image_folder], "names of classes"),
+        (["--checkpoint", student, "--images", image_folder, "--resolution", "0"], "cannot take crops of 0 px"),
     ]:
         assert says in refusal(main_of(predict), *words), words
     assert "no such folder" in refusal(main_of(table), "--folder", "absent")

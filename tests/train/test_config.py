@@ -90,6 +90,8 @@ def test_what_is_refused(capsys, tmp_path):
     assert "loss.temperature=0" in refusal(capsys, "--loss.temperature", "0", "--refinery", "resnet18")
     assert "place of a refinery" in refusal(capsys, "--labels.taxonomy", "is_a.txt", "--refinery", "resnet18")
     both = ("--refinery", "resnet18", "--jitter", "1")
+    assert "labels.per=category needs labels.bn=running" in refusal(capsys, *both[:2], "--labels.per", "category")
+    assert "jitter is for a student that is trained already" in refusal(capsys, *both)
     assert "jitter needs a label for every crop" in refusal(capsys, *both, "--labels.per", "image")
     assert "jitter moves crops for one student" in refusal(capsys, *both, "--model", "alexnet mobilenet")
     (tmp_path / "bad.yaml").write_text("epochs: 5\nlearning_rate: 3\n")
@@ -97,6 +99,30 @@ def test_what_is_refused(capsys, tmp_path):
     (tmp_path / "text.yaml").write_text("just words")
     assert "text.yaml" in refusal(capsys, "--recipe", str(tmp_path / "text.yaml"))
     assert "absent.yaml" in refusal(capsys, "--config", str(tmp_path / "absent.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("optimizer.lr", "-1.0"),
+        ("optimizer.momentum", "1.0"),
+        ("optimizer.weight_decay", "-0.1"),
+        ("schedule.warmup", "-1.0"),
+        ("crop.scale", "[0.5, 0.1]"),
+        ("crop.scale", "[0.5, 2.0]"),
+        ("crop.ratio", "[0.0, 1.0]"),
+        ("crop.center_ratio", "1.5"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(capsys, option, value):
+    assert f"{option}={value}" in refusal(capsys, f"--{option}", value)
+
+
+NO_MOMENTUM = ("--optimizer.kind", "sgd", "--optimizer.nesterov", "true", "--optimizer.momentum", "0")
+
+
+def test_nesterov_needs_momentum(capsys):
+    assert "give optimizer.momentum too" in refusal(capsys, *NO_MOMENTUM)
 
 
 def test_milestones_scale_with_the_length():

@@ -11,9 +11,8 @@ import models
 from data.loader import open_loader
 from kernels.normalise import Normalise
 from train.jitter import with_jittered
-from train.labels.ground_truth import GroundTruth
 from train.labels.refinery import Refinery
-from train.step import CROPS, Step, Student
+from train.step import CROPS, LOSS, Step, Student
 
 IMAGENET = models.normalisation("resnet18")
 CPU = torch.device("cpu")
@@ -77,16 +76,21 @@ def test_they_disagree_more_about_jittered_crops(batch, networks):
     assert losses[1] > losses[0]
 
 
-def test_a_step_with_jitter(batch):
-    """Loss over clean and jittered crops, accuracy over the clean ones; ground truth has no gradient to follow."""
-    torch.manual_seed(1)
-    network = models.build("mobilenet0.25", 3)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
-    labels = Refinery(models.build("resnet18", 3), IMAGENET)
-    student = Student("student", network, optimizer, IMAGENET)
-    step = Step([student], labels, jitter=1.0, device=CPU, autocast=None, compiled=False)
-    before = network.classifier.weight.detach().clone()
-    step(batch)
-    assert student.sums[CROPS] == 6
-    assert not torch.equal(network.classifier.weight, before)
-    assert GroundTruth(3)(batch).logits is None
+def test_a_step_with_jitter_learns_from_clean_and_jittered_crops(batch, networks):
+    """Its loss is of both, its accuracy of the clean ones alone."""
+    refinery, start = networks
+    labels = Refinery(refinery, IMAGENET)
+    networks_after = []
+    for jitter in (0.0, 1.0):
+        network = copy.deepcopy(start)
+        student = Student("student", network, torch.optim.SGD(network.parameters(), lr=0.01), IMAGENET)
+        both = with_jittered(batch, labels, network, Normalise(IMAGENET), eta=1.0, autocast=None) if jitter else batch
+        Step([student], labels, jitter=jitter, device=CPU, autocast=None, compiled=False)(batch)
+        logits = copy.deepcopy(start)(Normalise(IMAGENET)(both.crops))
+        loss = labels(both).loss(logits)
+        assert student.sums[CROPS] == 6
+        torch.testing.assert_close(
+            student.sums[LOSS] / 6, loss.mean().double(), rtol=1e-4, atol=1e-5, check_dtype=False
+        )
+        networks_after.append(network.classifier.weight.detach())
+    assert not torch.equal(*networks_after)

@@ -1,12 +1,14 @@
 """Runs: what is in their folders, that they are resumed with the same bits, not repeated and not mixed up."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+import models
 from models import ModelError
 from tests.stopping import stop_at
 from train import TrainError
@@ -14,8 +16,10 @@ from train.config import parse
 from train.evaluate import evaluate
 from train.interrupt import Interrupted
 from train.job import train
-from train.runs import all_runs, table
+from train.loop import Trainer
+from train.runs import all_runs, finished_refinery, table
 from train.step import Step
+from train.trained import digest_of
 
 
 def test_what_a_run_leaves(run):
@@ -203,6 +207,41 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, m
     assert Path("run/last.pt").read_bytes() == before
 
 
+def test_a_last_step_that_spoils_the_weights_is_not_kept(run, monkeypatch):
+    original = Step.__call__
+    steps = 0
+
+    def call(self, batch):
+        nonlocal steps
+        original(self, batch)
+        steps += 1
+        if steps == 6:
+            with torch.no_grad():
+                next(self.students[0].network.parameters()).fill_(float("inf"))
+
+    monkeypatch.setattr(Step, "__call__", call)
+    with pytest.raises(TrainError, match="weights are no longer finite in epoch 2, by step 3, at learning rate"):
+        run("--out", "run")
+    assert torch.load("run/last.pt", weights_only=True)["progress"]["epoch"] == 1
+    assert not Path("run/result.json").exists()
+
+
+def test_a_stop_in_the_last_validation_stops_what_would_follow(run, monkeypatch, capsys):
+    original = Trainer._end_epoch
+
+    def end_epoch(self, *arguments, **options):
+        if self.progress.epoch + 1 == self.config.epochs:
+            signal.raise_signal(signal.SIGINT)
+        original(self, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "_end_epoch", end_epoch)
+    with pytest.raises(Interrupted, match="stopped after a finished run; to go on, type again"):
+        run("--refinery", "resnet18")
+    (only,) = all_runs(Path("runs"))
+    assert only.identity["model"] == "resnet18"
+    assert only.result
+
+
 def same_weights(one: Path, other: Path) -> bool:
     states = [torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (one, other)]
     return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -285,8 +324,48 @@ def test_too_little_memory_is_answered_with_a_batch_that_fits(run, monkeypatch):
         original(self, batch)
 
     monkeypatch.setattr(Step, "__call__", call)
-    with pytest.raises(TrainError, match=r"batch=16: a step at 32 px does not fit in the \d+ GiB.*; --batch 4 fits"):
+    says = r"batch=16: a step at 32 px does not fit in the \d+ GiB.*; --batch 4 fits"
+    with pytest.raises(TrainError, match=says):
         run()
+    # A refinery that labels other crops than those trained on sees as many of them.
+    torch.manual_seed(0)
+    network = models.build("resnet18", 3)
+    torch.save(network.state_dict(), "refinery.pt")
+    with pytest.raises(TrainError, match=says):
+        run("--refinery", "resnet18:refinery.pt", "--labels.per", "image")
+
+
+def test_a_refinery_by_name_is_one_of_the_same_crops_and_of_ground_truth(run, tmp_path, capsys):
+    is_a = tmp_path / "is_a.txt"
+    is_a.write_text("thing class0\nthing class1\nclass1 class2\n")
+    others = [
+        run("--model", "resnet18", "--epochs", "1", "--crop.scale", "[0.9, 1.0]"),
+        run("--model", "resnet18", "--epochs", "1", "--labels.taxonomy", str(is_a)),
+    ]
+    capsys.readouterr()
+    run("--refinery", "resnet18", "--epochs", "1")
+    assert "resnet18 has no finished run on" in capsys.readouterr().out
+    mine = run("--model", "resnet18", "--epochs", "2")
+    (found,) = [r for r in all_runs(Path("runs")) if r.identity["refinery"]]
+    assert found.identity["refinery"]["weights"] not in {digest_of(other.weights) for other in others}
+    assert finished_refinery(Path("runs"), mine.identity).folder == mine.folder
+
+
+def test_networks_of_other_batches_train_apart(run, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("{batch: 16, epochs: 1, networks: {mobilenet: {batch: 8}}}")
+    refinery = str(run("--model", "resnet18", "--epochs", "1").folder)
+    words = ["--resolution", "32", "--device", "cpu", "--recipe", str(tmp_path / "mine.yaml"), "--refinery", refinery]
+    arguments = [
+        *words,
+        "--data",
+        yaml.safe_load(Path(refinery, "config.yaml").read_text())["data"],
+        "--model",
+        PAIR[1],
+    ]
+    first, second = train(parse(arguments), arguments)
+    assert (first.identity["batch"], second.identity["batch"]) == (8, 16)
+    said = "batch: mobilenet0.25 takes 8 and resnet18 16 from recipe"
+    assert said in capsys.readouterr().out
 
 
 def test_a_folder_with_another_run_is_refused(run):
@@ -318,11 +397,13 @@ def test_table(run, capsys):
         table("absent")
 
 
-def test_ablations_are_runs_by_option(run, tmp_path, capsys):
-    """Tables 3 to 5 of the paper: each has its options, ends, and is a run of its own."""
-    words = ["--refinery", str(run("--model", "resnet18", "--epochs", "1").folder), "--epochs", "1"]
+def test_ablations_learn_something_else_each(run, tmp_path, capsys):
+    """Tables 3 to 7 of the paper: each has its options, ends, and comes to other weights from the same start."""
+    refinery = run("--model", "resnet18", "--epochs", "1")
+    words = ["--refinery", str(refinery.folder), "--epochs", "1"]
     is_a = tmp_path / "is_a.txt"
     is_a.write_text("thing class0\nthing class1\nclass1 class2\n")
+    start = ["--pretrained", str(run("--epochs", "1").weights), "--recipe", "quick"]
     runs = [
         run(*words, *option)
         for option in (
@@ -331,11 +412,16 @@ def test_ablations_are_runs_by_option(run, tmp_path, capsys):
             ["--labels.per", "image", "--labels.bn", "running"],
             ["--labels.per", "category", "--labels.bn", "running"],
             ["--loss.kind", "hard"],
-            ["--jitter", "1"],
+            ["--loss.kind", "reversed"],
+            ["--loss.kind", "l2"],
+            start,
+            [*start, "--jitter", "1"],
         )
     ]
     runs.append(run("--labels.taxonomy", str(is_a), "--epochs", "1"))
-    assert len({each.folder for each in runs}) == 7
+    assert len({each.folder for each in runs}) == 10
+    states = [torch.load(each.weights, weights_only=True)["model"] for each in runs]
+    assert len({next(iter(state.values())).sum().item() for state in states}) == 10
     out = capsys.readouterr().out
     for said in ("one an image", "one a category", "adversarial jitter, eta 1", f"one a category, by {is_a}"):
         assert said in out

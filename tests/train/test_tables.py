@@ -1,11 +1,13 @@
 """The paper's tables, end to end on a tiny set."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
+from models import ModelError
 from train import TrainError
-from train.tables import Setting, make_tables
+from train.tables import Setting, main, make_tables
 
 
 @pytest.fixture
@@ -38,13 +40,15 @@ def test_every_table(setting, tmp_path):
     assert by_name["1", "generation 1, as long as all three"].runs[0].identity["epochs"] == 3
     jittered = by_name["3", "trained on with jitter"].runs[0].identity
     assert (jittered["jitter"], jittered["pretrained"] is None) == (1.0, False)
-    (refinery,) = by_name["2", "resnet18, the refinery"].runs
+    (refinery,) = by_name["refineries", "refinery resnet18"].runs
     assert refinery.identity["epochs"] == 2
     soft = by_name["4", "soft dynamic"].runs
     assert all(run.identity["epochs"] == 1 for run in soft)
     assert [run.folder for run in by_name["7", "KL from label to output"].runs] == [run.folder for run in soft]
     top1 = [run.result["top1"] for run in soft]
-    assert f"| soft dynamic | `--model mobilenet0.25 --refinery resnet18` | {sum(top1) / 2:.2f} |" in text
+    assert f"| soft dynamic | `--model mobilenet0.25 --refinery [refinery resnet18]` | {sum(top1) / 2:.2f} |" in text
+    assert "| generation 3 | `--model mobilenet0.25 --refinery [generation 2]` |" in text
+    assert "--pretrained [refined]/last.pt --jitter 1` |" in text
 
 
 @pytest.mark.slow
@@ -58,7 +62,36 @@ def test_what_is_there_is_not_made_again(setting, tmp_path, capsys):
     assert (tmp_path / "again.md").read_text() == (tmp_path / "tables.md").read_text()
 
 
-def test_bad_tables_are_refused_before_anything_is_trained(setting, tmp_path):
+@pytest.mark.slow
+def test_students_of_other_batches_train_apart(setting, tmp_path, capsys):
+    """The paper's recipe gives MobileNets a batch of their own."""
+    (tmp_path / "mine.yaml").write_text("{batch: 16, epochs: 1, networks: {mobilenet: {batch: 8}}}")
+    setting.words = ["--resolution", "32", "--device", "cpu", "--recipe", str(tmp_path / "mine.yaml")]
+    setting.students = ["mobilenet0.25", "resnet18"]
+    rows = make_tables(["2"], setting, tmp_path / "tables.md")
+    assert [run.identity["batch"] for row in rows if "refined" in row.name for run in row.runs] == [8, 16]
+    assert "batch: mobilenet0.25 takes 8 and resnet18 16 from recipe" in capsys.readouterr().out
+    assert str(tmp_path) not in (tmp_path / "tables.md").read_text()
+
+
+def test_all_tables_but_one_can_do_without_a_taxonomy(setting, tmp_path, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr("train.tables.make_tables", lambda wanted, setting, out: made.append((wanted, str(out))))
+    monkeypatch.setattr("sys.argv", ["tables", "--data", setting.data])
+    main()
+    assert made == [(list("142367"), "runs/tables-1-4-2-3-6-7.md")]
+    assert "table 5 is left out: it needs --taxonomy" in capsys.readouterr().out
+
+
+def test_bad_tables_are_refused_before_anything_is_trained(setting, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.tables.train", None)
+    with pytest.raises(ModelError, match="mobilnet"):
+        make_tables(["1"], replace(setting, students=["mobilenet0.25", "mobilnet"]), tmp_path / "tables.md")
+    with pytest.raises(ModelError, match="alexnet: resolution=32 is too small"):
+        make_tables(["1"], replace(setting, refineries=["alexnet"]), tmp_path / "tables.md")
+    (tmp_path / "is_a.txt").write_text("thing other\n")
+    with pytest.raises(TrainError, match="lacks 3 of the 3 classes"):
+        make_tables(["1", "5"], setting, tmp_path / "tables.md")
     setting.taxonomy = None
     with pytest.raises(TrainError, match="tables=9: unknown"):
         make_tables(["1", "9"], setting, tmp_path / "tables.md")
