@@ -1,6 +1,5 @@
 """The loop of a run, or of several at once: epochs of steps, a validation after each, checkpoints and metrics."""
 
-import json
 import math
 import os
 import time
@@ -11,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from data.convert import ConvertedSet
 from data.loader import CropBatch, Loader, open_loader
@@ -27,6 +23,7 @@ from train.device import autocast_type, prepare
 from train.evaluate import Scores, score, validation_loader
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.labels import LabelSource
+from train.record import Record
 from train.step import CROPS, LOSS, TOP1, TOP5, Step, Student, is_out_of_memory
 
 # How often the sums are read from the device (which waits for it), and saved within a long epoch.
@@ -134,14 +131,11 @@ class Trainer:
                     f"after step {self.progress.step} of {self.loader.steps}",
                     flush=True,
                 )
-        for job in self.jobs:
-            _open_folder(job, epochs=self.progress.epoch)
+        epochs = self.progress.epoch
         with ExitStack() as stack:
             self._stop = stack.enter_context(stop_on_signal())
-            boards = [
-                # Epochs are numbered from 1; those after the checkpoint will come again.
-                stack.enter_context(SummaryWriter(str(job.folder / "tensorboard"), purge_step=self.progress.epoch + 1))
-                for job in self.jobs
+            records = [
+                stack.enter_context(Record(job.folder, job.config, job.identity, epochs=epochs)) for job in self.jobs
             ]
             while self.progress.epoch < config.epochs:
                 sums = self.train_epoch()
@@ -156,10 +150,11 @@ class Trainer:
                     )
                     for job, network in zip(self.jobs, self._scored, strict=True)
                 ]
-                self._end_epoch(sums, scores, boards, seconds=time.perf_counter() - started)
+                self._end_epoch(sums, scores, records, seconds=time.perf_counter() - started)
                 if self._stop.requested and self.progress.epoch < config.epochs:
                     raise self._interrupted()
-        return [self._result(job, best) for job, best in zip(self.jobs, self._best, strict=True)]
+        seconds = self.progress.seconds
+        return [record.result(best=best, seconds=seconds) for record, best in zip(records, self._best, strict=True)]
 
     @property
     def stopped(self) -> bool:
@@ -296,12 +291,13 @@ class Trainer:
         )
 
     def _end_epoch(
-        self, sums: list[list[float]], scores: list[Scores], boards: list[SummaryWriter], *, seconds: float
+        self, sums: list[list[float]], scores: list[Scores], records: list[Record], *, seconds: float
     ) -> None:
         progress = self.progress
         better = []
-        for index, (job, student) in enumerate(zip(self.jobs, self.step.students, strict=True)):
-            self._report_epoch(job, student, sums[index], scores[index], boards[index])
+        for index, (student, record) in enumerate(zip(self.step.students, records, strict=True)):
+            metrics = self._metrics(student, sums[index], scores[index])
+            record.write(metrics, name=student.name if len(self.jobs) > 1 else None)
             better.append(scores[index].top1 >= self._best[index])
             self._best[index] = max(self._best[index], scores[index].top1)
             student.sums.zero_()
@@ -309,12 +305,10 @@ class Trainer:
         self._save("last.pt")
         self._save("best.pt", better)
 
-    def _report_epoch(
-        self, job: Job, student: Student, sums: list[float], scores: Scores, board: SummaryWriter
-    ) -> None:
+    def _metrics(self, student: Student, sums: list[float], scores: Scores) -> dict[str, Any]:
         progress = self.progress
         crops = sums[CROPS]
-        metrics = {
+        return {
             "epoch": progress.epoch + 1,
             "loss": sums[LOSS] / crops,
             "train_top1": 100 * sums[TOP1] / crops,
@@ -324,28 +318,6 @@ class Trainer:
             "images_per_second_per_device": crops / progress.train_seconds,
             "waiting": progress.waited_seconds / progress.train_seconds,
             "lr": student.optimizer.param_groups[0]["lr"],
-        }
-        tqdm.write(
-            (f"{student.name}, " if len(self.jobs) > 1 else "")
-            + f"epoch {metrics['epoch']}/{self.config.epochs}: loss {metrics['loss']:.3f}, "
-            f"train top-1 {metrics['train_top1']:.1f} %; validation top-1 {scores.top1:.2f} %, "
-            f"top-5 {scores.top5:.2f} %; {metrics['images_per_second_per_device']:.0f} images/s, "
-            f"{100 * metrics['waiting']:.0f} % waiting for data"
-        )
-        _append(job.folder / "metrics.jsonl", json.dumps(metrics))
-        for name, value in metrics.items():
-            board.add_scalar(name, value, progress.epoch + 1)
-
-    def _result(self, job: Job, best: float) -> dict[str, Any]:
-        lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
-        rates = sorted(line["images_per_second_per_device"] for line in lines)
-        return {
-            "top1": lines[-1]["top1"],
-            "top5": lines[-1]["top5"],
-            "best_top1": best,
-            "epochs": self.config.epochs,
-            "images_per_second_per_device": rates[len(rates) // 2],
-            "seconds": self.progress.seconds,
         }
 
     def _save(self, name: str, chosen: Sequence[bool] | None = None) -> None:
@@ -408,21 +380,6 @@ def _student(job: Job, lr: float, autocast: torch.dtype | None, device: torch.de
     )
 
 
-def _open_folder(job: Job, *, epochs: int) -> None:
-    """Writes what identifies the run, and drops the metrics of epochs that will be done again."""
-    folder = job.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "identity.json").write_text(json.dumps(job.identity, indent=1) + "\n")
-        plain = json.loads(json.dumps(asdict(job.config)))
-        (folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-        metrics = folder / "metrics.jsonl"
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
-        metrics.write_text("".join(lines[:epochs]))
-    except OSError as error:
-        raise TrainError(f"{folder}: the run cannot be written there ({error.strerror})") from None
-
-
 def _average(student: Student, decay: float) -> Any:
     # Loading timm takes seconds, which runs without an average need not wait for.
     from timm.utils import ModelEmaV3
@@ -447,11 +404,3 @@ def _optimizer(config: OptimizerConfig, weights: Iterator[nn.Parameter], lr: flo
         weight_decay=config.weight_decay,
         fused=True,
     )
-
-
-def _append(path: Path, line: str) -> None:
-    try:
-        with open(path, "a") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise TrainError(f"{path}: cannot be written ({error.strerror})") from None
