@@ -207,4 +207,4 @@ def _short(text: str, width: int) -> str:
 
 
 def _folded(text: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(text, width))
+    return "\n".join(textwrap.wrap(text, width, break_long_words=False))
