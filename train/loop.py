@@ -23,7 +23,7 @@ from train.device import autocast_type, prepare
 from train.evaluate import Scores, score, validation_loader
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.labels import LabelSource
-from train.record import Record
+from train.record import Record, held
 from train.step import CROPS, LOSS, TOP1, TOP5, Step, Student, is_out_of_memory
 
 # How often the sums are read from the device (which waits for it), and saved within a long epoch.
@@ -119,20 +119,22 @@ class Trainer:
     def run(self) -> list[dict[str, Any]]:
         """Trains to the last epoch and returns each job's result.
 
-        Raises Interrupted after Ctrl-C or SIGTERM, and TrainError for a loss that is not finite, too little memory or
-        a full disk.
+        Raises Interrupted after Ctrl-C or SIGTERM, and TrainError for a loss that is not finite, too little memory, a
+        full disk, or a folder in which another process trains.
         """
         config = self.config
-        if self.jobs[0].checkpoint.is_file():
-            self._restore()
-            if self.progress.epoch < config.epochs:
-                print(
-                    f"continuing in epoch {self.progress.epoch + 1} of {config.epochs}, "
-                    f"after step {self.progress.step} of {self.loader.steps}",
-                    flush=True,
-                )
-        epochs = self.progress.epoch
         with ExitStack() as stack:
+            for job in self.jobs:
+                stack.enter_context(held(job.folder))
+            if self.jobs[0].checkpoint.is_file():
+                self._restore()
+                if self.progress.epoch < config.epochs:
+                    print(
+                        f"continuing in epoch {self.progress.epoch + 1} of {config.epochs}, "
+                        f"after step {self.progress.step} of {self.loader.steps}",
+                        flush=True,
+                    )
+            epochs = self.progress.epoch
             self._stop = stack.enter_context(stop_on_signal())
             records = [
                 stack.enter_context(Record(job.folder, job.config, job.identity, epochs=epochs)) for job in self.jobs

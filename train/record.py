@@ -1,6 +1,10 @@
 """What a run writes about itself while it trains: who it is, its metrics epoch by epoch, and what comes out."""
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,30 @@ from train import TrainError
 from train.config import Config
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A run's folder, made if it is not there, for one process at a time.
+
+    Raises TrainError where another process trains in it, or where it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise TrainError(f"{folder}: the run cannot be written there ({error.strerror})") from None
+    try:
+        try:
+            # Given back by the system when the process ends, however it does.
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainError(f"{folder}: another process is training this run; wait for it, or stop it") from None
+        yield
+    finally:
+        os.close(place)
+
+
 class Record:
-    """The folder of a run: identity.json, config.yaml, a line an epoch in metrics.jsonl, and tensorboard/.
+    """What is in the folder of a run: identity.json, config.yaml, a line an epoch in metrics.jsonl, and tensorboard/.
 
     epochs: how many are done; what was written of later ones is dropped, because they will be done again.
     Raises TrainError where the folder cannot be written.
@@ -24,7 +50,6 @@ class Record:
         self._config = config
         self._metrics = folder / "metrics.jsonl"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / "identity.json").write_text(json.dumps(identity, indent=1) + "\n")
             plain = json.loads(json.dumps(asdict(config)))
             (folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))

@@ -17,6 +17,7 @@ from train.evaluate import evaluate
 from train.interrupt import Interrupted
 from train.job import train
 from train.loop import Trainer
+from train.record import held
 from train.runs import all_runs, finished_refinery, table
 from train.step import Step
 from train.trained import digest_of
@@ -366,6 +367,19 @@ def test_networks_of_other_batches_train_apart(run, tmp_path, capsys):
     assert (first.identity["batch"], second.identity["batch"]) == (8, 16)
     said = "batch: mobilenet0.25 takes 8 and resnet18 16 from recipe"
     assert said in capsys.readouterr().out
+
+
+def test_two_processes_do_not_train_one_run(run):
+    """A lock of another open file stands for another process: the system makes no difference."""
+    folder = run("--epochs", "1").folder
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    (folder / "result.json").unlink()
+    with held(folder), pytest.raises(TrainError, match="another process is training this run"):
+        run("--epochs", "1")
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == {
+        name: content for name, content in before.items() if name != "result.json"
+    }
+    assert run("--epochs", "1").result
 
 
 def test_a_folder_with_another_run_is_refused(run):
