@@ -53,6 +53,22 @@ class Setting:
     refinery_epochs: int | None = None
     taxonomy: str | None = None
 
+    def command(self, tables: Sequence[str]) -> str:
+        """What to type for these tables, files by their names alone."""
+        options = {
+            "data": self.data,
+            "tables": ",".join(tables),
+            "seeds": self.seeds,
+            "student": self.student,
+            "refinery": self.refinery,
+            "refinery-epochs": self.refinery_epochs,
+            "students": " ".join(self.students) if "2" in tables else None,
+            "refineries": " ".join(self.refineries) if "6" in tables else None,
+            "taxonomy": self.taxonomy if "5" in tables else None,
+        }
+        given = [word for name, value in options.items() if value for word in (f"--{name}", str(value))]
+        return f"python -m train.tables {shlex.join(_plain([*given, *self.words]))}"
+
 
 @dataclass
 class Row:
@@ -188,14 +204,15 @@ def _result(run: Run) -> dict[str, Any]:
     return run.result
 
 
-def markdown(rows: Sequence[Row], setting: Setting) -> str:
+def markdown(rows: Sequence[Row], setting: Setting, tables: Sequence[str]) -> str:
     """All rows so far: mean over seeds, and the standard deviation where there are several."""
     words = shlex.join(["--data", Path(setting.data).name, *_plain(setting.words)])
     text = (
+        f"Made by `{setting.command(tables)}`.\n\n"
         f"Every run: `python -m train {words}` with the row's options and `--seed` 0, 1, ...; a row's name in brackets "
         "stands for the folder of its run of the same seed. Accuracies are of the last epoch, one central crop, in "
-        "percent: the mean over the seeds, and ± their standard deviation. Train top-1 is of random crops, over the "
-        "last epoch. Students of Table 2 that trained together share a rate and minutes.\n"
+        "percent: the mean over the seeds, and ± their standard deviation. Train top-1: random crops over the last "
+        "epoch. Students of Table 2 that trained together share a rate and minutes.\n"
     )
     for table, title in ({_REFINERIES: "Refineries"} | _TITLES).items():
         mine = [row for row in rows if row.table == table]
@@ -280,7 +297,7 @@ def make_tables(wanted: Sequence[str], setting: Setting, out: Path) -> list[Row]
     def write(rows: list[Row]) -> None:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(markdown(rows, setting))
+            out.write_text(markdown(rows, setting, wanted))
         except OSError as error:
             raise TrainError(f"{out}: cannot be written ({error.strerror})") from None
 

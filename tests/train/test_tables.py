@@ -32,6 +32,9 @@ def test_every_table(setting, tmp_path):
     text = (tmp_path / "out" / "tables.md").read_text()
     assert re.findall(r"^## Table (\d)", text, re.MULTILINE) == list("1234567")
     assert str(tmp_path) not in text
+    assert text.startswith(
+        "Made by `python -m train.tables --data set --tables 1,4,2,3,6,7,5 --seeds 2 --student mobilenet"
+    )
     by_name = {(row.table, row.name): row for row in rows}
     assert len(by_name) == len(rows) == 26
     first, second = (by_name["1", f"generation {number}"].runs for number in (1, 2))
