@@ -1,5 +1,7 @@
 """How fast, against what limit and which peers."""
 
+from command import UserError
 
-class BenchError(ValueError):
-    """A bad input to this room: one line that names the option and says what to do."""
+
+class BenchError(UserError):
+    """A bad input to this room."""

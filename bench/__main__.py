@@ -9,15 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from bench import BenchError, loaders, loop, machine, networks, thrift
+from bench import BenchError, loaders, loop, machine, networks, refinery_cost
 from bench.environment import environment
 from bench.record import table, write
 from bench.settings import resolve
 from bench.trace import trace
-from data import DataError
-from data.command import run_command
-from models import ModelError
-from train import TrainError
+from command import run_command
 from train.device import Precision
 
 _PARTS = {
@@ -25,7 +22,7 @@ _PARTS = {
     "loaders": loaders.measure,
     "networks": networks.measure,
     "loop": loop.measure,
-    "thrift": thrift.measure,
+    "refinery_cost": refinery_cost.measure,
 }
 _FLAGS = ("--quick", "--profile")
 
@@ -52,7 +49,8 @@ def run(
     """Measures, prints tables, and writes them with charts and all figures to `out`.
 
     Args:
-        only: the parts to measure, with commas between them: machine, loaders, networks, loop, thrift (default: all)
+        only: the parts to measure, with commas between them: machine, loaders, networks, loop, refinery_cost (default:
+            all)
         quick: all in small, within three minutes on two cores; other options still count
         profile: nothing is measured, but one step of the first pair traced, and its costliest operators shown
         data: any folder of images, or a converted set (default: images drawn by code)
@@ -67,7 +65,7 @@ def run(
         contenders: only the loaders of these names, with commas between them, or with such a text in their names
         pairs: refineries and students, as in resnet50:mobilenet,resnet50:alexnet; networks takes all, the others the
             first
-        refinery: a trained one, for thrift: a run folder, or NAME:FILE; data is then its converted set
+        refinery: a trained one, for refinery_cost: a run folder, or NAME:FILE; data is then its converted set
         device: where batches are delivered and networks run: auto, cpu or cuda
         precision: of networks, as in training: auto, bf16, fp16, tf32 or fp32
         compile: run networks compiled (default: on a GPU)
@@ -113,9 +111,4 @@ def with_flags(words: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_command(
-        run,
-        prog="python -m bench",
-        errors=(BenchError, DataError, ModelError, TrainError),
-        args=with_flags(sys.argv[1:]),
-    )
+    run_command(run, prog="python -m bench", words=with_flags(sys.argv[1:]))

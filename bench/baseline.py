@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import models
-from bench.pairs import CLASSES, Pair
+from bench.pair import CLASSES, Pair
 from bench.turns import Runner, Work
 
 

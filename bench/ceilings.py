@@ -12,7 +12,7 @@ from bench.task import Loader, Task
 from data import plan
 from data.beton import Beton
 from data.decoders import Request, View, build_decoder
-from data.decoders.ahead import Ahead
+from data.decoders.prefetch import Prefetcher
 
 _CPU = torch.device("cpu")
 
@@ -57,10 +57,10 @@ class _Filling(Loader):
         self._task, self._copies = task, copies
         self._beton = Beton(task.beton)
         views = (View(copies, task.resolution),)
-        self._ahead = Ahead(self._fill, views=views, device=_CPU, threads=task.threads)
+        self._prefetcher = Prefetcher(self._fill, views=views, device=_CPU, threads=task.threads)
 
     def epoch(self, number: int) -> Iterator[torch.Tensor]:
-        for (crops,) in self._ahead.batches(_requests(self._task, self._beton, self._copies, number)):
+        for (crops,) in self._prefetcher.batches(_requests(self._task, self._beton, self._copies, number)):
             yield from crops.split(self._task.batch)
 
     def _fill(self, request: Request, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench import BenchError
 from bench.record import aligned, figure
-from data.command import fail
+from command import ending
 
 # What a difference of figures may come from instead of the code.
 _MACHINE = ("device", "cpu", "versions")
@@ -88,13 +88,13 @@ def _compared(one: dict[str, Any] | None, other: dict[str, Any] | None) -> list[
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    if len(words) != 2:
-        fail("give two results: python -m bench.compare A.json B.json, make bench-compare A=... B=...")
-    try:
+    def work() -> None:
+        words = sys.argv[1:]
+        if len(words) != 2:
+            raise BenchError("give two results: python -m bench.compare A.json B.json, make bench-compare A=... B=...")
         print(compare(*map(Path, words)), end="")
-    except BenchError as error:
-        fail(error)
+
+    ending(work)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from bench.task import Entry, Loader, Task
 from data import plan
 from data.beton import Beton
 from data.decoders import part_of, union
+from data.plan import CropRule
 
 # RandomResizedCrop's law, for those that do not have it as their default.
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -215,8 +216,7 @@ class Ours:
             device=task.device,
             copies=copies,
             threads=task.threads,
-            scale=_SCALE,
-            ratio=_RATIO,
+            crop=CropRule(_SCALE, _RATIO),
         )
         self._first_step = self._loader.steps - task.batches
         self.bytes_per_crop = _mean_part(Beton(task.beton), copies)

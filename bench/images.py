@@ -13,9 +13,10 @@ from scipy import fft
 
 from bench import BenchError
 from data.beton import Beton, Encoded, write_beton
-from data.convert import Storage, encode, is_converted, open_set
-from data.decoders.ahead import default_threads
+from data.convert import Storage, encode
+from data.decoders.prefetch import default_threads
 from data.pixels import upright_rgb
+from data.sets import is_converted, open_set
 from data.sources import image_files
 
 # What stock FFCV is given is of the same sizes and quality.

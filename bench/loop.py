@@ -16,28 +16,19 @@ import torch
 import models
 from bench import images
 from bench.baseline import Baseline
-from bench.pairs import (
-    CLASSES,
-    LIMIT,
-    CompilerNotes,
-    Pair,
-    compiler_note,
-    described,
-    figures,
-    limit_note,
-    measured,
-    with_shares,
-)
+from bench.compiler import CompilerNotes, compiler_note
+from bench.limit import LIMIT, limit, limit_note, with_shares
+from bench.pair import CLASSES, Pair
 from bench.process import CallFailed, Process
-from bench.record import Column, Record, Row
+from bench.record import Column, Record, Row, ran, step_columns
 from bench.settings import Settings
 from bench.turns import Contender, Runner, Work, in_turns
-from data.convert import convert_source, open_set
-from data.sources import CropRule, Source, Split
+from data.convert import convert_source
+from data.plan import CropRule
+from data.sources import Source, Split
 from train.config import Config, OptimizerConfig
-from train.job import open_trainer
+from train.job import check, resolve
 from train.loop import Progress, Trainer
-from train.trained import load_trained
 
 BASELINE, STEP, LOOP = "baseline", "step", "loop"
 
@@ -55,11 +46,11 @@ class Looping(Runner):
         trainer.train_epoch()
         waited = trainer.progress.waited_seconds
         trainer.progress = Progress(epoch=trainer.progress.epoch + 1)
-        return Work(trainer.loader.steps * trainer.config.batch, waited)
+        return Work(trainer.loader.steps * trainer.job.config.batch, waited)
 
     def facts(self) -> dict[str, Any]:
         found = {"compiler": self._compiler.found()} if self._compiler else {}
-        return found | {"decoder": self._trainer.decoder}
+        return found | {"decoder": self._trainer.loader.decoder}
 
 
 class Stepping(Runner):
@@ -73,16 +64,15 @@ class Stepping(Runner):
     def run(self) -> Work:
         for _ in range(self._trainer.loader.steps):
             self._trainer.step(self._batch)
-        return Work(self._trainer.loader.steps * self._trainer.config.batch)
+        return Work(self._trainer.loader.steps * self._trainer.job.config.batch)
 
 
 def _trainer(pair: Pair, folder: Path, threads: int) -> Trainer:
     settings = pair.settings
-    data = open_set(folder / "converted")
     config = Config(
         model=pair.student,
-        refinery=_spec(pair, folder),
-        data=str(data.folder),
+        refinery=f"{pair.refinery}:{folder / 'refinery.pt'}",
+        data=str(folder / "converted"),
         # So many that none is the last.
         epochs=1_000_000,
         batch=settings.batch,
@@ -93,15 +83,11 @@ def _trainer(pair: Pair, folder: Path, threads: int) -> Trainer:
         optimizer=OptimizerConfig(lr=1e-3, lr_batch=settings.batch),
         runs=str(folder / "runs"),
     )
-    refinery = load_trained(_spec(pair, folder), class_names=data.class_names)
-    return open_trainer([config], data, refinery, torch.device(settings.device))
+    data, (labels,) = check([config])
+    return Trainer([resolve(config, data, labels)])
 
 
-def _spec(pair: Pair, folder: Path) -> str:
-    return f"{pair.refinery}:{folder / 'refinery.pt'}"
-
-
-def _prepare(pair: Pair, files: list[str], folder: Path) -> float:
+def _write_inputs(pair: Pair, files: list[str], folder: Path) -> float:
     """Writes the converted set and the refinery's random weights; returns the seconds that converting took."""
     torch.manual_seed(0)
     torch.save(models.build(pair.refinery, CLASSES).state_dict(), folder / "refinery.pt")
@@ -111,8 +97,9 @@ def _prepare(pair: Pair, files: list[str], folder: Path) -> float:
         class_names=tuple(map(str, range(CLASSES))),
         train=Split(files, labels, images.open_image),
         val=Split(files[:1], labels[:1], images.open_image),
-        crop=CropRule(pair.settings.resolution),
         fingerprint="",
+        resolution=pair.settings.resolution,
+        crop=CropRule(),
     )
     started = time.perf_counter()
     convert_source(source, folder / "converted")
@@ -132,7 +119,7 @@ def measure(settings: Settings) -> Record:
         rows = with_shares(in_turns(contenders, turns=settings.turns, seconds=settings.seconds, title=f"loop, {pair}"))
     return Record(
         part="loop",
-        settings=described(settings)
+        settings=settings.of_networks
         | {
             "data": settings.source or f"{len(found)} drawn images",
             "images": min(len(found), count),
@@ -148,13 +135,13 @@ def measure(settings: Settings) -> Record:
             f"loop: train.loop.Trainer on a converted set, {settings.computing}, {threads} decoding threads. step: its "
             "step alone, on one batch that lies on the device. baseline: Pillow in a DataLoader with "
             f"{threads} workers, transforms, float32, eager, NCHW, the refinery in training mode (bench/baseline.py). "
-            "On a CPU loop and step keep freed memory (train.device.prepare); the baseline is as PyTorch comes.",
+            "On a CPU loop and step keep freed memory (train/device.py); the baseline is as PyTorch comes.",
             limit_note(settings),
             *_findings(rows),
         ],
         rows=rows,
         identity=(Column("what", lambda row: row["name"]),),
-        figures=figures(settings, Column("waiting", lambda row: f"{100 * row['waiting']:.1f} %")),
+        figures=step_columns(settings.device, Column("waiting", lambda row: f"{100 * row['waiting']:.1f} %")),
     )
 
 
@@ -164,7 +151,7 @@ def _contenders(pair: Pair, files: list[str], folder: Path, threads: int) -> lis
     if not pair.why_not():
         try:
             with Process() as process:
-                seconds = process.call(_prepare, pair, files, folder)
+                seconds = process.call(_write_inputs, pair, files, folder)
             print(f"converted: {len(files)} images in {seconds:.0f} s", flush=True)
         except CallFailed as error:
             failed = str(error)
@@ -173,7 +160,7 @@ def _contenders(pair: Pair, files: list[str], folder: Path, threads: int) -> lis
         pair.contender(LOOP, partial(Looping, folder=folder, threads=threads), flops),
     ]
     return [
-        pair.limit(),
+        limit(pair),
         pair.contender(BASELINE, partial(Baseline, files=files, workers=threads), flops),
         *(Contender(each.build, each.row, each.not_run or failed) for each in ours),
     ]
@@ -181,11 +168,11 @@ def _contenders(pair: Pair, files: list[str], folder: Path, threads: int) -> lis
 
 def _findings(rows: list[Row]) -> list[str]:
     """What follows from the rows: the loop against the step and the baseline, the limit, the compiler's."""
-    ran = measured(rows)
-    rates = {name: row["rate"]["median"] for name, row in ran.items()}
+    measured = ran(rows)
+    rates = {name: row["rate"]["median"] for name, row in measured.items()}
     notes = []
-    if LIMIT in ran:
-        flops = ran[LIMIT]["flops"]
+    if LIMIT in measured:
+        flops = measured[LIMIT]["flops"]
         notes.append(
             f"{flops / 1e9:.3g} GFLOP an image in a step; the device does {rates[LIMIT] * flops / 1e12:.3g} TFLOP/s."
         )
@@ -193,6 +180,6 @@ def _findings(rows: list[Row]) -> list[str]:
         notes.append(f"The loop reaches {100 * rates[LOOP] / rates[STEP]:.1f} % of the bare step (target: 95 %).")
     if LOOP in rates and BASELINE in rates:
         notes.append(f"The loop is {rates[LOOP] / rates[BASELINE]:.2f} times as fast as the baseline.")
-    if "compiler" in ran.get(LOOP, {}):
-        notes.append(compiler_note(ran[LOOP]["compiler"]).capitalize())
+    if "compiler" in measured.get(LOOP, {}):
+        notes.append(compiler_note(measured[LOOP]["compiler"]).capitalize())
     return notes

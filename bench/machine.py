@@ -16,7 +16,7 @@ from bench.record import MEMORY, Column, Record, rate_columns
 from bench.settings import Settings
 from bench.task import Task
 from bench.turns import Contender, Runner, Work, in_turns
-from train.device import autocast_type, precision_on, prepare
+from train.device import autocast_type, precision_on, set_tf32_and_allocator
 
 # Sides of the matrices, bytes of the copies, and how many come between two looks at the clock.
 _SIDE = {"cpu": 2048, "cuda": 8192}
@@ -30,7 +30,7 @@ class MatrixProduct(Runner):
 
     def __init__(self, device: str, precision: str, flops: float):
         self.device = device
-        prepare(torch.device(device), precision)
+        set_tf32_and_allocator(torch.device(device), precision)
         side = _SIDE[device]
         kind = autocast_type(precision) or torch.float32
         self._one, self._other = (torch.randn(side, side, device=device).to(kind) for _ in range(2))

@@ -11,28 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import models
-from bench.pairs import (
-    CLASSES,
-    LIMIT,
-    CompilerNotes,
-    Pair,
-    batch,
-    compiler_note,
-    crops,
-    described,
-    figures,
-    limit_note,
-    measured,
-    on_device,
-    refinery,
-    with_shares,
-)
-from bench.record import Column, Record, Row
+from bench.compiler import CompilerNotes, compiler_note
+from bench.limit import LIMIT, limit, limit_note, with_shares
+from bench.pair import CLASSES, Pair, batch, crops, on_device, refinery
+from bench.record import Column, Record, Row, ran, step_columns
 from bench.settings import Settings
 from bench.turns import Contender, Runner, Work, in_turns
 from kernels.normalise import Normalise
-from train.device import prepare
-from train.step import COMPILER_OPTIONS, Step, Student
+from train.config import OptimizerConfig
+from train.device import set_tf32_and_allocator
+from train.step import COMPILER_OPTIONS, Step
+from train.student import Student
 
 # Batches between two looks at the clock: a GPU works on while it is fed.
 _AT_ONCE = {"cpu": 1, "cuda": 20}
@@ -48,7 +37,7 @@ class _Batches(Runner):
         self.pair = pair
         self.settings = pair.settings
         self.device = pair.settings.device
-        prepare(torch.device(self.device), pair.settings.precision)
+        set_tf32_and_allocator(torch.device(self.device), pair.settings.precision)
         torch.manual_seed(0)
 
     def run(self) -> Work:
@@ -108,9 +97,9 @@ class Optimizing(_Batches):
 
     def __init__(self, pair: Pair):
         super().__init__(pair)
-        network = on_device(models.build(pair.student, CLASSES), self.settings)
-        self._optimizer = _optimizer(network)
-        for weight in network.parameters():
+        student = student_of(pair, models.build(pair.student, CLASSES))
+        self._optimizer = student.optimizer
+        for weight in student.network.parameters():
             weight.grad = torch.full_like(weight, 1e-6)
 
     def step(self) -> None:
@@ -126,10 +115,8 @@ class Stepping(_Batches):
         self._compiler = CompilerNotes() if settings.compiled else None
         names = pair.refinery, pair.student
         built = [models.build(name, CLASSES) if networks else _Nothing(settings.resolution) for name in names]
-        student = on_device(built[1], settings)
-        scaler = torch.amp.GradScaler(self.device) if settings.autocast is torch.float16 else None
         self._step = Step(
-            [Student(pair.student, student, _optimizer(student), models.normalisation(pair.student), scaler)],
+            [student_of(pair, built[1])],
             refinery(pair, built[0]),
             device=torch.device(self.device),
             autocast=settings.autocast,
@@ -156,8 +143,17 @@ class _Nothing(nn.Module):
         return self._pixel(images).flatten(1)
 
 
-def _optimizer(network: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, fused=True)
+def student_of(pair: Pair, network: nn.Module) -> Student:
+    """A student that trains as in the papers."""
+    settings = pair.settings
+    return Student(
+        pair.student,
+        network,
+        OptimizerConfig(lr=1e-3),
+        normalisation=models.normalisation(pair.student),
+        device=torch.device(settings.device),
+        autocast=settings.autocast,
+    )
 
 
 def measure(settings: Settings) -> Record:
@@ -171,7 +167,7 @@ def measure(settings: Settings) -> Record:
         notes += _findings(str(pair), found)
     return Record(
         part="networks",
-        settings=described(settings) | {"pairs": [list(names) for names in settings.pairs]},
+        settings=settings.of_networks | {"pairs": [list(names) for names in settings.pairs]},
         notes=[
             f"Batches of {settings.batch} crops of {settings.resolution} px that lie on the device, "
             f"{settings.computing}, random weights. images/s of one device: median, lowest and highest of "
@@ -181,14 +177,14 @@ def measure(settings: Settings) -> Record:
         ],
         rows=rows,
         identity=(Column("pair", lambda row: row["group"]), Column("what", lambda row: row["name"])),
-        figures=figures(settings),
+        figures=step_columns(settings.device),
     )
 
 
 def _contenders(pair: Pair) -> list[Contender]:
     forward, training = pair.flops()
     return [
-        pair.limit(),
+        limit(pair),
         pair.contender(REFINERY, RefineryForward, forward),
         pair.contender(STUDENT, StudentPass, training),
         pair.contender(OPTIMIZER, Optimizing),
@@ -199,14 +195,14 @@ def _contenders(pair: Pair) -> list[Contender]:
 
 def _findings(title: str, rows: list[Row]) -> list[str]:
     """What follows from the rows of a pair: the limit in figures, the time outside networks, the compiler's words."""
-    ran = measured(rows)
+    measured = ran(rows)
     notes = []
-    if LIMIT in ran:
-        row = ran[LIMIT]
+    if LIMIT in measured:
+        row = measured[LIMIT]
         rate = row["rate"]["median"] * row["flops"] / 1e12
         notes.append(f"{title}: {row['flops'] / 1e9:.3g} GFLOP an image in a step; the device does {rate:.3g} TFLOP/s.")
-    if all(name in ran for name in (REFINERY, STUDENT, OPTIMIZER, BARE, STEP)):
-        seconds = {name: row["batch"] / row["rate"]["median"] for name, row in ran.items()}
+    if all(name in measured for name in (REFINERY, STUDENT, OPTIMIZER, BARE, STEP)):
+        seconds = {name: row["batch"] / row["rate"]["median"] for name, row in measured.items()}
         step = seconds[STEP]
         alone = (seconds[OPTIMIZER] + seconds[BARE]) / step
         rest = 1 - (seconds[REFINERY] + seconds[STUDENT]) / step
@@ -216,6 +212,6 @@ def _findings(title: str, rows: list[Row]) -> list[str]:
             f"{1000 * seconds[OPTIMIZER]:.3g} ms of {1000 * step:.4g} ms); what the step takes beyond the two networks "
             f"measured alone is {100 * rest:.1f} %."
         )
-    if STEP in ran and "compiler" in ran[STEP]:
-        notes.append(f"{title}: {compiler_note(ran[STEP]['compiler'])}")
+    if STEP in measured and "compiler" in measured[STEP]:
+        notes.append(f"{title}: {compiler_note(measured[STEP]['compiler'])}")
     return notes

@@ -41,6 +41,18 @@ MEMORY = optional("memory MB", "peak_memory_bytes", lambda value: f"{value / 1e6
 DEVICE_MEMORY = optional("GPU MB", "peak_device_memory_bytes", lambda value: f"{value / 1e6:.0f}")
 
 
+def step_columns(device: str, *more: Column) -> tuple[Column, ...]:
+    """The columns of rows that are steps, or parts of steps."""
+    share = optional("of limit", "share_of_limit", lambda share: f"{100 * share:.0f} %")
+    common = (*rate_columns("images/s"), BATCH_TIME, share, *more, MEMORY)
+    return (*common, DEVICE_MEMORY) if device == "cuda" else common
+
+
+def ran(rows: list[Row]) -> dict[str, Row]:
+    """The rows that ran, by name."""
+    return {row["name"]: row for row in rows if "not_run" not in row}
+
+
 @dataclass(frozen=True)
 class Record:
     """The result of one part of the bench.

@@ -8,7 +8,7 @@ import torch
 
 import models
 from bench import BenchError
-from data.decoders.ahead import default_threads
+from data.decoders.prefetch import default_threads
 from train.device import Precision, autocast_type, device_named, precision_on
 
 
@@ -45,6 +45,18 @@ class Settings:
     def source(self) -> str | None:
         """The name of `data`, which a record holds: where it lies is another machine's matter."""
         return Path(self.data).resolve().name if self.data else None
+
+    @property
+    def of_networks(self) -> dict[str, Any]:
+        """What the record says of the settings of parts that run networks."""
+        return {
+            "resolution": self.resolution,
+            "batch": self.batch,
+            "turns": self.turns,
+            "device": self.device,
+            "precision": self.precision,
+            "compiled": self.compiled,
+        }
 
     @property
     def computing(self) -> str:

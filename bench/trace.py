@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.networks import Stepping
-from bench.pairs import Pair
+from bench.pair import Pair
 from bench.record import aligned, place
 from bench.settings import Settings
 

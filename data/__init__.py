@@ -1,5 +1,7 @@
 """From image files to crop batches: sources, conversion, the plan, decoders and the loader."""
 
+from command import UserError
 
-class DataError(ValueError):
-    """A bad input to this room: one line that names the file or option and says what to do."""
+
+class DataError(UserError):
+    """A bad input to this room."""

@@ -3,14 +3,9 @@
     python -m data.convert --data images/ --out converted/images
     make convert DATA=images/ OUT=converted/images
 
-A converted set is a folder: `train.beton` and `val.beton` (baseline 4:2:0 JPEGs with a restart grid, see data/tiles.py,
-at most `max_resolution` pixels on the longer side; or raw pixels), `set.json` (class names in order, crop rule, how it
-was made), `rejects.txt` (what could not be read).
+What it writes is described in data/sets.py.
 """
 
-import contextlib
-import hashlib
-import json
 import multiprocessing
 import os
 import shutil
@@ -22,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,14 +26,14 @@ import PIL
 from PIL import Image
 from tqdm import tqdm
 
-from data import DataError, archives, tiles
+from command import run_command
+from data import DataError, tiles
 from data.beton import PAGE_SIZE, Beton, Encoded, write_beton
-from data.command import run_command
 from data.pixels import upright_rgb
 from data.progress import images_bar
-from data.sources import CropRule, Source, Split, crop_rule_for, open_source
+from data.sets import ConvertedSet, Unconverted, is_converted, open_set
+from data.sources import Source, Split, crops_for, open_source
 
-_FORMAT = 2
 _CHUNK = 32
 _REJECTS_SHOWN = 5
 # Three bytes a pixel add up: a raw image takes at 256 pixels what a JPEG takes at 512 or so, times three.
@@ -57,108 +52,13 @@ class Storage:
     quality: int = 90
 
 
-@dataclass(frozen=True)
-class ConvertedSet:
-    """A converted set on disk, as `set.json` describes it.
-
-    folder holds `train.beton` and `val.beton`. source: what it was made from (`scenes`, a set's name or a folder).
-    """
-
-    folder: Path
-    name: str
-    class_names: tuple[str, ...]
-    crop: CropRule
-    source_fingerprint: str
-    made: dict[str, Any]
-
-    def beton(self, split: str) -> Path:
-        return self.folder / f"{split}.beton"
-
-    def fingerprint(self) -> str:
-        """Names the stored images and labels of both splits."""
-        both = "".join(Beton(self.beton(split)).fingerprint for split in ("train", "val"))
-        return hashlib.sha256(both.encode()).hexdigest()
-
-
-def open_set(folder: str | Path) -> ConvertedSet:
-    """Reads the `set.json` of a converted set. Raises DataError where it is missing or damaged."""
-    folder = Path(folder)
-    path = folder / "set.json"
-    try:
-        described = json.loads(path.read_text())
-        if described["format"] != _FORMAT:
-            raise DataError(f"{path}: written by another version; convert the set again")
-        crop = described["crop"] | {key: tuple(described["crop"][key]) for key in ("scale", "ratio")}
-        return ConvertedSet(
-            folder=folder,
-            name=described["name"],
-            class_names=tuple(described["class_names"]),
-            crop=CropRule(**crop),
-            source_fingerprint=described["source_fingerprint"],
-            made=described["made"],
-        )
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); is {folder} a converted set?") from None
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: damaged; convert the set again") from None
-
-
-def is_converted(data: str | Path) -> bool:
-    return (Path(data) / "set.json").is_file()
-
-
-@dataclass(frozen=True)
-class Unconverted:
-    """A source that has no converted set yet, or one that no longer fits; convert() makes it at `folder`."""
-
-    source: Source
-    folder: Path
-    stale: bool
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.source.class_names
-
-    def convert(self) -> ConvertedSet:
-        if self.stale:
-            print(f"{self.folder}: its images or their crop rule have changed: converting again", flush=True)
-        return convert_source(self.source, self.folder, replace=True)
-
-
-def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Unconverted:
-    """The set for what the user gave as DATA: a converted set, or one converted earlier below `cache`, or still to be.
-
-    Quick: nothing is decoded. Raises DataError as open_source and open_set do.
-    """
-    if is_converted(data):
-        return open_set(data)
-    path = Path(data)
-    if path.is_file():
-        # Asked before the archive is opened: a compressed tar would be unpacked for that.
-        folder = _cache_folder(cache, archives.archive_name(path), str(path.resolve()))
-        converted = _still_fitting(folder, archives.fingerprint(path), None)
-        if converted:
-            return converted
-    source = open_source(data)
-    folder = _cache_folder(cache, source.name, data if source.crop else str(path.resolve()))
-    converted = _still_fitting(folder, source.fingerprint, source.crop)
-    return converted or Unconverted(source, folder, stale=folder.exists())
-
-
-def _cache_folder(cache: str | Path, name: str, place: str) -> Path:
-    return Path(cache) / f"{name}-{hashlib.sha256(place.encode(errors='surrogateescape')).hexdigest()[:8]}"
-
-
-def _still_fitting(folder: Path, fingerprint: str, crop: CropRule | None) -> ConvertedSet | None:
-    """The set converted earlier, unless its images or their crop rule have changed, or it is damaged."""
-    if is_converted(folder):
-        with contextlib.suppress(DataError):
-            converted = open_set(folder)
-            if converted.source_fingerprint == fingerprint and crop in (None, converted.crop):
-                return converted
-    return None
+def ensure_converted(found: ConvertedSet | Unconverted) -> ConvertedSet:
+    """What find_set found, converted now if it was not yet. Raises DataError as convert_source does."""
+    if isinstance(found, ConvertedSet):
+        return found
+    if found.stale:
+        print(f"{found.folder}: its images or their crop rule have changed: converting again", flush=True)
+    return convert_source(found.source, found.folder, replace=True)
 
 
 def convert(
@@ -217,22 +117,18 @@ def convert_source(
             rejects += _convert_split(split, name, partial, storage, processes)
         with open(partial / "rejects.txt", "w", errors="surrogateescape") as file:
             file.writelines(f"{line}\n" for line in rejects)
-        sizes = Beton(partial / "train.beton").sizes
-        described = {
-            "format": _FORMAT,
-            "name": source.name,
-            "class_names": source.class_names,
-            "crop": asdict(source.crop or crop_rule_for(sizes)),
-            "source_fingerprint": source.fingerprint,
-            "made": {
-                "storage": storage.kind,
-                "max_resolution": storage.max_resolution,
-                "quality": storage.quality,
-                "pillow": PIL.__version__,
-                "rejects": len(rejects),
-            },
+        if source.crop and source.resolution:
+            resolution, crop = source.resolution, source.crop
+        else:
+            resolution, crop = crops_for(Beton(partial / "train.beton").sizes)
+        made = {
+            "storage": storage.kind,
+            "max_resolution": storage.max_resolution,
+            "quality": storage.quality,
+            "pillow": PIL.__version__,
+            "rejects": len(rejects),
         }
-        (partial / "set.json").write_text(json.dumps(described, indent=1) + "\n")
+        ConvertedSet(partial, source.name, source.class_names, resolution, crop, source.fingerprint, made).write()
         if replace and out.exists():
             shutil.rmtree(out)
         partial.rename(out)

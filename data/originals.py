@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import DataError
-from data.decoders.ahead import default_threads
+from data.decoders.prefetch import default_threads
 from data.loader import CropBatch
 from data.pixels import upright_rgb
 from data.plan import center_boxes

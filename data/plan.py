@@ -5,6 +5,7 @@ there is no generator state: any subset, in any order, on any rank, after any re
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,13 +14,42 @@ _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
 # Separate streams: an image's place in the order says nothing about its crop.
-_ORDER, _BOXES, _PAGES = 1, 2, 3
+_ORDER, _BOXES, _PAGES, _GENERATION = 1, 2, 3, 4
 
 # RandomResizedCrop gives up after this many proposals and takes the central crop.
 _TRIES = 10
 
 # Quasi-random order draws from this many file pages at a time: 64 pages of 8 MiB stay in any page cache.
 _PAGES_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class CropRule:
+    """Where the crops of a set lie.
+
+    scale: lowest and highest share of the image's area in a training crop. ratio: lowest and highest width over height
+    of one. flip: half of the training crops are mirrored. center_ratio: side of the validation crop, a square in the
+    image's centre, as a share of the shorter side.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    center_ratio: float = 224 / 256
+
+    def training(
+        self, indices: ArrayLike, sizes: ArrayLike, *, seed: int, epoch: int, copy: ArrayLike = 0
+    ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Boxes and flips of training crops; see random_boxes."""
+        boxes, flips = random_boxes(
+            indices, sizes, seed=seed, epoch=epoch, copy=copy, scale=self.scale, ratio=self.ratio
+        )
+        return boxes, flips & self.flip
+
+    def validation(self, sizes: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Boxes and flips (none) of validation crops; see center_boxes."""
+        boxes = center_boxes(sizes, ratio=self.center_ratio)
+        return boxes, np.zeros(len(boxes), dtype=bool)
 
 
 def epoch_order(
@@ -146,9 +176,19 @@ def _heights_widths(sizes: ArrayLike, n: int) -> tuple[NDArray[np.int64], NDArra
     return array[:, 0], array[:, 1]
 
 
-def _key(stream: int, seed: int, epoch: int) -> int:
+def seed_of_generation(seed: int, generation: int) -> int:
+    """The seed of the crops and first weights of a run: a hash of the user's seed and of the run's generation.
+
+    generation: 0 for a network that learns from the ground truth, its refinery's + 1 for a student. A student thus
+    starts from other weights than its refinery did and sees other crops, as Label Refinery's (section 3) does, and
+    all students of one refinery see the same. Returns 0 to 2**64 - 1.
+    """
+    return _key(_GENERATION, seed, generation)
+
+
+def _key(*parts: int) -> int:
     key = 0
-    for part in (stream, seed, epoch):
+    for part in parts:
         key = int(_mix(np.array([(key + (part & _MASK) * _GAMMA + _GAMMA) & _MASK], dtype=np.uint64))[0])
     return key
 

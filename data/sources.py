@@ -13,25 +13,11 @@ from PIL import Image
 
 from data import DataError, archives, scenes
 from data.pixels import EXTENSIONS
+from data.plan import CropRule
 
 TORCHVISION_SETS = ("cifar10", "svhn", "imagenette")
 _VAL_SHARE = 0.1
 _HAS_SPLITS = "has images for training and others for validation; leave --split out"
-
-
-@dataclass(frozen=True)
-class CropRule:
-    """How crops fit a set: train crops by `scale`, `ratio` and `flip`, validation crops by `center_ratio`.
-
-    scale: (low, high) share of the image's area. ratio: (low, high) of width / height.
-    center_ratio: side of the validation crop as a share of the shorter side. resolution: pixels a side.
-    """
-
-    resolution: int
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = True
-    center_ratio: float = 224 / 256
 
 
 @dataclass(frozen=True)
@@ -47,7 +33,7 @@ class Split:
 class Source:
     """A set of images to be converted.
 
-    crop: the rule that fits it, or None where it follows from the sizes of the images.
+    resolution (pixels a side), crop: of the crops that fit it; None where they follow from the sizes of the images.
     fingerprint: changes whenever the images do. notes: what the user should know about how the set was read.
     """
 
@@ -55,8 +41,9 @@ class Source:
     class_names: tuple[str, ...]
     train: Split
     val: Split
-    crop: CropRule | None
     fingerprint: str
+    resolution: int | None = None
+    crop: CropRule | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -87,8 +74,8 @@ def open_source(data: str, *, whole: bool = False) -> Source:
     )
 
 
-def crop_rule_for(sizes: NDArray[np.int32]) -> CropRule:
-    """The crop rule for images of these sizes (int [n, 2], pixels), where nothing else is known of them.
+def crops_for(sizes: NDArray[np.int32]) -> tuple[int, CropRule]:
+    """The resolution and the rule of crops of images of these sizes (int [n, 2], pixels), if no more is known of them.
 
     Photographs get the paper's rule. Below 96 pixels a crop of 8 % of the area would be a few pixels wide, so small
     images are cropped to no less than a quarter and validated whole.
@@ -96,8 +83,8 @@ def crop_rule_for(sizes: NDArray[np.int32]) -> CropRule:
     short = int(np.median(np.min(sizes, axis=1)))
     resolution = min(224, max(32, short // 32 * 32))
     if short < 96:
-        return CropRule(resolution, scale=(0.25, 1.0), center_ratio=1.0)
-    return CropRule(resolution)
+        return resolution, CropRule(scale=(0.25, 1.0), center_ratio=1.0)
+    return resolution, CropRule()
 
 
 def _scenes() -> Source:
@@ -107,8 +94,8 @@ def _scenes() -> Source:
         return Split([(name, i) for i in range(n)], labels, _draw_scene)
 
     # Small crops of small pictures: most show one object, and often another than the main one.
-    rule = CropRule(32, scale=(0.05, 0.2), center_ratio=0.7)
-    return Source("scenes", scenes.CLASS_NAMES, split("train"), split("val"), rule, scenes_fingerprint())
+    rule = CropRule(scale=(0.05, 0.2), center_ratio=0.7)
+    return Source("scenes", scenes.CLASS_NAMES, split("train"), split("val"), scenes_fingerprint(), 32, rule)
 
 
 def scenes_fingerprint() -> str:
@@ -134,8 +121,8 @@ def _torchvision_set(name: str) -> Source:
         if name == "cifar10":
             train, val = (datasets.CIFAR10(str(root), train=part, download=True) for part in (True, False))
             splits = [Split(part.data, np.asarray(part.targets, dtype=np.int64), _from_array) for part in (train, val)]
-            rule = CropRule(32, scale=(0.25, 1.0), center_ratio=1.0)
-            return Source(name, tuple(train.classes), splits[0], splits[1], rule, "torchvision")
+            rule = CropRule(scale=(0.25, 1.0), center_ratio=1.0)
+            return Source(name, tuple(train.classes), splits[0], splits[1], "torchvision", 32, rule)
         digits = [datasets.SVHN(str(root), split=part, download=True) for part in ("train", "test")]
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -144,8 +131,8 @@ def _torchvision_set(name: str) -> Source:
         ) from None
     # A flipped 2 is no digit, and a tight crop of a house number shows the neighbouring digit.
     splits = [Split(part.data.transpose(0, 2, 3, 1), part.labels.astype(np.int64), _from_array) for part in digits]
-    rule = CropRule(32, scale=(0.5, 1.0), flip=False, center_ratio=1.0)
-    return Source(name, tuple("0123456789"), splits[0], splits[1], rule, "torchvision")
+    rule = CropRule(scale=(0.5, 1.0), flip=False, center_ratio=1.0)
+    return Source(name, tuple("0123456789"), splits[0], splits[1], "torchvision", 32, rule)
 
 
 def _from_array(pixels: NDArray[np.uint8]) -> Image.Image:
@@ -159,14 +146,14 @@ def _folder(root: Path, whole: bool = False) -> Source:
     for part in parts if all(part.is_dir() for part in parts) else [root]:
         files |= {os.path.relpath(file, root): file for file in image_files(part)}
     names, train, val, notes = _arranged(str(root), f"{root}/", files, Image.open, whole)
-    return Source(root.resolve().name, names, train, val, None, _fingerprint(root, [train, val]), notes)
+    return Source(root.resolve().name, names, train, val, _fingerprint(root, [train, val]), notes=notes)
 
 
 def _archive(path: Path, whole: bool = False) -> Source:
     fingerprint = archives.fingerprint(path)
     archive = archives.open_archive(path)
     names, train, val, notes = _arranged(str(path), archive.below, archive.files, archive.read, whole)
-    return Source(archives.archive_name(path), names, train, val, None, fingerprint, notes)
+    return Source(archives.archive_name(path), names, train, val, fingerprint, notes=notes)
 
 
 def _arranged(

@@ -4,18 +4,18 @@ python -m kernels
 make kernels ARGS='--targets 80 90 120'
 """
 
-import argparse
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import triton
+from jsonargparse import ArgumentParser
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from command import UserError, ending
 from kernels import binarise, refinery_loss
 
 # The kernels' arguments; those in capitals are constants, all others int32.
@@ -38,8 +38,8 @@ _TYPES = {
 _TARGETS = (75, 80, 86, 89, 90, 100, 120)
 
 
-class KernelError(Exception):
-    """A kernel that does not compile."""
+class KernelError(UserError):
+    """A kernel that does not compile, or a bad input to this room."""
 
 
 @dataclass
@@ -106,18 +106,10 @@ def compile_version(version: Version, target: int) -> Usage:
     return Usage(usage["REG"], usage["STACK"], compiled.metadata.shared)
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        _fail(f"{message} (--help lists the options)")
-
-
-def _fail(message: object) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
 def main() -> None:
-    parser = _OneLineParser(prog="python -m kernels", description="Compiles every Triton kernel; no GPU is needed.")
+    parser = ArgumentParser(
+        prog="python -m kernels", description="Compiles every Triton kernel; no GPU is needed.", exit_on_error=False
+    )
     parser.add_argument(
         "--targets",
         type=int,
@@ -129,22 +121,17 @@ def main() -> None:
     )
     targets = parser.parse_args().targets
     if triton.knobs.runtime.interpret:
-        _fail("TRITON_INTERPRET is set, which leaves nothing to compile: unset it")
+        raise KernelError("TRITON_INTERPRET is set, which leaves nothing to compile: unset it")
     row = "{:<24} {:<6} {:<8} {:>9} {:>14} {:>13}"
     print(row.format("kernel", "target", "shape", "registers", "spilled bytes", "shared memory"))
-    try:
-        for version in versions():
-            for target in targets:
-                usage = compile_version(version, target)
-                print(
-                    row.format(
-                        version.name, f"sm_{target}", version.shape, usage.registers, usage.spilled, usage.shared
-                    ),
-                    flush=True,
-                )
-    except KernelError as error:
-        _fail(error)
+    for version in versions():
+        for target in targets:
+            usage = compile_version(version, target)
+            print(
+                row.format(version.name, f"sm_{target}", version.shape, usage.registers, usage.spilled, usage.shared),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
-    main()
+    ending(main)

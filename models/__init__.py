@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18, resnet34, resnet50, vgg16_bn, vgg19_bn
 
+from command import UserError
 from kernels.normalise import Normalisation
 from models.alexnet import AlexNet
 from models.darknet import Darknet19
@@ -24,8 +25,8 @@ from models.mobilenet import MobileNet
 from models.xnor import XnorResNet50
 
 
-class ModelError(ValueError):
-    """A bad input to this room: one line that names the network or file and says what to do."""
+class ModelError(UserError):
+    """A bad input to this room."""
 
 
 class _Network(NamedTuple):

@@ -1,5 +1,7 @@
-"""Labels, the step, the loop, evaluation and runs."""
+"""Labels, the step, the loop, scores, runs and what commands make of them."""
+
+from command import UserError
 
 
-class TrainError(ValueError):
-    """A bad input to this room: one line that names the option or file and says what to do."""
+class TrainError(UserError):
+    """A bad input to this room."""

@@ -2,6 +2,10 @@
 
 # Imports wait: the processes that convert images start from this file and need none of PyTorch.
 if __name__ == "__main__":
-    from train.job import main
+    import sys
 
-    main()
+    from command import ending
+    from train.config import parse
+    from train.train import train
+
+    ending(lambda: train(parse(sys.argv[1:])))

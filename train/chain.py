@@ -4,62 +4,73 @@ python -m train.chain --models "alexnet alexnet alexnet" --data images/
 make chain MODELS="alexnet alexnet alexnet" DATA=images/
 """
 
-import argparse
 import json
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from train import TrainError
-from train.config import parse
-from train.job import ON_GROUND_TRUTH, check, end_in_one_line, train
+from command import ending
+from train import TrainError, labels
+from train.config import Config, parse_both
+from train.job import check
 from train.runs import Run, key_of, table_text
+from train.train import train
+
+
+@dataclass(frozen=True)
+class ChainOptions:
+    """Options of a chain.
+
+    Args:
+        models: the networks, one generation each, with spaces between them
+    """
+
+    models: str = ""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.chain",
-        description="Trains one network after the other, each on the labels of the one before. What is finished is "
-        "not repeated, and what was stopped goes on. Ends with the table of generations, which is written below "
-        "--runs as text, JSON and a picture.",
-        epilog="All other options are those of python -m train (--help lists them) and hold for every generation; "
-        "--refinery and --pretrained are for the first alone.",
-        allow_abbrev=False,
+    about = (
+        "Trains one network after the other (--models), each on the labels of the one before. What is finished is not "
+        "repeated, and what was stopped goes on. Ends with the table of generations, which is written below --runs as "
+        "text, JSON and a picture. All options hold for every generation, except --refinery and --pretrained, which "
+        "are for the first alone."
     )
-    parser.add_argument("--models", required=True, metavar='"A B C"', help="the networks, with spaces between them")
-    parser.add_argument("--refinery", help="who labels for the first network (default: the images' own labels)")
-    words, arguments = parser.parse_known_args()
-    end_in_one_line(lambda: chain(words.models.split(), arguments, refinery=words.refinery))
+
+    def work() -> None:
+        config, own = parse_both(sys.argv[1:], ChainOptions, prog="python -m train.chain", about=about)
+        chain(config, own.models.split())
+
+    ending(work)
 
 
-def chain(models: Sequence[str], arguments: Sequence[str], *, refinery: str | None = None) -> list[Run]:
+def chain(config: Config, models: Sequence[str]) -> list[Run]:
     """Trains the generations and writes their table.
 
-    arguments: words for `train.config.parse`. refinery: who labels for the first network; None: the ground truth.
-    Raises as train.job.train, and TrainError for no networks at all.
+    config: what holds for all of them; its refinery labels for the first, which else learns from the ground truth.
+    Raises as train.train.train, and TrainError for no networks at all.
     """
     if not models:
         raise TrainError("MODELS is empty; name the networks, with spaces between them")
-    first = ["--refinery", refinery] if refinery else ON_GROUND_TRUTH
+    if config.out:
+        raise TrainError(f"out={config.out}: is the folder of one run; the runs of a chain lie below --runs")
+    # What says how a refinery labels counts from the second generation on, if the first one has none.
+    first = config.reset(labels.foreign_options(labels.kind_of(config))).replace({"model": models[0]})
     # Later generations are looked at as students of a network's name: the runs that will teach them are not there yet.
-    learning = [first, *([*_LATER, "--refinery", before] for before in models[:-1])]
-    configs = [parse([*arguments, *words, "--model", model]) for words, model in zip(learning, models, strict=True)]
-    if configs[0].out:
-        raise TrainError(f"out={configs[0].out}: is the folder of one run; the runs of a chain lie below --runs")
-    check(configs)
+    check([first, *(_later(config, before, model) for before, model in pairwise(models))])
     runs: list[Run] = []
     for generation, model in enumerate(models, 1):
         print(f"generation {generation} of {len(models)}: {model}", flush=True)
-        learns = [*_LATER, "--refinery", str(runs[-1].folder)] if runs else first
-        words = [*arguments, *learns, "--model", model]
-        runs += train(parse(words), words)
+        runs += train(_later(config, str(runs[-1].folder), model) if runs else first)
         print(flush=True)
-    _write([_row(generation, run) for generation, run in enumerate(runs, 1)], runs, Path(configs[0].runs))
+    _write([_row(generation, run) for generation, run in enumerate(runs, 1)], runs, Path(config.runs))
     return runs
 
 
-# What holds for the first generation alone.
-_LATER = ("--pretrained=null", "--labels.smoothing=0", "--labels.taxonomy=null")
+def _later(config: Config, refinery: str, model: str) -> Config:
+    return config.learning_from(refinery).replace({"model": model, "pretrained": None})
 
 
 def _row(generation: int, run: Run) -> dict[str, Any]:

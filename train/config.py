@@ -1,29 +1,44 @@
-"""The configuration of a run: recipes in YAML, overridden option by option on the command line."""
+"""The configuration of a run: recipes in YAML, overridden option by option.
+
+A `Config` is made by `configure` from the options that were given, by their dotted names ("optimizer.lr"), or by
+`parse` from the words of a command line. It remembers them, so that `replace` makes another one from it, for which the
+recipe counts again: it may say other things of another network.
+"""
 
 import argparse
 import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 
-from data.command import fail, run_command
-from train import TrainError
+from command import with_underscores
+from train import TrainError, labels
 from train.device import Precision
+from train.labels import LabelsConfig
+from train.labels.ground_truth import GroundTruthLabels
+from train.labels.refinery import RefineryLabels
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # Each resolution on the way up compiles once, so there are not many.
 _RESOLUTION_STEP = 16
 
 RECIPES = Path(__file__).parent / "recipes"
 
+_Own = TypeVar("_Own", bound="DataclassInstance")
 
-@dataclass
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """How weights move.
 
@@ -43,8 +58,20 @@ class OptimizerConfig:
     nesterov: bool = False
     weight_decay: float = 0.0
 
+    def __post_init__(self):
+        if not 0 < self.lr < float("inf"):
+            raise TrainError(f"optimizer.lr={self.lr}: must be above 0")
+        if self.lr_batch < 1:
+            raise TrainError(f"optimizer.lr_batch={self.lr_batch}: must be at least 1")
+        if not 0 <= self.momentum < 1:
+            raise TrainError(f"optimizer.momentum={self.momentum}: give a share from 0 to below 1")
+        if self.kind == "sgd" and self.nesterov and not self.momentum:
+            raise TrainError("optimizer.nesterov looks ahead along the momentum; give optimizer.momentum too")
+        if self.weight_decay < 0:
+            raise TrainError(f"optimizer.weight_decay={self.weight_decay}: must not be below 0")
 
-@dataclass
+
+@dataclass(frozen=True)
 class ScheduleConfig:
     """How the learning rate falls.
 
@@ -60,6 +87,10 @@ class ScheduleConfig:
     gamma: float = 0.1
     warmup: float = 0.0
 
+    def __post_init__(self):
+        if self.warmup < 0:
+            raise TrainError(f"schedule.warmup={self.warmup}: must not be below 0")
+
     def factor(self, epoch: float, epochs: int) -> float:
         """What the learning rate is multiplied by at a point of the run, in epochs from its start."""
         if epoch < self.warmup:
@@ -70,34 +101,7 @@ class ScheduleConfig:
         return float(self.gamma ** sum(epoch >= round(share * epochs) for share in self.milestones))
 
 
-# What a report says of `labels.per`, behind the name of the refinery.
-PER_WORDS = {"crop": "", "image": ", one an image", "category": ", one a category"}
-
-
-@dataclass
-class LabelsConfig:
-    """What the labels are made of.
-
-    Args:
-        smoothing: without a refinery, the share of each label spread over all classes, 0 to 1
-        bn: the refinery's batch normalisation uses the statistics of the batch (as the paper does) or its running
-            ones, which is faster, since they are folded into the convolutions
-        resolution: pixels a side at which the refinery sees the crops; fewer are faster, and published weights are at
-            their best at what they were trained at (default: as the student, if the refinery takes that size)
-        per: what has a label of its own: each crop, as in the paper; each image, whose central crop the refinery labels
-            once for all its crops; or each category, whose label is the refinery's mean over its images
-        taxonomy: without a refinery, a file of WordNet's is-a relation ("parent child" lines): each category's label
-            is its similarity to all (Wu and Palmer)
-    """
-
-    smoothing: float = 0.0
-    bn: Literal["batch", "running"] = "batch"
-    resolution: int | None = None
-    per: Literal["crop", "image", "category"] = "crop"
-    taxonomy: str | None = None
-
-
-@dataclass
+@dataclass(frozen=True)
 class LossConfig:
     """How the student's output is compared with the refinery's.
 
@@ -111,7 +115,7 @@ class LossConfig:
     temperature: float = 1.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class CropConfig:
     """Where crops lie; what is left out fits the data set.
 
@@ -127,8 +131,17 @@ class CropConfig:
     flip: bool | None = None
     center_ratio: float | None = None
 
+    def __post_init__(self):
+        scale, ratio = self.scale, self.ratio
+        if scale and not 0 < scale[0] <= scale[1] <= 1:
+            raise TrainError(f"crop.scale={list(scale)}: give two shares of the area, the lower first, up to 1")
+        if ratio and not 0 < ratio[0] <= ratio[1]:
+            raise TrainError(f"crop.ratio={list(ratio)}: give two ratios of width to height, the lower first")
+        if self.center_ratio is not None and not 0 < self.center_ratio <= 1:
+            raise TrainError(f"crop.center_ratio={self.center_ratio}: give a share of the shorter side, up to 1")
 
-@dataclass
+
+@dataclass(frozen=True)
 class Config:
     """Trains an image classifier, from the labels that a refinery gives to each crop or from the ground truth.
 
@@ -198,72 +211,53 @@ class Config:
     crop: CropConfig = field(default_factory=CropConfig)
 
     def __post_init__(self):
-        positive = {"epochs": self.epochs, "batch": self.batch, "copies": self.copies}
-        positive["optimizer.lr_batch"] = self.optimizer.lr_batch
-        for name, value in positive.items():
+        for name, value in {"epochs": self.epochs, "batch": self.batch, "copies": self.copies}.items():
             if value < 1:
                 raise TrainError(f"{name}={value}: must be at least 1")
-        if not 0 <= self.labels.smoothing < 1:
-            raise TrainError(f"labels.smoothing={self.labels.smoothing}: give a share from 0 to below 1")
-        if self.refinery and self.labels.smoothing:
-            raise TrainError("labels.smoothing is for ground truth; a refinery's labels are soft already")
-        if not self.loss.temperature > 0:
-            raise TrainError(f"loss.temperature={self.loss.temperature}: must be above 0")
         if not 0 <= self.ema < 1:
             raise TrainError(f"ema={self.ema}: give a decay from 0 to below 1, as 0.999")
         if not 0 < self.resolution_from <= 1:
             raise TrainError(f"resolution_from={self.resolution_from}: give a share of resolution, above 0 and up to 1")
-        self._check_optimizer()
-        self._check_crop()
-        if self.jitter < 0:
-            raise TrainError(f"jitter={self.jitter}: must not be below 0")
-        if self.labels.taxonomy and (self.refinery or self.labels.smoothing):
-            raise TrainError("labels.taxonomy takes the place of a refinery and of labels.smoothing; give one of them")
-        if not (self.refinery or self.labels.taxonomy) and self.loss != LossConfig():
-            raise TrainError("loss is for soft labels; give a refinery too")
-        if not self.refinery:
-            for name, given in {
-                "labels.resolution": self.labels.resolution,
-                "labels.per": self.labels.per != "crop",
-                "jitter": self.jitter,
-            }.items():
-                if given:
-                    raise TrainError(f"{name} is for a refinery's labels; give a refinery too")
-        if self.jitter and self.labels.per != "crop":
-            raise TrainError("jitter needs a label for every crop; leave labels.per out")
-        if self.labels.per == "category" and self.labels.bn == "batch":
-            # The images of one class come one after the other: their own statistics would take away what they share.
-            raise TrainError("labels.per=category needs labels.bn=running, as in the paper")
-        if self.jitter and len(self.model.split()) > 1:
-            raise TrainError("jitter moves crops for one student; name one model")
-        if self.jitter and not self.pretrained:
-            raise TrainError("jitter is for a student that is trained already; name its weights with pretrained")
-        if self.refinery and self.labels.bn == "batch" and self.batch == 1:
-            raise TrainError(
-                "batch=1: a refinery with batch statistics needs more than one crop; use labels.bn=running"
-            )
 
-    def _check_optimizer(self) -> None:
-        given = self.optimizer
-        if not 0 < given.lr < float("inf"):
-            raise TrainError(f"optimizer.lr={given.lr}: must be above 0")
-        if not 0 <= given.momentum < 1:
-            raise TrainError(f"optimizer.momentum={given.momentum}: give a share from 0 to below 1")
-        if given.kind == "sgd" and given.nesterov and not given.momentum:
-            raise TrainError("optimizer.nesterov looks ahead along the momentum; give optimizer.momentum too")
-        if given.weight_decay < 0:
-            raise TrainError(f"optimizer.weight_decay={given.weight_decay}: must not be below 0")
-        if self.schedule.warmup < 0:
-            raise TrainError(f"schedule.warmup={self.schedule.warmup}: must not be below 0")
+    @property
+    def changed(self) -> set[str]:
+        """The options that are not at their defaults, by their dotted names."""
+        return {option for option, value in _dotted(asdict(self)).items() if value != _defaults()[option]}
 
-    def _check_crop(self) -> None:
-        crop = self.crop
-        if crop.scale and not 0 < crop.scale[0] <= crop.scale[1] <= 1:
-            raise TrainError(f"crop.scale={list(crop.scale)}: give two shares of the area, the lower first, up to 1")
-        if crop.ratio and not 0 < crop.ratio[0] <= crop.ratio[1]:
-            raise TrainError(f"crop.ratio={list(crop.ratio)}: give two ratios of width to height, the lower first")
-        if crop.center_ratio is not None and not 0 < crop.center_ratio <= 1:
-            raise TrainError(f"crop.center_ratio={crop.center_ratio}: give a share of the shorter side, up to 1")
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that were asked for, by their dotted names, without what recipe and defaults added.
+
+        Of a configuration that was not made by `configure`, all are.
+        """
+        given = self.__dict__.get("_given")
+        return _dotted(asdict(self)) if given is None else given
+
+    def replace(self, options: Mapping[str, Any]) -> "Config":
+        """This configuration with other options, by their dotted names. Raises TrainError as `configure`."""
+        return configure(self.given | dict(options))
+
+    def reset(self, options: Iterable[str]) -> "Config":
+        """This configuration with these options at their defaults, whatever the recipe says."""
+        return self.replace({option: _defaults()[option] for option in options})
+
+    def on_ground_truth(self) -> "Config":
+        """The same with the images' own labels in place of a refinery's or any others."""
+        return self.reset(labels.foreign_options(GroundTruthLabels))
+
+    def learning_from(self, refinery: str) -> "Config":
+        """The same with the labels of this refinery in place of any others."""
+        return self.reset(labels.foreign_options(RefineryLabels)).replace({"refinery": refinery})
+
+    def as_refinery(self, model: str) -> "Config":
+        """With what a network is trained to be the refinery of such runs: on ground truth, by the recipe's section."""
+        options = self.on_ground_truth().given | {"model": model, "pretrained": None, "out": None}
+        return configure(options, as_refinery=True)
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return _dotted(asdict(Config()))
 
 
 def first_resolution(share: float, last: int) -> int:
@@ -278,41 +272,92 @@ def growing_resolution(epoch: int, epochs: int, share: float, last: int) -> int:
     return first + int(grown * (last - first) / _RESOLUTION_STEP) * _RESOLUTION_STEP if grown < 1 else last
 
 
-def parse(arguments: Sequence[str]) -> Config:
-    """The configuration that these command-line words describe; the recipe's values stand where they say nothing.
+def configure(options: Mapping[str, Any], *, as_refinery: bool = False) -> Config:
+    """The configuration that these options, by their dotted names, describe; the recipe counts where they say nothing.
 
-    A bad word ends the program with one line; --help and --print_config print and end it.
+    as_refinery: the network is to be a refinery, of which a recipe may say something of its own.
+    Raises TrainError for unknown options, values of the wrong kind, and what has no meaning.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("model", "data", "recipe", "pretrained", "config"):
-        first.add_argument(f"--{name}")
+    recipe = options.get("recipe") or default_recipe(options.get("data"), options.get("pretrained"))
+    values = read_recipe(recipe, options.get("model") or Config.model, as_refinery=as_refinery) | dict(options)
     try:
-        words = vars(first.parse_known_args(arguments)[0])
+        typed = _config_parser().parse_object(_nested(values | {"recipe": recipe}))
     except argparse.ArgumentError as error:
-        fail(error)
-    try:
-        if words["config"]:
-            words = _read_yaml(Path(words["config"])) | {key: value for key, value in words.items() if value}
-        model, data = words.get("model") or Config.model, words.get("data") or Config.data
-        recipe = words.get("recipe") or default_recipe(data, words.get("pretrained"))
-        values = read_recipe(recipe, model) | {"recipe": recipe}
-    except TrainError as error:
-        fail(error)
-    # The recipe's values go first, as words, so that they are checked and typed as the user's own that follow.
-    recipe_words = [
-        f"--{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in values.items()
+        raise TrainError(" ".join(str(error).split())) from None
+    config = Config(**vars(_config_parser().instantiate(typed)))
+    # Not a field: it says how the configuration came about, not what it is.
+    object.__setattr__(config, "_given", dict(options))
+    return config
+
+
+def parse(words: Sequence[str], *, prog: str = "python -m train", about: str | None = None) -> Config:
+    """The configuration that the words of a command line describe; for commands alone.
+
+    prog, about: what --help says of the command. --help and --print_config print and end the program; bad words raise
+    argparse.ArgumentError or TrainError.
+    """
+    return parse_both(words, _Nothing, prog=prog, about=about)[0]
+
+
+def parse_both(words: Sequence[str], own: type[_Own], *, prog: str, about: str | None = None) -> tuple[Config, _Own]:
+    """As `parse`, for a command that has options of its own besides: `own` is a dataclass of these."""
+    about = about or str(Config.__doc__).partition("\n")[0]
+    parser = ArgumentParser(prog=prog, description=about, exit_on_error=False, print_config=None)
+    parser.add_argument("--config", action="config", help="a YAML file of options; those typed behind it count more")
+    parser.add_argument("--print_config", action="store_true", help="print all options with their values, and end")
+    parser.add_class_arguments(own, as_group=False)
+    parser.add_class_arguments(Config, as_group=False)
+    given = dict(parser.parse_args(with_underscores(list(words)), defaults=False).items())
+    print_config = given.pop("print_config", False)
+    given.pop("config", None)
+    own_names = [option.name for option in fields(own)]
+    owned = {name: given.pop(name) for name in own_names if name in given}
+    config = configure(given)
+    if print_config:
+        print(config_text(config), end="")
+        sys.exit(0)
+    return config, own(**owned)
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """No options of its own."""
+
+
+@cache
+def _config_parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config, as_group=False)
+    return parser
+
+
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """Options by their dotted names as words of a command line."""
+    return [
+        word
+        for option, value in options.items()
+        for word in (f"--{option}", value if isinstance(value, str) else json.dumps(value))
     ]
-    return run_command(Config, prog="python -m train", errors=(TrainError,), args=[*recipe_words, *arguments])
 
 
-def default_recipe(data: str, pretrained: str | None) -> str:
-    if pretrained and pretrained != "null":
+def config_text(config: Config) -> str:
+    """The configuration as YAML, which --config reads."""
+    return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
+
+
+def default_recipe(data: str | None, pretrained: str | None) -> str:
+    """The recipe where none is named. data, pretrained: as in Config, None where not given."""
+    if pretrained:
         return "fine-tune"
-    return "quick" if data == "scenes" else "label-refinery"
+    return "quick" if data in (None, Config.data) else "label-refinery"
 
 
-def read_recipe(recipe: str, model: str) -> dict[str, Any]:
-    """A recipe's values as dotted keys, with those of its `networks` section for this model (longest prefix) on top."""
+def read_recipe(recipe: str, model: str, *, as_refinery: bool = False) -> dict[str, Any]:
+    """A recipe's values as dotted keys.
+
+    Those of its `networks` section for this model (longest prefix) and, for a network that is to be a refinery, of its
+    `refinery` section take the place of the others. Raises TrainError for what is no recipe.
+    """
     path = RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         path = Path(recipe)
@@ -320,10 +365,11 @@ def read_recipe(recipe: str, model: str) -> dict[str, Any]:
         known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise TrainError(f"recipe={recipe}: neither a recipe ({known}) nor a file")
     values = _read_yaml(path)
-    networks = values.pop("networks", {})
+    networks, refinery = values.pop("networks", {}), values.pop("refinery", {})
     matching = max((name for name in networks if model.startswith(name)), key=len, default=None)
     values = _dotted(values) | (_dotted(networks[matching]) if matching else {})
-    unknown = sorted(set(values) - set(_dotted(asdict(Config()))))
+    values |= _dotted(refinery) if as_refinery else {}
+    unknown = sorted(set(values) - set(_defaults()))
     if unknown:
         raise TrainError(f"{path}: unknown keys {', '.join(unknown)}; python -m train --help lists them")
     return values
@@ -346,6 +392,18 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by dotted names as mappings within mappings."""
+    nested: dict[str, Any] = {}
+    for option, value in options.items():
+        *groups, name = option.split(".")
+        inner = nested
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[name] = value
+    return nested
 
 
 def command_to_continue() -> str:

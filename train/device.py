@@ -55,8 +55,11 @@ def autocast_type(precision: str) -> torch.dtype | None:
     return _AUTOCAST.get(precision)
 
 
-def prepare(device: torch.device, precision: str) -> None:
-    """Settings of the whole process that networks run under, to be made before any of them runs."""
+def set_tf32_and_allocator(device: torch.device, precision: str) -> None:
+    """Sets, for the whole process and before any network runs, where TF32 is allowed and what becomes of freed memory.
+
+    precision: TF32 is allowed if this is "tf32". device: on a CPU, memory that a step frees is kept for the next.
+    """
     # TF32 rounds products to 10 bits of mantissa. Left alone, PyTorch takes it for convolutions, not for matrices.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if device.type == "cpu":

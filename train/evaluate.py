@@ -7,109 +7,36 @@ make evaluate CHECKPOINT=runs/scenes/... DATA=images/
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
-from data import DataError
-from data.command import run_command
-from data.convert import ConvertedSet, Unconverted, find_set, is_converted
-from data.loader import Loader, open_loader
+from command import run_command
+from data.convert import ensure_converted
+from data.loader import Loader
 from data.originals import Originals
-from data.progress import images_bar
-from data.sources import CropRule, Source, open_source
-from kernels.normalise import Normalisation, Normalise
-from models import ModelError
+from data.plan import CropRule
+from data.sets import find_set, is_converted
+from data.sources import Source, open_source
+from models.classes import are_imagenet, by_id, class_columns, lacking
+from models.trained import Trained, load_trained
 from train import TrainError
-from train.classes import are_imagenet, by_id, lacking, places_of
-from train.device import autocast_type, device_named, precision_on, prepare
-from train.multilabel import Accuracy, Answers, Labels, multi_label_accuracy, read_multi_label, read_real, real_accuracy
-from train.trained import Trained, load_trained
+from train.device import autocast_type, device_named, precision_on, set_tf32_and_allocator
+from train.score import Scores, score, validation_loader
+from train.score.multilabel import (
+    Accuracy,
+    Answers,
+    Labels,
+    multi_label_accuracy,
+    read_multi_label,
+    read_real,
+    real_accuracy,
+)
 
 # For images whose set has no crop rule, where the network doesn't say either.
-_USUAL_CROPS = CropRule(resolution=224)
-
-
-@dataclass
-class Scores:
-    """Accuracies in percent. per_class: for each class, its images and its top-1 (None where it has no images).
-
-    predicted: int64 [images of the set], the likeliest class of each; -1 for one that could not be read.
-    """
-
-    top1: float
-    top5: float
-    images: int
-    per_class: list[tuple[int, float | None]]
-    predicted: torch.Tensor
-
-
-@torch.inference_mode()
-def score(
-    network: nn.Module,
-    loader: Loader | Originals,
-    normalisation: Normalisation,
-    *,
-    device: torch.device,
-    autocast: torch.dtype | None,
-    places: Sequence[int] | None = None,
-) -> Scores:
-    """Runs the network over the loader's images, in evaluation mode.
-
-    places: for each class of the loader its place among the network's outputs, or -1 where the network lacks it; None
-    where the two are the same. The network chooses among the loader's classes alone, and images of classes that it
-    lacks are not scored.
-    """
-    network.eval()
-    normalise = Normalise(normalisation).to(device)
-    num_classes = loader.num_classes
-    known = torch.tensor(range(num_classes) if places is None else places)
-    # The loader's classes to choose from, and the outputs that stand for them.
-    choices = (known >= 0).nonzero()[:, 0].to(device)
-    outputs = known.to(device)[choices]
-    # Rows: images of each class, those right at first, those right within five.
-    counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
-    predicted = torch.full((loader.num_samples,), -1, dtype=torch.int64, device=device)
-    with images_bar(loader.num_samples, "score", leave=False) as bar:
-        for batch in loader.epoch(0):
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                logits = network(normalise(batch.crops)).float()
-            likeliest = choices[logits[:, outputs].topk(min(5, len(choices)), dim=1).indices]
-            predicted[batch.indices] = likeliest[:, 0]
-            hits = likeliest == batch.labels[:, None]
-            for row, weights in enumerate((torch.isin(batch.labels, choices), hits[:, 0], hits.any(dim=1))):
-                counts[row].scatter_add_(0, batch.labels, weights.long())
-            bar.update(len(batch.labels))
-    images, first, within5 = counts.cpu().tolist()
-    total = sum(images)
-    if not total:
-        raise TrainError("there is no image to score: none could be read that is of a class of the network")
-    return Scores(
-        top1=100 * sum(first) / total,
-        top5=100 * sum(within5) / total,
-        images=total,
-        per_class=[(n, 100 * right / n if n else None) for n, right in zip(images, first, strict=True)],
-        predicted=predicted.cpu(),
-    )
-
-
-def validation_loader(
-    data: ConvertedSet, *, rule: CropRule, batch: int, decoder: str, device: torch.device, threads: int | None
-) -> Loader:
-    """The validation images of a set, each once, cropped as the rule says."""
-    return open_loader(
-        data.beton("val"),
-        resolution=rule.resolution,
-        batch_size=batch,
-        decoder=decoder,
-        train=False,
-        device=device,
-        threads=threads,
-        center_ratio=rule.center_ratio,
-    )
+_USUAL_RESOLUTION = 224
 
 
 def evaluate(
@@ -143,13 +70,13 @@ def evaluate(
         batch: crops at a time
         decoder: auto, ffcv, dali or torchvision
         device: auto, cpu, cuda or cuda:N
-        threads: decoding threads (default: one a processor)
+        threads: decoding threads (default: one per processor)
         split: all scores every image of class folders without train/ and val/, not the tenth of them that training
             holds out: for sets made for evaluation. Like real and multi_label it reads the image files as they are
         real: real.json, for ReaL accuracy too: of the images with labels there (ILSVRC2012_val_00000001 and so on), the
             share whose likeliest class is one of them
         multi_label: human_accuracy_v3.0.0.json, for multi-label accuracy too: the share of a class's images whose
-            likeliest class experts judged right or unclear, but for problematic images; the mean over the classes
+            likeliest class experts judged right or unclear, without problematic images; the mean over the classes
     """
     where = device_named(device)
     asked: dict[str, tuple[Labels, Callable[[Labels, Answers], Accuracy]]] = {}
@@ -160,14 +87,14 @@ def evaluate(
     from_files = split == "all" or bool(asked)
     found = _image_files(data, split, labelled=bool(asked)) if from_files else find_set(data)
     trained = load_trained(checkpoint, class_names=found.class_names)
-    places = _places(trained, found.class_names, data)
+    columns = _columns(trained, found.class_names, data)
     several: dict[str, Accuracy] = {}
     if isinstance(found, Source):
-        rule = _crop_rule(trained, found.crop or _USUAL_CROPS, resolution)
+        side, rule = _crops(trained, found.resolution or _USUAL_RESOLUTION, found.crop or CropRule(), resolution)
         images = Originals(
             found.val,
             found.class_names,
-            resolution=rule.resolution,
+            resolution=side,
             batch_size=batch,
             center_ratio=rule.center_ratio,
             device=where,
@@ -176,33 +103,35 @@ def evaluate(
         for kind, (labels, _) in asked.items():
             if not any(Path(file).stem in labels for file in images.files):
                 raise TrainError(f"DATA={data}: none of its files is named as one that has {kind} labels")
-        scores = _scored(trained, images, places, where)
+        scores = _scored(trained, images, columns, where)
         ids = by_id(found.class_names)
         answers = Answers(
             files=images.files,
             folders=[ids[label] for label in found.val.labels],
             likeliest=[ids[index] if index >= 0 else None for index in scores.predicted.tolist()],
-            choices=frozenset(name for name, place in zip(ids, places, strict=True) if place >= 0),
+            choices=frozenset(name for name, column in zip(ids, columns, strict=True) if column >= 0),
         )
         several = {kind: accuracy(labels, answers) for kind, (labels, accuracy) in asked.items()}
     else:
-        converted = found.convert() if isinstance(found, Unconverted) else found
-        rule = _crop_rule(trained, converted.crop, resolution)
-        loader = validation_loader(converted, rule=rule, batch=batch, decoder=decoder, device=where, threads=threads)
-        scores = _scored(trained, loader, places, where)
-    print(f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % on {scores.images} images at {rule.resolution} px")
+        ready = ensure_converted(found)
+        side, rule = _crops(trained, ready.resolution, ready.crop, resolution)
+        loader = validation_loader(
+            ready, resolution=side, crop=rule, batch=batch, decoder=decoder, device=where, threads=threads
+        )
+        scores = _scored(trained, loader, columns, where)
+    print(f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % on {scores.images} images at {side} px")
     for kind, accuracy in several.items():
         percent = "unknown" if accuracy.percent is None else f"{accuracy.percent:.2f} %"
-        known = sum(place >= 0 for place in places)
+        known = sum(column >= 0 for column in columns)
         print(
             f"{kind} {percent} on {accuracy.images} images; {accuracy.left_out} more have no label among the {known} "
             "classes"
         )
     written = {
-        "checkpoint": trained.place,
+        "checkpoint": trained.origin,
         "network": trained.name,
         "data": data,
-        "resolution": rule.resolution,
+        "resolution": side,
         "top1": scores.top1,
         "top5": scores.top5,
         "images": scores.images,
@@ -230,39 +159,42 @@ def _image_files(data: str, split: str, *, labelled: bool) -> Source:
     return source
 
 
-def _places(trained: Trained, class_names: Sequence[str], data: str) -> list[int]:
-    """For each of the set's classes its place among the network's outputs, or -1; says so where they are not the same.
+def _columns(trained: Trained, class_names: Sequence[str], data: str) -> list[int]:
+    """For each of the set's classes the network's output for it, or -1; says so where they are not the same.
 
     Raises TrainError when the network lacks classes of the set, unless it is one of ImageNet's that has some of them.
     """
-    places = places_of(trained.class_names, class_names)
-    theirs, ours, common = len(trained.class_names), len(places), sum(place >= 0 for place in places)
+    columns = class_columns(trained.class_names, class_names)
+    theirs, ours, common = len(trained.class_names), len(columns), sum(column >= 0 for column in columns)
     if common < ours:
         imagenet = are_imagenet(trained.class_names) and are_imagenet(class_names)
         if not (imagenet and common > 1):
             raise TrainError(
-                f"{trained.place}: {trained.name} was trained on {theirs} classes, and {data} has {ours}, of which it "
-                f"lacks {lacking(places, class_names)}"
+                f"{trained.origin}: {trained.name} was trained on {theirs} classes, and {data} has {ours}, of which it "
+                f"lacks {lacking(columns, class_names)}"
             )
         print(f"of the data's {ours} classes, the {common} that {trained.name} knows are scored", flush=True)
     if common < theirs:
         print(f"of the {theirs} classes of {trained.name}, the {common} of the data are used", flush=True)
-    return places
+    return columns
 
 
-def _crop_rule(trained: Trained, rule: CropRule, resolution: int | None) -> CropRule:
-    """The validation crop: the network's own, else the set's. Raises TrainError for a size it does not take."""
-    side = (trained.resolution or rule.resolution) if resolution is None else resolution
+def _crops(trained: Trained, usual: int, rule: CropRule, asked: int | None) -> tuple[int, CropRule]:
+    """Pixels a side and the validation crop: those asked for, else the network's own, else the set's.
+
+    Raises ModelError for a size that the network does not take.
+    """
+    side = (trained.resolution or usual) if asked is None else asked
     trained.check_resolution(side)
-    return replace(rule, resolution=side, center_ratio=trained.center_ratio or rule.center_ratio)
+    return side, replace(rule, center_ratio=trained.center_ratio or rule.center_ratio)
 
 
-def _scored(trained: Trained, loader: Loader | Originals, places: Sequence[int], device: torch.device) -> Scores:
+def _scored(trained: Trained, loader: Loader | Originals, columns: Sequence[int], device: torch.device) -> Scores:
     network = trained.network.to(device).to(memory_format=torch.channels_last)
     precision = precision_on(device)
-    prepare(device, precision)
+    set_tf32_and_allocator(device, precision)
     autocast = autocast_type(precision)
-    return score(network, loader, trained.normalisation, device=device, autocast=autocast, places=places)
+    return score(network, loader, trained.normalisation, device=device, autocast=autocast, columns=columns)
 
 
 def _beside(trained: Trained, data: str) -> Path:
@@ -280,4 +212,4 @@ def _write(written: dict, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(evaluate, prog="python -m train.evaluate", errors=(DataError, ModelError, TrainError))
+    run_command(evaluate, prog="python -m train.evaluate")

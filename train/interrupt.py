@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The user stopped the run; its checkpoint is written. The message says how to continue."""
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from data.loader import CropBatch
 from kernels.normalise import Normalise
-from train.labels import LabelSource
+from train.labels.source import LabelSource
 
 
 def with_jittered(

@@ -1,53 +1,30 @@
 """The loop of a run, or of several at once: epochs of steps, a validation after each, checkpoints and metrics."""
 
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from data.convert import ConvertedSet
 from data.loader import CropBatch, Loader, open_loader
 from data.progress import images_bar
-from data.sources import CropRule
-from kernels.normalise import Normalisation
-from train import TrainError, checkpoint
-from train.config import Config, OptimizerConfig, command_to_continue, growing_resolution
-from train.device import autocast_type, prepare
-from train.evaluate import Scores, score, validation_loader
+from train import TrainError
+from train.config import command_to_continue
+from train.device import set_tf32_and_allocator
 from train.interrupt import Interrupted, Stop, stop_on_signal
-from train.labels import LabelSource
-from train.record import Record, held
-from train.step import CROPS, LOSS, TOP1, TOP5, Step, Student, is_out_of_memory
+from train.job import Job
+from train.runs import checkpoint
+from train.score import validation_loader
+from train.step import Step, forget_compiled_steps, is_out_of_memory
+from train.student import CROPS, LOSS, TOP1, TOP5, Student
+from train.waiting import Waiting
 
 # How often the sums are read from the device (which waits for it), and saved within a long epoch.
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_BETWEEN_SAVES = 600.0
-
-
-@dataclass
-class Job:
-    """One student's run, checked and resolved.
-
-    config: what was asked for, with resolution, crop and precision filled in. network: the student as it starts.
-    identity: all that decides the weights the run ends with.
-    """
-
-    config: Config
-    folder: Path
-    network: nn.Module
-    normalisation: Normalisation
-    identity: dict[str, Any]
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "last.pt"
 
 
 @dataclass
@@ -68,52 +45,36 @@ class Trainer:
     """Trains the networks of some jobs, each in its folder, continuing from the checkpoints there.
 
     The jobs share crops and labels, and differ in network, optimizer and schedule alone; their checkpoints are of the
-    same step. labels: says what crops show. compiled: the step runs as one compiled graph.
-    decoder: the name of the decoder at work. run() leaves metrics and checkpoints.
+    same step. What they share is read from the first. run() leaves metrics and checkpoints.
     """
 
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        data: ConvertedSet,
-        rule: CropRule,
-        labels: LabelSource,
-        *,
-        device: torch.device,
-        compiled: bool,
-    ):
-        self.jobs = jobs
-        self.data = data
-        self.rule = rule
-        self.device = device
-        self.compiled = compiled
-        self.config = config = jobs[0].config
-        self._autocast = autocast_type(config.precision)
-        prepare(device, config.precision)
-        self._rates = [job.config.optimizer.lr * config.batch / job.config.optimizer.lr_batch for job in jobs]
-        students = [_student(job, lr, self._autocast, device) for job, lr in zip(jobs, self._rates, strict=True)]
-        self.labels = labels.to(device).to(memory_format=torch.channels_last)
+    def __init__(self, jobs: Sequence[Job]):
+        self.job = job = jobs[0]
+        config = job.config
+        set_tf32_and_allocator(job.device, config.precision)
+        if job.compiled:
+            forget_compiled_steps(len(job.resolutions))
+        self.students = [Student.of(each) for each in jobs]
+        self.labels = job.labels.open(job).to(job.device).to(memory_format=torch.channels_last)
         self.step = Step(
-            students,
+            self.students,
             self.labels,
             loss=config.loss.kind,
             temperature=config.loss.temperature,
             jitter=config.jitter,
-            device=device,
-            autocast=self._autocast,
-            compiled=compiled,
+            device=job.device,
+            autocast=job.autocast,
+            compiled=job.compiled,
             strict=config.compile == "always",
             cuda_graphs=config.cuda_graphs,
         )
-        # The networks that are scored and kept: weights averaged over steps, or the students' own.
-        self._averages = [_average(student, config.ema) for student in students] if config.ema else []
-        self._scored = [average.module for average in self._averages] or [student.network for student in students]
-        self.loader = self._open_loader(rule.resolution)
-        self._loaders = {rule.resolution: self.loader}
-        self.validation = validation_loader(data, rule=rule, batch=config.batch, **self._loading)
-        self.decoder = self.loader.decoder
+        self._loaders: dict[int, Loader] = {}
+        self.loader = self.loader_at(job.resolution)
+        self.validation = validation_loader(
+            job.data, resolution=job.resolution, crop=job.crop, batch=config.batch, **job.loading
+        )
         self.progress = Progress()
-        self._best = [0.0] * len(jobs)
+        self._waiting = Waiting(job.device)
         self._stop = Stop()
 
     def run(self) -> list[dict[str, Any]]:
@@ -122,121 +83,124 @@ class Trainer:
         Raises Interrupted after Ctrl-C or SIGTERM, and TrainError for a loss that is not finite, too little memory, a
         full disk, or a folder in which another process trains.
         """
-        config = self.config
+        epochs = self.job.config.epochs
         with ExitStack() as stack:
-            for job in self.jobs:
-                stack.enter_context(held(job.folder))
-            if self.jobs[0].checkpoint.is_file():
-                self._restore()
-                if self.progress.epoch < config.epochs:
-                    print(
-                        f"continuing in epoch {self.progress.epoch + 1} of {config.epochs}, "
-                        f"after step {self.progress.step} of {self.loader.steps}",
-                        flush=True,
-                    )
-            epochs = self.progress.epoch
+            for student in self.students:
+                stack.enter_context(student.record)
+            self._restore()
+            self._begin()
             self._stop = stack.enter_context(stop_on_signal())
-            records = [
-                stack.enter_context(Record(job.folder, job.config, job.identity, epochs=epochs)) for job in self.jobs
-            ]
-            while self.progress.epoch < config.epochs:
-                sums = self.train_epoch()
-                started = time.perf_counter()
-                scores = [
-                    score(
-                        network,
-                        self.validation,
-                        job.normalisation,
-                        device=self.device,
-                        autocast=self._autocast,
-                    )
-                    for job, network in zip(self.jobs, self._scored, strict=True)
-                ]
-                self._end_epoch(sums, scores, records, seconds=time.perf_counter() - started)
-                if self._stop.requested and self.progress.epoch < config.epochs:
+            while self.progress.epoch < epochs:
+                self.train_epoch()
+                self.validate()
+                if self._stop.requested and self.progress.epoch < epochs:
                     raise self._interrupted()
-        seconds = self.progress.seconds
-        return [record.result(best=best, seconds=seconds) for record, best in zip(records, self._best, strict=True)]
+        return [student.record.result(best=student.best, seconds=self.progress.seconds) for student in self.students]
 
     @property
     def stopped(self) -> bool:
         """Whether the user asked for a stop, which the last epoch of a run outlives."""
         return self._stop.requested
 
-    def train_epoch(self) -> list[list[float]]:
-        """The steps of the present epoch that are still to be done; returns each student's sums (see Student).
+    def train_epoch(self) -> None:
+        """The steps of the present epoch that are still to be done.
 
-        The epoch's seconds are in `progress`, which still stands in this epoch.
+        The epoch's sums are in the students and its seconds in `progress`, which still stands in this epoch.
         """
-        config, progress, loader = self.config, self.progress, self._loader_of(self.progress.epoch)
-        name = f"epoch {progress.epoch + 1}/{config.epochs}"
-        done, total = progress.step * config.batch, loader.steps * config.batch
-        with images_bar(total, name, done=done) as bar:
-            batches = loader.epoch(progress.epoch, progress.step)
+        progress, loader = self.progress, self.loader_at(self.job.resolution_in(self.progress.epoch))
+        name = f"epoch {progress.epoch + 1}/{self.job.config.epochs}"
+        batch_size = self.job.config.batch
+        with images_bar(loader.steps * batch_size, name, done=progress.step * batch_size) as bar:
             mark = looked = saved = time.perf_counter()
-            while (batch := next(batches, None)) is not None:
-                progress.waited_seconds += time.perf_counter() - mark
+            for batch in self._fetched(loader.epoch(progress.epoch, progress.step)):
                 self._set_rates(progress.epoch + progress.step / loader.steps)
                 self._train_on(batch)
                 progress.step += 1
-                for average, student in zip(self._averages, self.step.students, strict=False):
-                    average.update(student.network, step=progress.epoch * loader.steps + progress.step)
+                for student in self.students:
+                    student.average(progress.epoch * loader.steps + progress.step)
                 bar.update(len(batch.labels))
                 now = time.perf_counter()
                 progress.train_seconds += now - mark
                 mark = now
                 if self._stop.requested or now - saved > _SECONDS_BETWEEN_SAVES:
-                    self._finite_sums()
-                    self._check_weights()
-                    self._save("last.pt")
+                    self._save()
                     saved = time.perf_counter()
                 if self._stop.requested:
                     raise self._interrupted()
                 if now - looked > _SECONDS_BETWEEN_LOOKS:
-                    sums = self._finite_sums()[0]
-                    bar.set_postfix_str(
-                        f"loss {sums[LOSS] / sums[CROPS]:.3f}, top-1 {100 * sums[TOP1] / sums[CROPS]:.1f} %",
-                        refresh=False,
-                    )
+                    self._look()
+                    sums = self.students[0].sums.tolist()
+                    said = f"loss {sums[LOSS] / sums[CROPS]:.3f}, top-1 {100 * sums[TOP1] / sums[CROPS]:.1f} %"
+                    bar.set_postfix_str(said, refresh=False)
                     looked = time.perf_counter()
-            # Reading the sums waits for the device, which belongs to the epoch's time.
-            sums_of_all = self._finite_sums()
+            # Looking waits for the device, which belongs to the epoch's time.
+            self._look()
             progress.train_seconds += time.perf_counter() - mark
+
+    def validate(self) -> None:
+        """Scores the students and ends the epoch: its metrics are kept, and checkpoints written."""
         self._check_weights()
-        return sums_of_all
+        done, started = self.progress, time.perf_counter()
+        for student in self.students:
+            student.score(self.validation)
+        seconds = done.seconds + done.train_seconds + time.perf_counter() - started
+        for student in self.students:
+            student.record.write(self._metrics(student), name=student.name if len(self.students) > 1 else None)
+            student.sums.zero_()
+        self.progress = Progress(epoch=done.epoch + 1, seconds=seconds)
+        for student in self.students:
+            student.record.save(self._state(student), best=student.is_best)
 
-    def _open_loader(self, resolution: int) -> Loader:
-        config, rule = self.config, self.rule
-        return open_loader(
-            self.data.beton("train"),
-            resolution=resolution,
-            batch_size=config.batch,
-            seed=config.seed,
-            copies=config.copies,
-            order=config.order,
-            scale=rule.scale,
-            ratio=rule.ratio,
-            flip=rule.flip,
-            paired=self.labels.pairings,
-            fetch=self.labels.fetch,
-            **self._loading,
-        )
-
-    def _loader_of(self, epoch: int) -> Loader:
-        config = self.config
-        resolution = growing_resolution(epoch, config.epochs, config.resolution_from, self.rule.resolution)
+    def loader_at(self, resolution: int) -> Loader:
+        """The loader of training crops of this size; opened when it is first asked for."""
         if resolution not in self._loaders:
-            self._loaders[resolution] = self._open_loader(resolution)
+            job, config = self.job, self.job.config
+            self._loaders[resolution] = open_loader(
+                job.data.beton("train"),
+                resolution=resolution,
+                batch_size=config.batch,
+                seed=job.seed,
+                copies=config.copies,
+                order=config.order,
+                crop=job.crop,
+                paired=self.labels.pairings,
+                fetch=self.labels.fetch,
+                **job.loading,
+            )
         return self._loaders[resolution]
 
-    @property
-    def _loading(self) -> dict[str, Any]:
-        return {"decoder": self.config.decoder, "device": self.device, "threads": self.config.threads}
+    def _begin(self) -> None:
+        """Says in the runs' folders, and to the user, where and with what this start goes on."""
+        job, progress = self.job, self.progress
+        start = {
+            "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "CPU",
+            "decoder": self.loader.decoder,
+            "compiled": job.compiled,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        (changes, *_) = [student.record.begin(start, progress.epoch, progress.step) for student in self.students]
+        if (progress.epoch or progress.step) and progress.epoch < job.config.epochs:
+            print(
+                f"continuing in epoch {progress.epoch + 1} of {job.config.epochs}, "
+                f"after step {progress.step} of {self.loader.steps}",
+                flush=True,
+            )
+            if changes:
+                print(f"other bits than without the stop: {', '.join(changes)}", flush=True)
+
+    def _fetched(self, batches: Iterator[CropBatch]) -> Iterator[CropBatch]:
+        while True:
+            with self._waiting.measured():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def _set_rates(self, epoch: float) -> None:
-        for job, lr, student in zip(self.jobs, self._rates, self.step.students, strict=True):
-            for group in student.optimizer.param_groups:
-                group["lr"] = lr * job.config.schedule.factor(epoch, job.config.epochs)
+        for student in self.students:
+            config = student.job.config
+            student.set_rate(config.schedule.factor(epoch, config.epochs))
 
     def _train_on(self, batch: CropBatch) -> None:
         try:
@@ -248,7 +212,8 @@ class Trainer:
         # Here, the failed step's tensors are gone with its exception.
         fitting = self._fitting_batch(batch)
         raise TrainError(
-            f"batch={len(batch.labels)}: a step at {batch.crops.shape[-1]} px does not fit in {_memory_of(self.device)}"
+            f"batch={len(batch.labels)}: a step at {batch.crops.shape[-1]} px does not fit in "
+            + _memory_of(self.job.device)
             + (f"; --batch {fitting} fits" if fitting else ", nor does the smallest batch; try a smaller --resolution")
         )
 
@@ -257,9 +222,9 @@ class Trainer:
         self.step.use_eager()
         size = len(batch.labels) // 2
         while size > 1:
-            for student in self.step.students:
-                student.optimizer.zero_grad(set_to_none=True)
-            if self.device.type == "cuda":
+            for student in self.students:
+                student.forget_gradients()
+            if self.job.device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
                 paired = {pairing: crops[:size] for pairing, crops in batch.paired.items()}
@@ -271,138 +236,68 @@ class Trainer:
             size //= 2
         return None
 
-    def _finite_sums(self) -> list[list[float]]:
-        every = [student.sums.tolist() for student in self.step.students]
-        for student, sums in zip(self.step.students, every, strict=True):
-            if not math.isfinite(sums[LOSS]):
+    def _look(self) -> None:
+        """Waits for the device, and refuses to go on with a loss that is not finite."""
+        for student in self.students:
+            if not student.sums.isfinite().all():
                 raise self._diverged(student, "the loss is")
-        return every
+        self.progress.waited_seconds += self._waiting.taken()
 
     def _check_weights(self) -> None:
         """What is kept must be good to go on from; the last step's loss tells nothing of what that step did."""
-        for student in self.step.students:
-            if not all(parameter.isfinite().all() for parameter in student.network.parameters()):
+        for student in self.students:
+            if not student.has_finite_weights():
                 raise self._diverged(student, "weights are")
 
     def _diverged(self, student: Student, what: str) -> TrainError:
-        rate = student.optimizer.param_groups[0]["lr"]
         return TrainError(
             f"{student.name}: {what} no longer finite in epoch {self.progress.epoch + 1}, by step "
-            f"{self.progress.step}, at learning rate {rate:.4g}; try a smaller --optimizer.lr (the checkpoint before "
-            "it is kept)"
+            f"{self.progress.step}, at learning rate {student.lr:.4g}; try a smaller --optimizer.lr (the checkpoint "
+            "before it is kept)"
         )
 
-    def _end_epoch(
-        self, sums: list[list[float]], scores: list[Scores], records: list[Record], *, seconds: float
-    ) -> None:
-        progress = self.progress
-        better = []
-        for index, (student, record) in enumerate(zip(self.step.students, records, strict=True)):
-            metrics = self._metrics(student, sums[index], scores[index])
-            record.write(metrics, name=student.name if len(self.jobs) > 1 else None)
-            better.append(scores[index].top1 >= self._best[index])
-            self._best[index] = max(self._best[index], scores[index].top1)
-            student.sums.zero_()
-        self.progress = Progress(epoch=progress.epoch + 1, seconds=progress.seconds + progress.train_seconds + seconds)
-        self._save("last.pt")
-        self._save("best.pt", better)
-
-    def _metrics(self, student: Student, sums: list[float], scores: Scores) -> dict[str, Any]:
-        progress = self.progress
+    def _metrics(self, student: Student) -> dict[str, Any]:
+        progress, sums = self.progress, student.sums.tolist()
         crops = sums[CROPS]
         return {
             "epoch": progress.epoch + 1,
             "loss": sums[LOSS] / crops,
             "train_top1": 100 * sums[TOP1] / crops,
             "train_top5": 100 * sums[TOP5] / crops,
-            "top1": scores.top1,
-            "top5": scores.top5,
+            "top1": student.scores.top1,
+            "top5": student.scores.top5,
             "images_per_second_per_device": crops / progress.train_seconds,
             "waiting": progress.waited_seconds / progress.train_seconds,
-            "lr": student.optimizer.param_groups[0]["lr"],
+            "lr": student.lr,
         }
 
-    def _save(self, name: str, chosen: Sequence[bool] | None = None) -> None:
-        """Writes the checkpoint of each job, or of those chosen."""
-        for index, (job, student) in enumerate(zip(self.jobs, self.step.students, strict=True)):
-            if chosen is None or chosen[index]:
-                state = self._state(job, student, self._scored[index], self._best[index])
-                checkpoint.save(job.folder / name, state)
+    def _save(self) -> None:
+        """Writes the checkpoints of a run within an epoch."""
+        self._look()
+        self._check_weights()
+        for student in self.students:
+            student.record.save(self._state(student))
 
-    def _state(self, job: Job, student: Student, scored: nn.Module, best: float) -> dict[str, Any]:
-        mean, std = job.normalisation
-        return {
-            "model": scored.state_dict(),
-            # Where the model is an average: the weights that training goes on from.
-            "trained": student.network.state_dict() if scored is not student.network else None,
-            "network": {
-                "name": job.config.model,
-                "num_classes": len(self.data.class_names),
-                "class_names": list(self.data.class_names),
-                "resolution": self.rule.resolution,
-                "center_ratio": self.rule.center_ratio,
-                "mean": list(mean),
-                "std": list(std),
-            },
-            "optimizer": student.optimizer.state_dict(),
-            "scaler": student.scaler.state_dict() if student.scaler else {},
-            "generators": checkpoint.generator_states(self.device),
-            "sums": student.sums.cpu(),
-            "progress": asdict(self.progress) | {"best_top1": best},
-        }
+    def _state(self, student: Student) -> dict[str, Any]:
+        generators = checkpoint.generator_states(self.job.device)
+        return student.state() | {"generators": generators, "progress": asdict(self.progress)}
 
     def _restore(self) -> None:
-        for index, (job, student) in enumerate(zip(self.jobs, self.step.students, strict=True)):
-            state = checkpoint.load(job.checkpoint)
-            self._scored[index].load_state_dict(state["model"])
-            student.network.load_state_dict(state.get("trained") or state["model"])
-            student.optimizer.load_state_dict(state["optimizer"])
-            if student.scaler:
-                student.scaler.load_state_dict(state["scaler"])
-            checkpoint.restore_generators(state["generators"], self.device)
-            student.sums.copy_(state["sums"])
-            self._best[index] = state["progress"].pop("best_top1")
-            self.progress = Progress(**state["progress"])
+        for student in self.students:
+            state = student.record.saved()
+            if state:
+                student.restore(state)
+                checkpoint.restore_generators(state["generators"], self.job.device)
+                self.progress = Progress(**state["progress"])
 
     def _interrupted(self) -> Interrupted:
         return Interrupted(
-            f"stopped in epoch {self.progress.epoch + 1} of {self.config.epochs}, after step {self.progress.step} "
+            f"stopped in epoch {self.progress.epoch + 1} of {self.job.config.epochs}, after step {self.progress.step} "
             f"of {self.loader.steps}; to continue, type again:\n  {command_to_continue()}"
         )
-
-
-def _student(job: Job, lr: float, autocast: torch.dtype | None, device: torch.device) -> Student:
-    network = job.network.to(device).to(memory_format=torch.channels_last)
-    return Student(
-        name=job.config.model,
-        network=network,
-        optimizer=_optimizer(job.config.optimizer, network.parameters(), lr),
-        normalisation=job.normalisation,
-        scaler=torch.amp.GradScaler(device.type) if autocast is torch.float16 else None,
-    )
-
-
-def _average(student: Student, decay: float) -> Any:
-    # Loading timm takes seconds, which runs without an average need not wait for.
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(student.network, decay=decay, use_warmup=True)
 
 
 def _memory_of(device: torch.device) -> str:
     if device.type == "cuda":
         return f"the {torch.cuda.mem_get_info(device)[1] / 2**30:.0f} GiB of {torch.cuda.get_device_name(device)}"
     return f"the {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of this machine"
-
-
-def _optimizer(config: OptimizerConfig, weights: Iterator[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    if config.kind == "adamw":
-        return torch.optim.AdamW(weights, lr=lr, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.SGD(
-        weights,
-        lr=lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )

@@ -10,16 +10,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data import DataError
-from data.command import run_command
+from command import run_command
 from data.originals import UNREADABLE, central_crop
 from data.pixels import upright_rgb
 from data.sources import image_files
 from kernels.normalise import Normalise
-from models import ModelError
+from models.trained import load_trained
 from train import TrainError
 from train.device import device_named
-from train.trained import load_trained
 
 
 @torch.inference_mode()
@@ -63,4 +61,4 @@ def predict(checkpoint: str, images: str, resolution: int | None = None, device:
 
 
 if __name__ == "__main__":
-    run_command(predict, prog="python -m train.predict", errors=(DataError, ModelError, TrainError))
+    run_command(predict, prog="python -m train.predict")

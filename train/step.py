@@ -4,40 +4,29 @@ Nothing here waits for the device: the sums and the not-finite flag stay on it u
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from data.loader import CropBatch
-from kernels.normalise import Normalisation, Normalise
+from kernels.normalise import Normalise
 from train import TrainError
 from train.jitter import with_jittered
-from train.labels import LabelSource
-
-# What the sums hold, in order.
-LOSS, TOP1, TOP5, CROPS = range(4)
+from train.labels.source import LabelSource
+from train.student import Student
 
 # Inductor may drop channels-last in the backward graph (PyTorch 2.13); the networks are laid out for it.
 COMPILER_OPTIONS: dict[str, Any] = {"force_layout_optimization": True}
 
 
-@dataclass
-class Student:
-    """A network in training, with what moves its weights.
+def forget_compiled_steps(shapes: int) -> None:
+    """Makes room for the graphs of a training whose crops come in so many shapes.
 
-    scaler: scales the loss where gradients in fp16 would underflow; None in other precisions.
-    sums: float64 [4] on the device: loss times crops, correct top-1, correct top-5 (of the images' classes), crops;
-    counted since they were last set to zero. A loss that is not finite makes sums[LOSS] not finite.
+    PyTorch counts the graphs of a function over all steps of a process, and refuses more than a few: a chain or a
+    refinery that is trained first would use them up for the trainings that follow.
     """
-
-    name: str
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    normalisation: Normalisation
-    scaler: torch.amp.GradScaler | None = None
-    sums: torch.Tensor = field(init=False)
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shapes + 1)
 
 
 class Step:
@@ -46,9 +35,9 @@ class Step:
     loss, temperature: how the students' outputs are compared with the labels (kernels.refinery_loss).
     jitter: eta of adversarial jitter (train.jitter) with a single student; 0 is none. Jittered crops count in the loss
     and not in the accuracies. autocast: bfloat16, float16, or None for float32 throughout.
-    compiled: labels, students and losses as one compiled graph, made in the first step. Where that fails, a line says
-    so and the step goes on uncompiled, or under `strict` raises TrainError. cuda_graphs: the compiled graph is
-    recorded and replayed, kernels and all, as CUDA graphs.
+    compiled: labels, students and losses as one compiled graph, made in the first step of each resolution. Where that
+    fails, a notice is printed and the steps go on uncompiled, or under `strict` TrainError is raised. cuda_graphs: the
+    compiled graph is recorded and replayed, kernels and all, as CUDA graphs.
     """
 
     def __init__(
@@ -70,15 +59,14 @@ class Step:
         self._loss, self._temperature, self._jitter = loss, temperature, jitter
         self._device, self._autocast = device, autocast
         self._normalise = [Normalise(student.normalisation).to(device) for student in students]
-        for student in students:
-            student.sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._compute: Callable[[CropBatch], tuple[torch.Tensor, torch.Tensor]] = self._losses
-        self._untried = self._strict = False
+        self._compiled, self._strict = compiled, strict
+        # Shapes of crops for which there is a graph.
+        self._tried: set[torch.Size] = set()
         if compiled:
             options = COMPILER_OPTIONS | ({"triton.cudagraphs": True} if cuda_graphs else {})
             # A graph for each resolution; one for all sizes would be slower at each.
             self._compute = torch.compile(self._losses, fullgraph=True, dynamic=False, options=options)
-            self._untried, self._strict = True, strict
 
     def __call__(self, batch: CropBatch) -> None:
         for student in self.students:
@@ -93,34 +81,26 @@ class Step:
                 eta=self._jitter,
                 autocast=self._autocast,
             )
-        counted = self._first_gradients(batch) if self._untried else self._gradients(batch)
+        untried = self._compiled and batch.crops.shape not in self._tried
+        counted = self._first_gradients(batch) if untried else self._gradients(batch)
         for student, sums in zip(self.students, counted, strict=True):
-            if student.scaler:
-                # Neither waits for the device: a fused optimizer skips the step there if a gradient is not finite.
-                student.scaler.step(student.optimizer)
-                student.scaler.update()
-            else:
-                student.optimizer.step()
-            student.optimizer.zero_grad(set_to_none=True)
+            student.move()
             student.sums += sums
 
     def use_eager(self) -> None:
         """Runs the steps from now on without the compiled graph."""
-        self._compute, self._untried = self._losses, False
+        self._compute, self._compiled = self._losses, False
 
     def _gradients(self, batch: CropBatch) -> torch.Tensor:
         """Adds the gradients of a batch to the weights; returns what is to be added to the sums, [students, 4]."""
         losses, counted = self._compute(batch)
-        scaled = [
-            student.scaler.scale(loss) if student.scaler else loss
-            for student, loss in zip(self.students, losses, strict=True)
-        ]
+        scaled = [student.scaled(loss) for student, loss in zip(self.students, losses, strict=True)]
         torch.stack(scaled).sum().backward()
         return counted
 
     def _first_gradients(self, batch: CropBatch) -> torch.Tensor:
-        """As _gradients, where forward and backward have yet to be compiled."""
-        self._untried = False
+        """As _gradients, where forward and backward have yet to be compiled for crops of this shape."""
+        self._tried.add(batch.crops.shape)
         buffers = [(buffer, buffer.clone()) for student in self.students for buffer in student.network.buffers()]
         try:
             return self._gradients(batch)
@@ -133,7 +113,7 @@ class Step:
         print(f"the step cannot be compiled and runs uncompiled ({failure})", flush=True)
         self.use_eager()
         for student in self.students:
-            student.optimizer.zero_grad(set_to_none=True)
+            student.forget_gradients()
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

@@ -1,4 +1,4 @@
-"""The tables of the Label Refinery paper, made anew on any set of images and at any size.
+"""The tables of the Label Refinery paper, made again on any set of images and at any size.
 
 python -m train.tables --data imagenette2-160 --tables 1,4
 make tables DATA=imagenette2-160 TABLES=1,4
@@ -6,18 +6,20 @@ make tables DATA=imagenette2-160 TABLES=1,4
 Every row is a run, or one a seed: what is finished is not repeated, and what was stopped goes on.
 """
 
-import argparse
 import shlex
 import statistics
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from command import ending
 from train import TrainError
-from train.config import parse
-from train.job import ON_GROUND_TRUTH, check, end_in_one_line, train
+from train.config import Config, configure, option_words, parse_both
+from train.job import check
 from train.runs import Run, table_text
+from train.train import train
 
 _TITLES = {
     "1": "Table 1, self-refinement: each generation learns from the one before",
@@ -34,40 +36,54 @@ _REFINERIES = "refineries"
 _USUAL_ORDER = "1,4,2,3,6,7,5"
 
 
-@dataclass
-class Setting:
-    """What the tables are made with.
+@dataclass(frozen=True)
+class TablesOptions:
+    """Options of the tables.
 
-    data: as for train. words: options of train that hold for every run. seeds: how many, from 0. student, refinery: the
-    networks of most rows. students: those of Table 2. refineries: those of Table 6. refinery_epochs: epochs of
-    refineries, where they train longer than students. taxonomy: WordNet's is-a relation, for Table 5.
+    Args:
+        tables: which, with commas between them (default: 1,4,2,3,6,7 and, with taxonomy, 5)
+        seeds: runs a row, of seeds 0, 1, ...; refineries are trained once
+        student: the student of most rows
+        students: those of Table 2
+        refineries: those of Table 6
+        refinery_epochs: for refineries (default: as all others)
+        taxonomy: WordNet's is-a relation, "parent child" lines, for Table 5
     """
 
-    data: str
-    words: list[str]
-    seeds: int
-    student: str
-    refinery: str
-    students: list[str]
-    refineries: list[str]
+    tables: str | None = None
+    seeds: int = 3
+    student: str = "mobilenet0.25"
+    students: str = "mobilenet0.25 mobilenet0.5 mobilenet resnet18 darknet19"
+    refineries: str = "mobilenet0.5 darknet19 resnet18"
     refinery_epochs: int | None = None
     taxonomy: str | None = None
 
+
+@dataclass(frozen=True)
+class Setting:
+    """What the tables are made with. config: what holds for every run. refinery: the one of most rows."""
+
+    config: Config
+    options: TablesOptions
+    refinery: str = "resnet18"
+
     def command(self, tables: Sequence[str]) -> str:
         """What to type for these tables, files by their names alone."""
-        options = {
-            "data": self.data,
+        options = self.options
+        own = {
+            "data": self.config.data,
             "tables": ",".join(tables),
-            "seeds": self.seeds,
-            "student": self.student,
+            "seeds": options.seeds,
+            "student": options.student,
             "refinery": self.refinery,
-            "refinery-epochs": self.refinery_epochs,
-            "students": " ".join(self.students) if "2" in tables else None,
-            "refineries": " ".join(self.refineries) if "6" in tables else None,
-            "taxonomy": self.taxonomy if "5" in tables else None,
+            "refinery-epochs": options.refinery_epochs,
+            "students": options.students if "2" in tables else None,
+            "refineries": options.refineries if "6" in tables else None,
+            "taxonomy": options.taxonomy if "5" in tables else None,
         }
-        given = [word for name, value in options.items() if value for word in (f"--{name}", str(value))]
-        return f"python -m train.tables {shlex.join(_plain([*given, *self.words]))}"
+        given = {name: value for name, value in own.items() if value}
+        common = {name: value for name, value in self.config.given.items() if name != "data"}
+        return f"python -m train.tables {shlex.join(_plain(option_words(given | common)))}"
 
 
 @dataclass
@@ -99,84 +115,91 @@ class Tables:
         getattr(self, f"_table{table}")()
 
     def _table1(self) -> None:
-        student = self._setting.student
+        student = self._setting.options.student
         before: Row | None = None
         for generation in (1, 2, 3):
             before = self._row("1", f"generation {generation}", student, refinery=before)
-        longer = 3 * parse(["--data", self._setting.data, *self._setting.words, "--model", student]).epochs
-        self._row("1", "generation 1, as long as all three", student, "--epochs", str(longer), seeds=1)
+        longer = {"epochs": 3 * self._setting.config.replace({"model": student}).epochs}
+        self._row("1", "generation 1, as long as all three", student, longer, seeds=1)
 
     def _table2(self) -> None:
-        names, refinery = self._setting.students, self._refinery()
+        names, refinery = self._setting.options.students.split(), self._refinery()
         for name in names:
             self._row("2", f"{name}, ground truth", name, seeds=1)
         # The refinery labels each crop once for all that can train together.
-        refined = self._train(" ".join(names), ["--refinery", str(refinery.of_seed(0).folder), "--seed", "0"])
+        config = self._setting.config.learning_from(str(refinery.of_seed(0).folder))
+        refined = train(config.replace({"model": " ".join(names), "seed": 0}))
         for name, run in zip(names, refined, strict=True):
-            self._add(Row("2", f"{name}, refined", _options(name, "--refinery", f"[{refinery.name}]")), run)
+            self._add(Row("2", f"{name}, refined", _words({"model": name, "refinery": f"[{refinery.name}]"})), run)
 
     def _table3(self) -> None:
-        student, refinery = self._setting.student, self._refinery()
+        student, refinery = self._setting.options.student, self._refinery()
         start = self._row("3", "refined", student, refinery=refinery)
-        for name, jitter in (("trained on", ()), ("trained on with jitter", ("--jitter", "1"))):
-            self._row("3", name, student, *jitter, refinery=refinery, pretrained=start)
+        self._row("3", "trained on", student, refinery=refinery, pretrained=start)
+        self._row("3", "trained on with jitter", student, {"jitter": 1}, refinery=refinery, pretrained=start)
 
     def _table4(self) -> None:
-        self._row("4", "no refinery", self._setting.student)
-        self._refined("4", "soft static", "--labels.per", "image")
-        self._refined("4", "hard dynamic", "--loss.kind", "hard")
+        self._row("4", "no refinery", self._setting.options.student)
+        self._refined("4", "soft static", {"labels.per": "image"})
+        self._refined("4", "hard dynamic", {"loss.kind": "hard"})
         self._refined("4", "soft dynamic")
 
     def _table5(self) -> None:
-        assert self._setting.taxonomy  # make_tables has seen to it
-        self._row("5", "no refinery", self._setting.student)
-        self._row("5", "taxonomy categories", self._setting.student, "--labels.taxonomy", self._setting.taxonomy)
-        frozen = ("--labels.bn", "running")
-        self._refined("5", "visually refined categories", *frozen, "--labels.per", "category")
-        self._refined("5", "visually refined images", *frozen, "--labels.per", "image")
+        student, taxonomy = self._setting.options.student, self._setting.options.taxonomy
+        self._row("5", "no refinery", student)
+        self._row("5", "taxonomy categories", student, {"labels.taxonomy": taxonomy})
+        self._refined("5", "visually refined categories", {"labels.per": "category", "labels.bn": "running"})
+        self._refined("5", "visually refined images", {"labels.per": "image", "labels.bn": "running"})
 
     def _table6(self) -> None:
-        self._row("6", "no refinery", self._setting.student)
-        for name in self._setting.refineries:
-            self._row("6", name, self._setting.student, refinery=self._refinery(name))
+        self._row("6", "no refinery", self._setting.options.student)
+        for name in self._setting.options.refineries.split():
+            self._row("6", name, self._setting.options.student, refinery=self._refinery(name))
 
     def _table7(self) -> None:
-        self._row("7", "no refinery", self._setting.student)
-        self._refined("7", "L2", "--loss.kind", "l2")
-        self._refined("7", "KL from output to label", "--loss.kind", "reversed")
+        self._row("7", "no refinery", self._setting.options.student)
+        self._refined("7", "L2", {"loss.kind": "l2"})
+        self._refined("7", "KL from output to label", {"loss.kind": "reversed"})
         self._refined("7", "KL from label to output")
 
     def _refinery(self, name: str | None = None) -> Row:
+        """The row of a network that labels for others; trained once, with seed 0, for the students of all seeds."""
         name = name or self._setting.refinery
         for row in self.rows:
             if (row.table, row.name) == (_REFINERIES, f"refinery {name}"):
                 return row
-        epochs = self._setting.refinery_epochs
-        words = ("--epochs", str(epochs)) if epochs else ()
-        return self._row(_REFINERIES, f"refinery {name}", name, *words, seeds=1)
+        epochs = self._setting.options.refinery_epochs
+        options = {"epochs": epochs} if epochs else {}
+        row = Row(_REFINERIES, f"refinery {name}", _words({"model": name, **options}))
+        (run,) = train(self._setting.config.replace(options | {"seed": 0}).as_refinery(name))
+        self._add(row, run)
+        return row
 
-    def _refined(self, table: str, name: str, *options: str) -> None:
-        self._row(table, name, self._setting.student, *options, refinery=self._refinery())
+    def _refined(self, table: str, name: str, options: Mapping[str, Any] = {}) -> None:
+        self._row(table, name, self._setting.options.student, options, refinery=self._refinery())
 
     def _row(
         self,
         table: str,
         name: str,
         model: str,
-        *options: str,
+        options: Mapping[str, Any] = {},
+        *,
         refinery: Row | None = None,
         pretrained: Row | None = None,
         seeds: int | None = None,
     ) -> Row:
         """A row of a run a seed. refinery, pretrained: the rows whose runs label, and whose weights it starts from."""
-        described = ["--refinery", f"[{refinery.name}]"] if refinery else []
-        described += ["--pretrained", f"[{pretrained.name}]/last.pt"] if pretrained else []
-        row = Row(table, name, _options(model, *described, *options))
-        for seed in range(seeds or self._setting.seeds):
-            words = ["--seed", str(seed), *options]
-            words += ["--refinery", str(refinery.of_seed(seed).folder)] if refinery else []
-            words += ["--pretrained", str(pretrained.of_seed(seed).weights)] if pretrained else []
-            self._add(row, *self._train(model, words))
+        described = {"model": model}
+        described |= {"refinery": f"[{refinery.name}]"} if refinery else {}
+        described |= {"pretrained": f"[{pretrained.name}]/last.pt"} if pretrained else {}
+        row = Row(table, name, _words(described | dict(options)))
+        for seed in range(seeds or self._setting.options.seeds):
+            config = self._setting.config
+            config = config.learning_from(str(refinery.of_seed(seed).folder)) if refinery else config.on_ground_truth()
+            changes = {"model": model, "seed": seed, **options}
+            changes |= {"pretrained": str(pretrained.of_seed(seed).weights)} if pretrained else {}
+            self._add(row, *train(config.replace(changes)))
         return row
 
     def _add(self, row: Row, run: Run) -> None:
@@ -185,13 +208,9 @@ class Tables:
         row.runs.append(run)
         self._show(self.rows)
 
-    def _train(self, model: str, words: Sequence[str]) -> list[Run]:
-        arguments = ["--data", self._setting.data, *self._setting.words, "--model", model, *words]
-        return train(parse(arguments), arguments)
 
-
-def _options(model: str, *words: str) -> str:
-    return " ".join(["--model", model, *_plain(words)])
+def _words(options: Mapping[str, Any]) -> str:
+    return " ".join(_plain(option_words(options)))
 
 
 def _plain(words: Sequence[str]) -> list[str]:
@@ -206,13 +225,14 @@ def _result(run: Run) -> dict[str, Any]:
 
 def markdown(rows: Sequence[Row], setting: Setting, tables: Sequence[str]) -> str:
     """All rows so far: mean over seeds, and the standard deviation where there are several."""
-    words = shlex.join(["--data", Path(setting.data).name, *_plain(setting.words)])
+    common = shlex.join(_plain(option_words(setting.config.given)))
     text = (
         f"Made by `{setting.command(tables)}`.\n\n"
-        f"Every run: `python -m train {words}` with the row's options and `--seed` 0, 1, ...; a row's name in brackets "
-        "stands for the folder of its run of the same seed. Accuracies are of the last epoch, one central crop, in "
-        "percent: the mean over the seeds, and ± their standard deviation. Train top-1: random crops over the last "
-        "epoch. Students of Table 2 that trained together share a rate and minutes.\n"
+        f"Every run: `python -m train {common}` with the row's options and `--seed` 0, 1, ...; a row's name in "
+        "brackets stands for the folder of its run of the same seed. Refineries are trained once, with seed 0 and the "
+        "recipe's options for refineries, and label for the students of all seeds. Accuracies are of the last epoch, "
+        "one central crop, in percent: the mean over the seeds, and ± their standard deviation. Train top-1: random "
+        "crops over the last epoch. Students of Table 2 that trained together share a rate and minutes.\n"
     )
     for table, title in ({_REFINERIES: "Refineries"} | _TITLES).items():
         mine = [row for row in rows if row.table == table]
@@ -235,64 +255,44 @@ def markdown(rows: Sequence[Row], setting: Setting, tables: Sequence[str]) -> st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.tables",
-        description="Makes tables of the Label Refinery paper anew. What is finished is not repeated.",
-        epilog="All other options are those of python -m train (--help lists them) and hold for every run.",
-        allow_abbrev=False,
+    about = (
+        "Makes the tables of the Label Refinery paper again, run by run; what is finished is not repeated. --refinery "
+        "(default: resnet18) names the network that labels for most rows, --out the file to write (default: "
+        "runs/tables-1-4-....md). All other options of python -m train hold for every run."
     )
-    parser.add_argument("--data", default="scenes", help="as for train (default: scenes)")
-    parser.add_argument(
-        "--tables", metavar="1,4,...", help="which, with commas between them (default: all; 5 only with --taxonomy)"
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="runs a row (default: 3)")
-    parser.add_argument("--student", default="mobilenet0.25", help="the student of most rows (default: mobilenet0.25)")
-    parser.add_argument("--refinery", default="resnet18", help="its refinery (default: resnet18)")
-    parser.add_argument(
-        "--students", default="mobilenet0.25 mobilenet0.5 mobilenet resnet18 darknet19", help="those of Table 2"
-    )
-    parser.add_argument("--refineries", default="mobilenet0.5 darknet19 resnet18", help="those of Table 6")
-    parser.add_argument("--refinery-epochs", type=int, metavar="N", help="for refineries (default: as all others)")
-    parser.add_argument("--taxonomy", metavar="FILE", help='WordNet\'s is-a relation, "parent child" lines (Table 5)')
-    parser.add_argument("--out", metavar="FILE", help="the file to write (default: runs/tables-1-4-....md)")
-    options, words = parser.parse_known_args()
-    wanted = (options.tables or _USUAL_ORDER).split(",")
-    if not (options.tables or options.taxonomy):
-        print("table 5 is left out: it needs --taxonomy, a file of WordNet's is-a relation")
-        wanted.remove("5")
-    out = options.out or f"runs/tables-{'-'.join(wanted)}.md"
-    setting = Setting(
-        data=options.data,
-        words=words,
-        seeds=options.seeds,
-        student=options.student,
-        refinery=options.refinery,
-        students=options.students.split(),
-        refineries=options.refineries.split(),
-        refinery_epochs=options.refinery_epochs,
-        taxonomy=options.taxonomy,
-    )
-    end_in_one_line(lambda: make_tables(wanted, setting, Path(out)))
+
+    def work() -> None:
+        config, own = parse_both(sys.argv[1:], TablesOptions, prog="python -m train.tables", about=about)
+        given = dict(config.given)
+        refinery, out = given.pop("refinery", None), given.pop("out", None)
+        wanted = (own.tables or _USUAL_ORDER).split(",")
+        if not (own.tables or own.taxonomy):
+            print("table 5 is left out: it needs --taxonomy, a file of WordNet's is-a relation")
+            wanted.remove("5")
+        setting = Setting(configure(given), own, refinery or Setting.refinery)
+        make_tables(wanted, setting, Path(out or f"runs/tables-{'-'.join(wanted)}.md"))
+
+    ending(work)
 
 
 def make_tables(wanted: Sequence[str], setting: Setting, out: Path) -> list[Row]:
-    """Makes the tables in this order; `out` holds all rows so far after every run. Raises as train.job.train."""
+    """Makes the tables in this order; `out` holds all rows so far after every run. Raises as train.train.train."""
     unknown = [table for table in wanted if table not in _TITLES]
     if unknown:
         raise TrainError(f"tables={unknown[0]}: unknown; there are {', '.join(_TITLES)}")
-    if setting.seeds < 1:
-        raise TrainError(f"seeds={setting.seeds}: must be at least 1")
-    if "5" in wanted and not setting.taxonomy:
+    options = setting.options
+    if options.seeds < 1:
+        raise TrainError(f"seeds={options.seeds}: must be at least 1")
+    if "5" in wanted and not options.taxonomy:
         raise TrainError("table 5 needs --taxonomy, a file of WordNet's is-a relation")
 
     # By name, because rows that start from trained weights would else have another recipe than those beside them.
-    if not any(word.split("=")[0] == "--recipe" for word in setting.words):
-        recipe = parse(["--data", setting.data, *setting.words]).recipe
-        setting = replace(setting, words=["--recipe", str(recipe), *setting.words])
-    networks = dict.fromkeys([setting.student, setting.refinery, *setting.students, *setting.refineries])
-    words = ["--data", setting.data, *setting.words, *ON_GROUND_TRUTH]
-    words += ["--labels.taxonomy", setting.taxonomy] if setting.taxonomy and "5" in wanted else []
-    check([parse([*words, "--model", network]) for network in networks])
+    setting = replace(setting, config=setting.config.replace({"recipe": setting.config.recipe}))
+    networks = dict.fromkeys(
+        [options.student, setting.refinery, *options.students.split(), *options.refineries.split()]
+    )
+    taxonomy = {"labels.taxonomy": options.taxonomy} if "5" in wanted else {}
+    check([setting.config.on_ground_truth().replace({"model": network} | taxonomy) for network in networks])
 
     def write(rows: list[Row]) -> None:
         try:

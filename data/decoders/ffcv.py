@@ -23,8 +23,8 @@ from numba.core import cgutils
 from data import DataError, tiles
 from data.beton import Beton
 from data.decoders import BROKEN_TILES, NO_JPEG, Request, View, lanes, other_size, resize, undecodable, union
-from data.decoders.ahead import Ahead
 from data.decoders.lanes import intrinsic
+from data.decoders.prefetch import Prefetcher
 from data.decoders.resize import crop_resize, crop_resize_planes
 from data.tiles import cut, layout
 
@@ -96,7 +96,7 @@ class Decoder:
         self._beton = beton
         self._thread = threading.local()
         self._copies = np.array([view.copies for view in views])
-        self._ahead = Ahead(self._fill, views=views, device=device, threads=threads)
+        self._prefetcher = Prefetcher(self._fill, views=views, device=device, threads=threads)
         self._compile(views)
 
     def _compile(self, views: tuple[View, ...]) -> None:
@@ -115,7 +115,7 @@ class Decoder:
             notice.cancel()
 
     def decode(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, ...]]:
-        return self._ahead.batches(requests)
+        return self._prefetcher.batches(requests)
 
     def _fill(self, request: Request, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
         if not hasattr(self._thread, "worker"):

@@ -8,7 +8,7 @@ from torchvision.transforms.v2 import functional as F
 
 from data.beton import Beton
 from data.decoders import Part, Request, View, part_of, undecodable, union
-from data.decoders.ahead import Ahead
+from data.decoders.prefetch import Prefetcher
 
 
 class Decoder:
@@ -16,12 +16,12 @@ class Decoder:
         self._beton = beton
         self._views = views
         self._device = device
-        self._ahead = Ahead(self._fill, views=views, device=device, threads=threads)
+        self._prefetcher = Prefetcher(self._fill, views=views, device=device, threads=threads)
 
     def decode(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, ...]]:
         if self._device.type == "cuda":
             return (self._on_gpu(request) for request in requests)
-        return self._ahead.batches(requests)
+        return self._prefetcher.batches(requests)
 
     def _fill(self, request: Request, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
         unions = union(request.boxes[first:last])

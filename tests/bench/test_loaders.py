@@ -10,15 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import BenchError, images
+from bench import images
 from bench.__main__ import run
 from bench.contenders import CONTENDERS
 from bench.loaders import _shares_of_limit
 from bench.machine import DecodeTiles
+from command import run_command
 from data.beton import Beton
-from data.command import run_command
 from data.sources import image_files
-from models import ModelError
 from tests.pictures import photograph
 
 ROOT = Path(__file__).parents[2]
@@ -145,7 +144,7 @@ def test_every_contender_runs(folder, tmp_path):
 def test_slips_are_refused_in_one_line(words, says, tmp_path, capsys):
     words = [word.format(empty=tmp_path) for word in words]
     with pytest.raises(SystemExit) as ended:
-        run_command(run, prog="python -m bench", errors=(BenchError, ModelError), args=words)
+        run_command(run, prog="python -m bench", words=words)
     assert ended.value.code == 2
     told = capsys.readouterr().err
     assert says in told

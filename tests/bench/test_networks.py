@@ -13,16 +13,18 @@ import pytest
 import torch
 
 import models
-from bench import networks, thrift
+from bench import networks, refinery_cost
 from bench.__main__ import with_flags
 from bench.baseline import Baseline
+from bench.compiler import CompilerNotes
 from bench.environment import environment
+from bench.limit import LIMIT, with_shares
 from bench.networks import BARE, OPTIMIZER, REFINERY, STEP, STUDENT, Optimizing, RefineryForward, Stepping, StudentPass
-from bench.pairs import LIMIT, CompilerNotes, Pair, with_shares
+from bench.pair import Pair
 from bench.settings import resolve
 from bench.trace import trace
 from data.sources import image_files
-from train.step import CROPS
+from train.student import CROPS
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -166,28 +168,31 @@ def test_the_baseline_trains_as_the_original_did(pair, image_folder):
 
 
 def test_options_of_a_refinery_are_compared_with_its_labels(trained, monkeypatch):
-    monkeypatch.setattr(thrift, "_reference", [])
-    assert thrift._differences(trained, "batch", 1.0) == {"agreement": 1.0, "divergence": pytest.approx(0, abs=1e-7)}
-    assert thrift._differences(trained, "batch", 1.0)["divergence"] == pytest.approx(0, abs=1e-6)
+    monkeypatch.setattr(refinery_cost, "_reference", [])
+    assert refinery_cost._differences(trained, "batch", 1.0) == {
+        "agreement": 1.0,
+        "divergence": pytest.approx(0, abs=1e-7),
+    }
+    assert refinery_cost._differences(trained, "batch", 1.0)["divergence"] == pytest.approx(0, abs=1e-6)
     for option in (("running", 1.0), ("batch", 0.5)):
-        found = thrift._differences(trained, *option)
+        found = refinery_cost._differences(trained, *option)
         assert found["divergence"] > 1e-6
         assert 0 <= found["agreement"] <= 1
 
 
 def test_students_learn_together_or_each_alone(trained):
     for together, steps in ((True, 1), (False, 3)):
-        teaching = thrift.Teaching(trained, together)
+        teaching = refinery_cost.Teaching(trained, together)
         assert len(teaching._steps) == steps
         assert teaching.run().amount == 4
         students = [student for step in teaching._steps for student in step.students]
         assert [float(student.sums[CROPS]) for student in students] == [4, 4, 4]
 
 
-def test_thrift_without_a_refinery_says_what_is_missing(settings, tmp_path):
-    (row,) = thrift.measure(settings).rows
+def test_the_cost_of_a_refinery_without_a_refinery_says_what_is_missing(settings, tmp_path):
+    (row,) = refinery_cost.measure(settings).rows
     assert "REFINERY=" in row["not_run"]
-    (row,) = thrift.measure(replace(settings, refinery=str(tmp_path), data=str(tmp_path))).rows
+    (row,) = refinery_cost.measure(replace(settings, refinery=str(tmp_path), data=str(tmp_path))).rows
     assert str(tmp_path) in row["not_run"]
 
 
@@ -239,10 +244,10 @@ def test_every_part_runs_compiled_on_a_gpu(trained, tmp_path):
 
 
 def check_every_part(records: dict[str, dict]) -> None:
-    assert set(records) == {"machine", "loaders", "networks", "loop", "thrift"}
+    assert set(records) == {"machine", "loaders", "networks", "loop", "refinery_cost"}
     for record in records.values():
         assert record["environment"] == records["machine"]["environment"]
         assert [row for row in record["rows"] if "not_run" in row] == []
-    labels = [row for row in records["thrift"]["rows"] if row["group"] == "labels"]
+    labels = [row for row in records["refinery_cost"]["rows"] if row["group"] == "labels"]
     assert labels[0]["agreement"] == 1
-    assert all(row["gain"] > 0 for row in records["thrift"]["rows"])
+    assert all(row["gain"] > 0 for row in records["refinery_cost"]["rows"])

@@ -24,7 +24,8 @@ from PIL import Image
 from data import DataError
 from data.archives import archive_name
 from data.beton import Beton
-from data.convert import Unconverted, convert_source, find_set, open_set
+from data.convert import convert_source, ensure_converted
+from data.sets import Unconverted, find_set, open_set
 from data.sources import open_source
 from tests.pictures import photograph, write_class_folders
 
@@ -404,10 +405,10 @@ def test_an_archive_is_converted_once_and_again_when_it_changes(tmp_path):
     first = find_set(str(path), cache=tmp_path / "cache")
     assert isinstance(first, Unconverted)
     assert first.folder.name.startswith("photos-")
-    made = first.convert()
+    made = ensure_converted(first)
     assert find_set(str(path), cache=tmp_path / "cache") == made
     write_zip(path, flat(count=3))
     changed = find_set(str(path), cache=tmp_path / "cache")
     assert isinstance(changed, Unconverted)
     assert changed.stale
-    assert Beton(changed.convert().beton("train")).num_samples == 4
+    assert Beton(ensure_converted(changed).beton("train")).num_samples == 4

@@ -14,7 +14,8 @@ from PIL import Image
 
 from data import DataError
 from data.beton import Beton
-from data.convert import Storage, Unconverted, convert_source, encode, find_set, open_set
+from data.convert import Storage, convert_source, encode, ensure_converted
+from data.sets import Unconverted, find_set, open_set
 from data.sources import open_source
 from tests.pictures import photograph, write_class_folders
 
@@ -49,7 +50,7 @@ def test_the_set_describes_itself(converted):
     again = open_set(converted.folder)
     assert again == converted
     assert again.class_names == ("class0", "class1", "class2")
-    assert again.crop.resolution == 64
+    assert again.resolution == 64
     assert again.made["rejects"] == 0
 
 
@@ -127,14 +128,14 @@ def test_a_folder_is_converted_once_and_again_when_it_changes(tmp_path):
     first = find_set(str(root), cache=tmp_path / "cache")
     assert isinstance(first, Unconverted)
     assert not first.stale
-    made = first.convert()
+    made = ensure_converted(first)
     assert find_set(str(root), cache=tmp_path / "cache") == made
     assert find_set(str(made.folder)) == made
     photograph(77, 70, 70).save(root / "class1" / "new.jpg")
     changed = find_set(str(root), cache=tmp_path / "cache")
     assert isinstance(changed, Unconverted)
     assert changed.stale
-    assert Beton(changed.convert().beton("train")).fingerprint != ""
+    assert Beton(ensure_converted(changed).beton("train")).fingerprint != ""
     assert not isinstance(find_set(str(root), cache=tmp_path / "cache"), Unconverted)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from data import DataError
 from data.loader import Pairing, open_loader
+from data.plan import CropRule
 
 
 def loader_of(converted, split="train", **options):
@@ -81,7 +82,7 @@ def test_evaluation_drops_nothing_and_counts_nothing_twice(converted):
 
 
 def test_evaluation_takes_central_squares_unflipped(converted):
-    for batch in loader_of(converted, "val", train=False, center_ratio=0.5).epoch(0):
+    for batch in loader_of(converted, "val", train=False, crop=CropRule(center_ratio=0.5)).epoch(0):
         short = batch.sizes.min(dim=1).values
         assert torch.equal(batch.boxes[:, 2], batch.boxes[:, 3])
         assert (batch.boxes[:, 2] - short * 0.5).abs().max() <= 0.5
@@ -103,7 +104,7 @@ def test_copies_are_other_crops_of_the_same_images(converted):
 def test_flips_follow_the_rule(converted):
     flipped = torch.cat([batch.flips for e in range(4) for batch in loader_of(converted).epoch(e)])
     assert 0.3 < flipped.float().mean() < 0.7
-    assert not any(batch.flips.any() for batch in loader_of(converted, flip=False).epoch(0))
+    assert not any(batch.flips.any() for batch in loader_of(converted, crop=CropRule(flip=False)).epoch(0))
 
 
 def test_paired_crops(converted):

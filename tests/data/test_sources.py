@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from data import DataError
-from data.sources import CropRule, crop_rule_for, open_source
+from data.plan import CropRule
+from data.sources import crops_for, open_source
 from tests.pictures import photograph, write_class_folders
 
 
@@ -86,11 +87,11 @@ def test_what_is_refused(tmp_path):
 
 
 def test_crops_fit_the_size_of_the_images():
-    photographs = crop_rule_for(np.full((5, 2), (375, 500), dtype=np.int32))
-    assert (photographs.resolution, photographs.scale, photographs.center_ratio) == (224, (0.08, 1.0), 224 / 256)
-    small = crop_rule_for(np.full((5, 2), 32, dtype=np.int32))
-    assert (small.resolution, small.scale, small.center_ratio) == (32, (0.25, 1.0), 1.0)
-    assert crop_rule_for(np.full((5, 2), (160, 213), dtype=np.int32)).resolution == 160
+    photographs = np.full((5, 2), (375, 500), dtype=np.int32)
+    assert crops_for(photographs) == (224, CropRule(scale=(0.08, 1.0), center_ratio=224 / 256))
+    small = np.full((5, 2), 32, dtype=np.int32)
+    assert crops_for(small) == (32, CropRule(scale=(0.25, 1.0), center_ratio=1.0))
+    assert crops_for(np.full((5, 2), (160, 213), dtype=np.int32)) == (160, CropRule())
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_cifar10(no_checksums, tmp_path):
     assert source.class_names == tuple("abcdefghij")
     assert source.val.labels.tolist() == [0, 9, 3, 1]
     np.testing.assert_array_equal(np.asarray(source.val.read(source.val.items[2])), pixels[2].transpose(1, 2, 0))
-    assert source.crop == CropRule(32, scale=(0.25, 1.0), center_ratio=1.0)
+    assert (source.resolution, source.crop) == (32, CropRule(scale=(0.25, 1.0), center_ratio=1.0))
 
 
 def test_digits_do_not_flip(no_checksums, tmp_path):

@@ -9,6 +9,7 @@ from models import ModelError
 from tests.stopping import stop_at
 from train import TrainError
 from train.chain import chain
+from train.config import parse
 from train.interrupt import Interrupted
 from train.runs import all_runs
 
@@ -19,13 +20,13 @@ MODELS = ["resnet18", "mobilenet0.25", "mobilenet0.25"]
 def words(run, converted):
     """Those of tiny runs; `run` has chosen the folder."""
     return [
-        *["--resolution", "32", "--batch", "16", "--epochs", "1", "--device", "cpu", "--data"],
-        str(converted.folder),
+        *("--resolution", "32", "--batch", "16", "--epochs", "1", "--device", "cpu", "--precision", "fp32"),
+        *("--data", str(converted.folder)),
     ]
 
 
 def test_each_generation_learns_from_the_one_before(words, capsys):
-    first, second, third = chain(MODELS, [*words, "--loss.kind", "reversed"])
+    first, second, third = chain(parse([*words, "--loss.kind", "reversed"]), MODELS)
     assert first.identity["refinery"] is None
     assert second.identity["refinery"]["network"] == "resnet18"
     assert third.identity["refinery"]["network"] == "mobilenet0.25"
@@ -49,10 +50,10 @@ def test_finished_generations_are_not_repeated_and_a_stopped_one_goes_on(words, 
     with monkeypatch.context() as patch:
         stop_at(5, patch)  # three steps an epoch: in the second generation
         with pytest.raises(Interrupted):
-            chain(MODELS, words)
+            chain(parse(words), MODELS)
     assert not list(Path("runs").glob("*/chain-*"))
     capsys.readouterr()
-    chain(MODELS, words)
+    chain(parse(words), MODELS)
     out = capsys.readouterr().out
     assert out.count("is finished: top-1") == 1
     assert out.count("continuing in epoch 1 of 1, after step 2 of 3") == 1
@@ -61,7 +62,7 @@ def test_finished_generations_are_not_repeated_and_a_stopped_one_goes_on(words, 
 
 def test_a_chain_may_start_from_a_refinery(words, run):
     refinery = run("--model", "resnet18", "--epochs", "1").folder
-    first, second = chain(MODELS[1:], words, refinery=str(refinery))
+    first, second = chain(parse([*words, "--refinery", str(refinery)]), MODELS[1:])
     assert first.identity["refinery"]["network"] == "resnet18"
     assert second.identity["refinery"]["network"] == "mobilenet0.25"
 
@@ -69,7 +70,7 @@ def test_a_chain_may_start_from_a_refinery(words, run):
 def test_what_the_first_generation_learns_from_is_not_for_later_ones(words, tmp_path):
     (tmp_path / "is_a.txt").write_text("thing class0\nthing class1\nclass1 class2\n")
     for option in (["--labels.smoothing", "0.1"], ["--labels.taxonomy", str(tmp_path / "is_a.txt")]):
-        first, second = chain(MODELS[1:], [*words, *option])
+        first, second = chain(parse([*words, *option]), MODELS[1:])
         assert first.identity["refinery"] is None
         assert (second.identity["labels"]["smoothing"], second.identity["labels"]["taxonomy"]) == (0, None)
 
@@ -77,10 +78,10 @@ def test_what_the_first_generation_learns_from_is_not_for_later_ones(words, tmp_
 def test_bad_chains_are_refused_before_anything_is_trained(words, monkeypatch):
     monkeypatch.setattr("train.chain.train", None)
     with pytest.raises(ModelError, match="mobilnet"):
-        chain(["resnet18", "mobilnet"], words)
+        chain(parse(words), ["resnet18", "mobilnet"])
     with pytest.raises(ModelError, match="alexnet: resolution=32 is too small"):
-        chain(["resnet18", "alexnet"], words)
+        chain(parse(words), ["resnet18", "alexnet"])
     with pytest.raises(TrainError, match="MODELS is empty"):
-        chain([], words)
+        chain(parse(words), [])
     with pytest.raises(TrainError, match="out=here: is the folder of one run"):
-        chain(MODELS, [*words, "--out", "here"])
+        chain(parse([*words, "--out", "here"]), MODELS)

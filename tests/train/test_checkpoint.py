@@ -6,7 +6,8 @@ import signal
 import pytest
 import torch
 
-from train import TrainError, checkpoint
+from train import TrainError
+from train.runs import checkpoint
 
 
 def test_round_trip(tmp_path):

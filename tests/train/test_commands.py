@@ -15,15 +15,13 @@ import pytest
 import torch
 
 import models
-from data import DataError
-from data.command import run_command
-from models import ModelError
+from command import ending, run_command
 from tests.pictures import photograph, write_class_folders
-from train import TrainError
+from train.config import parse
 from train.evaluate import evaluate
-from train.job import main as train_main
 from train.predict import predict
-from train.runs import table
+from train.runs.__main__ import table
+from train.train import train
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--model", "mobilenet0.25", "--resolution", "32", "--batch", "16", "--epochs", "1", "--device", "cpu"]
@@ -107,7 +105,7 @@ def test_on_scenes_the_run_reports_the_truth_about_crops(tmp_path):
     assert 2000 < quality["crops"] <= 2400
     assert 50 < quality["image_label_right"] < 90
     assert quality["label_right"] == quality["image_label_right"]  # without a refinery they are the same label
-    assert "the image's label is right about" in done.stdout
+    assert "the image's label is correct for" in done.stdout
     assert "labels  ground truth" in done.stdout
 
 
@@ -136,8 +134,12 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_continue(workplace, image_fo
     assert state["progress"]["epoch"] >= 1
 
 
+def train_main() -> None:
+    ending(lambda: train(parse(sys.argv[1:])))
+
+
 def main_of(function: Callable[..., Any]) -> Callable[[], Any]:
-    return partial(run_command, function, prog="command", errors=(DataError, ModelError, TrainError))
+    return partial(run_command, function, prog="command")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from train.device import autocast_type, precision_on, prepare
+from train.device import autocast_type, precision_on, set_tf32_and_allocator
 
 CPU = torch.device("cpu")
 
@@ -31,11 +31,11 @@ def test_autocast_types():
 def test_tf32_only_where_asked():
     try:
         for precision in ("tf32", "bf16", "fp32"):
-            prepare(CPU, precision)
+            set_tf32_and_allocator(CPU, precision)
             assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
             assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
     finally:
-        prepare(CPU, "fp32")
+        set_tf32_and_allocator(CPU, "fp32")
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
@@ -43,9 +43,9 @@ def test_memory_that_a_step_frees_is_used_again():
     """Pages of a freed tensor are still there for the next: the system has none to give anew."""
     code = """
 import resource, sys, torch
-from train.device import prepare
+from train.device import set_tf32_and_allocator
 if sys.argv[1] == "kept":
-    prepare(torch.device("cpu"), "fp32")
+    set_tf32_and_allocator(torch.device("cpu"), "fp32")
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):  # the allocator needs some until the pieces fit
     before = faults()

@@ -15,11 +15,12 @@ import models
 from data.originals import Originals
 from data.sources import open_source
 from kernels.normalise import Normalise
+from models.classes import class_columns
 from models.imagenet import class_ids
 from tests.pictures import photograph
 from train import TrainError
-from train.classes import places_of
-from train.evaluate import evaluate, score
+from train.evaluate import evaluate
+from train.score import score
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 IMAGENET = models.normalisation("resnet18")
@@ -61,11 +62,11 @@ def logits_of(network: nn.Module, files: list[str], resolution: int = 64) -> tor
 def test_a_network_of_all_classes_chooses_among_those_of_the_data(wordnet_folder, tmp_path):
     network = bare(tmp_path / "w.pytar")
     source = open_source(str(wordnet_folder))
-    places = [IDS.index(folder.name) for folder in sorted((wordnet_folder / "val").iterdir())]
-    likeliest = logits_of(network, source.val.items)[:, places].argsort(dim=1, descending=True)
+    columns = [IDS.index(folder.name) for folder in sorted((wordnet_folder / "val").iterdir())]
+    likeliest = logits_of(network, source.val.items)[:, columns].argsort(dim=1, descending=True)
     right = (likeliest[:, 0] == torch.from_numpy(source.val.labels)).float()
     loader = Originals(source.val, source.class_names, resolution=64, batch_size=4)
-    scores = score(network, loader, IMAGENET, device=CPU, autocast=None, places=places)
+    scores = score(network, loader, IMAGENET, device=CPU, autocast=None, columns=columns)
     assert torch.equal(scores.predicted, likeliest[:, 0])
     assert scores.top1 == pytest.approx(100 * right.mean().item())
     assert scores.top5 == 100  # of three
@@ -94,7 +95,7 @@ def test_a_network_of_some_classes_is_scored_on_the_images_of_these(tmp_path):
     network = bare(tmp_path / "w.pytar", 3)
     source = open_source(str(tmp_path / "set"), whole=True)
     loader = Originals(source.val, source.class_names, resolution=64, batch_size=5)
-    scores = score(network, loader, IMAGENET, device=CPU, autocast=None, places=places_of(theirs, names))
+    scores = score(network, loader, IMAGENET, device=CPU, autocast=None, columns=class_columns(theirs, names))
     assert scores.images == 6
     assert [images for images, _ in scores.per_class] == [0, 3, 0, 0, 3, 0]
     # Between the two classes that both know, for all images, though those of two classes are scored.
@@ -122,7 +123,9 @@ def test_imagenetv2_is_in_the_order_of_numbers(tmp_path):
         Image.new("RGB", (8, 8), (number // 40 * 6, number % 40 * 6, 0)).save(tmp_path / str(number) / "a.png")
     source = open_source(str(tmp_path), whole=True)
     loader = Originals(source.val, source.class_names, resolution=8, batch_size=500)
-    scores = score(Colours(), loader, IMAGENET, device=CPU, autocast=None, places=places_of(IDS, source.class_names))
+    scores = score(
+        Colours(), loader, IMAGENET, device=CPU, autocast=None, columns=class_columns(IDS, source.class_names)
+    )
     assert (scores.top1, scores.top5, scores.images) == (100, 100, 1000)
     assert score(Colours(), loader, IMAGENET, device=CPU, autocast=None).top1 < 5  # in the order of text
 

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 import models
 from data.loader import open_loader
 from kernels.normalise import Normalise
+from train.config import OptimizerConfig
 from train.jitter import with_jittered
 from train.labels.refinery import Refinery
-from train.step import CROPS, LOSS, Step, Student
+from train.step import Step
+from train.student import CROPS, LOSS, Student
 
 IMAGENET = models.normalisation("resnet18")
 CPU = torch.device("cpu")
@@ -83,7 +85,8 @@ def test_a_step_with_jitter_learns_from_clean_and_jittered_crops(batch, networks
     networks_after = []
     for jitter in (0.0, 1.0):
         network = copy.deepcopy(start)
-        student = Student("student", network, torch.optim.SGD(network.parameters(), lr=0.01), IMAGENET)
+        sgd = OptimizerConfig(lr=0.01, momentum=0.0)
+        student = Student("student", network, sgd, normalisation=IMAGENET, device=CPU)
         both = with_jittered(batch, labels, network, Normalise(IMAGENET), eta=1.0, autocast=None) if jitter else batch
         Step([student], labels, jitter=jitter, device=CPU, autocast=None, compiled=False)(batch)
         logits = copy.deepcopy(start)(Normalise(IMAGENET)(both.crops))

@@ -12,9 +12,9 @@ import models
 from data.loader import Pairing, open_loader
 from kernels.normalise import Normalise
 from train import TrainError
-from train.labels import Targets
 from train.labels.ground_truth import GroundTruth
 from train.labels.refinery import Refinery
+from train.labels.source import Targets
 
 IMAGENET = models.normalisation("resnet18")
 

@@ -7,7 +7,7 @@ import pytest
 
 from models.imagenet import class_ids
 from train import TrainError
-from train.multilabel import Answers, multi_label_accuracy, read_multi_label, read_real, real_accuracy
+from train.score.multilabel import Answers, multi_label_accuracy, read_multi_label, read_real, real_accuracy
 
 IDS = class_ids()
 

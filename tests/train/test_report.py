@@ -15,23 +15,22 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DataError
+from command import run_command
 from data.beton import Beton
-from data.command import run_command
-from data.convert import open_set
 from data.loader import open_loader
+from data.sets import open_set
 from kernels.normalise import Normalise
-from models import ModelError
+from models.trained import load_trained
 from tests.pictures import write_class_folders
 from train import TrainError
 from train.config import parse
-from train.job import train
 from train.report import analysis
-from train.report.analysis import Accuracies, Accuracy, Means, Subject
+from train.report.analysis import Accuracies, Accuracy, Compute, Subject
 from train.report.command import report
-from train.trained import load_trained
+from train.runs import read_run
+from train.train import train
 
-CPU = Means(torch.device("cpu"), "ffcv", 1, 16)
+CPU = Compute(torch.device("cpu"), "ffcv", 1, 16)
 # What a page has to escape, and what matplotlib would take for a formula.
 NAMES = ("a<b", "$5 & $6", 'the "third"')
 
@@ -51,11 +50,11 @@ def trained(data, tmp_path_factory):
     """A refinery and its student, finished; nothing may be changed in their folders but by reports."""
     root = tmp_path_factory.mktemp("runs")
     words = ["--resolution", "32", "--batch", "16", "--device", "cpu", "--data", str(data.folder), "--runs", str(root)]
-    words += ["--recipe", "quick", "--model"]
+    words += ["--precision", "fp32", "--recipe", "quick", "--model"]
     first = [*words, "resnet18", "--epochs", "3"]
-    (refinery,) = train(parse(first), first)
+    (refinery,) = train(parse(first))
     second = [*words, "mobilenet0.25", "--epochs", "1", "--refinery", str(refinery.folder)]
-    (student,) = train(parse(second), second)
+    (student,) = train(parse(second))
     return refinery, student
 
 
@@ -74,7 +73,7 @@ def copies(trained, tmp_path):
 
 
 def subject_of(run, data) -> Subject:
-    return Subject(run, "it", load_trained(str(run.folder)), replace(data.crop, resolution=32), "fp32")
+    return Subject(run, "it", load_trained(str(run.folder)), 32, data.crop, "fp32")
 
 
 def said_in_config(folder: Path, key: str, value: object) -> None:
@@ -92,10 +91,7 @@ def logits_of(run, crops: torch.Tensor, *, batch_statistics: bool = False) -> to
 
 
 def training_loader(data, seed: int, **options):
-    rule = data.crop
-    return open_loader(
-        data.beton("train"), resolution=32, seed=seed, scale=rule.scale, ratio=rule.ratio, decoder="ffcv", **options
-    )
+    return open_loader(data.beton("train"), resolution=32, seed=seed, crop=data.crop, decoder="ffcv", **options)
 
 
 class Page(HTMLParser):
@@ -129,7 +125,7 @@ def test_accuracy_of_each_class_is_what_counting_gives(reported, trained, data):
     """Counted image by image, in another order and other batches."""
     splits = {
         "train": training_loader(data, 1000, batch_size=7, drop_last=False),
-        "val": open_loader(data.beton("val"), resolution=32, batch_size=4, train=False, center_ratio=1.0),
+        "val": open_loader(data.beton("val"), resolution=32, batch_size=4, train=False, crop=data.crop),
     }
     assert data.crop.center_ratio == 1.0
     for run in trained:
@@ -173,7 +169,9 @@ def test_the_page_holds_all_figures_and_needs_nothing_else(reported, data):
         assert data.name in caption
         assert "last epoch (last.pt)" in caption or "the refinery of run 2" in caption
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
-    assert "http" not in text
+    outside = ("src", "href", "srcset", "data", "poster")
+    references = [value for _, attributes in page.tags for name, value in attributes.items() if name in outside]
+    assert all(value.startswith("data:image/png;base64,") for value in references)
     assert "The runs were trained on other images" not in text
     assert 'name="viewport"' in text
     assert not page.open
@@ -208,17 +206,17 @@ def test_what_is_known_is_not_computed_again(reported, trained, data, tmp_path, 
     subject = subject_of(trained[1], data)
     before = {path: path.read_bytes() for path in trained[1].folder.glob("accuracies-*")}
     (kept,) = before
-    first = analysis.accuracies(subject, data, seed=1000, means=CPU)
+    first = analysis.accuracies(subject, data, seed=1000, compute=CPU)
     assert f"from {kept}" in capsys.readouterr().out
     other = replace(subject, run=replace(subject.run, folder=tmp_path))
     (tmp_path / kept.name).write_bytes(before[kept][:300])  # as a full disk leaves it
     assert (
-        analysis.accuracies(other, data, seed=1000, means=CPU)
+        analysis.accuracies(other, data, seed=1000, compute=CPU)
         == first
-        == analysis.accuracies(other, data, seed=1000, means=CPU)
+        == analysis.accuracies(other, data, seed=1000, compute=CPU)
     )
     assert capsys.readouterr().out.count(" from ") == 1
-    analysis.accuracies(other, data, seed=1001, means=CPU)
+    analysis.accuracies(other, data, seed=1001, compute=CPU)
     assert len(list(tmp_path.glob("accuracies-*"))) == 2
     assert {path: path.read_bytes() for path in trained[1].folder.glob("accuracies-*")} == before
 
@@ -252,7 +250,7 @@ def test_labels_of_a_refinery_are_those_it_gives_in_training(trained, data, bn):
     subject = subject_of(replace(student, identity=student.identity | {"batch": 48}), data)
     labelling = analysis.Labelling(load_trained(str(refinery.folder)), "it", subject, bn=bn, resolution=None)
     crops, labels = analysis.refinery_labels(
-        labelling, Beton(data.beton("train")), [40, 3], seed=5, copies=2, names=NAMES, means=CPU
+        labelling, Beton(data.beton("train")), [40, 3], seed=5, copies=2, names=NAMES, compute=CPU
     )
     batches = list(training_loader(data, 5, batch_size=48, copies=2, order="sequential").epoch(0))
     for copy, batch in enumerate(batches):
@@ -271,7 +269,7 @@ def test_labels_of_a_refinery_are_those_it_gives_in_training(trained, data, bn):
 def test_predictions_are_of_the_crops_that_are_counted(trained, data):
     subject, beton = subject_of(trained[0], data), Beton(data.beton("train"))
     crops = analysis.training_crops(beton, [9, 30], subject.rule, seed=1000)
-    said = analysis.predictions(subject, beton, crops, names=NAMES, means=CPU)
+    said = analysis.predictions(subject, beton, crops, names=NAMES, compute=CPU)
     (batch,) = training_loader(data, 1000, batch_size=48, order="sequential").epoch(0)
     chances = logits_of(trained[0], batch.crops).softmax(1)
     for labels, index in zip(said, (9, 30), strict=True):
@@ -282,7 +280,7 @@ def test_pictures_are_the_stored_images(data):
     beton = Beton(data.beton("train"))
     image = analysis.picture(beton, 5)
     assert image.shape == (*beton.sizes[5], 3)
-    batch = next(iter(open_loader(beton.path, resolution=32, batch_size=6, train=False, center_ratio=1.0).epoch(0)))
+    batch = next(iter(open_loader(beton.path, resolution=32, batch_size=6, train=False, crop=data.crop).epoch(0)))
     crop = Image.fromarray(analysis.cut_out(image, batch.boxes[5].numpy(), False))
     resized = np.asarray(crop.resize((32, 32), Image.Resampling.BILINEAR), dtype=int)
     assert np.abs(resized - batch.crops[5].permute(1, 2, 0).numpy()).mean() < 1
@@ -339,7 +337,7 @@ def refusal(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
     """The one line with which the command refuses its words."""
 
     def refusal(*words: object) -> str:
-        command = partial(run_command, report, prog="report", errors=(DataError, ModelError, TrainError))
+        command = partial(run_command, report, prog="report")
         with pytest.raises(SystemExit) as ended:
             command(args=[str(word) for word in words])
         assert ended.value.code == 2
@@ -366,6 +364,7 @@ def test_bad_inputs_end_in_one_line_before_anything_slow(copies, refusal, data, 
     emptied = shutil.copytree(student, tmp_path / "emptied")
     (emptied / "last.pt").unlink()
     (tmp_path / "file").touch()
+    crop_seed = read_run(student).crop_seed
     five = write_class_folders(tmp_path / "five", 5, 3)
     for words, says in [
         (["--runs", ""], "RUNS is empty"),
@@ -380,7 +379,7 @@ def test_bad_inputs_end_in_one_line_before_anything_slow(copies, refusal, data, 
         ),
         (["--runs", f"{student} {renamed}"], f"{renamed}: was trained on other classes than {student}"),
         (["--runs", emptied], "no last.pt in it"),
-        (["--runs", student, "--seed", "0"], f"seed=0: {student} was trained with it"),
+        (["--runs", student, "--seed", crop_seed], f"seed={crop_seed}: {student} was trained on its crops"),
         (["--runs", student, "--data", five], f"DATA={five}: has 5 classes, and {student} was trained on 3"),
         (["--runs", student, "--data", converted.folder], "has 3 other classes"),
         (["--runs", student, "--data", "absent"], "DATA=absent: no such folder"),

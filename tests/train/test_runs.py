@@ -10,17 +10,18 @@ import yaml
 
 import models
 from models import ModelError
+from models.trained import digest_of
 from tests.stopping import stop_at
 from train import TrainError
 from train.config import parse
 from train.evaluate import evaluate
 from train.interrupt import Interrupted
-from train.job import train
 from train.loop import Trainer
-from train.record import held
-from train.runs import all_runs, finished_refinery, table
+from train.runs import all_runs, finished_refinery
+from train.runs.__main__ import table
+from train.runs.record import locked
 from train.step import Step
-from train.trained import digest_of
+from train.train import train
 
 
 def test_what_a_run_leaves(run):
@@ -54,8 +55,7 @@ def test_what_a_run_leaves(run):
     # The configuration is whole: it gives the same run again.
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert (config["resolution"], config["crop"]["flip"], config["precision"]) == (32, True, "fp32")
-    words = ["--config", str(folder / "config.yaml")]
-    assert [again.folder for again in train(parse(words), words)] == [folder]
+    assert [again.folder for again in train(parse(["--config", str(folder / "config.yaml")]))] == [folder]
 
 
 def test_a_finished_run_is_not_repeated(run, capsys):
@@ -228,14 +228,14 @@ def test_a_last_step_that_spoils_the_weights_is_not_kept(run, monkeypatch):
 
 
 def test_a_stop_in_the_last_validation_stops_what_would_follow(run, monkeypatch, capsys):
-    original = Trainer._end_epoch
+    original = Trainer.validate
 
-    def end_epoch(self, *arguments, **options):
-        if self.progress.epoch + 1 == self.config.epochs:
+    def validate(self):
+        if self.progress.epoch + 1 == self.job.config.epochs:
             signal.raise_signal(signal.SIGINT)
-        original(self, *arguments, **options)
+        original(self)
 
-    monkeypatch.setattr(Trainer, "_end_epoch", end_epoch)
+    monkeypatch.setattr(Trainer, "validate", validate)
     with pytest.raises(Interrupted, match="stopped after a finished run; to go on, type again"):
         run("--refinery", "resnet18")
     (only,) = all_runs(Path("runs"))
@@ -356,14 +356,8 @@ def test_networks_of_other_batches_train_apart(run, tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("{batch: 16, epochs: 1, networks: {mobilenet: {batch: 8}}}")
     refinery = str(run("--model", "resnet18", "--epochs", "1").folder)
     words = ["--resolution", "32", "--device", "cpu", "--recipe", str(tmp_path / "mine.yaml"), "--refinery", refinery]
-    arguments = [
-        *words,
-        "--data",
-        yaml.safe_load(Path(refinery, "config.yaml").read_text())["data"],
-        "--model",
-        PAIR[1],
-    ]
-    first, second = train(parse(arguments), arguments)
+    data = yaml.safe_load(Path(refinery, "config.yaml").read_text())["data"]
+    first, second = train(parse([*words, "--data", data, "--model", PAIR[1]]))
     assert (first.identity["batch"], second.identity["batch"]) == (8, 16)
     said = "batch: mobilenet0.25 takes 8 and resnet18 16 from recipe"
     assert said in capsys.readouterr().out
@@ -374,7 +368,7 @@ def test_two_processes_do_not_train_one_run(run):
     folder = run("--epochs", "1").folder
     before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     (folder / "result.json").unlink()
-    with held(folder), pytest.raises(TrainError, match="another process is training this run"):
+    with locked(folder), pytest.raises(TrainError, match="another process is training this run"):
         run("--epochs", "1")
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == {
         name: content for name, content in before.items() if name != "result.json"

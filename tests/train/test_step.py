@@ -9,9 +9,11 @@ import models
 from data.loader import open_loader
 from kernels.normalise import Normalise
 from train import TrainError
+from train.config import OptimizerConfig
 from train.labels.ground_truth import GroundTruth
 from train.labels.refinery import Refinery
-from train.step import CROPS, LOSS, TOP1, TOP5, Step, Student, correct, is_out_of_memory
+from train.step import Step, correct, is_out_of_memory
+from train.student import CROPS, LOSS, TOP1, TOP5, Student
 
 IMAGENET = models.normalisation("resnet18")
 CPU = torch.device("cpu")
@@ -22,11 +24,9 @@ def loader(converted):
     return open_loader(converted.beton("train"), resolution=32, batch_size=16, decoder="ffcv")
 
 
-def student_of(name="mobilenet0.25", *, seed=0, lr=0.05, scaler=None):
+def student_of(name="mobilenet0.25", *, seed=0, lr=0.05):
     torch.manual_seed(seed)
-    network = models.build(name, 3).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, fused=True)
-    return Student(name, network, optimizer, IMAGENET, scaler)
+    return Student(name, models.build(name, 3), OptimizerConfig(lr=lr), normalisation=IMAGENET, device=CPU)
 
 
 def step_of(labels, *, students=None, compiled=False, autocast=None, **options):
@@ -129,9 +129,9 @@ class Tiny(torch.nn.Module):
 def tiny_step(**options):
     torch.manual_seed(4)
     labels = Refinery(Tiny(16), IMAGENET, dtype=options.get("autocast") or torch.float32)
-    network = Tiny(8).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, fused=True)
-    return step_of(labels, students=[Student("tiny", network, optimizer, IMAGENET)], **options)
+    autocast = options.get("autocast")
+    student = Student("tiny", Tiny(8), OptimizerConfig(lr=0.05), normalisation=IMAGENET, device=CPU, autocast=autocast)
+    return step_of(labels, students=[student], **options)
 
 
 def test_fp16_scales_the_loss_and_skips_what_overflows(loader):

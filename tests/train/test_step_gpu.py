@@ -6,10 +6,11 @@ import torch
 import models
 from data.loader import open_loader
 from train import TrainError
-from train.config import parse
-from train.job import train
+from train.config import OptimizerConfig, parse
 from train.labels.refinery import Refinery
-from train.step import LOSS, Step, Student
+from train.step import Step
+from train.student import LOSS, Student
+from train.train import train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,12 +22,11 @@ def step_of(compiled: bool, autocast: torch.dtype = torch.bfloat16, cuda_graphs:
     normalisation = models.normalisation("resnet18")
     torch.manual_seed(0)
     device = torch.device("cuda")
-    network = models.build("mobilenet0.25", 3).to(device).to(memory_format=torch.channels_last)
+    network = models.build("mobilenet0.25", 3)
     refinery = Refinery(models.build("resnet18", 3), normalisation, dtype=autocast)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, fused=True)
-    scaler = torch.amp.GradScaler("cuda") if autocast is torch.float16 else None
+    sgd = OptimizerConfig(lr=0.01)
     return Step(
-        [Student("mobilenet0.25", network, optimizer, normalisation, scaler)],
+        [Student("mobilenet0.25", network, sgd, normalisation=normalisation, device=device, autocast=autocast)],
         refinery.to(device).to(memory_format=torch.channels_last),
         device=device,
         autocast=autocast,
@@ -73,6 +73,6 @@ def test_too_large_a_batch_is_answered_with_one_that_fits(converted, tmp_path, m
     torch.cuda.set_per_process_memory_fraction(min(1.0, 1.5e9 / total))
     try:
         with pytest.raises(TrainError, match=r"batch=48: a step at 224 px does not fit in .*; --batch \d+ fits"):
-            train(parse(words), words)
+            train(parse(words))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

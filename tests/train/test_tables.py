@@ -7,23 +7,30 @@ import pytest
 
 from models import ModelError
 from train import TrainError
-from train.tables import Setting, main, make_tables
+from train.config import parse
+from train.tables import Setting, TablesOptions, main, make_tables
 
 
 @pytest.fixture
 def setting(run, converted, tmp_path):
     (tmp_path / "is_a.txt").write_text("thing class0\nthing class1\nclass1 class2\n")
+    words = ["--resolution", "32", "--batch", "16", "--epochs", "1", "--device", "cpu", "--recipe", "quick"]
     return Setting(
-        data=str(converted.folder),
-        words=["--resolution", "32", "--batch", "16", "--epochs", "1", "--device", "cpu", "--recipe", "quick"],
-        seeds=2,
-        student="mobilenet0.25",
+        config=parse(["--data", str(converted.folder), *words]),
+        options=TablesOptions(
+            seeds=2,
+            student="mobilenet0.25",
+            students="mobilenet0.25 mobilenet0.5",
+            refineries="resnet18",
+            refinery_epochs=2,
+            taxonomy=str(tmp_path / "is_a.txt"),
+        ),
         refinery="resnet18",
-        students=["mobilenet0.25", "mobilenet0.5"],
-        refineries=["resnet18"],
-        refinery_epochs=2,
-        taxonomy=str(tmp_path / "is_a.txt"),
     )
+
+
+def with_options(setting: Setting, **options) -> Setting:
+    return replace(setting, options=replace(setting.options, **options))
 
 
 @pytest.mark.slow
@@ -56,7 +63,7 @@ def test_every_table(setting, tmp_path):
 
 @pytest.mark.slow
 def test_what_is_there_is_not_made_again(setting, tmp_path, capsys):
-    setting.seeds = 1
+    setting = with_options(setting, seeds=1)
     make_tables(["4"], setting, tmp_path / "tables.md")
     # Once more, nothing is trained.
     capsys.readouterr()
@@ -69,8 +76,9 @@ def test_what_is_there_is_not_made_again(setting, tmp_path, capsys):
 def test_students_of_other_batches_train_apart(setting, tmp_path, capsys):
     """The paper's recipe gives MobileNets a batch of their own."""
     (tmp_path / "mine.yaml").write_text("{batch: 16, epochs: 1, networks: {mobilenet: {batch: 8}}}")
-    setting.words = ["--resolution", "32", "--device", "cpu", "--recipe", str(tmp_path / "mine.yaml")]
-    setting.students = ["mobilenet0.25", "resnet18"]
+    words = ["--resolution", "32", "--device", "cpu", "--recipe", str(tmp_path / "mine.yaml")]
+    setting = with_options(setting, students="mobilenet0.25 resnet18")
+    setting = replace(setting, config=parse(["--data", setting.config.data, *words]))
     rows = make_tables(["2"], setting, tmp_path / "tables.md")
     assert [run.identity["batch"] for row in rows if "refined" in row.name for run in row.runs] == [8, 16]
     assert "batch: mobilenet0.25 takes 8 and resnet18 16 from recipe" in capsys.readouterr().out
@@ -80,7 +88,7 @@ def test_students_of_other_batches_train_apart(setting, tmp_path, capsys):
 def test_all_tables_but_one_can_do_without_a_taxonomy(setting, tmp_path, monkeypatch, capsys):
     made = []
     monkeypatch.setattr("train.tables.make_tables", lambda wanted, setting, out: made.append((wanted, str(out))))
-    monkeypatch.setattr("sys.argv", ["tables", "--data", setting.data])
+    monkeypatch.setattr("sys.argv", ["tables", "--data", setting.config.data])
     main()
     assert made == [(list("142367"), "runs/tables-1-4-2-3-6-7.md")]
     assert "table 5 is left out: it needs --taxonomy" in capsys.readouterr().out
@@ -89,17 +97,16 @@ def test_all_tables_but_one_can_do_without_a_taxonomy(setting, tmp_path, monkeyp
 def test_bad_tables_are_refused_before_anything_is_trained(setting, tmp_path, monkeypatch):
     monkeypatch.setattr("train.tables.train", None)
     with pytest.raises(ModelError, match="mobilnet"):
-        make_tables(["1"], replace(setting, students=["mobilenet0.25", "mobilnet"]), tmp_path / "tables.md")
+        make_tables(["1"], with_options(setting, students="mobilenet0.25 mobilnet"), tmp_path / "tables.md")
     with pytest.raises(ModelError, match="alexnet: resolution=32 is too small"):
-        make_tables(["1"], replace(setting, refineries=["alexnet"]), tmp_path / "tables.md")
+        make_tables(["1"], with_options(setting, refineries="alexnet"), tmp_path / "tables.md")
     (tmp_path / "is_a.txt").write_text("thing other\n")
     with pytest.raises(TrainError, match="lacks 3 of the 3 classes"):
         make_tables(["1", "5"], setting, tmp_path / "tables.md")
-    setting.taxonomy = None
+    setting = with_options(setting, taxonomy=None)
     with pytest.raises(TrainError, match="tables=9: unknown"):
         make_tables(["1", "9"], setting, tmp_path / "tables.md")
     with pytest.raises(TrainError, match="table 5 needs --taxonomy"):
         make_tables(["1", "5"], setting, tmp_path / "tables.md")
-    setting.seeds = 0
     with pytest.raises(TrainError, match="seeds=0"):
-        make_tables(["1"], setting, tmp_path / "tables.md")
+        make_tables(["1"], with_options(setting, seeds=0), tmp_path / "tables.md")

@@ -2,21 +2,111 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.loader import CropBatch, Loader
+from data.loader import CropBatch, Loader, open_loader
 from data.progress import images_bar
+from models.trained import digest_of
 from train import TrainError
-from train.labels import LabelSource, Targets
+from train.device import autocast_type
+from train.labels.refinery import RefineryLabels
+from train.labels.source import Labels, LabelSource, Targets
+
+if TYPE_CHECKING:
+    from train.config import Config
+    from train.job import Job
 
 # Similarities are 0 to 1; divided by this they become logits. The paper does not say how it normalised them. Of
 # ImageNet's 1000 classes, a label then gives the class itself a tenth on average, and its near relatives the next most.
 _TAXONOMY_TEMPERATURE = 0.1
+
+
+@dataclass(frozen=True)
+class TaxonomyOptions:
+    """Options of labels by a taxonomy.
+
+    Args:
+        taxonomy: without a refinery, a file of WordNet's is-a relation ("parent child" lines): each category's label
+            is its similarity to all (Wu and Palmer)
+    """
+
+    taxonomy: str | None = None
+
+
+@dataclass(frozen=True)
+class TaxonomyLabels(Labels):
+    """One label a class, by the classes' similarity in a taxonomy. table: see taxonomy_table."""
+
+    file: Path
+    table: torch.Tensor
+
+    options = ("labels.taxonomy", "loss.kind", "loss.temperature")
+    elsewhere = "takes the place of a refinery and of labels.smoothing; give one of them"
+
+    @classmethod
+    def asked(cls, config: "Config") -> bool:
+        return bool(config.labels.taxonomy)
+
+    @classmethod
+    def check(cls, config: "Config") -> None:
+        if config.refinery or config.labels.smoothing:
+            raise TrainError(f"labels.taxonomy {cls.elsewhere}")
+        if not config.loss.temperature > 0:
+            raise TrainError(f"loss.temperature={config.loss.temperature}: must be above 0")
+
+    @classmethod
+    def find(cls, config: "Config", class_names: Sequence[str]) -> "TaxonomyLabels":
+        file = Path(str(config.labels.taxonomy))
+        return cls(file, taxonomy_table(file, class_names))
+
+    @classmethod
+    def described(cls, identity: dict[str, Any]) -> str:
+        return "a taxonomy"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"taxonomy": digest_of(self.file)}
+
+    def describe(self) -> str:
+        return f"one a category, by {self.file}"
+
+    def open(self, job: "Job") -> LabelSource:
+        return Category(self.table)
+
+
+@dataclass(frozen=True)
+class CategoryLabels(RefineryLabels):
+    """One label a class: the mean of what a refinery says of the class's images."""
+
+    @classmethod
+    def asked(cls, config: "Config") -> bool:
+        return bool(config.refinery) and config.labels.per == "category"
+
+    @classmethod
+    def check(cls, config: "Config") -> None:
+        super().check(config)
+        if config.labels.bn == "batch":
+            # The images of one class come one after the other: their own statistics would take away what they share.
+            raise TrainError("labels.per=category needs labels.bn=running, as in the paper")
+
+    def open(self, job: "Job") -> LabelSource:
+        refinery = super().open(job).to(job.device).to(memory_format=torch.channels_last)
+        loader = open_loader(
+            job.data.beton("train"),
+            resolution=job.resolution,
+            batch_size=job.config.batch,
+            train=False,
+            crop=job.crop,
+            **job.loading,
+        )
+        autocast = autocast_type(job.config.precision)
+        return Category(visual_similarity(refinery, loader, device=job.device, autocast=autocast))
 
 
 class Category(LabelSource):
@@ -54,8 +144,7 @@ def visual_similarity(
     return torch.where(images > 0, total / images.clamp(min=1), own).float()
 
 
-@lru_cache(maxsize=1)  # asked for once to refuse bad input early, and once to train; seconds for a thousand classes
-def taxonomy_table(is_a: Path, class_names: tuple[str, ...]) -> torch.Tensor:
+def taxonomy_table(is_a: Path, class_names: Sequence[str]) -> torch.Tensor:
     """softmax(similarity / 0.1) of each pair of classes, float32 [C, C], rows sum to 1.
 
     is_a, class_names: see wu_palmer. Raises TrainError for a file that cannot be read or lacks a class.
@@ -105,12 +194,12 @@ def wu_palmer(parents: dict[str, list[str]], names: Sequence[str], path: Path) -
         return depths[node]
 
     def ancestors(node: str) -> set[str]:
-        found, waiting = {node}, [node]
+        reached, waiting = {node}, [node]
         while waiting:
-            new = set(parents.get(waiting.pop(), ())) - found
-            found |= new
+            new = set(parents.get(waiting.pop(), ())) - reached
+            reached |= new
             waiting += new
-        return found
+        return reached
 
     above = {name: {node: depth(node) for node in ancestors(name)} for name in names}
     similarity = np.empty((len(names), len(names)))

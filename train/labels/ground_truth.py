@@ -1,9 +1,69 @@
 """The label of the whole image, for every crop of it."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from data.loader import CropBatch
-from train.labels import LabelSource, Targets
+from train import TrainError
+from train.labels.source import Labels, LabelSource, Targets
+
+if TYPE_CHECKING:
+    from train.config import Config
+    from train.job import Job
+
+
+@dataclass(frozen=True)
+class GroundTruthOptions:
+    """Options of the images' own labels.
+
+    Args:
+        smoothing: without a refinery, the share of each label spread over all classes, 0 to 1
+    """
+
+    smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class GroundTruthLabels(Labels):
+    """The images' own labels. smoothing: see GroundTruth."""
+
+    num_classes: int
+    smoothing: float
+
+    options = ("labels.smoothing",)
+    elsewhere = "is for ground truth; a refinery's labels are soft already"
+
+    @classmethod
+    def asked(cls, config: "Config") -> bool:
+        return True  # where nothing else is
+
+    @classmethod
+    def check(cls, config: "Config") -> None:
+        if not 0 <= config.labels.smoothing < 1:
+            raise TrainError(f"labels.smoothing={config.labels.smoothing}: give a share from 0 to below 1")
+
+    @classmethod
+    def find(cls, config: "Config", class_names: Sequence[str]) -> "GroundTruthLabels":
+        return cls(len(class_names), config.labels.smoothing)
+
+    @classmethod
+    def described(cls, identity: dict[str, Any]) -> str:
+        smoothing = identity["labels"]["smoothing"]
+        return "ground truth" + (f", smoothed by {smoothing:g}" if smoothing else "")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"smoothing": self.smoothing}
+
+    def describe(self) -> str:
+        smoothed = f", smoothed by {self.smoothing:g}" if self.smoothing else ""
+        return f"ground truth, the label of the whole image for every crop{smoothed}"
+
+    def open(self, job: "Job") -> LabelSource:
+        return GroundTruth(self.num_classes, self.smoothing)
 
 
 class GroundTruth(LabelSource):

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -10,13 +11,159 @@ from torch.nn import functional as F
 
 from data.loader import CropBatch, Pairing
 from kernels.normalise import Normalisation, Normalise
+from models.classes import lacking
 from models.folding import fold
+from models.trained import Trained, load_trained
 from train import TrainError
-from train.labels import LabelSource, Targets
+from train.device import autocast_type
+from train.labels.source import Labels, LabelSource, Targets
 
-BN_CHOICES = ("batch", "running")
+if TYPE_CHECKING:
+    from train.config import Config
+    from train.job import Job
+
+# Behind the name of the network that labels.
+_PER = {"crop": "", "image": ", one an image", "category": ", one a category"}
+
 # Only shapes matter to the folding of batch normalisation; every network with one takes this size.
 _USUAL_RESOLUTION = 224
+
+
+@dataclass(frozen=True)
+class RefineryOptions:
+    """Options of labels that a refinery gives.
+
+    Args:
+        bn: the refinery's batch normalisation uses the statistics of the batch (as the paper does) or its running
+            ones, which is faster, since they are folded into the convolutions
+        resolution: pixels a side at which the refinery sees the crops; fewer are faster, and published weights are at
+            their best at what they were trained at (default: as the student, if the refinery takes that size)
+        per: what has a label of its own: each crop, as in the paper; each image, whose central crop the refinery labels
+            once for all its crops; or each category, whose label is the refinery's mean over its images
+    """
+
+    bn: Literal["batch", "running"] = "batch"
+    resolution: int | None = None
+    per: Literal["crop", "image", "category"] = "crop"
+
+
+@dataclass(frozen=True)
+class RefineryLabels(Labels):
+    """What a trained network says of each crop, or of each image's central crop.
+
+    trained: the network. asked_as: how the user named it.
+    """
+
+    trained: Trained
+    asked_as: str
+    given: RefineryOptions
+
+    options = (
+        "refinery",
+        "labels.bn",
+        "labels.resolution",
+        "labels.per",
+        "loss.kind",
+        "loss.temperature",
+        "jitter",
+    )
+    elsewhere = "is for a refinery's labels; give a refinery too"
+
+    @classmethod
+    def asked(cls, config: "Config") -> bool:
+        return bool(config.refinery)
+
+    @classmethod
+    def check(cls, config: "Config") -> None:
+        if not config.loss.temperature > 0:
+            raise TrainError(f"loss.temperature={config.loss.temperature}: must be above 0")
+        if config.labels.bn == "batch" and config.batch == 1:
+            raise TrainError(
+                "batch=1: a refinery with batch statistics needs more than one crop; use labels.bn=running"
+            )
+        if config.jitter < 0:
+            raise TrainError(f"jitter={config.jitter}: must not be below 0")
+        if config.jitter and config.labels.per != "crop":
+            raise TrainError("jitter needs a label for every crop; leave labels.per out")
+        if config.jitter and len(config.model.split()) > 1:
+            raise TrainError("jitter moves crops for one student; name one model")
+        if config.jitter and not config.pretrained:
+            raise TrainError("jitter is for a student that is trained already; name its weights with pretrained")
+
+    @classmethod
+    def find(cls, config: "Config", class_names: Sequence[str]) -> "RefineryLabels":
+        assert config.refinery
+        trained = load_trained(config.refinery, class_names=class_names)
+        columns = trained.columns_of(class_names)
+        theirs, ours = len(trained.class_names), len(class_names)
+        if columns and -1 in columns:
+            raise TrainError(
+                f"REFINERY={config.refinery}: labels {theirs} classes, and DATA={config.data} has {ours}, of which it "
+                f"lacks {lacking(columns, class_names)}; train it on DATA first, as MODEL with PRETRAINED"
+            )
+        if theirs > ours:
+            print(f"refinery: of its {theirs} classes, the data's {ours} are used", flush=True)
+        return cls(trained, config.refinery, config.labels)
+
+    @classmethod
+    def described(cls, identity: dict[str, Any]) -> str:
+        return identity["refinery"]["network"] + _PER[identity["labels"]["per"]]
+
+    @property
+    def generation(self) -> int:
+        return self.trained.generation + 1
+
+    @property
+    def refinery(self) -> dict[str, str]:
+        return {"network": self.trained.name, "weights": self.trained.digest}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"bn": self.given.bn, "resolution": self.given.resolution, "per": self.given.per}
+
+    def describe(self) -> str:
+        sees = f", at {self.given.resolution} px" if self.given.resolution else ""
+        return (
+            f"refinery {self.trained.name} ({self.trained.origin}), with {self.given.bn} statistics"
+            f"{_PER[self.given.per]}{sees}"
+        )
+
+    def open(self, job: "Job") -> LabelSource:
+        return Refinery(
+            self.trained.network,
+            self.trained.normalisation,
+            bn=self.given.bn,
+            resolution=self._resolution(job.resolutions),
+            center=Pairing("center", job.resolution) if self.given.per == "image" else None,
+            columns=self.trained.columns_of(job.data.class_names),
+            dtype=autocast_type(job.config.precision) or torch.float32,
+        )
+
+    def _resolution(self, resolutions: Sequence[int]) -> int | None:
+        """Pixels a side to which crops are resized for the refinery; None: it sees them as the student does.
+
+        So it does unless another size is asked for or it takes only the one it was trained at, as most transformers do;
+        that one may be many times the student's work. resolutions: those of the run, the last one highest.
+        Raises TrainError for a size that it does not take.
+        """
+        asked, usual = self.given.resolution, self.trained.resolution
+        for side in [asked] if asked else resolutions:
+            failure = self.trained.failure_at(side)
+            if failure and (asked or not usual):
+                raise TrainError(
+                    f"REFINERY={self.asked_as}: cannot take crops of {side} px ({failure}); give another size with "
+                    "labels.resolution"
+                )
+            if failure:
+                print(f"refinery: crops are resized to the {usual} px that it takes", flush=True)
+                return usual
+        if not asked and usual not in (None, resolutions[-1]):
+            print(
+                f"refinery: trained at {usual} px, it sees the crops of {resolutions[-1]} px as they are "
+                f"(--labels.resolution {usual} resizes them)",
+                flush=True,
+            )
+        return asked
 
 
 class Refinery(LabelSource):

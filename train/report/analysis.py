@@ -15,17 +15,17 @@ from PIL import Image
 
 from data import decoders, plan
 from data.beton import Beton
-from data.convert import ConvertedSet
 from data.decoders import Request, View, build_decoder
 from data.loader import CropBatch, open_loader
-from data.sources import CropRule
+from data.plan import CropRule
+from data.sets import ConvertedSet
 from kernels.normalise import Normalise
-from train.classes import are_imagenet, by_id
+from models.classes import are_imagenet, by_id
+from models.trained import Trained
 from train.device import autocast_type
-from train.evaluate import score, validation_loader
 from train.labels.refinery import Refinery
 from train.runs import Run, key_of
-from train.trained import Trained
+from train.score import score, validation_loader
 
 # The likeliest classes of a crop, first to last, with their probabilities.
 Labels = list[tuple[str, float]]
@@ -36,7 +36,7 @@ _MOST_BINS = 20
 
 
 @dataclass(frozen=True)
-class Means:
+class Compute:
     """With what crops are decoded and networks run. batch: crops at a time."""
 
     device: torch.device
@@ -49,13 +49,14 @@ class Means:
 class Subject:
     """A finished run as a report sees it.
 
-    name: what figures call it. trained: the weights of its last epoch. rule: how its crops are made. precision: what
-    its network computes in.
+    name: what figures call it. trained: the weights of its last epoch. resolution (pixels a side), rule: of its crops.
+    precision: what its network computes in.
     """
 
     run: Run
     name: str
     trained: Trained
+    resolution: int
     rule: CropRule
     precision: str
 
@@ -97,7 +98,7 @@ def readable(class_names: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def accuracies(subject: Subject, data: ConvertedSet, *, seed: int, means: Means) -> Accuracies:
+def accuracies(subject: Subject, data: ConvertedSet, *, seed: int, compute: Compute) -> Accuracies:
     """The accuracy of each class, of the network in evaluation mode, on training crops and on validation images.
 
     The training crops are those that the plan draws for epoch 0 of `seed`, one of each image.
@@ -106,12 +107,13 @@ def accuracies(subject: Subject, data: ConvertedSet, *, seed: int, means: Means)
     Raises DataError for damaged images.
     """
     of: dict[str, Any] = {
-        "weights": subject.trained.digest(),
-        "images": data.fingerprint(),
+        "weights": subject.trained.digest,
+        "images": data.fingerprint,
+        "resolution": subject.resolution,
         "crop": asdict(subject.rule),
         "seed": seed,
-        "decoder": decoders.choose(means.decoder, means.device),
-        "device": means.device.type,
+        "decoder": decoders.choose(compute.decoder, compute.device),
+        "device": compute.device.type,
         "precision": subject.precision,
     }
     path = subject.run.folder / f"accuracies-{key_of(of)}.json"
@@ -121,31 +123,29 @@ def accuracies(subject: Subject, data: ConvertedSet, *, seed: int, means: Means)
         found = Accuracies(*(_accuracy(**kept[split]) for split in ("train", "val")))
         print(f"{subject.name}: accuracy of each class from {path}", flush=True)
         return found
-    rule = subject.rule
-    loading: dict[str, Any] = {"decoder": means.decoder, "device": means.device, "threads": means.threads}
+    resolution, rule = subject.resolution, subject.rule
+    loading: dict[str, Any] = {"decoder": compute.decoder, "device": compute.device, "threads": compute.threads}
     train = open_loader(
         data.beton("train"),
-        resolution=rule.resolution,
-        batch_size=means.batch,
+        resolution=resolution,
+        batch_size=compute.batch,
         seed=seed,
         order="sequential",
         drop_last=False,
-        scale=rule.scale,
-        ratio=rule.ratio,
-        flip=rule.flip,
+        crop=rule,
         **loading,
     )
-    val = validation_loader(data, rule=rule, batch=means.batch, **loading)
+    val = validation_loader(data, resolution=resolution, crop=rule, batch=compute.batch, **loading)
     print(
         f"{subject.name}: accuracy of each class on {train.num_samples} training crops and {val.num_samples} "
         "validation images",
         flush=True,
     )
-    network = subject.trained.network.to(means.device).to(memory_format=torch.channels_last)
+    network = subject.trained.network.to(compute.device).to(memory_format=torch.channels_last)
     autocast = autocast_type(subject.precision)
     splits = []
     for loader in (train, val):
-        scores = score(network, loader, subject.trained.normalisation, device=means.device, autocast=autocast)
+        scores = score(network, loader, subject.trained.normalisation, device=compute.device, autocast=autocast)
         splits.append(_accuracy(scores.top1, scores.top5, scores.per_class))
     found = Accuracies(*splits)
     written = {"of": of, "class_names": data.class_names} | asdict(found)
@@ -207,33 +207,30 @@ def choose_images(beton: Beton, count: int, *, seed: int) -> list[int]:
 def training_crops(beton: Beton, indices: Sequence[int], rule: CropRule, *, seed: int, copies: int = 1) -> Request:
     """`copies` random crops of each image; the first is the one that `accuracies` counts."""
     images = np.asarray(indices, dtype=np.int64)
-    drawn = [
-        plan.random_boxes(
-            images, beton.sizes[images], seed=seed, epoch=0, copy=copy, scale=rule.scale, ratio=rule.ratio
-        )
-        for copy in range(copies)
-    ]
+    drawn = [rule.training(images, beton.sizes[images], seed=seed, epoch=0, copy=copy) for copy in range(copies)]
     boxes, flips = (np.ascontiguousarray(np.stack(parts, axis=1)) for parts in zip(*drawn, strict=True))
-    return Request(images, boxes, flips & rule.flip)
+    return Request(images, boxes, flips)
 
 
 def central_crops(beton: Beton, indices: Sequence[int], rule: CropRule) -> Request:
     """The validation crop of each image."""
     images = np.asarray(indices, dtype=np.int64)
-    boxes = plan.center_boxes(beton.sizes[images], ratio=rule.center_ratio)
-    return Request(images, boxes[:, None], np.zeros((len(images), 1), dtype=bool))
+    boxes, flips = rule.validation(beton.sizes[images])
+    return Request(images, boxes[:, None], flips[:, None])
 
 
 @torch.no_grad()
-def predictions(subject: Subject, beton: Beton, crops: Request, *, names: Sequence[str], means: Means) -> list[Labels]:
+def predictions(
+    subject: Subject, beton: Beton, crops: Request, *, names: Sequence[str], compute: Compute
+) -> list[Labels]:
     """The three likeliest classes of each image's one crop, by the network in evaluation mode.
 
     names: what the classes are called.
     """
-    network = subject.trained.network.to(means.device).to(memory_format=torch.channels_last).eval()
-    normalise = Normalise(subject.trained.normalisation).to(means.device)
-    pixels = _pixels(beton, crops, subject.rule.resolution, means)
-    with _autocast(subject.precision, means.device):
+    network = subject.trained.network.to(compute.device).to(memory_format=torch.channels_last).eval()
+    normalise = Normalise(subject.trained.normalisation).to(compute.device)
+    pixels = _pixels(beton, crops, subject.resolution, compute)
+    with _autocast(subject.precision, compute.device):
         logits = network(normalise(pixels))
     return _likeliest(logits, names)
 
@@ -266,7 +263,7 @@ def refinery_labels(
     seed: int,
     copies: int,
     names: Sequence[str],
-    means: Means,
+    compute: Compute,
 ) -> tuple[Request, list[list[Labels]]]:
     """Random crops of training images, and the three likeliest classes of each by the refinery.
 
@@ -289,8 +286,8 @@ def refinery_labels(
         columns=labelling.refinery.columns_of(student.trained.class_names),
         dtype=autocast or torch.float32,
     )
-    refinery = refinery.to(means.device).to(memory_format=torch.channels_last)
-    pixels = _pixels(beton, crops, student.rule.resolution, means)
+    refinery = refinery.to(compute.device).to(memory_format=torch.channels_last)
+    pixels = _pixels(beton, crops, student.resolution, compute)
     labels = []
     for copy in range(copies):
         batch = CropBatch(
@@ -303,7 +300,7 @@ def refinery_labels(
             sizes=torch.from_numpy(beton.sizes[images]),
             flips=torch.from_numpy(crops.flips[:, copy]),
         )
-        with _autocast(student.precision, means.device):
+        with _autocast(student.precision, compute.device):
             logits = refinery(batch).logits
         labels.append(_likeliest(logits[: len(indices)], names))
     shown = len(indices)
@@ -327,15 +324,15 @@ def cut_out(image: NDArray[np.uint8], box: NDArray[np.int32], flip: bool) -> NDA
     return crop[:, ::-1] if flip else crop
 
 
-def _pixels(beton: Beton, crops: Request, resolution: int, means: Means) -> torch.Tensor:
+def _pixels(beton: Beton, crops: Request, resolution: int, compute: Compute) -> torch.Tensor:
     """uint8 [copies * n, 3, R, R] on the device, all images' first crops in front."""
     n, copies = crops.flips.shape
     decoder = build_decoder(
-        means.decoder,
+        compute.decoder,
         beton,
         views=(View(copies, resolution),),
-        device=means.device,
-        threads=means.threads,
+        device=compute.device,
+        threads=compute.threads,
         max_batch=n,
     )
     ((pixels,),) = decoder.decode([crops])

@@ -14,16 +14,17 @@ import yaml
 
 from data import DataError, decoders
 from data.beton import Beton
-from data.convert import ConvertedSet, Unconverted, find_set
-from data.decoders.ahead import default_threads
-from data.sources import CropRule
+from data.convert import ensure_converted
+from data.decoders.prefetch import default_threads
+from data.plan import CropRule
+from data.sets import ConvertedSet, find_set
 from models import ModelError
+from models.trained import load_trained, names_network_alone
 from train import TrainError
-from train.device import device_named, precision_on, prepare
+from train.device import device_named, precision_on, set_tf32_and_allocator
 from train.report import page
-from train.report.analysis import Labelling, Means, Subject, accuracies, choose_images, readable
+from train.report.analysis import Compute, Labelling, Subject, accuracies, choose_images, readable
 from train.runs import Run, all_runs, key_of, progress_of, read_run, table_text
-from train.trained import load_trained, parse_spec
 
 # How many images Figures 7 and 8 show, unless they are named.
 _EXAMPLES = 4
@@ -62,22 +63,21 @@ def report(
     for name, value in {"batch": batch, "threads": threads}.items():
         if value is not None and value < 1:
             raise TrainError(f"{name}={value}: must be at least 1")
-    means = Means(where, decoder, threads or default_threads(), batch)
+    compute = Compute(where, decoder, threads or default_threads(), batch)
     members = _finished(runs)
     _check_alike(members, seed)
-    subjects = [_subject(run, number, means) for number, run in enumerate(members, 1)]
-    prepare(where, subjects[0].precision)
+    subjects = [_subject(run, number, compute) for number, run in enumerate(members, 1)]
+    set_tf32_and_allocator(where, subjects[0].precision)
     for subject in subjects:
         if subject.trained.class_names != subjects[0].trained.class_names:
             raise TrainError(f"{subject.run.folder}: was trained on other classes than {subjects[0].run.folder}")
-    converted = _set_of(subjects[0], data)
-    train, val = Beton(converted.beton("train")), Beton(converted.beton("val"))
+    data_set = _set_of(subjects[0], data)
+    train, val = Beton(data_set.beton("train")), Beton(data_set.beton("val"))
     seen = _indices("images", images, train) or choose_images(train, _EXAMPLES, seed=seed)
     unseen = _indices("validation_images", validation_images, val) or choose_images(val, _EXAMPLES, seed=seed)
-    fingerprint = converted.fingerprint()
     identity = {
         "runs": [subject.run.folder.name for subject in subjects],
-        "data": fingerprint,
+        "data": data_set.fingerprint,
         "images": [seen, unseen],
         "seed": seed,
     }
@@ -86,23 +86,23 @@ def report(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainError(f"{folder}: cannot be made ({error.strerror}); name another folder with OUT") from None
-    material = page.Material(
+    found = page.ReportData(
         subjects=subjects,
-        found=[accuracies(subject, converted, seed=seed, means=means) for subject in subjects],
-        data=converted,
-        class_names=readable(converted.class_names),
-        same_images=fingerprint == subjects[0].run.identity["data"]["fingerprint"],
+        accuracies=[accuracies(subject, data_set, seed=seed, compute=compute) for subject in subjects],
+        data=data_set,
+        class_names=readable(data_set.class_names),
+        same_images=data_set.fingerprint == subjects[0].run.identity["data"]["fingerprint"],
         train=train,
         val=val,
         labelling=_labelling(subjects),
         seed=seed,
-        means=means,
+        compute=compute,
     )
     try:
-        written = page.write(material, seen, unseen, folder)
+        written = page.write(found, seen, unseen, folder)
     except OSError as error:
         raise TrainError(f"{folder}: the report cannot be written ({error.strerror})") from None
-    print(f"\n{table_text([page.HEADS, *page.rows(material)])}\n{written}, and its figures beside it")
+    print(f"\n{table_text([page.HEADS, *page.rows(found)])}\n{written}, and its figures beside it")
 
 
 def _finished(folders: str) -> list[Run]:
@@ -125,13 +125,13 @@ def _finished(folders: str) -> list[Run]:
     return found
 
 
-def _subject(run: Run, number: int, means: Means) -> Subject:
+def _subject(run: Run, number: int, compute: Compute) -> Subject:
     crop = run.identity["crop"]
     rule = CropRule(**crop | {key: tuple(crop[key]) for key in ("scale", "ratio")})
     # Absolute, for a folder may be called as a network is.
     trained = load_trained(str(run.folder.absolute()))
-    precision = precision_on(means.device, run.identity["precision"])
-    return Subject(run, f"{number} {run.identity['model']}", trained, rule, precision)
+    precision = precision_on(compute.device, run.identity["precision"])
+    return Subject(run, f"{number} {run.identity['model']}", trained, run.identity["resolution"], rule, precision)
 
 
 def _check_alike(runs: Sequence[Run], seed: int) -> None:
@@ -143,9 +143,9 @@ def _check_alike(runs: Sequence[Run], seed: int) -> None:
                 f"{run.folder}: was trained on other images ({theirs['name']}) than {first.folder} ({ours['name']}); "
                 "a report takes runs of one set"
             )
-        if run.identity["seed"] == seed:
+        if run.crop_seed == seed:
             raise TrainError(
-                f"seed={seed}: {run.folder} was trained with it; give another, whose crops are new to every run"
+                f"seed={seed}: {run.folder} was trained on its crops; give another, whose crops are new to every run"
             )
 
 
@@ -162,13 +162,13 @@ def _set_of(first: Subject, data: str | None) -> ConvertedSet:
         raise TrainError(
             f"DATA={name}: has {ours} {'other ' if ours == theirs else ''}classes, and {folder} was trained on {theirs}"
         )
-    converted = found.convert() if isinstance(found, Unconverted) else found
-    if not data and converted.fingerprint() != first.run.identity["data"]["fingerprint"]:
+    ready = ensure_converted(found)
+    if not data and ready.fingerprint != first.run.identity["data"]["fingerprint"]:
         raise TrainError(
-            f"{converted.folder}: its images are no longer those that {folder} was trained on; DATA={name} takes them "
+            f"{ready.folder}: its images are no longer those that {folder} was trained on; DATA={name} takes them "
             "all the same"
         )
-    return converted
+    return ready
 
 
 def _config_of(run: Run) -> dict[str, Any]:
@@ -203,12 +203,12 @@ def _labelling(subjects: Sequence[Subject]) -> Labelling:
     if student:
         wanted, labels = student.run.identity["refinery"], student.run.identity["labels"]
         for spec in _refineries(student, subjects):
-            with contextlib.suppress(TrainError, ModelError):
+            with contextlib.suppress(ModelError):
                 refinery = load_trained(spec, class_names=student.trained.class_names)
-                if refinery.digest() == wanted["weights"]:
+                if refinery.digest == wanted["weights"]:
                     whose = f"{refinery.name}, the refinery of run {student.name}, with the weights it had"
                     resolution = labels["resolution"]
-                    if not resolution and refinery.failure_at(student.rule.resolution):
+                    if not resolution and refinery.failure_at(student.resolution):
                         resolution = refinery.resolution
                     return Labelling(refinery, whose, student, bn=labels["bn"], resolution=resolution)
     first = subjects[0]
@@ -223,7 +223,7 @@ def _refineries(student: Subject, subjects: Sequence[Subject]) -> list[str]:
     specs = [str(subject.run.folder.absolute()) for subject in subjects]
     with contextlib.suppress(TrainError):
         asked = _config_of(student.run)["refinery"]
-        specs += [asked] if parse_spec(asked)[1] else []
+        specs += [] if names_network_alone(asked) else [asked]
     network = student.run.identity["refinery"]["network"]
     beside = [run for run in all_runs(student.run.folder.absolute().parent) if run.identity["model"] == network]
     return [*specs, *(str(run.folder) for run in beside if run.result)]

@@ -5,17 +5,16 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 
 from data.beton import Beton
-from data.convert import ConvertedSet
 from data.decoders import Request
-from train.config import PER_WORDS
+from data.sets import ConvertedSet
+from train.labels import described
 from train.report import analysis, figures
-from train.report.analysis import Accuracies, Labelling, Means, Subject
+from train.report.analysis import Accuracies, Compute, Labelling, Subject
 
 HEADS = ("run", "model", "labels from", "top-1", "top-5", "train top-1", "gap", "folder")
 _CROPS_OF_ONE = 6
@@ -38,15 +37,15 @@ figcaption { margin-top: 0.5rem; font-size: 0.9rem; overflow-wrap: anywhere; }
 
 
 @dataclass(frozen=True)
-class Material:
+class ReportData:
     """All that a report is made of.
 
-    found: of each subject. class_names: what readers call the classes of `data`. same_images: the runs were trained on
-    the very images of `data`. train, val: these images. seed: of the random crops.
+    accuracies: of each subject. class_names: what readers call the classes of `data`. same_images: the runs were
+    trained on the very images of `data`. train, val: these images. seed: of the random crops.
     """
 
     subjects: Sequence[Subject]
-    found: Sequence[Accuracies]
+    accuracies: Sequence[Accuracies]
     data: ConvertedSet
     class_names: Sequence[str]
     same_images: bool
@@ -54,7 +53,7 @@ class Material:
     val: Beton
     labelling: Labelling
     seed: int
-    means: Means
+    compute: Compute
 
     @property
     def names(self) -> list[str]:
@@ -62,7 +61,7 @@ class Material:
 
 
 @dataclass(frozen=True)
-class Plate:
+class Figure:
     """A figure on disk, what it shows, and the same for those who cannot see it."""
 
     path: Path
@@ -70,124 +69,115 @@ class Plate:
     alt: str
 
 
-def write(material: Material, seen: Sequence[int], unseen: Sequence[int], folder: Path) -> Path:
+def write(report: ReportData, seen: Sequence[int], unseen: Sequence[int], folder: Path) -> Path:
     """Draws the figures into the folder and writes report.html, which holds them too; returns its path.
 
     seen, unseen: indices of the training and validation images that are shown.
     """
     # A class may be called "$1 and $2", which is no formula.
     with matplotlib.rc_context({"text.parse_math": False}):
-        plates = [
-            _runs(material, folder / "figure-1.png"),
-            *_refined(material, seen[:2], folder),
-            _bins(material, folder / "figure-4.png"),
-            _distribution(material, "train", folder / "figure-5.png"),
-            _distribution(material, "val", folder / "figure-6.png"),
-            _training_crops(material, seen, folder / "figure-7.png"),
-            _validation_images(material, unseen, folder / "figure-8.png"),
+        drawn = [
+            _runs(report, folder / "figure-1.png"),
+            *_refined(report, seen[:2], folder),
+            _bins(report, folder / "figure-4.png"),
+            _distribution(report, "train", folder / "figure-5.png"),
+            _distribution(report, "val", folder / "figure-6.png"),
+            _training_crops(report, seen, folder / "figure-7.png"),
+            _validation_images(report, unseen, folder / "figure-8.png"),
         ]
     path = folder / "report.html"
-    path.write_text(_html(material, plates), encoding="utf-8")
+    path.write_text(_html(report, drawn), encoding="utf-8")
     return path
 
 
-def rows(material: Material) -> list[list[str]]:
+def rows(report: ReportData) -> list[list[str]]:
     """The table of the runs, below HEADS. Accuracies in percent; gap: training less validation top-1."""
     return [
         [
             str(number),
             subject.run.identity["model"],
-            _labels_of(subject.run.identity),
+            described(subject.run.identity),
             *(
                 f"{x:.2f}"
                 for x in (found.val.top1, found.val.top5, found.train.top1, found.train.top1 - found.val.top1)
             ),
             subject.run.folder.name,
         ]
-        for number, (subject, found) in enumerate(zip(material.subjects, material.found, strict=True), 1)
+        for number, (subject, found) in enumerate(zip(report.subjects, report.accuracies, strict=True), 1)
     ]
-
-
-def _labels_of(identity: dict[str, Any]) -> str:
-    labels, refinery = identity["labels"], identity["refinery"]
-    if refinery:
-        return refinery["network"] + PER_WORDS[labels["per"]]
-    if labels["taxonomy"]:
-        return "a taxonomy"
-    return "ground truth" + (f", smoothed by {labels['smoothing']:g}" if labels["smoothing"] else "")
 
 
 # ---- figures of accuracies
 
 
-def _runs(material: Material, path: Path) -> Plate:
-    train, val = [each.train.top1 for each in material.found], [each.val.top1 for each in material.found]
-    figures.by_run(material.names, train, val, path)
-    values = zip(material.names, train, val, strict=True)
-    return Plate(
+def _runs(report: ReportData, path: Path) -> Figure:
+    train, val = [each.train.top1 for each in report.accuracies], [each.val.top1 for each in report.accuracies]
+    figures.by_run(report.names, train, val, path)
+    values = zip(report.names, train, val, strict=True)
+    return Figure(
         path,
-        f"Top-1 accuracy on training crops and on validation images, run by run. {_counted(material, 'train', 'val')}",
+        f"Top-1 accuracy on training crops and on validation images, run by run. {_counted(report, 'train', 'val')}",
         "; ".join(
             f"{name}: {seen:.1f} % on training crops, {unseen:.1f} % in validation" for name, seen, unseen in values
         ),
     )
 
 
-def _bins(material: Material, path: Path) -> Plate:
-    bins = [analysis.binned(each) for each in material.found]
-    figures.by_training_accuracy(material.names, bins, path)
+def _bins(report: ReportData, path: Path) -> Figure:
+    bins = [analysis.binned(each) for each in report.accuracies]
+    figures.by_training_accuracy(report.names, bins, path)
     sizes = np.concatenate([each.sizes for each in bins]).tolist()
     ends = (
         f"{name}: {each.val[0]:.0f} % where training has {each.train[0]:.0f} %, to {each.val[-1]:.0f} % where it has "
         f"{each.train[-1]:.0f} %"
-        for name, each in zip(material.names, bins, strict=True)
+        for name, each in zip(report.names, bins, strict=True)
     )
-    return Plate(
+    return Figure(
         path,
-        f"Validation accuracy of classes that are about as accurate in training. The {_classes(material)} are sorted "
+        f"Validation accuracy of classes that are about as accurate in training. The {_classes(report)} are sorted "
         f"by each run's own accuracy on training crops and put into bins of {_span(sizes, 'class', 'classes')}. A "
         "point is the mean over a bin, its bar the standard deviation of the validation accuracies in it; on the "
-        f"dashed line both accuracies are equal. {_counted(material, 'train', 'val')}",
+        f"dashed line both accuracies are equal. {_counted(report, 'train', 'val')}",
         "A line for each run, validation accuracy over training accuracy. " + "; ".join(ends),
     )
 
 
-def _distribution(material: Material, split: str, path: Path) -> Plate:
+def _distribution(report: ReportData, split: str, path: Path) -> Figure:
     said = "accuracy on training crops" if split == "train" else "validation accuracy"
-    scores = [getattr(each, split) for each in material.found]
+    scores = [getattr(each, split) for each in report.accuracies]
     values = [accuracy[np.isfinite(accuracy)] for accuracy in map(analysis.of_classes, scores)]
-    figures.distributions(material.names, values, f"{said} of a class, %", path)
+    figures.distributions(report.names, values, f"{said} of a class, %", path)
     images = [count for count, _ in scores[0].per_class if count]
     quartiles = (
         f"{name}: lowest {each.min():.0f} %, median {np.median(each):.0f} %, highest {each.max():.0f} %"
-        for name, each in zip(material.names, values, strict=True)
+        for name, each in zip(report.names, values, strict=True)
     )
-    return Plate(
+    return Figure(
         path,
         f"How {said} is distributed over the {len(values[0]):,} classes: a dot is a class (of "
         f"{_span(images, 'image', 'images')}), a box the middle half with the median in it, a line "
-        f"reaches from the lowest to the highest, and a diamond is the mean. {_counted(material, split)}",
+        f"reaches from the lowest to the highest, and a diamond is the mean. {_counted(report, split)}",
         "Dots and a box for each run. " + "; ".join(quartiles),
     )
 
 
-def _counted(material: Material, *splits: str) -> str:
+def _counted(report: ReportData, *splits: str) -> str:
     """On what the accuracies of these splits were counted, and by which weights."""
     crops = {
-        "train": f"one random crop of each of {material.train.num_samples:,} training images (seed {material.seed}, "
+        "train": f"one random crop of each of {report.train.num_samples:,} training images (seed {report.seed}, "
         "epoch 0)",
-        "val": f"the central crop of each of {material.val.num_samples:,} validation images",
+        "val": f"the central crop of each of {report.val.num_samples:,} validation images",
     }
-    return f"{material.data.name}: {', '.join(crops[split] for split in splits)}. {_WEIGHTS}"
+    return f"{report.data.name}: {', '.join(crops[split] for split in splits)}. {_WEIGHTS}"
 
 
 _WEIGHTS = "Weights of each run's last epoch (last.pt), networks in evaluation mode."
 
 
-def _classes(material: Material) -> str:
-    scores = material.found[0]
+def _classes(report: ReportData) -> str:
+    scores = report.accuracies[0]
     both = zip(scores.train.per_class, scores.val.per_class, strict=True)
-    known, every = sum(bool(train[0] and val[0]) for train, val in both), len(material.data.class_names)
+    known, every = sum(bool(train[0] and val[0]) for train, val in both), len(report.data.class_names)
     return f"{known:,} classes" + (f" (of {every:,}) that have images of both kinds" if known < every else "")
 
 
@@ -200,94 +190,92 @@ def _span(counts: Sequence[int], one: str, many: str) -> str:
 # ---- figures of crops
 
 
-def _refined(material: Material, indices: Sequence[int], folder: Path) -> list[Plate]:
+def _refined(report: ReportData, indices: Sequence[int], folder: Path) -> list[Figure]:
     """Figures 2 and 3: an image each."""
     crops, labels = analysis.refinery_labels(
-        material.labelling,
-        material.train,
+        report.labelling,
+        report.train,
         indices,
-        seed=material.seed,
+        seed=report.seed,
         copies=_CROPS_OF_ONE,
-        names=material.class_names,
-        means=material.means,
+        names=report.class_names,
+        compute=report.compute,
     )
-    plates = []
+    drawn = []
     for place, index in enumerate(indices):
-        image, truth = analysis.picture(material.train, index), _class_of(material, material.train, index)
+        image, truth = analysis.picture(report.train, index), _class_of(report, report.train, index)
         boxes, flips = crops.boxes[place], crops.flips[place]
         cuts = [analysis.cut_out(image, box, flip) for box, flip in zip(boxes, flips, strict=True)]
         title = f"training image {index}: {truth}"
         path = folder / f"figure-{2 + place}.png"
         figures.crops_of_image(image, boxes, cuts, labels[place], title, path)
         statistics = (
-            f"of the batch, {material.labelling.batch} training crops, as in training"
-            if material.labelling.bn == "batch"
+            f"of the batch, {report.labelling.batch} training crops, as in training"
+            if report.labelling.bn == "batch"
             else "as they were when it was trained"
         )
         likeliest = (f"crop {number}: {label[0][0]}" for number, label in enumerate(labels[place], 1))
-        plates.append(
-            Plate(
+        drawn.append(
+            Figure(
                 path,
                 f"Labels of a refinery for {len(cuts)} random crops of one image: the three likeliest classes by "
-                f"{material.labelling.whose}; its batch normalisation by statistics {statistics}. "
-                f"{material.data.name}, training image {index}, which the set labels {truth}; crops of seed "
-                f"{material.seed}, epoch 0{', some mirrored' if flips.any() else ''}.",
+                f"{report.labelling.whose}; its batch normalisation by statistics {statistics}. "
+                f"{report.data.name}, training image {index}, which the set labels {truth}; crops of seed "
+                f"{report.seed}, epoch 0{', some mirrored' if flips.any() else ''}.",
                 f"Training image {index}, {truth}, with {len(cuts)} numbered boxes, and below it what they show. "
                 + "; ".join(likeliest),
             )
         )
-    return plates
+    return drawn
 
 
-def _training_crops(material: Material, indices: Sequence[int], path: Path) -> Plate:
-    crops = analysis.training_crops(material.train, indices, material.subjects[0].rule, seed=material.seed)
-    what = (
-        f"{_span([len(indices)], 'training image', 'training images')}, a random crop of each (seed {material.seed}, "
-    )
-    return _predicted(material, material.train, crops, f"{what}epoch 0)", "training image", path)
+def _training_crops(report: ReportData, indices: Sequence[int], path: Path) -> Figure:
+    crops = analysis.training_crops(report.train, indices, report.subjects[0].rule, seed=report.seed)
+    what = f"{_span([len(indices)], 'training image', 'training images')}, a random crop of each (seed {report.seed}, "
+    return _predicted(report, report.train, crops, f"{what}epoch 0)", "training image", path)
 
 
-def _validation_images(material: Material, indices: Sequence[int], path: Path) -> Plate:
-    crops = analysis.central_crops(material.val, indices, material.subjects[0].rule)
+def _validation_images(report: ReportData, indices: Sequence[int], path: Path) -> Figure:
+    crops = analysis.central_crops(report.val, indices, report.subjects[0].rule)
     what = f"{_span([len(indices)], 'validation image', 'validation images')}, the central crop of each"
-    return _predicted(material, material.val, crops, what, "validation image", path)
+    return _predicted(report, report.val, crops, what, "validation image", path)
 
 
-def _predicted(material: Material, beton: Beton, crops: Request, what: str, kind: str, path: Path) -> Plate:
+def _predicted(report: ReportData, beton: Beton, crops: Request, what: str, kind: str, path: Path) -> Figure:
     said = [
-        analysis.predictions(subject, beton, crops, names=material.class_names, means=material.means)
-        for subject in material.subjects
+        analysis.predictions(subject, beton, crops, names=report.class_names, compute=report.compute)
+        for subject in report.subjects
     ]
     examples = []
     for place, index in enumerate(crops.indices.tolist()):
-        truth = _class_of(material, beton, index)
+        truth = _class_of(report, beton, index)
         crop = analysis.cut_out(analysis.picture(beton, index), crops.boxes[place, 0], crops.flips[place, 0])
         examples.append(figures.Example(crop, f"{kind} {index}: {truth}", truth, [labels[place] for labels in said]))
-    figures.predictions(material.names, examples, path)
+    figures.predictions(report.names, examples, path)
     likeliest = (
         f"{example.title}: "
-        + ", ".join(f"{name} says {labels[0][0]}" for name, labels in zip(material.names, example.said, strict=True))
+        + ", ".join(f"{name} says {labels[0][0]}" for name, labels in zip(report.names, example.said, strict=True))
         for example in examples
     )
-    return Plate(
+    return Figure(
         path,
         f"The three likeliest classes by each run, with their probabilities; the image's own label is bold. "
-        f"{material.data.name}: {what}. {_WEIGHTS}",
+        f"{report.data.name}: {what}. {_WEIGHTS}",
         "; ".join(likeliest),
     )
 
 
-def _class_of(material: Material, beton: Beton, index: int) -> str:
-    return material.class_names[int(beton.labels[index])]
+def _class_of(report: ReportData, beton: Beton, index: int) -> str:
+    return report.class_names[int(beton.labels[index])]
 
 
 # ---- HTML
 
 
-def _html(material: Material, plates: Sequence[Plate]) -> str:
-    name = html.escape(material.data.name)
-    figures_of_page = "\n".join(map(_figure, plates))
-    note = "" if material.same_images else "<p>The runs were trained on other images of these classes.</p>\n"
+def _html(report: ReportData, drawn: Sequence[Figure]) -> str:
+    name = html.escape(report.data.name)
+    figures_of_page = "\n".join(map(_figure, drawn))
+    note = "" if report.same_images else "<p>The runs were trained on other images of these classes.</p>\n"
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -298,16 +286,16 @@ def _html(material: Material, plates: Sequence[Plate]) -> str:
 </head>
 <body>
 <main>
-<h1>{_span([len(material.subjects)], "run", "runs")} on {name}</h1>
+<h1>{_span([len(report.subjects)], "run", "runs")} on {name}</h1>
 <p>The analysis of Label Refinery (Bagherinezhad et al. 2018, section 4.1), with the paper's numbers of figures. A crop
 counts as right where the likeliest class is its image's.</p>
 {note}<div class="wide">
-{_table(HEADS, rows(material))}
+{_table(HEADS, rows(report))}
 </div>
-<p>Accuracies in percent. top-1, top-5: on the central crop of each of {material.val.num_samples:,} validation images.
-train top-1: on one random crop of each of {material.train.num_samples:,} training images (seed {material.seed}, epoch
+<p>Accuracies in percent. top-1, top-5: on the central crop of each of {report.val.num_samples:,} validation images.
+train top-1: on one random crop of each of {report.train.num_samples:,} training images (seed {report.seed}, epoch
 0: crops that no run was trained on), the network in evaluation mode. gap: train top-1 less top-1.
-{_rule(material)}.</p>
+{_rule(report)}.</p>
 {figures_of_page}
 </main>
 </body>
@@ -315,16 +303,16 @@ train top-1: on one random crop of each of {material.train.num_samples:,} traini
 """
 
 
-def _rule(material: Material) -> str:
-    rules = {subject.rule for subject in material.subjects}
+def _rule(report: ReportData) -> str:
+    rules = {(subject.resolution, subject.rule) for subject in report.subjects}
     if len(rules) > 1:
         return "Each run sees crops by its own rule; Figures 7 and 8 show them by that of the first"
-    (rule,) = rules
+    ((resolution, rule),) = rules
     low, high = (f"{100 * share:g}" for share in rule.scale)
     return (
         f"Validation crops are the central {100 * rule.center_ratio:.3g} %, training crops {low} to {high} % of the "
         f"area, aspect {rule.ratio[0]:.2f} to {rule.ratio[1]:.2f}{', half of them mirrored' if rule.flip else ''}; all "
-        f"at {rule.resolution} px"
+        f"at {resolution} px"
     )
 
 
@@ -340,12 +328,12 @@ def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return f"<table>\n<thead>{line('th', heads)}</thead>\n<tbody>\n{below}\n</tbody>\n</table>"
 
 
-def _figure(plate: Plate) -> str:
-    number = plate.path.stem.removeprefix("figure-")
-    image = base64.b64encode(plate.path.read_bytes()).decode()
+def _figure(figure: Figure) -> str:
+    number = figure.path.stem.removeprefix("figure-")
+    image = base64.b64encode(figure.path.read_bytes()).decode()
     return (
-        f'<figure id="{plate.path.stem}">\n'
-        f'<img alt="{html.escape(plate.alt)}" src="data:image/png;base64,{image}">\n'
-        f"<figcaption><b>Figure {number}.</b> {html.escape(plate.caption)}</figcaption>\n"
+        f'<figure id="{figure.path.stem}">\n'
+        f'<img alt="{html.escape(figure.alt)}" src="data:image/png;base64,{image}">\n'
+        f"<figcaption><b>Figure {number}.</b> {html.escape(figure.caption)}</figcaption>\n"
         "</figure>"
     )

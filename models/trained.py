@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,10 +11,10 @@ from torch import nn
 
 import models
 from kernels.normalise import Normalisation
+from models import ModelError
+from models.classes import by_id, class_columns
 from models.imagenet import class_ids
 from models.weights import count_outputs, load_into, load_weights
-from train import TrainError
-from train.classes import by_id, places_of
 
 # What takes the place of a file for the weights that a hub publishes.
 _PRETRAINED = "pretrained"
@@ -25,6 +26,7 @@ class Trained:
 
     file: None for weights that a hub published. class_names: of its outputs, in order.
     resolution, center_ratio: pixels a side it was trained at, and its validation crop; None where the file doesn't say.
+    generation: 0 where it learned from the ground truth, or where its file doesn't say; its refinery's + 1 otherwise.
     """
 
     network: nn.Module
@@ -34,12 +36,14 @@ class Trained:
     normalisation: Normalisation
     resolution: int | None = None
     center_ratio: float | None = None
+    generation: int = 0
 
     @property
-    def place(self) -> str:
+    def origin(self) -> str:
         """Where its weights come from, for messages."""
         return str(self.file) if self.file else f"{self.name}:{_PRETRAINED}"
 
+    @cached_property
     def digest(self) -> str:
         """SHA-256, in hex, of its file, or of its weights where there is none."""
         if self.file:
@@ -51,8 +55,8 @@ class Trained:
         return digest.hexdigest()
 
     def columns_of(self, class_names: Sequence[str]) -> list[int] | None:
-        """For each of these classes its place among the outputs; None where they are the network's own."""
-        return None if self.class_names == tuple(class_names) else places_of(self.class_names, class_names)
+        """For each of these classes the output that stands for it; None where they are the network's own."""
+        return None if self.class_names == tuple(class_names) else class_columns(self.class_names, class_names)
 
     @torch.inference_mode()
     def failure_at(self, resolution: int) -> str | None:
@@ -66,11 +70,11 @@ class Trained:
         return None
 
     def check_resolution(self, resolution: int) -> None:
-        """Raises TrainError unless the network takes crops of so many pixels a side."""
+        """Raises ModelError unless the network takes crops of so many pixels a side."""
         failure = self.failure_at(resolution) if resolution > 0 else "there is no such size"
         if failure:
-            raise TrainError(
-                f"{self.place}: {self.name} cannot take crops of {resolution} px ({failure}); give another resolution"
+            raise ModelError(
+                f"{self.origin}: {self.name} cannot take crops of {resolution} px ({failure}); give another resolution"
             )
 
 
@@ -95,6 +99,11 @@ def parse_spec(spec: str) -> tuple[str | None, str | None]:
     return None, spec
 
 
+def names_network_alone(spec: str) -> bool:
+    """Whether a network is named without saying which weights."""
+    return parse_spec(spec)[1] is None
+
+
 def load_trained(spec: str, *, class_names: Sequence[str] | None = None) -> Trained:
     """Loads a run folder (its last.pt), a checkpoint file of ours, NAME:FILE, or NAME:pretrained.
 
@@ -102,37 +111,45 @@ def load_trained(spec: str, *, class_names: Sequence[str] | None = None) -> Trai
     outputs as ImageNet has classes and these are some of ImageNet's, or not known; then its are ImageNet's, in the
     order of all published networks.
 
-    Raises TrainError for a path that is not there and ModelError for files that do not fit the network, and for
-    published weights that cannot be fetched.
+    Raises ModelError for a path that is not there, for files that do not fit the network, and for published weights
+    that cannot be fetched.
     """
-    name, place = parse_spec(spec)
-    if name and place == _PRETRAINED:
+    name, file = parse_spec(spec)
+    if name and file == _PRETRAINED:
         return _published(name)
-    path = Path(place or "")
+    path = Path(file or "")
     if path.is_dir():
         if not (path / "last.pt").is_file():
-            raise TrainError(f"{path}: no last.pt in it; is it the folder of a run?")
+            raise ModelError(f"{path}: no last.pt in it; is it the folder of a run?")
         path = path / "last.pt"
     if not path.is_file():
-        raise TrainError(f"{spec}: no such run folder or file, nor the name of a network ({', '.join(models.names())})")
+        raise ModelError(f"{spec}: no such run folder or file, nor the name of a network ({', '.join(models.names())})")
     weights = load_weights(path)
     described = weights.network
     if not described and not name:
-        raise TrainError(f"{path}: holds bare weights; name their network too, as in resnet50:{path}")
+        raise ModelError(f"{path}: holds bare weights; name their network too, as in resnet50:{path}")
     name = name or str(described["name"] if described else "")
     if described:
         names = tuple(described["class_names"])
     else:
         names = _classes_of_bare(count_outputs(weights, name=name), class_names)
         if not names:
-            raise TrainError(
+            raise ModelError(
                 f"{path}: holds bare weights without the names of classes; use a run folder or its checkpoint"
             )
     network = models.build(name, len(names))
     load_into(network, weights, name=name, strict_head=True)
     if described:
-        normalisation = (tuple(described["mean"]), tuple(described["std"]))
-        return Trained(network, name, path, names, normalisation, described["resolution"], described["center_ratio"])
+        return Trained(
+            network,
+            name,
+            path,
+            names,
+            normalisation=(tuple(described["mean"]), tuple(described["std"])),
+            resolution=described["resolution"],
+            center_ratio=described["center_ratio"],
+            generation=described.get("generation", 0),  # checkpoints of earlier versions don't say
+        )
     return Trained(network, name, path, names, models.normalisation(name))
 
 
@@ -140,7 +157,7 @@ def _published(name: str) -> Trained:
     known = models.published(name)
     names = class_ids(known.num_classes)
     if not names:
-        raise TrainError(
+        raise ModelError(
             f"{name}: its published weights are no classifier of ImageNet's classes; fine-tune it, or take another"
         )
     network = models.build(name, len(names), pretrained=True)

@@ -1,4 +1,4 @@
-"""What the thrift options of a refinery gain, and what they do to its labels.
+"""What cheaper ways to run a refinery gain, and what they do to its labels.
 
 For a trained refinery, on training crops of its data: running statistics in place of the batch's, fewer pixels, and
 several students from one pass.
@@ -14,20 +14,21 @@ import torch
 from torch.nn import functional as F
 
 import models
-from bench.pairs import described, on_device
+from bench.networks import student_of
+from bench.pair import Pair, on_device
 from bench.process import CallFailed, Process
 from bench.record import BATCH_TIME, DEVICE_MEMORY, MEMORY, Column, Record, Row, optional, rate_columns
 from bench.settings import Settings
 from bench.turns import Contender, Runner, Work, in_turns
+from command import UserError
 from data import DataError
-from data.convert import ConvertedSet, find_set
 from data.loader import CropBatch, Loader, open_loader
-from models import ModelError
+from data.sets import ConvertedSet, find_set
+from models.trained import Trained, load_trained
 from train import TrainError
-from train.device import prepare
+from train.device import set_tf32_and_allocator
 from train.labels.refinery import Refinery
-from train.step import Step, Student
-from train.trained import Trained, load_trained
+from train.step import Step
 
 # Batch normalisation, and the share of the crops' side. The first is what the others are compared with.
 _OPTIONS = (("batch", 1.0), ("running", 1.0), ("batch", 0.71), ("batch", 0.5), ("running", 0.71), ("running", 0.5))
@@ -48,19 +49,16 @@ def _opened(settings: Settings) -> tuple[Trained, ConvertedSet, int]:
     if not isinstance(data, ConvertedSet):
         raise DataError(f"DATA={settings.data or 'scenes'}: is not converted yet; make convert DATA=... OUT=...")
     trained = load_trained(settings.refinery, class_names=data.class_names)
-    return trained, data, trained.resolution or data.crop.resolution
+    return trained, data, trained.resolution or data.resolution
 
 
 def _loader(settings: Settings, data: ConvertedSet, resolution: int) -> Loader:
-    rule = data.crop
     return open_loader(
         data.beton("train"),
         resolution=resolution,
         batch_size=settings.batch,
         device=settings.device,
-        scale=rule.scale,
-        ratio=rule.ratio,
-        flip=rule.flip,
+        crop=data.crop,
     )
 
 
@@ -76,7 +74,7 @@ class Labelling(Runner):
     def __init__(self, settings: Settings, bn: str, share: float):
         self.device = settings.device
         self._settings = settings
-        prepare(torch.device(settings.device), settings.precision)
+        set_tf32_and_allocator(torch.device(settings.device), settings.precision)
         trained, data, resolution = _opened(settings)
         self._labels = _refinery(settings, trained, bn, _side(resolution, share))
         (self._batch,) = itertools.islice(_loader(settings, data, resolution).epoch(0), 1)
@@ -102,11 +100,12 @@ class Teaching(Runner):
     def __init__(self, settings: Settings, together: bool):
         self.device = settings.device
         self._settings = settings
-        prepare(torch.device(settings.device), settings.precision)
+        set_tf32_and_allocator(torch.device(settings.device), settings.precision)
         trained, data, resolution = _opened(settings)
         labels = _refinery(settings, trained, "batch", resolution)
-        name = settings.pairs[0][1]
-        students = [self._student(name, len(trained.class_names)) for _ in range(_STUDENTS)]
+        pair = Pair(*settings.pairs[0], settings)
+        classes = len(trained.class_names)
+        students = [student_of(pair, models.build(pair.student, classes)) for _ in range(_STUDENTS)]
         self._steps = [
             Step(
                 group,
@@ -120,12 +119,6 @@ class Teaching(Runner):
         ]
         (self._batch,) = itertools.islice(_loader(settings, data, resolution).epoch(0), 1)
 
-    def _student(self, name: str, classes: int) -> Student:
-        network = on_device(models.build(name, classes), self._settings)
-        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, fused=True)
-        scaler = torch.amp.GradScaler(self.device) if self._settings.autocast is torch.float16 else None
-        return Student(name, network, optimizer, models.normalisation(name), scaler)
-
     def run(self) -> Work:
         for _ in range(_AT_ONCE[self.device]):
             for step in self._steps:
@@ -138,11 +131,11 @@ def measure(settings: Settings) -> Record:
     try:
         trained, data, resolution = _opened(settings)
         rows, notes = _rows(settings, resolution), _notes(settings, trained, data, resolution)
-    except (DataError, ModelError, TrainError) as error:
+    except UserError as error:
         rows, notes = [{"name": "all options", "group": "", "unit": "images/s", "not_run": str(error)}], []
     return Record(
-        part="thrift",
-        settings=described(settings)
+        part="refinery_cost",
+        settings=settings.of_networks
         | {
             "refinery": Path(settings.refinery).name if settings.refinery else None,
             "data": settings.source,
@@ -175,7 +168,7 @@ def _rows(settings: Settings, resolution: int) -> list[Row]:
     ]
     rows: list[Row] = []
     for members in (labelling, teaching):
-        title = f"thrift, {members[0].row['group']}"
+        title = f"refinery cost, {members[0].row['group']}"
         found = in_turns(members, turns=settings.turns, seconds=settings.seconds, title=title)
         # The first of each is what the others are compared with.
         if "not_run" not in found[0]:
@@ -234,7 +227,7 @@ _reference: list[torch.Tensor] = []
 @torch.inference_mode()
 def _differences(settings: Settings, bn: str, share: float) -> dict[str, float]:
     """How the option's labels differ from those of the first call's: agreement 0 to 1, KL in nats."""
-    prepare(torch.device(settings.device), settings.precision)
+    set_tf32_and_allocator(torch.device(settings.device), settings.precision)
     trained, data, resolution = _opened(settings)
     labels = _refinery(settings, trained, bn, _side(resolution, share))
     first = not _reference

@@ -13,9 +13,9 @@ _NUMBERS = frozenset(map(str, range(1000)))
 
 
 def by_id(class_names: Sequence[str]) -> tuple[str, ...]:
-    """The names, but the WordNet ids for those of folders numbered 0 to 999, which is how ImageNetV2 names them.
+    """The names, except for folders numbered 0 to 999, as ImageNetV2 names them: of these the WordNet ids.
 
-    The numbers are the places of ImageNet's classes in their order (as text, 10 would come before 2).
+    The numbers are ImageNet's class ids (sorted as text, 10 would come before 2).
     """
     imagenet = class_ids() if set(class_names) == _NUMBERS else None
     return tuple(imagenet[int(name)] for name in class_names) if imagenet else tuple(class_names)
@@ -26,13 +26,16 @@ def are_imagenet(class_names: Sequence[str]) -> bool:
     return all(re.fullmatch(r"n\d{8}", name) for name in by_id(class_names))
 
 
-def places_of(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:
-    """For each of our classes its place among theirs, -1 for one that they lack."""
-    places = {name: place for place, name in enumerate(by_id(theirs))}
-    return [places.get(name, -1) for name in by_id(ours)]
+def class_columns(outputs: Sequence[str], class_names: Sequence[str]) -> list[int]:
+    """For each class, which of a network's outputs stands for it; -1 for a class that the network lacks.
+
+    outputs: the classes of the network's outputs, in their order.
+    """
+    columns = {name: column for column, name in enumerate(by_id(outputs))}
+    return [columns.get(name, -1) for name in by_id(class_names)]
 
 
-def lacking(places: Sequence[int], class_names: Sequence[str]) -> str:
-    """Names the first few of the classes whose place is -1."""
-    names = [name for name, place in zip(class_names, places, strict=True) if place < 0]
+def lacking(columns: Sequence[int], class_names: Sequence[str]) -> str:
+    """Names the first few of the classes whose column is -1."""
+    names = [name for name, column in zip(class_names, columns, strict=True) if column < 0]
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

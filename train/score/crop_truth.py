@@ -8,7 +8,7 @@ import torch
 from data import scenes
 from data.loader import Loader
 from data.progress import images_bar
-from train.labels import LabelSource
+from train.labels.source import LabelSource
 
 
 @torch.inference_mode()

@@ -42,7 +42,7 @@ class _Buffers:
         return torch.from_numpy(self._buffers[-1]).view(shape)
 
 
-class Ahead:
+class Prefetcher:
     """Fills batches by `fill(request, first, last, outs)` on `threads` threads.
 
     fill makes the crops of images first..last-1 of the request, outside the interpreter lock for most of its time:

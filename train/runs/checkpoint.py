@@ -28,10 +28,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
         raise TrainError(f"{path}: the checkpoint could not be written ({reason}); the one before is kept") from None
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint of ours. Raises TrainError where it is damaged."""
+def load(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint of ours; mapped: each tensor only when it is used. Raises TrainError where it is damaged."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         assert state["format"] == CHECKPOINT_FORMAT
     except Exception as error:
         raise TrainError(
@@ -40,11 +40,12 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def place_of(path: Path) -> tuple[int, int]:
+def position(path: Path) -> tuple[int, int]:
     """Epochs done and steps done in the next one, of the run whose checkpoint this is; (0, 0) where there is none."""
     if not path.is_file():
         return 0, 0
-    progress = load(path)["progress"]
+    # Mapped: of the tensors nothing is read.
+    progress = load(path, mapped=True)["progress"]
     return progress["epoch"], progress["step"]
 
 

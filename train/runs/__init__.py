@@ -1,8 +1,4 @@
-"""Run folders: their names, what is in them, and a table across them.
-
-python -m train.runs
-make runs
-"""
+"""What a run keeps on disk: its folder's name, who it is, what came out, and how runs are found again."""
 
 import hashlib
 import json
@@ -11,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.command import run_command
+from data.plan import seed_of_generation
 from train import TrainError
 
 
@@ -26,6 +22,13 @@ class Run:
     @property
     def weights(self) -> Path:
         return self.folder / "last.pt"
+
+    @property
+    def crop_seed(self) -> int:
+        """The seed that its training crops were drawn with (data.plan)."""
+        # A run of an earlier version drew them with the user's seed itself.
+        seed, generation = self.identity["seed"], self.identity.get("generation")
+        return seed if generation is None else seed_of_generation(seed, generation)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -53,9 +56,23 @@ def read_run(folder: Path) -> Run | None:
     try:
         if not path.is_file():
             return None
-        return Run(folder, json.loads(path.read_text()), json.loads(result.read_text()) if result.is_file() else None)
-    except (OSError, json.JSONDecodeError) as error:
+        identity = _as_written_now(json.loads(path.read_text()))
+        return Run(folder, identity, json.loads(result.read_text()) if result.is_file() else None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainError(f"{folder}: a damaged run ({error}); remove the folder to start again") from None
+
+
+def _as_written_now(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a run of an earlier version, which named no kind of labels, in the form of this one.
+
+    It still lacks the generation, and so is that of no run made now, whose crops are others.
+    """
+    labels = identity["labels"]
+    if "kind" not in labels:
+        kind = "taxonomy" if labels["taxonomy"] else "refinery" if identity["refinery"] else "ground_truth"
+        identity["labels"] = labels | {"kind": "category" if labels["per"] == "category" else kind}
+        identity["crop"] = {name: value for name, value in identity["crop"].items() if name != "resolution"}
+    return identity
 
 
 def all_runs(root: Path) -> Iterator[Run]:
@@ -70,7 +87,7 @@ def finished_refinery(root: Path, wanted: dict[str, Any]) -> Run | None:
     """A finished run that can be the refinery whose own training would have the identity `wanted`, or None.
 
     The very run if it is there, else the most accurate one of the same network on the same data, crops and
-    resolution, trained on ground truth in any way (another seed, recipe or length, pre-trained or not).
+    resolution, trained on the same kind of labels in any way (another seed, recipe or length, pre-trained or not).
     """
     same = ("data", "model", "resolution", "crop", "refinery")
     candidates = [
@@ -78,7 +95,7 @@ def finished_refinery(root: Path, wanted: dict[str, Any]) -> Run | None:
         for run in all_runs(root)
         if run.result
         and all(run.identity[key] == wanted[key] for key in same)
-        and not run.identity["labels"]["taxonomy"]
+        and run.identity["labels"]["kind"] == wanted["labels"]["kind"]
     ]
     for run in candidates:
         if run.identity == wanted:
@@ -92,61 +109,8 @@ def progress_of(run: Run) -> str:
     return f"epoch {len(run.metrics)} of {run.identity['epochs']}"
 
 
-def table(folder: str = "runs") -> None:
-    """Prints a table of all runs in a folder and below.
-
-    Args:
-        folder: where runs lie
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise TrainError(f"{folder}: no such folder; no run has been made here yet")
-    rows = [
-        (
-            "data",
-            "model",
-            "refinery",
-            "px",
-            "epochs",
-            "seed",
-            "top-1",
-            "top-5",
-            "images/s",
-            "minutes",
-            "state",
-            "run",
-        )
-    ]
-    for run in all_runs(root):
-        identity, result = run.identity, run.result or {}
-        refinery = identity["refinery"]
-        rows.append(
-            (
-                identity["data"]["name"],
-                identity["model"],
-                refinery["network"] if refinery else "-",
-                str(identity["resolution"]),
-                str(identity["epochs"]),
-                str(identity["seed"]),
-                f"{result['top1']:.2f}" if result else "",
-                f"{result['top5']:.2f}" if result else "",
-                f"{result['images_per_second_per_device']:.0f}" if result else "",
-                f"{result['seconds'] / 60:.1f}" if result else "",
-                progress_of(run),
-                str(run.folder),
-            )
-        )
-    if len(rows) == 1:
-        raise TrainError(f"{folder}: no runs in it yet")
-    print(table_text(rows), end="")
-
-
 def table_text(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    run_command(table, prog="python -m train.runs", errors=(TrainError,))

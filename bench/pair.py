@@ -1,0 +1,99 @@
+"""A refinery and a student as the bench runs them, and what they run on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+from bench.settings import Settings
+from bench.turns import Contender, Runner
+from data.loader import CropBatch
+from train.labels.refinery import Refinery
+
+CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A refinery and a student, by name, and how they are to run."""
+
+    refinery: str
+    student: str
+    settings: Settings
+
+    def __str__(self) -> str:
+        return f"{self.refinery} → {self.student}"
+
+    def why_not(self) -> str:
+        """Why the networks cannot take crops of this resolution, or ""."""
+        try:
+            for name in (self.refinery, self.student):
+                models.check_resolution(name, self.settings.resolution)
+        except models.ModelError as error:
+            return str(error)
+        return ""
+
+    def flops(self) -> tuple[float, float]:
+        """Operations of an image in products and convolutions: refinery forward; student forward and backward.
+
+        Zeros where the networks cannot take the crops.
+        """
+        if self.why_not():
+            return 0.0, 0.0
+        return self._flops(self.refinery, backward=False), self._flops(self.student, backward=True)
+
+    def _flops(self, name: str, *, backward: bool) -> float:
+        images, side = 2, self.settings.resolution  # batch normalisation in training refuses a single value a channel
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            logits = models.build(name, CLASSES)(torch.empty(images, 3, side, side))
+            if backward:
+                logits.sum().backward()
+        return counter.get_total_flops() / images
+
+    def contender(self, name: str, build: Callable[["Pair"], Runner], flops: float | None = None) -> Contender:
+        """One of the pair's; build takes the pair. flops: an image's, of its matrix products and convolutions."""
+        row = {
+            "name": name,
+            "group": str(self),
+            "unit": "images/s",
+            "batch": self.settings.batch,
+            "flops": flops,
+        }
+        return Contender(partial(build, self), row, self.why_not())
+
+
+def crops(settings: Settings) -> Tensor:
+    """Random pixels: uint8 [batch, 3, resolution, resolution], channels-last, on the device."""
+    shape = (settings.batch, settings.resolution, settings.resolution, 3)
+    return torch.randint(256, shape, dtype=torch.uint8, device=settings.device).permute(0, 3, 1, 2)
+
+
+def batch(settings: Settings) -> CropBatch:
+    """A batch that lies ready."""
+    ids = torch.arange(settings.batch, device=settings.device)
+    boxes = torch.zeros(settings.batch, 4, dtype=torch.int32, device=settings.device)
+    return CropBatch(
+        crops=crops(settings),
+        labels=ids % CLASSES,
+        indices=ids,
+        copies=torch.zeros_like(ids),
+        epoch=0,
+        boxes=boxes,
+        sizes=boxes[:, 2:],
+        flips=boxes[:, 0].bool(),
+    )
+
+
+def refinery(pair: Pair, network: nn.Module) -> Refinery:
+    """The network as label source, with batch statistics, on the device."""
+    dtype = pair.settings.autocast or torch.float32
+    return on_device(Refinery(network, models.normalisation(pair.refinery), dtype=dtype), pair.settings)
+
+
+def on_device(module: Any, settings: Settings) -> Any:
+    return module.to(settings.device).to(memory_format=torch.channels_last)

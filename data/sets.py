@@ -1,0 +1,143 @@
+"""Converted sets as they lie on disk: what is in one, and which one belongs to what the user gave as DATA.
+
+A converted set is a folder: `train.beton` and `val.beton` (baseline 4:2:0 JPEGs with a restart grid, see data/tiles.py,
+or raw pixels), `set.json` (class names in order, resolution and crop rule, how it was made), `rejects.txt` (what could
+not be read).
+"""
+
+import contextlib
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data import DataError, archives
+from data.beton import Beton
+from data.plan import CropRule
+from data.sources import Source, open_source
+
+_FORMAT = 3
+# Of this one, the resolution is part of the crop rule.
+_OLDER_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class ConvertedSet:
+    """A converted set on disk, as `set.json` describes it.
+
+    folder holds `train.beton` and `val.beton`. name: of what it was made from (`scenes`, a set's name or a folder's).
+    resolution: pixels a side of the crops that fit it.
+    """
+
+    folder: Path
+    name: str
+    class_names: tuple[str, ...]
+    resolution: int
+    crop: CropRule
+    source_fingerprint: str
+    made: dict[str, Any]
+
+    def beton(self, split: str) -> Path:
+        return self.folder / f"{split}.beton"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the stored images and labels of both splits."""
+        both = "".join(Beton(self.beton(split)).fingerprint for split in ("train", "val"))
+        return hashlib.sha256(both.encode()).hexdigest()
+
+    def write(self) -> None:
+        """Writes set.json into the folder."""
+        described = {
+            "format": _FORMAT,
+            "name": self.name,
+            "class_names": self.class_names,
+            "resolution": self.resolution,
+            "crop": asdict(self.crop),
+            "source_fingerprint": self.source_fingerprint,
+            "made": self.made,
+        }
+        (self.folder / "set.json").write_text(json.dumps(described, indent=1) + "\n")
+
+
+def open_set(folder: str | Path) -> ConvertedSet:
+    """Reads the `set.json` of a converted set. Raises DataError where it is missing or damaged."""
+    folder = Path(folder)
+    path = folder / "set.json"
+    try:
+        described = json.loads(path.read_text())
+        if described["format"] not in (_FORMAT, _OLDER_FORMAT):
+            raise DataError(f"{path}: written by another version; convert the set again")
+        crop = described["crop"] | {key: tuple(described["crop"][key]) for key in ("scale", "ratio")}
+        resolution = crop.pop("resolution") if described["format"] == _OLDER_FORMAT else described["resolution"]
+        return ConvertedSet(
+            folder=folder,
+            name=described["name"],
+            class_names=tuple(described["class_names"]),
+            resolution=resolution,
+            crop=CropRule(**crop),
+            source_fingerprint=described["source_fingerprint"],
+            made=described["made"],
+        )
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); is {folder} a converted set?") from None
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: damaged; convert the set again") from None
+
+
+def is_converted(data: str | Path) -> bool:
+    return (Path(data) / "set.json").is_file()
+
+
+@dataclass(frozen=True)
+class Unconverted:
+    """A source that has no converted set yet, or one that no longer fits; data.convert makes it at `folder`."""
+
+    source: Source
+    folder: Path
+    stale: bool
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+
+def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Unconverted:
+    """The set for what the user gave as DATA: a converted set, or one converted earlier below `cache`, or still to be.
+
+    Quick: nothing is decoded. Raises DataError as open_source and open_set do.
+    """
+    if is_converted(data):
+        return open_set(data)
+    path = Path(data)
+    if path.is_file():
+        # Asked before the archive is opened: a compressed tar would be unpacked for that.
+        folder = _cache_folder(cache, archives.archive_name(path), str(path.resolve()))
+        converted = _still_fitting(folder, archives.fingerprint(path))
+        if converted:
+            return converted
+    source = open_source(data)
+    folder = _cache_folder(cache, source.name, data if source.crop else str(path.resolve()))
+    converted = _still_fitting(folder, source.fingerprint, source)
+    return converted or Unconverted(source, folder, stale=folder.exists())
+
+
+def _cache_folder(cache: str | Path, name: str, location: str) -> Path:
+    return Path(cache) / f"{name}-{hashlib.sha256(location.encode(errors='surrogateescape')).hexdigest()[:8]}"
+
+
+def _still_fitting(folder: Path, fingerprint: str, source: Source | None = None) -> ConvertedSet | None:
+    """The set converted earlier, unless its images or the source's crops have changed, or it is damaged."""
+    if not is_converted(folder):
+        return None
+    with contextlib.suppress(DataError):
+        converted = open_set(folder)
+        crops = (converted.resolution, converted.crop)
+        same_crops = source is None or source.crop is None or (source.resolution, source.crop) == crops
+        if converted.source_fingerprint == fingerprint and same_crops:
+            return converted
+    return None

@@ -1,0 +1,138 @@
+"""What every kind of label is: a `Labels` before the run, which opens a `LabelSource` for its steps.
+
+A label source works in two halves. `fetch` runs on the loader's side, on the host, and looks things up in files;
+`forward` runs on the device, inside the compiled graph, and makes the targets of a batch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from data.loader import CropBatch, Pairing
+from kernels.refinery_loss import probabilities_loss, refinery_loss, sparse_loss
+
+if TYPE_CHECKING:
+    from train.config import Config
+    from train.job import Job
+
+
+@dataclass
+class Targets:
+    """What the student is to say about each crop, in one of four forms.
+
+    ids: class ids int64 [B]. logits: a refinery's logits [B, C]. probabilities: [B, C], rows sum to 1.
+    sparse: (classes int64 [B, K], their probabilities [B, K], what each of the other classes gets [B]).
+    """
+
+    ids: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    probabilities: torch.Tensor | None = None
+    sparse: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def classes(self) -> torch.Tensor:
+        """The likeliest class of each crop: int64 [B]."""
+        if self.ids is not None:
+            return self.ids
+        if self.sparse is not None:
+            classes, values, _ = self.sparse
+            return classes.gather(1, values.argmax(dim=1, keepdim=True))[:, 0]
+        scores = self.logits if self.logits is not None else self.probabilities
+        assert scores is not None
+        return scores.argmax(dim=1)
+
+    def loss(self, student: torch.Tensor, *, kind: str = "soft", temperature: float = 1.0) -> torch.Tensor:
+        """Each crop's loss, float32 [B]. student: logits [B, C]. kind, temperature: see kernels.refinery_loss.
+
+        Class ids are learned by cross-entropy, whatever the kind.
+        """
+        if self.ids is not None:
+            return F.cross_entropy(student.float(), self.ids, reduction="none")
+        if self.logits is not None:
+            return refinery_loss(student, self.logits, kind=kind, temperature=temperature)
+        if self.sparse is not None:
+            return sparse_loss(student, *self.sparse, kind=kind, temperature=temperature)
+        assert self.probabilities is not None
+        return probabilities_loss(student, self.probabilities, kind=kind, temperature=temperature)
+
+
+class LabelSource(nn.Module):
+    """Makes the targets of a step: overrides forward, and fetch where labels lie in files.
+
+    pairings: further crops of each image that forward needs.
+    """
+
+    pairings: tuple[Pairing, ...] = ()
+
+    def fetch(self, indices: NDArray[np.int64], copies: NDArray[np.int64], epoch: int) -> Any:
+        """Host tensors for these crops (indices and copies int64 [B]), or None where nothing is looked up."""
+        return None
+
+    def forward(self, batch: CropBatch) -> Targets:
+        raise NotImplementedError
+
+
+class Labels(ABC):
+    """One kind of label of a run: its options and their checks, its part of the run's identity, its description.
+
+    The class answers for the kind, an object for what `find` found. To add a kind, write its file with a subclass, and
+    name that in train/labels/__init__.py.
+
+    options: the options of Config that have a meaning with this kind, by their dotted names. elsewhere: what is said of
+    one of them, behind its name, when it is given with a kind that lacks it.
+    """
+
+    options: ClassVar[tuple[str, ...]]
+    elsewhere: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def asked(cls, config: "Config") -> bool:
+        """Whether the configuration asks for this kind."""
+
+    @classmethod
+    @abstractmethod
+    def check(cls, config: "Config") -> None:
+        """Raises TrainError for options that have no meaning, or none together. Nothing is read."""
+
+    @classmethod
+    @abstractmethod
+    def find(cls, config: "Config", class_names: Sequence[str]) -> "Labels":
+        """Reads what the labels come from, for data of these classes: quick, before the data are converted.
+
+        Raises TrainError or ModelError for what cannot label these classes.
+        """
+
+    @classmethod
+    @abstractmethod
+    def described(cls, identity: dict[str, Any]) -> str:
+        """Where the labels of a run came from, in a few words, from the run's identity."""
+
+    @property
+    def generation(self) -> int:
+        """0 for labels that no network gave, else one more than that of the network that gave them."""
+        return 0
+
+    @property
+    def refinery(self) -> dict[str, str] | None:
+        """network, weights (a digest): the network that gave the labels, for the run's identity; None without one."""
+        return None
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What else of the labels decides the weights that a run ends with, as JSON takes it."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What the labels are, in one line, as a run that begins prints it."""
+
+    @abstractmethod
+    def open(self, job: "Job") -> LabelSource:
+        """The source that labels the crops of this run; slow where much has to be computed first."""

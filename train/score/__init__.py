@@ -1,0 +1,101 @@
+"""How accurate a network is: top-1, top-5 and the accuracy of each class; beside it the other kinds of accuracy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from data.loader import Loader, open_loader
+from data.originals import Originals
+from data.plan import CropRule
+from data.progress import images_bar
+from data.sets import ConvertedSet
+from kernels.normalise import Normalisation, Normalise
+from train import TrainError
+
+
+@dataclass
+class Scores:
+    """Accuracies in percent. per_class: for each class, its images and its top-1 (None where it has no images).
+
+    predicted: int64 [images of the set], the likeliest class of each; -1 for one that could not be read.
+    """
+
+    top1: float
+    top5: float
+    images: int
+    per_class: list[tuple[int, float | None]]
+    predicted: torch.Tensor
+
+
+@torch.inference_mode()
+def score(
+    network: nn.Module,
+    loader: Loader | Originals,
+    normalisation: Normalisation,
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    columns: Sequence[int] | None = None,
+) -> Scores:
+    """Runs the network over the loader's images, in evaluation mode.
+
+    columns: for each class of the loader the network's output that stands for it, or -1 where the network lacks it;
+    None where the two are the same. The network chooses among the loader's classes alone, and images of classes that
+    it lacks are not scored. Raises TrainError where no image is left.
+    """
+    network.eval()
+    normalise = Normalise(normalisation).to(device)
+    num_classes = loader.num_classes
+    known = torch.tensor(range(num_classes) if columns is None else columns)
+    # The loader's classes to choose from, and the outputs that stand for them.
+    choices = (known >= 0).nonzero()[:, 0].to(device)
+    outputs = known.to(device)[choices]
+    # Rows: images of each class, those right at first, those right within five.
+    counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
+    predicted = torch.full((loader.num_samples,), -1, dtype=torch.int64, device=device)
+    with images_bar(loader.num_samples, "score", leave=False) as bar:
+        for batch in loader.epoch(0):
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                logits = network(normalise(batch.crops)).float()
+            likeliest = choices[logits[:, outputs].topk(min(5, len(choices)), dim=1).indices]
+            predicted[batch.indices] = likeliest[:, 0]
+            hits = likeliest == batch.labels[:, None]
+            for row, weights in enumerate((torch.isin(batch.labels, choices), hits[:, 0], hits.any(dim=1))):
+                counts[row].scatter_add_(0, batch.labels, weights.long())
+            bar.update(len(batch.labels))
+    images, first, within5 = counts.cpu().tolist()
+    total = sum(images)
+    if not total:
+        raise TrainError("there is no image to score: none could be read that is of a class of the network")
+    return Scores(
+        top1=100 * sum(first) / total,
+        top5=100 * sum(within5) / total,
+        images=total,
+        per_class=[(n, 100 * right / n if n else None) for n, right in zip(images, first, strict=True)],
+        predicted=predicted.cpu(),
+    )
+
+
+def validation_loader(
+    data: ConvertedSet,
+    *,
+    resolution: int,
+    crop: CropRule,
+    batch: int,
+    decoder: str,
+    device: torch.device,
+    threads: int | None,
+) -> Loader:
+    """The validation images of a set, each once."""
+    return open_loader(
+        data.beton("val"),
+        resolution=resolution,
+        batch_size=batch,
+        decoder=decoder,
+        train=False,
+        device=device,
+        threads=threads,
+        crop=crop,
+    )

@@ -1,0 +1,108 @@
+"""The main job: the refinery found or trained first, then the students.
+
+python -m train --model mobilenet --refinery resnet50
+make train MODEL=mobilenet REFINERY=resnet50
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from data.sources import scenes_fingerprint
+from train import TrainError
+from train.announce import announce, report
+from train.config import Config, command_to_continue
+from train.interrupt import Interrupted
+from train.job import Job, check, find_labels, needs_refinery, resolve
+from train.loop import Trainer
+from train.runs import Run, checkpoint, finished_refinery
+from train.score.crop_truth import label_quality
+
+# What networks that train together need not share.
+_OWN = ("model", "optimizer", "schedule")
+
+
+def train(config: Config) -> list[Run]:
+    """Trains what the configuration asks for, unless it is finished already, its refinery first where that is missing.
+
+    Several networks in `config.model` train together, and each run ends as if it had been alone (except for the random
+    numbers of dropout, which they share). Returns a run for each, in their order.
+    Raises DataError, ModelError or TrainError for bad input, as far as possible before anything slow begins.
+    """
+    configs = _one_each(config)
+    if needs_refinery(config):
+        refinery = config.as_refinery(str(config.refinery))
+        data, (ground_truth,) = check([refinery, *configs])
+        run = _refinery_run(resolve(refinery, data, ground_truth))
+        configs = [each.replace({"refinery": str(run.folder)}) for each in configs]
+        labels = find_labels(configs, data.class_names)
+    else:
+        data, labels = check(configs)
+    return _train_jobs([resolve(each, data, its) for each, its in zip(configs, labels, strict=True)])
+
+
+def _one_each(config: Config) -> list[Config]:
+    """The configuration of each network that `config.model` names; a recipe may say other things of each.
+
+    Where it says what they must share to train together, a notice is printed that they train apart.
+    """
+    names = config.model.split()
+    if len(names) == 1:
+        return [config]
+    if not names or len(set(names)) < len(names):
+        raise TrainError(f"model={config.model}: name each network once")
+    if config.out:
+        raise TrainError(f"out={config.out}: is the folder of one run; leave it out to train {len(names)} networks")
+    first, *others = configs = [config.replace({"model": name}) for name in names]
+    for other in others:
+        ours, theirs = asdict(first), asdict(other)
+        for key in [key for key, value in theirs.items() if value != ours[key] and key not in _OWN]:
+            print(
+                f"{key}: {first.model} takes {ours[key]} and {other.model} {theirs[key]} from recipe "
+                f"{config.recipe}, so they train apart; one --{key} for all lets them share the refinery's labels",
+                flush=True,
+            )
+    return configs
+
+
+def _refinery_run(job: Job) -> Run:
+    """The finished run that serves as refinery: one that is there, or a new one on ground truth."""
+    model, data = job.config.model, job.data.name
+    run = finished_refinery(Path(job.config.runs), job.identity)
+    if run and run.result:
+        print(f"refinery: {run.folder}, top-1 {run.result['top1']:.2f} %, is finished and used as it is", flush=True)
+        return run
+    print(f"refinery: {model} has no finished run on {data} at {job.resolution} px; trained first", flush=True)
+    (run,) = _train_jobs([job])
+    print(flush=True)
+    return run
+
+
+def _train_jobs(jobs: Sequence[Job]) -> list[Run]:
+    """Trains networks in their run folders, or continues them, or finds them finished; returns their runs in order."""
+    runs: dict[str, Run] = {}
+    unfinished: dict[object, list[Job]] = {}
+    for job in jobs:
+        run = job.run()
+        if run and run.result:
+            top1, top5 = run.result["top1"], run.result["top5"]
+            print(f"{run.folder} is finished: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
+            runs[job.config.model] = run
+        else:
+            # Those that stand elsewhere (one was begun alone, say) cannot share their steps, nor those of other crops.
+            reached = checkpoint.position(run.weights) if run else (0, 0)
+            shared = str([value for key, value in asdict(job.config).items() if key not in _OWN])
+            unfinished.setdefault((reached, shared), []).append(job)
+    for together in unfinished.values():
+        trainer = Trainer(together)
+        announce(trainer)
+        for student, result in zip(trainer.students, trainer.run(), strict=True):
+            if student.job.data.source_fingerprint == scenes_fingerprint():
+                result["crop_labels"] = label_quality(
+                    trainer.loader, trainer.labels, device=student.job.device, autocast=student.job.autocast
+                )
+            runs[student.name] = student.record.finish(result)
+            report(result, student.job)
+        if trainer.stopped:
+            raise Interrupted(f"stopped after a finished run; to go on, type again:\n  {command_to_continue()}")
+    return [runs[job.config.model] for job in jobs]

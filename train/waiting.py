@@ -1,0 +1,43 @@
+"""How long the device of a training waits for its data."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Waiting:
+    """Adds up the time in which the device had nothing to do because the next batch was not there yet.
+
+    On a CPU that is the host's time. On a GPU, which works on while the host fetches, it is the time between two events
+    of its stream: the end of a step's work, and the moment from which the next batch can be used.
+    """
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Around the fetching of a batch. Nothing in it waits for the device."""
+        if self._on_gpu:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            yield
+            after.record()
+            self._events.append((before, after))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+
+    def taken(self) -> float:
+        """The seconds since this was last asked for. On a GPU, which is to have ended its work, it waits for that."""
+        for before, after in self._events:
+            after.synchronize()
+            self._seconds += before.elapsed_time(after) / 1000
+        seconds, self._seconds = self._seconds, 0.0
+        self._events.clear()
+        return seconds
