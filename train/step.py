@@ -26,7 +26,7 @@ def forget_compiled_steps(shapes: int) -> None:
     refinery that is trained first would use them up for the trainings that follow.
     """
     torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shapes + 1)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shapes)
 
 
 class Step:
@@ -107,7 +107,7 @@ class Step:
         except Exception as error:  # a compiler fails in as many ways as it has parts
             if is_out_of_memory(error):
                 raise
-            failure = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            failure = _reason(error)
         if self._strict:
             raise TrainError(f"compile=always: the step cannot be compiled ({failure}); try --compile never")
         print(f"the step cannot be compiled and runs uncompiled ({failure})", flush=True)
@@ -141,6 +141,12 @@ def correct(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, t
     """How many crops have their class first, and among the first five (or all, of fewer). Two int64 scalars."""
     first = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return first[:, 0].sum(), first.sum()
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says what went wrong; a compiler's first one may only say which part of it failed."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,20 @@ def test_the_set_describes_itself(converted):
     assert again.class_names == ("class0", "class1", "class2")
     assert again.resolution == 64
     assert again.made["rejects"] == 0
+
+
+def test_a_set_of_the_format_before_opens(converted, tmp_path):
+    """There, the resolution was a part of the crop rule."""
+    shutil.copytree(converted.folder, tmp_path / "set")
+    described = json.loads((tmp_path / "set" / "set.json").read_text())
+    described["crop"]["resolution"] = described.pop("resolution")
+    (tmp_path / "set" / "set.json").write_text(json.dumps(described | {"format": 2}))
+    before = open_set(tmp_path / "set")
+    assert (before.resolution, before.crop) == (converted.resolution, converted.crop)
+    assert before.fingerprint == converted.fingerprint
+    (tmp_path / "set" / "set.json").write_text(json.dumps(described | {"format": 1}))
+    with pytest.raises(DataError, match="written by another version; convert the set again"):
+        open_set(tmp_path / "set")
 
 
 def test_same_input_same_bytes(image_folder, converted, tmp_path):

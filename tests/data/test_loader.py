@@ -1,5 +1,6 @@
 """The loader: steps, shards, restarts, copies, pairings and look-ups."""
 
+import inspect
 import itertools
 
 import numpy as np
@@ -14,6 +15,19 @@ from data.plan import CropRule
 def loader_of(converted, split="train", **options):
     options = {"resolution": 32, "batch_size": 8, "threads": 2, "decoder": "ffcv"} | options
     return open_loader(converted.beton(split), **options)
+
+
+def test_its_options_are_those_that_other_programs_give():
+    options = list(inspect.signature(open_loader).parameters.values())
+    assert [option.name for option in options] == [
+        *("beton_path", "resolution", "batch_size", "decoder", "train", "seed", "device", "copies", "rank", "world"),
+        *("threads", "crop", "order", "drop_last", "paired", "fetch"),
+    ]
+    assert all(option.kind is option.KEYWORD_ONLY for option in options[1:])
+    assert {option.name: option.default for option in options[3:]} == {
+        **{"decoder": "auto", "train": True, "seed": 0, "device": "cpu", "copies": 1, "rank": 0, "world": 1},
+        **{"threads": None, "crop": CropRule(), "order": "random", "drop_last": None, "paired": (), "fetch": None},
+    }
 
 
 def test_describes_the_set(converted):

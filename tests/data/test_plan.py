@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from data.plan import center_boxes, epoch_order, random_boxes
+from data.plan import CropRule, center_boxes, epoch_order, random_boxes, seed_of_generation
 
 keys = st.integers(min_value=-(2**63), max_value=2**63 - 1)
 sizes_of = st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 4000)), min_size=1, max_size=40)
@@ -153,3 +153,29 @@ def test_a_whole_epoch_of_imagenet_is_planned_quickly():
     started = time.process_time()
     random_boxes(np.arange(n), sizes, seed=0, epoch=0)
     assert time.process_time() - started < 2.0
+
+
+def test_a_crop_rule_is_the_plan_with_its_numbers():
+    sizes, images = np.random.default_rng(0).integers(30, 600, (200, 2)), np.arange(200)
+    rule = CropRule(scale=(0.2, 0.4), ratio=(0.9, 1.2), center_ratio=0.5)
+    boxes, flips = random_boxes(images, sizes, seed=3, epoch=4, copy=2, scale=(0.2, 0.4), ratio=(0.9, 1.2))
+    ours = rule.training(images, sizes, seed=3, epoch=4, copy=2)
+    np.testing.assert_array_equal(ours[0], boxes)
+    np.testing.assert_array_equal(ours[1], flips)
+    assert 0.3 < flips.mean() < 0.7
+    unflipped = CropRule(rule.scale, rule.ratio, flip=False).training(images, sizes, seed=3, epoch=4, copy=2)
+    np.testing.assert_array_equal(unflipped[0], boxes)
+    assert not unflipped[1].any()
+    central = rule.validation(sizes)
+    np.testing.assert_array_equal(central[0], center_boxes(sizes, ratio=0.5))
+    assert not central[1].any()
+
+
+@given(seed=keys, generation=st.integers(0, 50))
+def test_each_generation_has_a_seed_of_its_own(seed, generation):
+    ours = seed_of_generation(seed, generation)
+    assert ours == seed_of_generation(seed, generation)
+    assert 0 <= ours < 2**64
+    others = [seed_of_generation(seed, generation + 1), seed_of_generation((seed + 1) % 2**63, generation), seed]
+    assert ours not in others
+    torch.Generator().manual_seed(ours)  # takes all of its bits

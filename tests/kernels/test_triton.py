@@ -42,6 +42,10 @@ def test_what_does_not_compile_is_told_in_one_line():
     done = run("-m", "kernels", TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert done.stderr == "error: TRITON_INTERPRET is set, which leaves nothing to compile: unset it\n"
+    done = run("-m", "kernels", "--targets", "81")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: argument --targets: invalid choice: 81")
+    assert len(done.stderr.splitlines()) == 1
     broken = command.versions()[2]
     broken.constants["BLOCK"] = 3
     with pytest.raises(command.KernelError, match="refinery_kernel soft, C=10, for sm_90: .*power of 2") as caught:

@@ -102,7 +102,7 @@ def test_published_weights_come_with_their_classes_size_and_normalisation(tmp_pa
     assert trained.class_names == IDS
     assert (trained.resolution, trained.center_ratio) == (224, 224 / 256)
     assert trained.normalisation == models.normalisation("resnet50")
-    assert (trained.file, trained.place) == (None, f"{name}:pretrained")
+    assert (trained.file, trained.origin) == (None, f"{name}:pretrained")
     assert torch.equal(trained.network.state_dict()["classifier.3.bias"], network.state_dict()["classifier.3.bias"])
 
 

@@ -15,6 +15,13 @@ TINY = [
 ]
 
 
+@pytest.fixture(params=[True, False], ids=["bf16 units", "no bf16 units"])
+def bf16_units(request, monkeypatch) -> bool:
+    """Whether the processor is taken to have units for bfloat16; without them PyTorch emulates it, only slower."""
+    monkeypatch.setattr("train.device._has_bf16", lambda device: request.param)
+    return request.param
+
+
 @pytest.fixture
 def run(converted, tmp_path, monkeypatch):
     """Trains with these words on the tiny set, in a folder of its own."""

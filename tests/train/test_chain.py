@@ -69,10 +69,14 @@ def test_a_chain_may_start_from_a_refinery(words, run):
 
 def test_what_the_first_generation_learns_from_is_not_for_later_ones(words, tmp_path):
     (tmp_path / "is_a.txt").write_text("thing class0\nthing class1\nclass1 class2\n")
-    for option in (["--labels.smoothing", "0.1"], ["--labels.taxonomy", str(tmp_path / "is_a.txt")]):
+    for kind, option in (
+        ("ground_truth", ["--labels.smoothing", "0.1"]),
+        ("taxonomy", ["--labels.taxonomy", str(tmp_path / "is_a.txt")]),
+    ):
         first, second = chain(parse([*words, *option]), MODELS[1:])
         assert first.identity["refinery"] is None
-        assert (second.identity["labels"]["smoothing"], second.identity["labels"]["taxonomy"]) == (0, None)
+        assert first.identity["labels"]["kind"] == kind
+        assert second.identity["labels"]["kind"] == "refinery"
 
 
 def test_bad_chains_are_refused_before_anything_is_trained(words, monkeypatch):

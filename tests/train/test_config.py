@@ -4,12 +4,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config import RECIPES, ScheduleConfig, growing_resolution, parse, read_recipe
+from command import ending
+from train import labels
+from train.config import (
+    RECIPES,
+    Config,
+    OptimizerConfig,
+    ScheduleConfig,
+    configure,
+    growing_resolution,
+    option_words,
+    parse,
+    read_recipe,
+)
 
 
 def refusal(capsys, *words) -> str:
+    """The one line with which a command refuses these words."""
     with pytest.raises(SystemExit) as ended:
-        parse(words)
+        ending(lambda: labels.check(parse(words)))
     assert ended.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
@@ -85,7 +98,8 @@ def test_what_is_refused(capsys, tmp_path):
     assert "jitter is for a refinery's labels" in refusal(capsys, "--jitter", "1")
     assert "labels.per is for a refinery's labels" in refusal(capsys, "--labels.per", "image")
     assert "labels.resolution is for a refinery's labels" in refusal(capsys, "--labels.resolution", "64")
-    assert "loss is for soft labels" in refusal(capsys, "--loss.kind", "l2")
+    assert "loss.kind is for a refinery's labels" in refusal(capsys, "--loss.kind", "l2")
+    assert "labels.bn is for a refinery's labels" in refusal(capsys, "--labels.bn", "running")
     assert "ema=1" in refusal(capsys, "--ema", "1")
     assert "loss.temperature=0" in refusal(capsys, "--loss.temperature", "0", "--refinery", "resnet18")
     assert "place of a refinery" in refusal(capsys, "--labels.taxonomy", "is_a.txt", "--refinery", "resnet18")
@@ -146,3 +160,81 @@ def test_crops_grow_from_a_share_of_the_resolution_to_all_of_it(epochs, share, l
     assert all(abs(side - share * last) <= 16 for side in sides[: epochs // 3])
     assert all(side == last for side in sides[-(-2 * epochs // 3) :])
     assert all(side % 16 == 0 or side == last for side in sides)
+
+
+def test_another_configuration_is_made_from_what_was_asked_for(tmp_path):
+    """What the recipe said of the one network does not stick to the other; what the user said does."""
+    (tmp_path / "mine.yaml").write_text(
+        "{batch: 16, epochs: 3, networks: {mobilenet: {batch: 8, optimizer: {lr: 0.5}}, resnet: {optimizer: {lr: 2}}}}"
+    )
+    config = parse(["--recipe", str(tmp_path / "mine.yaml"), "--model", "mobilenet", "--epochs", "3"])
+    assert (config.batch, config.optimizer.lr, config.epochs) == (8, 0.5, 3)
+    other = config.replace({"model": "resnet18"})
+    assert (other.batch, other.optimizer.lr, other.epochs) == (16, 2, 3)
+    said = parse(["--recipe", str(tmp_path / "mine.yaml"), "--model", "mobilenet", "--batch", "8"])
+    assert said.replace({"model": "resnet18"}).batch == 8
+    assert config.replace({"labels.bn": "running"}).labels.bn == "running"
+    # The default recipe depends on what is asked for.
+    assert [parse([]).replace(options).recipe for options in ({}, {"data": "x"}, {"pretrained": "w.pt"})] == [
+        "quick",
+        "label-refinery",
+        "fine-tune",
+    ]
+
+
+def test_a_configuration_made_without_a_recipe_keeps_all_its_values():
+    config = Config(model="alexnet", data="x", epochs=7, optimizer=OptimizerConfig(lr=0.3))
+    assert config.replace({"seed": 5}).epochs == 7
+    assert config.replace({"model": "mobilenet"}).optimizer.lr == 0.3
+
+
+REFINED = ["--refinery", "resnet18", "--labels.bn", "running", "--labels.per", "image", "--loss.kind", "hard"]
+
+
+def test_the_same_on_ground_truth_from_a_refinery_and_as_a_refinery():
+    config = parse([*REFINED, "--pretrained", "w.pt", "--out", "here", "--seed", "3"])
+    plain = config.on_ground_truth()
+    assert (plain.refinery, plain.labels, plain.loss) == (None, Config().labels, Config().loss)
+    assert (plain.pretrained, plain.out, plain.seed) == ("w.pt", "here", 3)
+    refinery = config.as_refinery("resnet50")
+    assert (refinery.model, refinery.refinery, refinery.pretrained, refinery.out) == ("resnet50", None, None, None)
+    assert (refinery.labels, refinery.seed, refinery.recipe) == (Config().labels, 3, "quick")
+    smoothed = parse(["--labels.smoothing", "0.1", "--labels.per", "image", "--loss.kind", "hard"])
+    student = smoothed.learning_from("runs/a")
+    assert (student.refinery, student.labels.smoothing, student.labels.per) == ("runs/a", 0, "image")
+    assert student.loss.kind == "hard"
+    for each in (plain, refinery, student):
+        labels.check(each)
+
+
+def test_a_recipe_may_say_other_things_of_refineries(tmp_path):
+    (tmp_path / "mine.yaml").write_text("{epochs: 3, refinery: {optimizer: {weight_decay: 0.5}}}")
+    config = parse(["--recipe", str(tmp_path / "mine.yaml"), "--refinery", "resnet18"])
+    assert config.optimizer.weight_decay == config.on_ground_truth().optimizer.weight_decay == 0
+    assert config.as_refinery("resnet18").optimizer.weight_decay == 0.5
+    said = config.replace({"optimizer.weight_decay": 0.25})
+    assert said.as_refinery("resnet18").optimizer.weight_decay == 0.25
+    # As in the paper, whose refinery had weight decay and whose students had none.
+    paper = parse(["--data", "imagenet", "--model", "alexnet", "--refinery", "resnet50"])
+    assert (paper.optimizer.weight_decay, paper.as_refinery("resnet50").optimizer.weight_decay) == (0, 1e-4)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "model": st.sampled_from(["alexnet", "mobilenet0.5", "resnet18"]),
+            "data": st.sampled_from(["scenes", "photos", "null"]),
+            "epochs": st.integers(1, 99),
+            "optimizer.lr": st.floats(1e-4, 1),
+            "crop.scale": st.tuples(st.floats(0.01, 0.5), st.floats(0.5, 1)),
+            "crop.flip": st.booleans(),
+            "refinery": st.sampled_from([None, "resnet18", "runs/a b"]),
+            "labels.per": st.sampled_from(["crop", "image"]),
+            "ema": st.floats(0, 0.99),
+        },
+    )
+)
+def test_options_and_words_are_the_same(options):
+    assert parse(option_words(options)) == configure(options)
+    assert parse(option_words(options)).given == configure(options).given == options

@@ -19,6 +19,12 @@ def test_what_a_device_has_no_units_for_is_replaced():
     assert precision_on(CPU, "bf16") == precision_on(CPU) in ("bf16", "fp32")
 
 
+def test_bf16_is_taken_where_there_are_units(bf16_units):
+    expected = "bf16" if bf16_units else "fp32"
+    assert precision_on(CPU) == precision_on(CPU, "bf16") == precision_on(CPU, "auto") == expected
+    assert precision_on(CPU, "fp32") == "fp32"
+
+
 def test_autocast_types():
     assert [autocast_type(name) for name in ("bf16", "fp16", "tf32", "fp32")] == [
         torch.bfloat16,

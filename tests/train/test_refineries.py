@@ -45,10 +45,12 @@ WORDS = [
 ]
 
 
-def test_a_published_refinery_labels_a_set_of_some_of_its_classes(wordnet_set, tmp_path, monkeypatch, capsys):
+def test_a_published_refinery_labels_a_set_of_some_of_its_classes(
+    wordnet_set, bf16_units, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     torch.save(models.build(NAME, 1000).state_dict(), tmp_path / "w.pytar")
-    words = [*WORDS, "--data", str(wordnet_set.folder), "--refinery", f"{NAME}:w.pytar"]
+    words = [*WORDS, "--data", str(wordnet_set.folder), "--refinery", f"{NAME}:w.pytar", "--precision", "auto"]
     (run,) = train(parse(words))
     assert "refinery: of its 1000 classes, the data's 3 are used" in capsys.readouterr().out
     assert run.identity["refinery"]["network"] == NAME
@@ -57,7 +59,10 @@ def test_a_published_refinery_labels_a_set_of_some_of_its_classes(wordnet_set, t
     batch = next(iter(trainer.loader.epoch(0)))
     columns = [IDS.index(name) for name in wordnet_set.class_names]
     assert trainer.labels.columns.tolist() == columns
-    assert trainer.labels(batch).logits.shape == (16, 3)
+    autocast = trainer.job.autocast
+    assert autocast is (torch.bfloat16 if bf16_units else None)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        assert trainer.labels(batch).logits.shape == (16, 3)
 
 
 def test_a_refinery_that_lacks_classes_of_the_data_is_refused_with_both_counts(wordnet_set, converted, tmp_path):

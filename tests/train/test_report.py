@@ -148,6 +148,16 @@ def test_accuracy_of_each_class_is_what_counting_gives(reported, trained, data):
         assert tuple(written["class_names"]) == NAMES
 
 
+def test_a_run_in_bfloat16_is_counted_in_bfloat16(run, bf16_units, tmp_path):
+    """On a processor without units for it, as it can be there: the key of what is kept says which."""
+    finished = run("--precision", "auto", "--epochs", "1")
+    report(str(finished.folder), out=str(tmp_path / "out"), images="7", device="cpu", threads=1)
+    (kept,) = finished.folder.glob("accuracies-*.json")
+    written = json.loads(kept.read_text())
+    assert written["of"]["precision"] == ("bf16" if bf16_units else "fp32")
+    assert written["val"]["top1"] == pytest.approx(finished.result["top1"])
+
+
 def test_the_page_holds_all_figures_and_needs_nothing_else(reported, data):
     text = (reported / "report.html").read_text()
     page = Page(text)
@@ -339,7 +349,7 @@ def refusal(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
     def refusal(*words: object) -> str:
         command = partial(run_command, report, prog="report")
         with pytest.raises(SystemExit) as ended:
-            command(args=[str(word) for word in words])
+            command(words=[str(word) for word in words])
         assert ended.value.code == 2
         out, errors = capsys.readouterr()
         assert not out

@@ -17,15 +17,15 @@ from train.config import parse
 from train.evaluate import evaluate
 from train.interrupt import Interrupted
 from train.loop import Trainer
-from train.runs import all_runs, finished_refinery
+from train.runs import all_runs, checkpoint, finished_refinery, read_run
 from train.runs.__main__ import table
 from train.runs.record import locked
 from train.step import Step
 from train.train import train
 
 
-def test_what_a_run_leaves(run):
-    finished = run()
+def test_what_a_run_leaves(run, bf16_units, capsys):
+    finished = run("--precision", "auto")
     folder = finished.folder
     assert folder.parent == Path("runs") / "images0" or folder.parent.parent == Path("runs")
     names = {file.name for file in folder.iterdir()}
@@ -34,6 +34,7 @@ def test_what_a_run_leaves(run):
         "identity.json",
         "metrics.jsonl",
         "result.json",
+        "starts.jsonl",
         "last.pt",
         "best.pt",
         "tensorboard",
@@ -54,7 +55,12 @@ def test_what_a_run_leaves(run):
     assert list((folder / "tensorboard").iterdir())
     # The configuration is whole: it gives the same run again.
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert (config["resolution"], config["crop"]["flip"], config["precision"]) == (32, True, "fp32")
+    precision = "bf16" if bf16_units else "fp32"
+    assert (config["resolution"], config["crop"]["flip"], config["precision"]) == (32, True, precision)
+    assert f"CPU, {precision}{'' if bf16_units else ' (no bf16 units)'}; decoder ffcv" in capsys.readouterr().out
+    (start,) = (json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines())
+    assert (start["epoch"], start["step"], start["decoder"], start["compiled"]) == (0, 0, "ffcv", False)
+    assert start["torch"] == torch.__version__
     assert [again.folder for again in train(parse(["--config", str(folder / "config.yaml")]))] == [folder]
 
 
@@ -76,13 +82,16 @@ def test_another_configuration_is_another_run(run):
     assert run("--decoder", "torchvision", "--threads", "1").folder in folders
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 5])
-@pytest.mark.parametrize("refinery", [False, True])
-def test_resuming_equals_never_stopping_bit_for_bit(run, monkeypatch, capsys, step, refinery):
+@pytest.mark.parametrize(
+    ("step", "refinery", "precision"),
+    [(1, False, "fp32"), (2, True, "bf16"), (3, False, "bf16"), (3, True, "fp32"), (5, True, "fp32")],
+)
+def test_resuming_equals_never_stopping_bit_for_bit(run, monkeypatch, capsys, step, refinery, precision):
     """Stopped within the first epoch, at its end, and within the second; momentum and metrics included."""
-    words: list[str] = []
+    monkeypatch.setattr("train.device._has_bf16", lambda device: True)
+    words = ["--precision", precision]
     if refinery:
-        words = ["--refinery", f"{run('--model', 'resnet18', '--epochs', '1').folder}"]
+        words += ["--refinery", f"{run('--model', 'resnet18', '--epochs', '1').folder}"]
     whole = run(*words, "--out", "whole")
     with monkeypatch.context() as patch:
         stop_at(step, patch)
@@ -91,7 +100,9 @@ def test_resuming_equals_never_stopping_bit_for_bit(run, monkeypatch, capsys, st
     assert not Path("parts/result.json").exists()
     capsys.readouterr()
     parts = run(*words, "--out", "parts")
-    assert "continuing in epoch" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "continuing in epoch" in said
+    assert "other bits" not in said
     one, other = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole.folder, parts.folder))
     for name, value in one["model"].items():
         assert torch.equal(value, other["model"][name]), name
@@ -108,8 +119,103 @@ def test_resuming_equals_never_stopping_bit_for_bit(run, monkeypatch, capsys, st
     assert lines[0] == lines[1]
 
 
-def test_an_average_and_growing_crops_resume_bit_for_bit_too(run, monkeypatch):
-    words = ["--ema", "0.9", "--resolution_from", "0.67", "--resolution", "48", "--epochs", "4"]
+def test_another_decoder_on_the_way_is_said_and_recorded(run, monkeypatch, capsys):
+    """Where the last bits of the weights are not those of a run without a stop, nobody is told that they are."""
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        with pytest.raises(Interrupted):
+            run("--out", "run")
+    run("--out", "run", "--decoder", "torchvision")
+    assert "other bits than without the stop: decoder was ffcv and is torchvision" in capsys.readouterr().out
+    starts = [json.loads(line) for line in Path("run/starts.jsonl").read_text().splitlines()]
+    assert [(start["step"], start["decoder"]) for start in starts] == [(0, "ffcv"), (2, "torchvision")]
+
+
+def test_a_kill_between_two_checkpoints_leaves_the_best(run, monkeypatch):
+    """Whichever of the epoch's two files is the only one written, the run ends with both."""
+    whole = run("--out", "whole", "--epochs", "1")
+    original = checkpoint.save
+
+    class Killed(BaseException):
+        pass
+
+    def save(path, state):
+        original(path, state)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        with pytest.raises(Killed):
+            run("--out", "parts", "--epochs", "1")
+    run("--out", "parts", "--epochs", "1")
+    for name in ("best.pt", "last.pt"):
+        one, other = (torch.load(folder / name, weights_only=True) for folder in (whole.folder, Path("parts")))
+        assert one["best_top1"] == other["best_top1"]
+        assert all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
+
+
+def test_a_student_starts_from_other_weights_and_crops_than_its_refinery(run, monkeypatch):
+    """Self-refinement learns from another network than it is itself; students of one refinery share their crops."""
+    first_batches, first_weights = [], []
+    original = Step.__call__
+
+    def call(self, batch):
+        for student in self.students:
+            first_weights.append(next(student.network.parameters()).detach().clone())
+        first_batches.append(batch.indices.tolist())
+        original(self, batch)
+
+    monkeypatch.setattr(Step, "__call__", call)
+    one = ["--epochs", "1", "--batch", "48"]  # a step
+    teacher = run(*one)
+    student = run(*one, "--refinery", str(teacher.folder))
+    sibling = run(*one, "--refinery", str(teacher.folder), "--model", "mobilenet0.5")
+    pupil = run(*one, "--refinery", str(student.folder))
+    assert [each.identity["generation"] for each in (teacher, student, sibling, pupil)] == [0, 1, 1, 2]
+    assert first_batches[0] != first_batches[1] == first_batches[2] != first_batches[3] != first_batches[0]
+    assert not torch.equal(first_weights[0], first_weights[1])
+    assert not torch.equal(first_weights[1], first_weights[3])
+    assert len({each.crop_seed for each in (teacher, student, pupil)}) == 3
+    # Published weights are of no generation that is known.
+    torch.save(torch.load(student.weights, weights_only=True)["model"], "bare.pt")
+    assert run(*one, "--refinery", "mobilenet0.25:bare.pt").identity["generation"] == 1
+
+
+def as_written_before(folder: Path) -> None:
+    """Rewrites a run's identity as the version wrote it that knew neither kinds of labels nor generations."""
+    path = folder / "identity.json"
+    identity = json.loads(path.read_text())
+    del identity["generation"]
+    labels = {"smoothing": 0.0, "bn": "batch", "resolution": None, "per": "crop", "taxonomy": None}
+    identity["labels"] = labels | {name: value for name, value in identity["labels"].items() if name != "kind"}
+    identity["crop"] |= {"resolution": identity["resolution"]}
+    path.write_text(json.dumps(identity))
+
+
+def test_runs_of_an_earlier_version_still_open(run, capsys):
+    """They are listed, and serve as refineries; they are not taken for runs of this version, whose crops are others."""
+    teacher = run("--model", "resnet18", "--epochs", "1")
+    student = run("--refinery", "resnet18", "--epochs", "1")
+    for each in (teacher, student):
+        as_written_before(each.folder)
+    assert [read_run(each.folder).identity["labels"]["kind"] for each in (teacher, student)] == [
+        "ground_truth",
+        "refinery",
+    ]
+    assert read_run(student.folder).crop_seed == 0
+    capsys.readouterr()
+    table("runs")
+    assert capsys.readouterr().out.count("finished") == 2
+    again = run("--refinery", "resnet18", "--epochs", "1", "--seed", "5")
+    assert f"{teacher.folder}, top-1" in capsys.readouterr().out
+    assert again.identity["refinery"] == student.identity["refinery"]
+    with pytest.raises(TrainError, match="holds a run with another configuration"):
+        run("--model", "resnet18", "--epochs", "1", "--out", str(teacher.folder))
+
+
+def test_an_average_and_growing_crops_resume_bit_for_bit_too(run, bf16_units, monkeypatch):
+    # As evaluate computes.
+    words = ["--ema", "0.9", "--resolution_from", "0.67", "--resolution", "48", "--epochs", "4", "--precision", "auto"]
     whole = run(*words, "--out", "whole")
     with monkeypatch.context() as patch:
         stop_at(5, patch)
@@ -172,7 +278,7 @@ def test_a_bare_file_of_weights_is_a_refinery_too(run, tmp_path):
     state = torch.load(run("--model", "resnet18").folder / "last.pt", weights_only=True)["model"]
     torch.save(state, tmp_path / "bare.pytar")
     assert run("--refinery", f"resnet18:{tmp_path / 'bare.pytar'}").identity["refinery"]["network"] == "resnet18"
-    with pytest.raises(TrainError, match="holds bare weights; name their network too"):
+    with pytest.raises(ModelError, match="holds bare weights; name their network too"):
         run("--refinery", str(tmp_path / "bare.pytar"))
 
 

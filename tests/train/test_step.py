@@ -1,6 +1,8 @@
 """The step: what it computes, what it counts, and that it compiles into one graph, once."""
 
 import copy
+import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from train import TrainError
 from train.config import OptimizerConfig
 from train.labels.ground_truth import GroundTruth
 from train.labels.refinery import Refinery
-from train.step import Step, correct, is_out_of_memory
+from train.step import Step, correct, forget_compiled_steps, is_out_of_memory
 from train.student import CROPS, LOSS, TOP1, TOP5, Student
 
 IMAGENET = models.normalisation("resnet18")
@@ -168,25 +170,82 @@ def test_compiled_bfloat16_agrees_with_eager_float32_over_50_steps(loader):
     assert (said[1] - said[0]).abs().max() < 0.05 * (said[0].max() - said[0].min())
 
 
-def test_a_failed_compilation_says_so_and_changes_nothing(loader, monkeypatch, capsys):
+@pytest.fixture
+def no_compiler():
     """The C++ compiler is missing, which shows only when the first graph is built."""
-    from torch._inductor import config
+    from torch._inductor import config, cpp_builder
 
-    monkeypatch.setattr(config.cpp, "cxx", ("/no/such/compiler",))
-    monkeypatch.setattr(config, "force_disable_caches", True)
-    torch._dynamo.reset()
+    def forget():
+        torch._dynamo.reset()
+        for function in vars(cpp_builder).values():
+            if isinstance(function, functools._lru_cache_wrapper):
+                function.cache_clear()
+
+    forget()
+    with config.patch({"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True}):
+        yield
+    forget()
+
+
+def same_weights(one: Step, other: Step) -> bool:
+    states = [step.students[0].network.state_dict().values() for step in (one, other)]
+    return all(torch.equal(ours, theirs) for ours, theirs in zip(*states, strict=True))
+
+
+def test_a_failed_compilation_says_so_and_changes_nothing(loader, no_compiler, capsys):
     step, eager = tiny_step(compiled=True), tiny_step()
     for batch in loader.epoch(0):
         step(batch)
         eager(batch)
-    assert "the step cannot be compiled and runs uncompiled (" in capsys.readouterr().out
-    for ours, theirs in zip(
-        step.students[0].network.state_dict().values(), eager.students[0].network.state_dict().values(), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    assert "runs uncompiled (InvalidCxxCompiler: No working C++ compiler found" in capsys.readouterr().out
+    assert same_weights(step, eager)
     torch._dynamo.reset()
     with pytest.raises(TrainError, match="compile=always: the step cannot be compiled .*; try --compile never"):
         tiny_step(compiled=True, strict=True)(next(iter(loader.epoch(0))))
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Dynamo makes the graphs and counts them, and PyTorch runs them as they are: building each takes seconds."""
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: compile(function, backend="eager", fullgraph=True, dynamic=False)
+    )
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        yield
+    torch._dynamo.reset()
+
+
+def test_a_failure_at_a_later_resolution_ends_as_kindly(converted, loader, quick_compiler, capsys):
+    """A graph too many is what fails here."""
+    first = next(iter(loader.epoch(0)))
+    batches = [replace(first, crops=first.crops[:, :, :side, :side]) for side in (32, 24, 16)]
+    step, eager = tiny_step(compiled=True), tiny_step()
+    for batch in (*batches, *batches):
+        step(batch)
+        eager(batch)
+    assert capsys.readouterr().out.count("the step cannot be compiled and runs uncompiled (") == 1
+    assert same_weights(step, eager)
+    torch._dynamo.reset()
+    strict = tiny_step(compiled=True, strict=True)
+    strict(batches[0])
+    strict(batches[1])
+    with pytest.raises(TrainError, match="compile=always: the step cannot be compiled"):
+        strict(batches[2])
+
+
+def test_trainings_of_one_process_do_not_share_a_limit_of_graphs(loader, quick_compiler, capsys):
+    """PyTorch counts the graphs of a function, which is the same in all trainings; each has as many as it needs."""
+    crops = next(iter(loader.epoch(0)))
+    sides = (32, 40, 48, 56)
+    for _ in range(2):
+        forget_compiled_steps(len(sides))
+        step = tiny_step(compiled=True, strict=True)
+        for side in sides:
+            step(replace(crops, crops=torch.zeros(16, 3, side, side, dtype=torch.uint8)))
+        assert step.students[0].sums[CROPS] == 16 * len(sides)
+    assert not capsys.readouterr().out
 
 
 def test_too_little_memory_is_known(loader):
