@@ -6,26 +6,68 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 .NOTPARALLEL:
 .SUFFIXES:
 
-# ---- what each verb takes
+# ---- the verbs: what each does, the command it is, and the variables that it takes
+#
+# A variable becomes the option of its name in lower case; `option.VERB.VARIABLE` names another one.
 
-training  := MODEL REFINERY PRETRAINED DATA EPOCHS RESOLUTION BATCH DECODER RECIPE SEED OUT
-variables := $(training) MODELS TABLES RUNS CHECKPOINT IMAGES ONLY QUICK PROFILE PAIRS THREADS A B ARGS PYTHON
+training := MODEL REFINERY PRETRAINED DATA EPOCHS RESOLUTION BATCH DECODER RECIPE SEED OUT
 
-takes.train    := $(training) ARGS
-takes.chain    := MODELS $(filter-out MODEL OUT,$(training)) ARGS
-takes.tables   := TABLES DATA OUT ARGS
-takes.convert  := DATA OUT ARGS
-takes.evaluate := CHECKPOINT DATA RESOLUTION BATCH DECODER OUT ARGS
-takes.predict  := CHECKPOINT IMAGES RESOLUTION ARGS
-takes.runs     := OUT ARGS
-takes.report   := RUNS DATA OUT ARGS
-takes.bench    := ONLY QUICK PROFILE PAIRS REFINERY DATA RESOLUTION BATCH EPOCHS THREADS OUT ARGS
+about.train         := train a network
+runs.train          := train
+takes.train         := $(training) ARGS
+about.chain         := generations of networks, each learning from the one before
+runs.chain          := train.chain
+takes.chain         := MODELS $(filter-out MODEL OUT,$(training)) ARGS
+about.tables        := the tables of the paper, on any images
+runs.tables         := train.tables
+takes.tables        := TABLES DATA OUT ARGS
+about.convert       := write images as a converted set (train does it when needed)
+runs.convert        := data.convert
+takes.convert       := DATA OUT ARGS
+about.evaluate      := top-1 and top-5 of a checkpoint
+runs.evaluate       := train.evaluate
+takes.evaluate      := CHECKPOINT DATA RESOLUTION BATCH DECODER OUT ARGS
+about.predict       := the five likeliest classes of images
+runs.predict        := train.predict
+takes.predict       := CHECKPOINT IMAGES RESOLUTION ARGS
+about.runs          := a table of all runs
+runs.runs           := train.runs
+takes.runs          := OUT ARGS
+option.runs.OUT     := --folder
+about.report        := figures of what runs have learned
+runs.report         := train.report
+takes.report        := RUNS DATA OUT ARGS
+about.bench         := how fast, against what limit and which peers
+runs.bench          := bench
+takes.bench         := ONLY QUICK PROFILE PAIRS REFINERY DATA RESOLUTION BATCH EPOCHS THREADS OUT ARGS
+about.bench-compare := two results of the bench (.json), row by row
+runs.bench-compare  := bench.compare
 takes.bench-compare := A B
-takes.kernels  := ARGS
-takes.test     := ARGS
-takes.test-all := ARGS
-takes.test-gpu := ARGS
-verbs := help setup train chain tables convert evaluate predict runs report bench bench-compare kernels test test-all test-gpu lint types format
+about.kernels       := compile the GPU kernels, without a GPU, and show the registers they take
+runs.kernels        := kernels
+takes.kernels       := ARGS
+about.test          := the quick tests
+runs.test           := pytest -m "not slow and not gpu"
+takes.test          := ARGS
+about.test-all      := the slow tests too
+runs.test-all       := pytest -m "not gpu"
+takes.test-all      := ARGS
+about.test-gpu      := the tests that need a GPU
+runs.test-gpu       := pytest -m gpu
+takes.test-gpu      := ARGS
+about.lint          := ruff
+about.types         := mypy
+about.format        := let ruff order the code
+about.setup         := make .venv from requirements.lock (every verb does it by itself, once)
+about.help          := this text
+
+commands := train chain tables convert evaluate predict runs report bench bench-compare kernels test test-all test-gpu
+verbs := $(commands) lint types format setup help
+
+flags := QUICK PROFILE
+operands := A B
+unique = $(if $1,$(firstword $1) $(call unique,$(filter-out $(firstword $1),$1)))
+variables := $(call unique,$(foreach verb,$(commands),$(filter-out ARGS,$(takes.$(verb))))) ARGS PYTHON
 
 # ---- make's command line
 
@@ -53,14 +95,12 @@ endif
 
 # A value as one word for the shell, whatever it holds; $(value ...) leaves a $ in it alone.
 quoted = '$(subst ','\'',$(value $1))'
-# " --option VALUE" if VARIABLE was typed
-option = $(if $(call is_typed,$2), $1 $(call quoted,$2))
-# " --option" if VARIABLE was typed, and not as 0
-flag = $(if $(call is_typed,$2),$(if $(filter-out 0,$(value $2)), $1))
-# " VALUE" if VARIABLE was typed
-operand = $(if $(call is_typed,$1), $(call quoted,$1))
-# ARGS is the one exception: raw words
-args = $(if $(call is_typed,ARGS), $(value ARGS))
+# What variable $2 becomes in the command of verb $1: raw words for ARGS; " VALUE" for an operand; " --option" for a flag
+# that was not typed as 0; else " --option VALUE".
+option = $(or $(option.$1.$2),--$(shell printf %s $2 | tr A-Z a-z))
+typed_option = $(if $(filter ARGS,$2), $(value ARGS),$(if $(filter $2,$(operands)), $(call quoted,$2),$(if $(filter \
+    $2,$(flags)),$(if $(filter-out 0,$(value $2)), $(call option,$1,$2)), $(call option,$1,$2) $(call quoted,$2))))
+typed_options = $(foreach v,$(takes.$1),$(if $(call is_typed,$v),$(call typed_option,$1,$v)))
 
 # What was typed goes to programs as options, not also through their environment.
 unexport $(typed) MAKEFLAGS MFLAGS
@@ -99,25 +139,7 @@ Train image classifiers on labels that a better network writes for every crop.
   make train MODEL=mobilenet REFINERY=resnet50    the first thing to try: no data needed, minutes
   make test                                       the tests
 
-Verbs, and the variables they take
-  train       train a network                     all of the training variables
-  chain       generations of networks, each learning from the one before
-                                                  MODELS and the training variables but MODEL OUT
-  tables      the tables of the paper, anew       TABLES DATA OUT
-  convert     write images as a converted set     DATA OUT   (train does it when needed)
-  evaluate    top-1 and top-5 of a checkpoint     CHECKPOINT DATA RESOLUTION BATCH DECODER OUT
-  predict     the five likeliest classes          CHECKPOINT IMAGES RESOLUTION
-  runs        a table of all runs                 OUT
-  report      figures of what runs have learned   RUNS DATA OUT
-  bench       how fast, and against what limit    ONLY QUICK PROFILE PAIRS REFINERY DATA RESOLUTION
-              and which peers                     BATCH EPOCHS THREADS OUT
-  bench-compare  two of its results (.json)       A B
-  kernels     compiles the GPU kernels, without a GPU, and tells what they take
-  test        the quick tests                     test-all: the slow ones too; test-gpu: on a GPU
-  lint        ruff                                types: mypy; format: let ruff order the code
-  setup       make .venv from requirements.lock   (every verb does it by itself, once)
-
-Training variables (typed on make's command line; the environment does not count)
+Variables (typed on make's command line; the environment does not count)
   MODEL       network to train: alexnet, mobilenet, mobilenet0.25, resnet18, timm:NAME,
               torchvision:NAME, ...;
               MODEL="A B C" trains several on the labels of one refinery's pass
@@ -131,22 +153,25 @@ Training variables (typed on make's command line; the environment does not count
   BATCH       crops a step                        DECODER     auto, ffcv, dali, torchvision
   RECIPE      quick, label-refinery, ...          SEED        fixes crops and first weights
   OUT         where the result goes
-
-Other variables
   MODELS      a chain's networks: "alexnet alexnet alexnet"
   TABLES      which tables of the paper: 1,4
   RUNS        run folders: "runs/scenes/A runs/scenes/B"
-  CHECKPOINT  a run's best.pt or last.pt, or what REFINERY takes but a name alone
+  CHECKPOINT  a run's best.pt or last.pt, or what REFINERY takes except a name alone
   IMAGES      a file or a folder
-  ONLY        parts of the bench, with commas: machine, loaders, networks, loop, thrift
+  ONLY        parts of the bench, with commas: machine, loaders, networks, loop, refinery_cost
   QUICK       1: the bench in three minutes       PROFILE     1: trace one step instead
   PAIRS       resnet50:mobilenet,...              THREADS     that decode (bench)
-  ARGS        anything else, as raw words, with every verb that runs a program or tests:
-              ARGS='--print_config', ARGS='-k plan'
+  A, B        results of the bench to compare
+  ARGS        any other options, as raw words: ARGS='--print_config', ARGS='-k plan'
   PYTHON      an interpreter that has the packages: used as it is; no .venv, no set-up
+
+Verbs, and the variables they take
 endef
 
-help: ; @: $(info $(help_text))
+help:
+	@: $(info $(help_text))
+	@$(foreach verb,$(verbs),printf '  %-15s%s\n' $(verb) '$(about.$(verb))';$(if \
+	    $(takes.$(verb)), printf '%17s%s\n' '' '$(takes.$(verb))';))
 
 setup:
 ifeq ($(ready),)
@@ -158,60 +183,8 @@ endif
 .venv/.ready: requirements.lock setup.sh $(if $(wildcard .venv/bin/python),,again)
 	@bash setup.sh
 
-train_options = $(call option,--model,MODEL)$(call option,--refinery,REFINERY)$(call option,--pretrained,PRETRAINED) \
-    $(call option,--data,DATA)$(call option,--epochs,EPOCHS)$(call option,--resolution,RESOLUTION) \
-    $(call option,--batch,BATCH)$(call option,--decoder,DECODER)$(call option,--recipe,RECIPE) \
-    $(call option,--seed,SEED)$(call option,--out,OUT)
-
-evaluate_options = $(call option,--checkpoint,CHECKPOINT)$(call option,--data,DATA) \
-    $(call option,--resolution,RESOLUTION)$(call option,--batch,BATCH)$(call option,--decoder,DECODER)$(call option,--out,OUT)
-
-train: $(ready)
-	$(run) train$(train_options)$(args)
-
-chain: $(ready)
-	$(run) train.chain$(call option,--models,MODELS)$(train_options)$(args)
-
-tables: $(ready)
-	$(run) train.tables$(call option,--tables,TABLES)$(call option,--data,DATA)$(call option,--out,OUT)$(args)
-
-convert: $(ready)
-	$(run) data.convert$(call option,--data,DATA)$(call option,--out,OUT)$(args)
-
-evaluate: $(ready)
-	$(run) train.evaluate$(evaluate_options)$(args)
-
-predict: $(ready)
-	$(run) train.predict$(call option,--checkpoint,CHECKPOINT)$(call option,--images,IMAGES)$(call option,--resolution,RESOLUTION)$(args)
-
-runs: $(ready)
-	$(run) train.runs$(call option,--folder,OUT)$(args)
-
-report: $(ready)
-	$(run) train.report$(call option,--runs,RUNS)$(call option,--data,DATA)$(call option,--out,OUT)$(args)
-
-bench_options = $(call option,--only,ONLY)$(call flag,--quick,QUICK)$(call flag,--profile,PROFILE) \
-    $(call option,--pairs,PAIRS)$(call option,--refinery,REFINERY) \
-    $(call option,--data,DATA)$(call option,--resolution,RESOLUTION) \
-    $(call option,--batch,BATCH)$(call option,--epochs,EPOCHS)$(call option,--threads,THREADS)$(call option,--out,OUT)
-
-bench: $(ready)
-	$(run) bench$(bench_options)$(args)
-
-bench-compare: $(ready)
-	$(run) bench.compare$(call operand,A)$(call operand,B)
-
-kernels: $(ready)
-	$(run) kernels$(args)
-
-test: $(ready)
-	$(run) pytest -m "not slow and not gpu"$(args)
-
-test-all: $(ready)
-	$(run) pytest -m "not gpu"$(args)
-
-test-gpu: $(ready)
-	$(run) pytest -m gpu$(args)
+$(commands): $(ready)
+	$(run) $(runs.$@)$(call typed_options,$@)
 
 lint: $(ready)
 	$(run) ruff check .

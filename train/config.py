@@ -220,6 +220,10 @@ class Config:
             raise TrainError(f"resolution_from={self.resolution_from}: give a share of resolution, above 0 and up to 1")
 
     @property
+    def temperature(self) -> float:
+        return self.loss.temperature
+
+    @property
     def changed(self) -> set[str]:
         """The options that are not at their defaults, by their dotted names."""
         return {option for option, value in _dotted(asdict(self)).items() if value != _defaults()[option]}

@@ -58,6 +58,11 @@ class Job:
         return growing_resolution(epoch, self.config.epochs, self.config.resolution_from, self.resolution)
 
     @property
+    def batch(self) -> int:
+        """Crops in a step."""
+        return self.config.batch
+
+    @property
     def autocast(self) -> torch.dtype | None:
         return autocast_type(self.config.precision)
 
@@ -107,7 +112,7 @@ def find_labels(configs: Sequence[Config], class_names: Sequence[str]) -> list[L
     for config in configs:
         asked = config.refinery, config.labels
         if asked not in found:
-            found[asked] = kinds.kind_of(config).find(config, class_names)
+            found[asked] = kinds.find(config, class_names)
     return [found[config.refinery, config.labels] for config in configs]
 
 

@@ -91,7 +91,7 @@ def test_what_is_refused(capsys, tmp_path):
     assert "precision" in refusal(capsys, "--precision", "fp8")
     assert "recipe=slow: neither a recipe (" in refusal(capsys, "--recipe", "slow")
     assert "labels.smoothing=2" in refusal(capsys, "--labels.smoothing", "2")
-    assert "refinery's labels are soft" in refusal(capsys, "--labels.smoothing", "0.1", "--refinery", "resnet18")
+    assert "other labels are soft already" in refusal(capsys, "--labels.smoothing", "0.1", "--refinery", "resnet18")
     assert "batch=1" in refusal(capsys, "--batch", "1", "--refinery", "resnet18")
     for share in ("0.0", "1.5", "64.0"):
         assert f"resolution_from={share}: give a share" in refusal(capsys, "--resolution_from", share)

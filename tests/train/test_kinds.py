@@ -66,15 +66,15 @@ class UniformLabels(Labels):
     elsewhere = "is for nobody"
 
     @classmethod
-    def asked(cls, config):
-        return config.labels.taxonomy == "uniform"
+    def asked(cls, given, config):
+        return given.taxonomy == "uniform"
 
     @classmethod
-    def check(cls, config):
+    def check(cls, given, config):
         pass
 
     @classmethod
-    def find(cls, config, class_names):
+    def find(cls, given, config, class_names):
         return cls()
 
     @classmethod
@@ -88,7 +88,7 @@ class UniformLabels(Labels):
     def describe(self):
         return "the same for all"
 
-    def open(self, job):
+    def open(self, crops):
         return Uniform()
 
 

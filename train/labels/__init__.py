@@ -4,17 +4,15 @@ A new kind is a file beside this one, and an entry in `KINDS`; its options, wher
 `LabelsConfig`.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from train import TrainError
 from train.labels.category import CategoryLabels, TaxonomyLabels, TaxonomyOptions
 from train.labels.ground_truth import GroundTruthLabels, GroundTruthOptions
 from train.labels.refinery import RefineryLabels, RefineryOptions
-from train.labels.source import Labels
-
-if TYPE_CHECKING:
-    from train.config import Config
+from train.labels.source import Asked, Labels
 
 # By the names that identities of runs hold. The first one asked for is taken.
 KINDS: dict[str, type[Labels]] = {
@@ -30,18 +28,32 @@ class LabelsConfig(GroundTruthOptions, RefineryOptions, TaxonomyOptions):
     """What the labels are made of."""
 
 
-def kind_of(config: "Config") -> type[Labels]:
+class Configured(Asked, Protocol):
+    """A run's configuration, label options and all."""
+
+    @property
+    def labels(self) -> LabelsConfig: ...
+    @property
+    def changed(self) -> Collection[str]: ...  # the options that are not at their defaults
+
+
+def kind_of(config: Configured) -> type[Labels]:
     """The kind of labels that a configuration asks for."""
-    return next(kind for kind in KINDS.values() if kind.asked(config))
+    return next(kind for kind in KINDS.values() if kind.asked(config.labels, config))
 
 
-def check(config: "Config") -> None:
+def check(config: Configured) -> None:
     """Raises TrainError for label options that have no meaning, or none together. Nothing is read."""
     kind = kind_of(config)
-    kind.check(config)
+    kind.check(config.labels, config)
     for option, owner in foreign_options(kind).items():
         if option in config.changed:
             raise TrainError(f"{option} {owner.elsewhere}")
+
+
+def find(config: Configured, class_names: Sequence[str]) -> Labels:
+    """The labels that a configuration asks for, for data of these classes; see Labels.find."""
+    return kind_of(config).find(config.labels, config, class_names)
 
 
 def foreign_options(kind: type[Labels]) -> dict[str, type[Labels]]:

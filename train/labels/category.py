@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +14,8 @@ from data.loader import CropBatch, Loader, open_loader
 from data.progress import images_bar
 from models.trained import digest_of
 from train import TrainError
-from train.device import autocast_type
-from train.labels.refinery import RefineryLabels
-from train.labels.source import Labels, LabelSource, Targets
-
-if TYPE_CHECKING:
-    from train.config import Config
-    from train.job import Job
+from train.labels.refinery import RefineryLabels, RefineryOptions
+from train.labels.source import Asked, Crops, Labels, LabelSource, Targets, check_temperature
 
 # Similarities are 0 to 1; divided by this they become logits. The paper does not say how it normalised them. Of
 # ImageNet's 1000 classes, a label then gives the class itself a tenth on average, and its near relatives the next most.
@@ -47,22 +42,21 @@ class TaxonomyLabels(Labels):
     table: torch.Tensor
 
     options = ("labels.taxonomy", "loss.kind", "loss.temperature")
-    elsewhere = "takes the place of a refinery and of labels.smoothing; give one of them"
+    elsewhere = "takes the place of a refinery; give one of them"
 
     @classmethod
-    def asked(cls, config: "Config") -> bool:
-        return bool(config.labels.taxonomy)
+    def asked(cls, given: TaxonomyOptions, config: Asked) -> bool:
+        return bool(given.taxonomy)
 
     @classmethod
-    def check(cls, config: "Config") -> None:
-        if config.refinery or config.labels.smoothing:
+    def check(cls, given: TaxonomyOptions, config: Asked) -> None:
+        if config.refinery:
             raise TrainError(f"labels.taxonomy {cls.elsewhere}")
-        if not config.loss.temperature > 0:
-            raise TrainError(f"loss.temperature={config.loss.temperature}: must be above 0")
+        check_temperature(config)
 
     @classmethod
-    def find(cls, config: "Config", class_names: Sequence[str]) -> "TaxonomyLabels":
-        file = Path(str(config.labels.taxonomy))
+    def find(cls, given: TaxonomyOptions, config: Asked, class_names: Sequence[str]) -> "TaxonomyLabels":
+        file = Path(str(given.taxonomy))
         return cls(file, taxonomy_table(file, class_names))
 
     @classmethod
@@ -76,7 +70,7 @@ class TaxonomyLabels(Labels):
     def describe(self) -> str:
         return f"one a category, by {self.file}"
 
-    def open(self, job: "Job") -> LabelSource:
+    def open(self, crops: Crops) -> LabelSource:
         return Category(self.table)
 
 
@@ -85,28 +79,27 @@ class CategoryLabels(RefineryLabels):
     """One label a class: the mean of what a refinery says of the class's images."""
 
     @classmethod
-    def asked(cls, config: "Config") -> bool:
-        return bool(config.refinery) and config.labels.per == "category"
+    def asked(cls, given: RefineryOptions, config: Asked) -> bool:
+        return bool(config.refinery) and given.per == "category"
 
     @classmethod
-    def check(cls, config: "Config") -> None:
-        super().check(config)
-        if config.labels.bn == "batch":
+    def check(cls, given: RefineryOptions, config: Asked) -> None:
+        super().check(given, config)
+        if given.bn == "batch":
             # The images of one class come one after the other: their own statistics would take away what they share.
             raise TrainError("labels.per=category needs labels.bn=running, as in the paper")
 
-    def open(self, job: "Job") -> LabelSource:
-        refinery = super().open(job).to(job.device).to(memory_format=torch.channels_last)
+    def open(self, crops: Crops) -> LabelSource:
+        refinery = super().open(crops).to(crops.device).to(memory_format=torch.channels_last)
         loader = open_loader(
-            job.data.beton("train"),
-            resolution=job.resolution,
-            batch_size=job.config.batch,
+            crops.data.beton("train"),
+            resolution=crops.resolutions[-1],
+            batch_size=crops.batch,
             train=False,
-            crop=job.crop,
-            **job.loading,
+            crop=crops.crop,
+            **crops.loading,
         )
-        autocast = autocast_type(job.config.precision)
-        return Category(visual_similarity(refinery, loader, device=job.device, autocast=autocast))
+        return Category(visual_similarity(refinery, loader, device=crops.device, autocast=crops.autocast))
 
 
 class Category(LabelSource):

@@ -2,17 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from data.loader import CropBatch
 from train import TrainError
-from train.labels.source import Labels, LabelSource, Targets
-
-if TYPE_CHECKING:
-    from train.config import Config
-    from train.job import Job
+from train.labels.source import Asked, Crops, Labels, LabelSource, Targets
 
 
 @dataclass(frozen=True)
@@ -34,20 +30,20 @@ class GroundTruthLabels(Labels):
     smoothing: float
 
     options = ("labels.smoothing",)
-    elsewhere = "is for ground truth; a refinery's labels are soft already"
+    elsewhere = "is for ground truth; other labels are soft already"
 
     @classmethod
-    def asked(cls, config: "Config") -> bool:
+    def asked(cls, given: GroundTruthOptions, config: Asked) -> bool:
         return True  # where nothing else is
 
     @classmethod
-    def check(cls, config: "Config") -> None:
-        if not 0 <= config.labels.smoothing < 1:
-            raise TrainError(f"labels.smoothing={config.labels.smoothing}: give a share from 0 to below 1")
+    def check(cls, given: GroundTruthOptions, config: Asked) -> None:
+        if not 0 <= given.smoothing < 1:
+            raise TrainError(f"labels.smoothing={given.smoothing}: give a share from 0 to below 1")
 
     @classmethod
-    def find(cls, config: "Config", class_names: Sequence[str]) -> "GroundTruthLabels":
-        return cls(len(class_names), config.labels.smoothing)
+    def find(cls, given: GroundTruthOptions, config: Asked, class_names: Sequence[str]) -> "GroundTruthLabels":
+        return cls(len(class_names), given.smoothing)
 
     @classmethod
     def described(cls, identity: dict[str, Any]) -> str:
@@ -62,7 +58,7 @@ class GroundTruthLabels(Labels):
         smoothed = f", smoothed by {self.smoothing:g}" if self.smoothing else ""
         return f"ground truth, the label of the whole image for every crop{smoothed}"
 
-    def open(self, job: "Job") -> LabelSource:
+    def open(self, crops: Crops) -> LabelSource:
         return GroundTruth(self.num_classes, self.smoothing)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,12 +15,7 @@ from models.classes import lacking
 from models.folding import fold
 from models.trained import Trained, load_trained
 from train import TrainError
-from train.device import autocast_type
-from train.labels.source import Labels, LabelSource, Targets
-
-if TYPE_CHECKING:
-    from train.config import Config
-    from train.job import Job
+from train.labels.source import Asked, Crops, Labels, LabelSource, Targets, check_temperature
 
 # Behind the name of the network that labels.
 _PER = {"crop": "", "image": ", one an image", "category": ", one a category"}
@@ -70,20 +65,19 @@ class RefineryLabels(Labels):
     elsewhere = "is for a refinery's labels; give a refinery too"
 
     @classmethod
-    def asked(cls, config: "Config") -> bool:
+    def asked(cls, given: RefineryOptions, config: Asked) -> bool:
         return bool(config.refinery)
 
     @classmethod
-    def check(cls, config: "Config") -> None:
-        if not config.loss.temperature > 0:
-            raise TrainError(f"loss.temperature={config.loss.temperature}: must be above 0")
-        if config.labels.bn == "batch" and config.batch == 1:
+    def check(cls, given: RefineryOptions, config: Asked) -> None:
+        check_temperature(config)
+        if given.bn == "batch" and config.batch == 1:
             raise TrainError(
                 "batch=1: a refinery with batch statistics needs more than one crop; use labels.bn=running"
             )
         if config.jitter < 0:
             raise TrainError(f"jitter={config.jitter}: must not be below 0")
-        if config.jitter and config.labels.per != "crop":
+        if config.jitter and given.per != "crop":
             raise TrainError("jitter needs a label for every crop; leave labels.per out")
         if config.jitter and len(config.model.split()) > 1:
             raise TrainError("jitter moves crops for one student; name one model")
@@ -91,7 +85,7 @@ class RefineryLabels(Labels):
             raise TrainError("jitter is for a student that is trained already; name its weights with pretrained")
 
     @classmethod
-    def find(cls, config: "Config", class_names: Sequence[str]) -> "RefineryLabels":
+    def find(cls, given: RefineryOptions, config: Asked, class_names: Sequence[str]) -> "RefineryLabels":
         assert config.refinery
         trained = load_trained(config.refinery, class_names=class_names)
         columns = trained.columns_of(class_names)
@@ -103,7 +97,7 @@ class RefineryLabels(Labels):
             )
         if theirs > ours:
             print(f"refinery: of its {theirs} classes, the data's {ours} are used", flush=True)
-        return cls(trained, config.refinery, config.labels)
+        return cls(trained, config.refinery, given)
 
     @classmethod
     def described(cls, identity: dict[str, Any]) -> str:
@@ -128,15 +122,15 @@ class RefineryLabels(Labels):
             f"{_PER[self.given.per]}{sees}"
         )
 
-    def open(self, job: "Job") -> LabelSource:
+    def open(self, crops: Crops) -> LabelSource:
         return Refinery(
             self.trained.network,
             self.trained.normalisation,
             bn=self.given.bn,
-            resolution=self._resolution(job.resolutions),
-            center=Pairing("center", job.resolution) if self.given.per == "image" else None,
-            columns=self.trained.columns_of(job.data.class_names),
-            dtype=autocast_type(job.config.precision) or torch.float32,
+            resolution=self._resolution(crops.resolutions),
+            center=Pairing("center", crops.resolutions[-1]) if self.given.per == "image" else None,
+            columns=self.trained.columns_of(crops.data.class_names),
+            dtype=crops.autocast or torch.float32,
         )
 
     def _resolution(self, resolutions: Sequence[int]) -> int | None:

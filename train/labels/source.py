@@ -1,4 +1,4 @@
-"""What every kind of label is: a `Labels` before the run, which opens a `LabelSource` for its steps.
+"""What every kind of labels is: a `Labels` before the run, which opens a `LabelSource` for its steps.
 
 A label source works in two halves. `fetch` runs on the loader's side, on the host, and looks things up in files;
 `forward` runs on the device, inside the compiled graph, and makes the targets of a batch.
@@ -7,7 +7,7 @@ A label source works in two halves. `fetch` runs on the loader's side, on the ho
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -16,11 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from data.loader import CropBatch, Pairing
+from data.plan import CropRule
+from data.sets import ConvertedSet
 from kernels.refinery_loss import probabilities_loss, refinery_loss, sparse_loss
-
-if TYPE_CHECKING:
-    from train.config import Config
-    from train.job import Job
+from train import TrainError
 
 
 @dataclass
@@ -78,11 +77,56 @@ class LabelSource(nn.Module):
         raise NotImplementedError
 
 
+class Asked(Protocol):
+    """What kinds of labels read of a run's configuration (train.config.Config), besides their own options."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def refinery(self) -> str | None: ...
+    @property
+    def pretrained(self) -> str | None: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def jitter(self) -> float: ...
+
+
+def check_temperature(config: Asked) -> None:
+    """Raises TrainError for a temperature that is not above 0."""
+    if not config.temperature > 0:
+        raise TrainError(f"loss.temperature={config.temperature}: must be above 0")
+
+
+class Crops(Protocol):
+    """What kinds of labels read of the run (train.job.Job) whose crops they are to label."""
+
+    @property
+    def data(self) -> ConvertedSet: ...
+    @property
+    def crop(self) -> CropRule: ...
+    @property
+    def resolutions(self) -> Sequence[int]: ...  # px a side in the run's epochs, the last one highest
+    @property
+    def batch(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def autocast(self) -> torch.dtype | None: ...
+    @property
+    def loading(self) -> dict[str, Any]: ...  # what all loaders of the run have in common
+
+
 class Labels(ABC):
-    """One kind of label of a run: its options and their checks, its part of the run's identity, its description.
+    """One kind of labels of a run: its options and their checks, its part of the run's identity, its description.
 
     The class answers for the kind, an object for what `find` found. To add a kind, write its file with a subclass, and
-    name that in train/labels/__init__.py.
+    name that in train/labels/__init__.py. Its methods take its own options, a dataclass, as `given`, and as `config`
+    what else was asked for.
 
     options: the options of Config that have a meaning with this kind, by their dotted names. elsewhere: what is said of
     one of them, behind its name, when it is given with a kind that lacks it.
@@ -93,17 +137,17 @@ class Labels(ABC):
 
     @classmethod
     @abstractmethod
-    def asked(cls, config: "Config") -> bool:
+    def asked(cls, given: Any, config: Asked) -> bool:
         """Whether the configuration asks for this kind."""
 
     @classmethod
     @abstractmethod
-    def check(cls, config: "Config") -> None:
+    def check(cls, given: Any, config: Asked) -> None:
         """Raises TrainError for options that have no meaning, or none together. Nothing is read."""
 
     @classmethod
     @abstractmethod
-    def find(cls, config: "Config", class_names: Sequence[str]) -> "Labels":
+    def find(cls, given: Any, config: Asked, class_names: Sequence[str]) -> "Labels":
         """Reads what the labels come from, for data of these classes: quick, before the data are converted.
 
         Raises TrainError or ModelError for what cannot label these classes.
@@ -134,5 +178,5 @@ class Labels(ABC):
         """What the labels are, in one line, as a run that begins prints it."""
 
     @abstractmethod
-    def open(self, job: "Job") -> LabelSource:
-        """The source that labels the crops of this run; slow where much has to be computed first."""
+    def open(self, crops: Crops) -> LabelSource:
+        """The source that labels the crops of a run; slow where much has to be computed first."""
