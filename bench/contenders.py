@@ -168,7 +168,7 @@ class DaliRun:
                 scheduled += 1 if self._started else ahead
                 self._started = True
             (crops,) = self._pipeline.outputs(self._stream)
-            # DALI's dynamic executor leaves the memory of a batch to whoever holds it.
+            # DALI's dynamic executor frees the memory of a batch when nothing refers to it.
             yield torch.from_dlpack(crops.as_tensor()).permute(0, 3, 1, 2)
 
 

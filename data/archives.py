@@ -140,7 +140,7 @@ def open_archive(path: Path) -> Archive:
     """Lists the image files of a zip or a tar, unpacking a compressed tar to a temporary file.
 
     The temporary file goes when the archive's `read` is no longer referred to, or with the process.
-    Folders that all images lie below are taken off their paths, but for `train` and `val` and for the last one, the
+    Folders that all images lie below are taken off their paths, except for `train` and `val` and for the last one, the
     class. Hidden files, links and what macOS adds do not count. Where two members have one name, the later one counts,
     as when unpacking. A tar within a tar is a folder of that name.
     Raises DataError where the archive is damaged, encrypted, packed in a way that cannot be read, or the disk is full.

@@ -77,7 +77,7 @@ def convert(
         storage: jpeg, or raw pixels for small images or a large memory: no decoding, some ten times the bytes
         max_resolution: larger images are reduced so that the longer side has this many pixels (default: 512; raw: 256)
         quality: JPEG quality, 1 to 100
-        processes: how many encode at once (default: one a core)
+        processes: how many encode at once (default: one per core)
     """
     if max_resolution is None:
         max_resolution = _MAX_RESOLUTIONS[storage]

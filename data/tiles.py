@@ -2,8 +2,8 @@
 
 A restart marker resets what a JPEG's entropy coding remembers, so the bytes between two markers, a segment, can be
 moved. With a restart interval that divides the MCUs (16x16 pixels) of a row, the segments form a grid of tiles, and the
-JPEG of a tile-aligned region is: the headers with height and width patched, the region's segments, the markers numbered
-anew. The lengths of the segments stand in an APP9 segment of the file, so that nothing is searched for.
+JPEG of a tile-aligned region is: the headers with height and width patched, the region's segments, the markers
+renumbered. The lengths of the segments stand in an APP9 segment of the file, so that nothing is searched for.
 
 Any JPEG reader reads the whole image; a decoder given a cut reads that part of it, with the same pixels.
 """
@@ -182,7 +182,7 @@ def cut(
     out[frame + 5], out[frame + 6] = part_height >> 8, part_height & 255
     out[frame + 7], out[frame + 8] = part_width >> 8, part_width & 255
 
-    # The tiles of a row lie side by side in the file, so a row is copied as one; then its markers are numbered anew.
+    # The tiles of a row lie side by side in the file, so a row is copied as one; then its markers are renumbered.
     place, marks, run = found.scan, 0, 0
     for tile in range(last_row * across + last_tile + 1):
         at = found.lengths + tile * 2

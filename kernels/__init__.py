@@ -1,1 +1,1 @@
-"""The few operations worth fusing, one a file, each defined by plain PyTorch."""
+"""The few operations worth fusing, one per file, each defined by plain PyTorch."""

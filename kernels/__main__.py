@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel and tells what it takes; no GPU is needed.
+"""Compiles every Triton kernel and prints the registers and memory it takes; no GPU is needed.
 
 python -m kernels
 make kernels ARGS='--targets 80 90 120'
@@ -86,7 +86,7 @@ def compile_version(version: Version, target: int) -> Usage:
         version.kernel,
         {name: "constexpr" if name.isupper() else _TYPES.get(name, "i32") for name in names},
         version.constants,
-        # What a launch tells Triton of its arguments: memory begins at multiples of 16 bytes, and sizes of activations,
+        # What Triton knows of its arguments at a launch: memory begins at multiples of 16 bytes, and sizes of activations,
         # unlike numbers of classes, are multiples of 16 too.
         {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name.endswith("_ptr") or name == "count"},
     )

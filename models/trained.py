@@ -165,7 +165,7 @@ def _published(name: str) -> Trained:
 
 
 def _classes_of_bare(outputs: int | None, class_names: Sequence[str] | None) -> tuple[str, ...]:
-    """The classes of a bare file of weights; none where nothing tells."""
+    """The classes of a bare file of weights; empty where nothing says."""
     given = tuple(class_names or ())
     ours = by_id(given)
     # Folders that are numbered are in another order than the outputs of any network of ImageNet.

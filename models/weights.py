@@ -65,7 +65,7 @@ def load_weights(path: str | PathLike[str]) -> Weights:
 
 
 def count_outputs(weights: Weights, *, name: str) -> int | None:
-    """The number of classes that weights of the network `name` tell apart; None where they have no head of its kind."""
+    """The number of classes that weights of the network `name` distinguish; None where they have no head of its kind."""
     sizes = {weights.state[key].shape[0] for key in _head(name) if key in weights.state and weights.state[key].dim()}
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -132,7 +132,7 @@ def _read(path: Path) -> Any:
                 f"{path}: holds {code[1]}, which takes running code to load, or is damaged; "
                 "save its tensors alone: torch.save(network.state_dict(), path)"
             ) from error
-        raise ModelError(f"{path}: is damaged, cut short or no file of weights; get it anew") from error
+        raise ModelError(f"{path}: is damaged, cut short or no file of weights; fetch it again") from error
 
 
 def _is_weight(item: tuple[Any, Any]) -> bool:

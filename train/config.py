@@ -164,7 +164,7 @@ class Config:
         runs: where run folders lie
         device: auto, cpu, cuda or cuda:N
         decoder: auto, ffcv, dali or torchvision
-        threads: decoding threads (default: one a processor)
+        threads: decoding threads (default: one per processor)
         precision: bf16 or fp16 autocast, tf32 or fp32; what the device has no units for is replaced by what it has
             (auto: the first of bf16, fp16 and fp32 that it has)
         compile: compiles the step; auto does so on CUDA only (on a CPU it costs a minute or two first and seldom pays)

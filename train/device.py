@@ -69,7 +69,7 @@ def set_tf32_and_allocator(device: torch.device, precision: str) -> None:
 def _keep_freed_memory() -> None:
     """Has glibc keep what a step frees for the next one, instead of handing it back to the system each time.
 
-    Handed back, every page of every activation is zeroed and mapped anew in each step, which on a virtual machine
+    Handed back, every page of every activation is zeroed and mapped again in each step, which on a virtual machine
     took as long as the arithmetic. Elsewhere than on glibc nothing changes.
     """
     if os.name == "posix" and hasattr(library := ctypes.CDLL(None), "mallopt"):

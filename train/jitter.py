@@ -25,7 +25,7 @@ def with_jittered(
 
     X' = X + eta dL/dX (eq. 3), one step of ascent on each crop's KL(refinery || student), through both networks. X is
     the student's normalised input (`normalise`); the paper leaves open whether it is. The gradient of the sum of the
-    crops' losses is taken, which is each crop's own but for what batch normalisation mixes in.
+    crops' losses is taken, which is each crop's own except for what batch normalisation mixes in.
     """
     device = batch.crops.device
     crops = batch.crops.float().requires_grad_()

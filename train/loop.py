@@ -244,7 +244,7 @@ class Trainer:
         self.progress.waited_seconds += self._waiting.taken()
 
     def _check_weights(self) -> None:
-        """What is kept must be good to go on from; the last step's loss tells nothing of what that step did."""
+        """A checkpoint must be good to continue from, and the last step's loss does not show what that step did."""
         for student in self.students:
             if not student.has_finite_weights():
                 raise self._diverged(student, "weights are")

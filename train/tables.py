@@ -3,7 +3,7 @@
 python -m train.tables --data imagenette2-160 --tables 1,4
 make tables DATA=imagenette2-160 TABLES=1,4
 
-Every row is a run, or one a seed: what is finished is not repeated, and what was stopped goes on.
+Every row is a run, or one per seed: what is finished is not repeated, and what was stopped goes on.
 """
 
 import shlex
@@ -88,7 +88,7 @@ class Setting:
 
 @dataclass
 class Row:
-    """A row of a table: its runs, one a seed, and the options that tell it from the others.
+    """A row of a table: its runs, one per seed, and the options in which it differs from the others.
 
     In the options, the name of a row in brackets stands for the folder of its run of the same seed, or of its only one.
     """
@@ -189,7 +189,7 @@ class Tables:
         pretrained: Row | None = None,
         seeds: int | None = None,
     ) -> Row:
-        """A row of a run a seed. refinery, pretrained: the rows whose runs label, and whose weights it starts from."""
+        """A row of one run per seed. refinery, pretrained: the rows whose runs label, and whose weights it starts from."""
         described = {"model": model}
         described |= {"refinery": f"[{refinery.name}]"} if refinery else {}
         described |= {"pretrained": f"[{pretrained.name}]/last.pt"} if pretrained else {}

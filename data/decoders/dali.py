@@ -46,7 +46,7 @@ class Decoder:
                 raise
             except RuntimeError as error:
                 raise self._undecodable(under_way, str(error)) from None
-            # DALI's dynamic executor leaves the memory of a batch to whoever holds it.
+            # DALI's dynamic executor frees the memory of a batch when nothing refers to it.
             crops = [torch.from_dlpack(output.as_tensor()) for output in outputs]
             under_way.pop(0)
             yield tuple(

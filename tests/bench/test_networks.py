@@ -79,7 +79,7 @@ def test_operations_are_counted_as_published(settings):
     pair = Pair("resnet18", "resnet18", replace(settings, resolution=224))
     forward, training = pair.flops()
     assert forward == pytest.approx(2 * 1.814e9, rel=0.01)  # multiply-adds of torchvision's documentation
-    # Backward does it twice more, but for the gradient with respect to the image.
+    # Backward does it twice more, except for the gradient with respect to the image.
     stem = 2 * 64 * 3 * 7 * 7 * 112 * 112
     assert training == pytest.approx(3 * forward - stem, rel=1e-3)
 

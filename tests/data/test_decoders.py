@@ -213,7 +213,7 @@ def test_opening_a_loader_leaves_pytorchs_threads_alone(converted, decoder):
 
 @pytest.mark.parametrize("decoder", ["ffcv", "dali", "torchvision"])
 def test_in_inference_mode_too(converted, decoder):
-    """Whoever scores a network asks for batches from within it."""
+    """Scoring a network asks for batches from within it."""
     loading = {"resolution": 32, "batch_size": 8, "decoder": decoder, "train": False}
     expected = [batch.crops for batch in open_loader(converted.beton("val"), **loading).epoch(0)]
     with torch.inference_mode():

@@ -46,7 +46,7 @@ def test_tf32_only_where_asked():
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
 def test_memory_that_a_step_frees_is_used_again():
-    """Pages of a freed tensor are still there for the next: the system has none to give anew."""
+    """Pages of a freed tensor are still there for the next: the system has to give none."""
     code = """
 import resource, sys, torch
 from train.device import set_tf32_and_allocator

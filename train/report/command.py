@@ -56,7 +56,7 @@ def report(
         batch: crops at a time
         decoder: auto, ffcv, dali or torchvision
         device: auto, cpu, cuda or cuda:N
-        threads: decoding threads (default: one a processor)
+        threads: decoding threads (default: one per processor)
     """
     where = device_named(device)
     decoders.choose(decoder, where)
