@@ -79,17 +79,17 @@ ifneq ($(unknown),)
   $(error unknown: $(unknown). Known are $(variables))
 endif
 
-hollow := $(strip $(foreach v,$(filter-out ARGS,$(typed)),$(if $(strip $(value $v)),,$v)))
-ifneq ($(hollow),)
-  $(error $(hollow) is empty: give it a value or leave it out)
+empty_values := $(strip $(foreach v,$(filter-out ARGS,$(typed)),$(if $(strip $(value $v)),,$v)))
+ifneq ($(empty_values),)
+  $(error $(empty_values) is empty: give it a value or leave it out)
 endif
 
 asked := $(filter-out help,$(filter $(verbs),$(MAKECMDGOALS)))
 ifneq ($(asked),)
   taken := $(strip $(foreach verb,$(asked),$(takes.$(verb))) PYTHON)
-  astray := $(filter-out $(taken),$(typed))
-  ifneq ($(astray),)
-    $(error make $(asked) does not take $(astray); it takes $(taken))
+  not_taken := $(filter-out $(taken),$(typed))
+  ifneq ($(not_taken),)
+    $(error make $(asked) does not take $(not_taken); it takes $(taken))
   endif
 endif
 

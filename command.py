@@ -1,6 +1,8 @@
 """How every command takes its options, and how it ends: bad input in one line with exit status 2."""
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
@@ -15,16 +17,18 @@ class UserError(ValueError):
 def run_command(function: Callable[..., Any], *, prog: str, words: list[str] | None = None) -> Any:
     """Calls function with the options of the command line, typed and described by its signature and docstring.
 
-    words: the command line without the program's name (default: sys.argv's). Ends as `ending` does.
+    words: the command line without the program's name (default: sys.argv's). Ends as `exit_on_user_error` does.
     """
     # Loaded here: the processes that encode images import UserError, and need no parser.
     from jsonargparse import auto_cli
 
     typed = with_underscores(sys.argv[1:] if words is None else words)
-    return ending(lambda: auto_cli(function, as_positional=False, prog=prog, args=typed, exit_on_error=False))
+    return exit_on_user_error(
+        lambda: auto_cli(function, as_positional=False, prog=prog, args=typed, exit_on_error=False)
+    )
 
 
-def ending(work: Callable[[], Result]) -> Result:
+def exit_on_user_error(work: Callable[[], Result]) -> Result:
     """Returns what a command's work returns; bad input ends the program with one line and status 2.
 
     A stop by the user ends it with status 130. Parsers are to be built with exit_on_error=False.
@@ -38,6 +42,18 @@ def ending(work: Callable[[], Result]) -> Result:
     except KeyboardInterrupt as stop:
         print(str(stop) or "\ninterrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def typed_command() -> str:
+    """The command that the user typed, to be typed again."""
+    spec = sys.modules["__main__"].__spec__
+    module = spec.name.removesuffix(".__main__") if spec else "train"
+    return os.environ.get("TYPED_COMMAND") or f"python -m {module} {shlex.join(sys.argv[1:])}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says first, or its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def with_underscores(words: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench import BenchError
 from bench.record import aligned, figure
-from command import ending
+from command import exit_on_user_error
 
 # What a difference of figures may come from instead of the code.
 _MACHINE = ("device", "cpu", "versions")
@@ -75,7 +75,7 @@ def _differing(title: str, one: dict[str, Any], other: dict[str, Any], name: str
 
 
 def _compared(one: dict[str, Any] | None, other: dict[str, Any] | None) -> list[str]:
-    """unit, both medians, their ratio, and what is to be thought of it."""
+    """unit, both medians, their ratio, and whether the difference is within noise."""
     ran = [row if row and "not_run" not in row else None for row in (one, other)]
     unit = next((row["unit"] for row in ran if row), "")
     medians = [figure(row["rate"]["median"]) if row else "–" for row in ran]
@@ -88,14 +88,11 @@ def _compared(one: dict[str, Any] | None, other: dict[str, Any] | None) -> list[
 
 
 def main() -> None:
-    def work() -> None:
-        words = sys.argv[1:]
-        if len(words) != 2:
-            raise BenchError("give two results: python -m bench.compare A.json B.json, make bench-compare A=... B=...")
-        print(compare(*map(Path, words)), end="")
-
-    ending(work)
+    files = sys.argv[1:]
+    if len(files) != 2:
+        raise BenchError("give two results: python -m bench.compare A.json B.json, make bench-compare A=... B=...")
+    print(compare(*map(Path, files)), end="")
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

@@ -5,11 +5,11 @@ from typing import Any
 
 
 class CompilerNotes:
-    """What the compiler left undone, from now on: its counters of it, and its words about it."""
+    """Graph breaks, skipped CUDA graphs and log lines of PyTorch's compiler, from now on."""
 
     def __init__(self):
         self._said: list[str] = []
-        # Layouts that were left alone are told at the lowest level only.
+        # Skipped layouts are logged at DEBUG level only.
         handler = _Listener(self._said)
         logging.getLogger("torch._inductor").addHandler(handler)
         graph = logging.getLogger("torch._inductor.graph")

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 import models
 from bench.compiler import CompilerNotes, compiler_note
 from bench.limit import LIMIT, limit, limit_note, with_shares
-from bench.pair import CLASSES, Pair, batch, crops, on_device, refinery
+from bench.pair import CLASSES, Pair, batch, crops, refinery
 from bench.record import Column, Record, Row, ran, step_columns
 from bench.settings import Settings
 from bench.turns import Contender, Runner, Work, in_turns
 from kernels.normalise import Normalise
 from train.config import OptimizerConfig
-from train.device import set_tf32_and_allocator
+from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.step import COMPILER_OPTIONS, Step
 from train.student import Student
 
@@ -50,10 +50,10 @@ class _Batches(Runner):
 
     def _forward_of(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
         """The network as train.step.Step runs it: under autocast, and compiled if asked for."""
-        device, autocast = self.device, self.settings.autocast
+        device, autocast = torch.device(self.device), self.settings.autocast
 
         def forward(images: Tensor) -> Tensor:
-            with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+            with computing_in(autocast, device):
                 return network(images)
 
         if not self.settings.compiled:
@@ -82,7 +82,7 @@ class StudentPass(_Batches):
 
     def __init__(self, pair: Pair):
         super().__init__(pair)
-        self._network = on_device(models.build(pair.student, CLASSES), self.settings)
+        self._network = on_device(models.build(pair.student, CLASSES), torch.device(self.device))
         self._forward = self._forward_of(self._network)
         self._ready = self._images(pair.student)
 

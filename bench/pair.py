@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ import models
 from bench.settings import Settings
 from bench.turns import Contender, Runner
 from data.loader import CropBatch
+from train.device import on_device
 from train.labels.refinery import Refinery
 
 CLASSES = 1000
@@ -92,8 +92,5 @@ def batch(settings: Settings) -> CropBatch:
 def refinery(pair: Pair, network: nn.Module) -> Refinery:
     """The network as label source, with batch statistics, on the device."""
     dtype = pair.settings.autocast or torch.float32
-    return on_device(Refinery(network, models.normalisation(pair.refinery), dtype=dtype), pair.settings)
-
-
-def on_device(module: Any, settings: Settings) -> Any:
-    return module.to(settings.device).to(memory_format=torch.channels_last)
+    source = Refinery(network, models.normalisation(pair.refinery), dtype=dtype)
+    return on_device(source, torch.device(pair.settings.device))

@@ -2,10 +2,13 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench import BenchError
 
 Row = dict[str, Any]
 
@@ -71,8 +74,25 @@ class Record:
 
 
 def write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes DATE-PART-DEVICE.json, .md and .png into the folder and returns their paths; `found`: environment()."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes DATE-PART-DEVICE.json, .md and .png into the folder and returns their paths; `found`: environment().
+
+    Raises BenchError where they cannot be written.
+    """
+    with writing(folder):
+        return _write(record, found, folder)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Makes the folder. Raises BenchError where that, or what is written in this context, fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise BenchError(f"{folder}: cannot be written ({error.strerror}); name another folder with OUT") from None
+
+
+def _write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
     stem = place(folder, record.part, found)
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("json", "md", "png")]
     described = {

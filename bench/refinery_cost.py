@@ -14,19 +14,18 @@ import torch
 from torch.nn import functional as F
 
 import models
+from bench import BenchError
 from bench.networks import student_of
-from bench.pair import Pair, on_device
+from bench.pair import Pair
 from bench.process import CallFailed, Process
 from bench.record import BATCH_TIME, DEVICE_MEMORY, MEMORY, Column, Record, Row, optional, rate_columns
 from bench.settings import Settings
 from bench.turns import Contender, Runner, Work, in_turns
 from command import UserError
-from data import DataError
 from data.loader import CropBatch, Loader, open_loader
 from data.sets import ConvertedSet, find_set
 from models.trained import Trained, load_trained
-from train import TrainError
-from train.device import set_tf32_and_allocator
+from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.labels.refinery import Refinery
 from train.step import Step
 
@@ -42,12 +41,12 @@ def _side(resolution: int, share: float) -> int:
 
 
 def _opened(settings: Settings) -> tuple[Trained, ConvertedSet, int]:
-    """The refinery, its data, and the resolution of the crops. Raises DataError, ModelError or TrainError."""
+    """The refinery, its data, and the resolution of the crops. Raises BenchError, DataError or ModelError."""
     if not settings.refinery:
-        raise TrainError("it needs a trained refinery: REFINERY=run folder or NAME:FILE, with DATA=its converted set")
+        raise BenchError("it needs a trained refinery: REFINERY=run folder or NAME:FILE, with DATA=its converted set")
     data = find_set(settings.data or "scenes")
     if not isinstance(data, ConvertedSet):
-        raise DataError(f"DATA={settings.data or 'scenes'}: is not converted yet; make convert DATA=... OUT=...")
+        raise BenchError(f"DATA={settings.data or 'scenes'}: is not converted yet; make convert DATA=... OUT=...")
     trained = load_trained(settings.refinery, class_names=data.class_names)
     return trained, data, trained.resolution or data.resolution
 
@@ -65,7 +64,7 @@ def _loader(settings: Settings, data: ConvertedSet, resolution: int) -> Loader:
 def _refinery(settings: Settings, trained: Trained, bn: str, resolution: int) -> Refinery:
     dtype = settings.autocast or torch.float32
     source = Refinery(trained.network, trained.normalisation, bn=bn, resolution=resolution, dtype=dtype)
-    return on_device(source, settings)
+    return on_device(source, torch.device(settings.device))
 
 
 class Labelling(Runner):
@@ -89,8 +88,7 @@ class Labelling(Runner):
         return Work(_AT_ONCE[self.device] * self._settings.batch)
 
     def _logits(self, batch: CropBatch) -> torch.Tensor | None:
-        autocast = self._settings.autocast
-        with torch.autocast(self.device, dtype=autocast, enabled=autocast is not None):
+        with computing_in(self._settings.autocast, torch.device(self.device)):
             return self._labels(batch).logits
 
 
@@ -234,7 +232,7 @@ def _differences(settings: Settings, bn: str, share: float) -> dict[str, float]:
     same, divergence, count = 0, 0.0, 0
     batches = itertools.islice(_loader(settings, data, resolution).epoch(0), _label_batches(settings))
     for number, batch in enumerate(batches):
-        with torch.autocast(settings.device, dtype=settings.autocast, enabled=settings.autocast is not None):
+        with computing_in(settings.autocast, torch.device(settings.device)):
             logits = labels(batch).logits
         assert logits is not None
         found = F.log_softmax(logits.float(), dim=1)

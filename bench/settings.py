@@ -121,9 +121,10 @@ def resolve(
 
 
 def _pair(words: str) -> tuple[str, str]:
-    # timm:NAME has a colon of its own.
-    refinery, student = words.replace("timm:", "timm;").partition(":")[::2]
-    names = refinery.replace("timm;", "timm:"), student.replace("timm;", "timm:")
+    # timm:NAME and torchvision:NAME have a colon of their own.
+    hub = next((f"{hub}:" for hub in models.HUBS if words.startswith(f"{hub}:")), "")
+    refinery, _, student = words.removeprefix(hub).partition(":")
+    names = f"{hub}{refinery}" if refinery else "", student
     if not all(names):
         raise BenchError(f"pairs={words}: give REFINERY:STUDENT, two names of networks, as in resnet50:mobilenet")
     for name in names:

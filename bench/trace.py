@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.networks import Stepping
 from bench.pair import Pair
-from bench.record import aligned, place
+from bench.record import aligned, place, writing
 from bench.settings import Settings
 
 _WARM_UP = 3
@@ -43,8 +43,8 @@ def trace(settings: Settings, found: dict[str, Any], folder: Path) -> Path:
     ]
     print(f"A step of {pair}: {settings.batch} crops of {settings.resolution} px, {settings.computing}.")
     print(aligned(["kernel" if on_gpu else "operator", "calls", "ms", "share"], rows, left=1))
-    folder.mkdir(parents=True, exist_ok=True)
     stem = place(folder, "step", found)
     path = stem.with_name(f"{stem.name}.trace.json.gz")
-    profiler.export_chrome_trace(str(path))
+    with writing(folder):
+        profiler.export_chrome_trace(str(path))
     return path

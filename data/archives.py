@@ -26,6 +26,7 @@ from typing import IO, Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
+from command import first_line
 from data import DataError
 from data.pixels import EXTENSIONS
 
@@ -163,7 +164,7 @@ def open_archive(path: Path) -> Archive:
     except (OSError, *_DAMAGE) as error:
         if isinstance(error, OSError) and error.errno:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise DataError(f"{path}: damaged, or neither a zip nor a tar archive ({reason}); fetch it again") from None
     below, files = _unwrapped(members)
     return Archive(f"{path}:{below}", files, read)

@@ -26,7 +26,7 @@ import PIL
 from PIL import Image
 from tqdm import tqdm
 
-from command import run_command
+from command import first_line, run_command
 from data import DataError, tiles
 from data.beton import PAGE_SIZE, Beton, Encoded, write_beton
 from data.pixels import upright_rgb
@@ -225,7 +225,7 @@ def _encode_chunk(read, items: list, storage: Storage) -> list[Encoded | str]:
                 warnings.simplefilter("ignore")
                 results.append(encode(read(item), storage))
         except Exception as error:
-            results.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            results.append(first_line(error))
     return results
 
 

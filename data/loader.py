@@ -17,7 +17,7 @@ from data.decoders.prefetch import default_threads
 from data.plan import CropRule
 from data.sets import is_converted, open_set
 
-ORDERS = ("random", "quasi-random", "sequential")
+_ORDERS = ("random", "quasi-random", "sequential")
 
 # Class ids beyond this are damage, or no class ids.
 _MOST_CLASSES = 1_000_000
@@ -78,7 +78,8 @@ class Loader:
     num_samples: images in the file. num_classes and class_names: from the set's `set.json`, else counted and numbered.
     steps: batches an epoch on this rank. decoder: the name of the decoder at work.
 
-    Raises DataError for a file that is no `.beton`, an unknown decoder or order, and a set with too few images.
+    Raises DataError for a file that is no `.beton`, an unknown decoder or order, a decoder whose package is missing,
+    numbers below 1, and a set with too few images.
     """
 
     def __init__(
@@ -101,8 +102,8 @@ class Loader:
         paired: tuple[Pairing, ...] = (),
         fetch: Fetch | None = None,
     ):
-        if order not in ORDERS:
-            raise DataError(f"order={order}: unknown; choose one of {', '.join(ORDERS)}")
+        if order not in _ORDERS:
+            raise DataError(f"order={order}: unknown; choose one of {', '.join(_ORDERS)}")
         numbers = {"resolution": resolution, "batch_size": batch_size, "copies": copies, "world": world}
         for name, value in (numbers | {"threads": threads}).items():
             if value is not None and value < 1:
@@ -142,7 +143,7 @@ class Loader:
         )
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
-        """The batches of one epoch from start_step on; those before it cost nothing."""
+        """The batches of one epoch from start_step on; those before it cost nothing. Raises DataError for damage."""
         first_block, first_copy = divmod(start_step, self._copies)
         # The decoder asks for blocks ahead of their use; the boxes that it got wait here for their crops.
         planned: deque[Request] = deque()

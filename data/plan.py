@@ -157,6 +157,16 @@ def center_boxes(sizes: ArrayLike, *, ratio: float = 224 / 256) -> NDArray[np.in
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1).astype(np.int32)
 
 
+def seed_of_generation(seed: int, generation: int) -> int:
+    """The seed of the crops and first weights of a run: a hash of the user's seed and of the run's generation.
+
+    generation: 0 for a network that learns from the ground truth, its refinery's + 1 for a student. So a student starts
+    from other weights than its refinery did and sees other crops, as in Label Refinery (section 3), and all students
+    of one refinery see the same crops. Returns 0 to 2**64 - 1.
+    """
+    return _key(_GENERATION, seed, generation)
+
+
 def _central_sizes(
     heights: NDArray[np.int64], widths: NDArray[np.int64], ratio: tuple[float, float]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -174,16 +184,6 @@ def _heights_widths(sizes: ArrayLike, n: int) -> tuple[NDArray[np.int64], NDArra
     if n and array.min() < 1:
         raise ValueError("sizes holds a height or width below 1 pixel")
     return array[:, 0], array[:, 1]
-
-
-def seed_of_generation(seed: int, generation: int) -> int:
-    """The seed of the crops and first weights of a run: a hash of the user's seed and of the run's generation.
-
-    generation: 0 for a network that learns from the ground truth, its refinery's + 1 for a student. A student thus
-    starts from other weights than its refinery did and sees other crops, as Label Refinery's (section 3) does, and
-    all students of one refinery see the same. Returns 0 to 2**64 - 1.
-    """
-    return _key(_GENERATION, seed, generation)
 
 
 def _key(*parts: int) -> int:

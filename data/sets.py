@@ -81,11 +81,11 @@ def open_set(folder: str | Path) -> ConvertedSet:
             source_fingerprint=described["source_fingerprint"],
             made=described["made"],
         )
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); is {folder} a converted set?") from None
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
+    except (KeyError, TypeError, ValueError):
         raise DataError(f"{path}: damaged; convert the set again") from None
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from command import first_line
 from data import DataError, archives, scenes
 from data.pixels import EXTENSIONS
 from data.plan import CropRule
@@ -125,7 +126,7 @@ def _torchvision_set(name: str) -> Source:
             return Source(name, tuple(train.classes), splits[0], splits[1], "torchvision", 32, rule)
         digits = [datasets.SVHN(str(root), split=part, download=True) for part in ("train", "test")]
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise DataError(
             f"DATA={name}: could not be downloaded to {root} ({reason}); put its files there, or give a folder"
         ) from None

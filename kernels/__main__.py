@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from command import UserError, ending
+from command import UserError, exit_on_user_error
 from kernels import binarise, refinery_loss
 
 # The kernels' arguments; those in capitals are constants, all others int32.
@@ -86,8 +86,8 @@ def compile_version(version: Version, target: int) -> Usage:
         version.kernel,
         {name: "constexpr" if name.isupper() else _TYPES.get(name, "i32") for name in names},
         version.constants,
-        # What Triton knows of its arguments at a launch: memory begins at multiples of 16 bytes, and sizes of activations,
-        # unlike numbers of classes, are multiples of 16 too.
+        # What Triton knows of the arguments at a launch: memory begins at multiples of 16 bytes, and sizes of
+        # activations, unlike numbers of classes, are multiples of 16 too.
         {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name.endswith("_ptr") or name == "count"},
     )
     try:
@@ -134,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ending(main)
+    exit_on_user_error(main)

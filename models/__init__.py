@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18, resnet34, resnet50, vgg16_bn, vgg19_bn
 
-from command import UserError
+from command import UserError, first_line
 from kernels.normalise import Normalisation
 from models.alexnet import AlexNet
 from models.darknet import Darknet19
@@ -84,7 +84,7 @@ def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module
         return hub.fetch(plain, num_classes)
     except Exception as error:  # each hub and each proxy fails with another class
         raise ModelError(
-            f"{name}: its pretrained weights cannot be fetched ({_first_line(error)}); pass a file of weights instead"
+            f"{name}: its pretrained weights cannot be fetched ({first_line(error)}); pass a file of weights instead"
         ) from error
 
 
@@ -106,7 +106,7 @@ def check_resolution(name: str, resolution: int) -> None:
             logits = hub.build(plain, classes)(torch.empty(2, 3, resolution, resolution))
     except Exception as error:  # whatever its layers raise at a size they were not made for
         takes = hub.published(plain).takes
-        raise ModelError(f"{name}: cannot take resolution={resolution} ({_first_line(error)}); {takes}") from error
+        raise ModelError(f"{name}: cannot take resolution={resolution} ({first_line(error)}); {takes}") from error
     if getattr(logits, "shape", None) != (2, classes):
         raise ModelError(f"{name}: does not give one logit a class; choose a network that classifies")
 
@@ -143,7 +143,3 @@ def _found(name: str) -> tuple[Hub | None, str]:
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     theirs = " or ".join(f"{hub}:<name>" for hub in HUBS)
     raise ModelError(f"unknown network {name!r}: {hint}take one of {', '.join(_NETWORKS)}, {theirs}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import models
+from command import first_line
 from kernels.normalise import Normalisation
 from models import ModelError
 from models.classes import by_id, class_columns
@@ -55,7 +56,7 @@ class Trained:
         return digest.hexdigest()
 
     def columns_of(self, class_names: Sequence[str]) -> list[int] | None:
-        """For each of these classes the output that stands for it; None where they are the network's own."""
+        """For each of these classes its output, or -1 for none; None where they are the network's own, in order."""
         return None if self.class_names == tuple(class_names) else class_columns(self.class_names, class_names)
 
     @torch.inference_mode()
@@ -66,7 +67,7 @@ class Trained:
         try:
             self.network.eval()(torch.zeros(1, 3, resolution, resolution))
         except (RuntimeError, ValueError, AssertionError) as error:
-            return (str(error).splitlines() or [type(error).__name__])[0]
+            return first_line(error)
         return None
 
     def check_resolution(self, resolution: int) -> None:

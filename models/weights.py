@@ -31,7 +31,7 @@ class Weights:
     """What a file of weights holds, on the CPU.
 
     state: tensors by their name in the plain network, without what DataParallel and torch.compile prefix.
-    network: name, num_classes, class_names, resolution, mean and std, from a checkpoint of ours; else None.
+    network: what models.trained needs to know of it (its name, class names, ...), from a checkpoint of ours; else None.
     """
 
     path: Path
@@ -65,7 +65,7 @@ def load_weights(path: str | PathLike[str]) -> Weights:
 
 
 def count_outputs(weights: Weights, *, name: str) -> int | None:
-    """The number of classes that weights of the network `name` distinguish; None where they have no head of its kind."""
+    """The number of classes that weights of the network `name` have; None where they have no head of its kind."""
     sizes = {weights.state[key].shape[0] for key in _head(name) if key in weights.state and weights.state[key].dim()}
     return sizes.pop() if len(sizes) == 1 else None
 

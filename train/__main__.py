@@ -4,8 +4,8 @@
 if __name__ == "__main__":
     import sys
 
-    from command import ending
+    from command import exit_on_user_error
     from train.config import parse
     from train.train import train
 
-    ending(lambda: train(parse(sys.argv[1:])))
+    exit_on_user_error(lambda: train(parse(sys.argv[1:])))

@@ -1,11 +1,11 @@
-"""What a run says before it begins and when it has ended."""
+"""Prints what a run is before it starts, and its result when it has ended."""
 
 import sys
 from typing import Any
 
 import torch
 
-from train.config import LossConfig, first_resolution
+from train.config import LossConfig
 from train.job import Job
 from train.loop import Trainer
 
@@ -20,8 +20,8 @@ def announce(trainer: Trainer) -> None:
         labels += f"; loss {config.loss.kind}, temperature {config.loss.temperature:g}"
     if config.jitter:
         labels += f"; adversarial jitter, eta {config.jitter:g}"
-    first = first_resolution(config.resolution_from, job.resolution)
-    sides = f"{first} to {job.resolution}" if first < job.resolution else str(job.resolution)
+    first, last = job.resolutions[0], job.resolution
+    sides = f"{first} to {last}" if first < last else str(last)
     lines = [
         ("model", f"{student.name}, {sum(p.numel() for p in student.network.parameters()) / 1e6:.2f} M parameters")
         for student in trainer.students
@@ -55,14 +55,14 @@ def announce(trainer: Trainer) -> None:
 def _units(job: Job) -> str:
     device, used = job.device, job.config.precision
     text = f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, {used}"
-    if job.asked == "auto" and used != "bf16":
+    if job.asked_precision == "auto" and used != "bf16":
         text += " (no bf16 units)"
-    elif job.asked not in ("auto", used):
-        text += f" in place of {job.asked}, for which it has no units"
+    elif job.asked_precision not in ("auto", used):
+        text += f" in place of {job.asked_precision}, for which it has no units"
     return text + (", compiled" if job.compiled else "")
 
 
-def report(result: dict[str, Any], job: Job) -> None:
+def announce_result(result: dict[str, Any], job: Job) -> None:
     """Says how a run ended."""
     print(
         f"finished: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "

@@ -12,10 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from command import ending
-from train import TrainError, labels
+from command import exit_on_user_error
+from train import TrainError
+from train import labels as kinds
 from train.config import Config, parse_both
 from train.job import check
+from train.report import figures
 from train.runs import Run, key_of, table_text
 from train.train import train
 
@@ -38,12 +40,8 @@ def main() -> None:
         "text, JSON and a picture. All options hold for every generation, except --refinery and --pretrained, which "
         "are for the first alone."
     )
-
-    def work() -> None:
-        config, own = parse_both(sys.argv[1:], ChainOptions, prog="python -m train.chain", about=about)
-        chain(config, own.models.split())
-
-    ending(work)
+    config, own = parse_both(sys.argv[1:], ChainOptions, prog="python -m train.chain", about=about)
+    chain(config, own.models.split())
 
 
 def chain(config: Config, models: Sequence[str]) -> list[Run]:
@@ -57,7 +55,7 @@ def chain(config: Config, models: Sequence[str]) -> list[Run]:
     if config.out:
         raise TrainError(f"out={config.out}: is the folder of one run; the runs of a chain lie below --runs")
     # What says how a refinery labels counts from the second generation on, if the first one has none.
-    first = config.reset(labels.foreign_options(labels.kind_of(config))).replace({"model": models[0]})
+    first = config.reset(kinds.foreign_options(kinds.kind_of(config))).replace({"model": models[0]})
     # Later generations are looked at as students of a network's name: the runs that will teach them are not there yet.
     check([first, *(_later(config, before, model) for before, model in pairwise(models))])
     runs: list[Run] = []
@@ -112,27 +110,12 @@ def _write(rows: list[dict[str, Any]], runs: Sequence[Run], root: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "chain.txt").write_text(text)
         (folder / "chain.json").write_text(json.dumps(rows, indent=1) + "\n")
-        _draw(rows, folder / "chain.png")
+        names = [f"{row['generation']} {row['model']}" for row in rows]
+        figures.by_run(names, [row["train_top1"] for row in rows], [row["top1"] for row in rows], folder / "chain.png")
     except OSError as error:
         raise TrainError(f"{folder}: the table of generations cannot be written ({error.strerror})") from None
     print(f"{text}\n{folder}: chain.txt, chain.json, chain.png", flush=True)
 
 
-def _draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Train and validation accuracy by generation (Figure 1 of the paper)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.5 + 1.2 * len(rows), 3.6), layout="constrained")
-    axes = figure.subplots()
-    names = [f"{row['generation']}\n{row['model']}" for row in rows]
-    for key, label in (("train_top1", "training crops"), ("top1", "validation")):
-        axes.plot(names, [row[key] for row in rows], marker="o", label=label)
-    axes.set_xlabel("generation")
-    axes.set_ylabel("top-1, %")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-
-
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

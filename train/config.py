@@ -7,8 +7,6 @@ recipe counts again: it may say other things of another network.
 
 import argparse
 import json
-import os
-import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -21,7 +19,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from command import with_underscores
-from train import TrainError, labels
+from train import TrainError
+from train import labels as kinds
 from train.device import Precision
 from train.labels import LabelsConfig
 from train.labels.ground_truth import GroundTruthLabels
@@ -29,9 +28,6 @@ from train.labels.refinery import RefineryLabels
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-# Each resolution on the way up compiles once, so there are not many.
-_RESOLUTION_STEP = 16
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -113,6 +109,10 @@ class LossConfig:
 
     kind: Literal["soft", "hard", "reversed", "l2"] = "soft"
     temperature: float = 1.0
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise TrainError(f"loss.temperature={self.temperature}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -211,17 +211,16 @@ class Config:
     crop: CropConfig = field(default_factory=CropConfig)
 
     def __post_init__(self):
-        for name, value in {"epochs": self.epochs, "batch": self.batch, "copies": self.copies}.items():
-            if value < 1:
+        for name in ("epochs", "resolution", "batch", "copies", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise TrainError(f"{name}={value}: must be at least 1")
         if not 0 <= self.ema < 1:
             raise TrainError(f"ema={self.ema}: give a decay from 0 to below 1, as 0.999")
         if not 0 < self.resolution_from <= 1:
             raise TrainError(f"resolution_from={self.resolution_from}: give a share of resolution, above 0 and up to 1")
-
-    @property
-    def temperature(self) -> float:
-        return self.loss.temperature
+        if self.jitter < 0:
+            raise TrainError(f"jitter={self.jitter}: must not be below 0")
 
     @property
     def changed(self) -> set[str]:
@@ -247,11 +246,11 @@ class Config:
 
     def on_ground_truth(self) -> "Config":
         """The same with the images' own labels in place of a refinery's or any others."""
-        return self.reset(labels.foreign_options(GroundTruthLabels))
+        return self.reset(kinds.foreign_options(GroundTruthLabels))
 
     def learning_from(self, refinery: str) -> "Config":
         """The same with the labels of this refinery in place of any others."""
-        return self.reset(labels.foreign_options(RefineryLabels)).replace({"refinery": refinery})
+        return self.reset(kinds.foreign_options(RefineryLabels)).replace({"refinery": refinery})
 
     def as_refinery(self, model: str) -> "Config":
         """With what a network is trained to be the refinery of such runs: on ground truth, by the recipe's section."""
@@ -262,18 +261,6 @@ class Config:
 @cache
 def _defaults() -> dict[str, Any]:
     return _dotted(asdict(Config()))
-
-
-def first_resolution(share: float, last: int) -> int:
-    """Pixels a side at which a run begins whose crops grow to `last`: that share of it, in whole steps of 16 px."""
-    return min(max(round(share * last / _RESOLUTION_STEP), 1) * _RESOLUTION_STEP, last) if share < 1 else last
-
-
-def growing_resolution(epoch: int, epochs: int, share: float, last: int) -> int:
-    """Pixels a side in an epoch (0, 1, ...) of a run whose crops grow from `share` of `last` to `last`; see Config."""
-    first = first_resolution(share, last)
-    grown = min(max(3 * epoch / epochs - 1, 0.0), 1.0)
-    return first + int(grown * (last - first) / _RESOLUTION_STEP) * _RESOLUTION_STEP if grown < 1 else last
 
 
 def configure(options: Mapping[str, Any], *, as_refinery: bool = False) -> Config:
@@ -294,18 +281,20 @@ def configure(options: Mapping[str, Any], *, as_refinery: bool = False) -> Confi
     return config
 
 
-def parse(words: Sequence[str], *, prog: str = "python -m train", about: str | None = None) -> Config:
+def parse(words: Sequence[str]) -> Config:
     """The configuration that the words of a command line describe; for commands alone.
 
-    prog, about: what --help says of the command. --help and --print_config print and end the program; bad words raise
-    argparse.ArgumentError or TrainError.
+    --help and --print_config print and end the program; bad words raise argparse.ArgumentError or TrainError.
     """
-    return parse_both(words, _Nothing, prog=prog, about=about)[0]
+    about = str(Config.__doc__).partition("\n")[0]
+    return parse_both(words, _Nothing, prog="python -m train", about=about)[0]
 
 
-def parse_both(words: Sequence[str], own: type[_Own], *, prog: str, about: str | None = None) -> tuple[Config, _Own]:
-    """As `parse`, for a command that has options of its own besides: `own` is a dataclass of these."""
-    about = about or str(Config.__doc__).partition("\n")[0]
+def parse_both(words: Sequence[str], own: type[_Own], *, prog: str, about: str) -> tuple[Config, _Own]:
+    """As `parse`, for a command that also has options of its own, which the dataclass `own` lists.
+
+    prog, about: what --help says of the command.
+    """
     parser = ArgumentParser(prog=prog, description=about, exit_on_error=False, print_config=None)
     parser.add_argument("--config", action="config", help="a YAML file of options; those typed behind it count more")
     parser.add_argument("--print_config", action="store_true", help="print all options with their values, and end")
@@ -408,10 +397,3 @@ def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(group, {})
         inner[name] = value
     return nested
-
-
-def command_to_continue() -> str:
-    """The command that the user typed, to be typed again."""
-    spec = sys.modules["__main__"].__spec__
-    module = spec.name.removesuffix(".__main__") if spec else "train"
-    return os.environ.get("TYPED_COMMAND") or f"python -m {module} {shlex.join(sys.argv[1:])}"

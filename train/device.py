@@ -3,11 +3,14 @@
 import ctypes
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+from torch import nn
 
 from train import TrainError
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 # What a user may ask for, and what a device then computes in.
 Precision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
@@ -53,6 +56,16 @@ def precision_on(device: torch.device, asked: Precision = "auto") -> Precision:
 def autocast_type(precision: str) -> torch.dtype | None:
     """What the networks are autocast to; None for float32 throughout."""
     return _AUTOCAST.get(precision)
+
+
+def computing_in(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
+    """The context in which networks compute in bfloat16 or float16; with None, in float32 throughout."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def on_device(module: _Module, device: torch.device) -> _Module:
+    """The module on the device, its weights laid out channels-last as crops are."""
+    return module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def set_tf32_and_allocator(device: torch.device, precision: str) -> None:

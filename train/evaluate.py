@@ -6,7 +6,7 @@ make evaluate CHECKPOINT=runs/scenes/... DATA=images/
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from data.sources import Source, open_source
 from models.classes import are_imagenet, by_id, class_columns, lacking
 from models.trained import Trained, load_trained
 from train import TrainError
-from train.device import autocast_type, device_named, precision_on, set_tf32_and_allocator
+from train.device import autocast_type, device_named, on_device, precision_on, set_tf32_and_allocator
 from train.score import Scores, score, validation_loader
 from train.score.multilabel import (
     Accuracy,
@@ -37,6 +37,9 @@ from train.score.multilabel import (
 
 # For images whose set has no crop rule, where the network doesn't say either.
 _USUAL_RESOLUTION = 224
+
+# Labels of images that may have several, and how they are counted, by what they are called.
+_Asked = dict[str, tuple[Labels, Callable[[Labels, Answers], Accuracy]]]
 
 
 def evaluate(
@@ -58,8 +61,8 @@ def evaluate(
     ImageNet's classes is scored on the images of these. Folders numbered 0 to 999, as ImageNetV2's are, are ImageNet's
     classes in their order.
 
-    For ReaL and multi-label accuracy (train/multilabel.py), labels outside the classes that are scored are dropped, and
-    images left without labels are not scored.
+    For ReaL and multi-label accuracy (train/score/multilabel.py), labels outside the classes that are scored are
+    dropped, and images left without labels are not scored.
 
     Args:
         checkpoint: a run folder, a checkpoint file, NAME:FILE for a bare file of weights, or for published ones
@@ -79,7 +82,7 @@ def evaluate(
             likeliest class experts judged right or unclear, without problematic images; the mean over the classes
     """
     where = device_named(device)
-    asked: dict[str, tuple[Labels, Callable[[Labels, Answers], Accuracy]]] = {}
+    asked: _Asked = {}
     if real:
         asked["ReaL"] = read_real(Path(real)), real_accuracy
     if multi_label:
@@ -88,45 +91,29 @@ def evaluate(
     found = _image_files(data, split, labelled=bool(asked)) if from_files else find_set(data)
     trained = load_trained(checkpoint, class_names=found.class_names)
     columns = _columns(trained, found.class_names, data)
-    several: dict[str, Accuracy] = {}
+    loader: Loader | Originals
     if isinstance(found, Source):
-        side, rule = _crops(trained, found.resolution or _USUAL_RESOLUTION, found.crop or CropRule(), resolution)
-        images = Originals(
+        side, crop = _crops(trained, found.resolution or _USUAL_RESOLUTION, found.crop or CropRule(), resolution)
+        loader = Originals(
             found.val,
             found.class_names,
             resolution=side,
             batch_size=batch,
-            center_ratio=rule.center_ratio,
+            center_ratio=crop.center_ratio,
             device=where,
             threads=threads,
         )
-        for kind, (labels, _) in asked.items():
-            if not any(Path(file).stem in labels for file in images.files):
-                raise TrainError(f"DATA={data}: none of its files is named as one that has {kind} labels")
-        scores = _scored(trained, images, columns, where)
-        ids = by_id(found.class_names)
-        answers = Answers(
-            files=images.files,
-            folders=[ids[label] for label in found.val.labels],
-            likeliest=[ids[index] if index >= 0 else None for index in scores.predicted.tolist()],
-            choices=frozenset(name for name, column in zip(ids, columns, strict=True) if column >= 0),
-        )
-        several = {kind: accuracy(labels, answers) for kind, (labels, accuracy) in asked.items()}
+        _check_names(loader.files, asked, data)
+        scores = _scored(trained, loader, columns, where)
+        several = _by_labels(asked, found, loader.files, columns, scores)
     else:
         ready = ensure_converted(found)
-        side, rule = _crops(trained, ready.resolution, ready.crop, resolution)
+        side, crop = _crops(trained, ready.resolution, ready.crop, resolution)
         loader = validation_loader(
-            ready, resolution=side, crop=rule, batch=batch, decoder=decoder, device=where, threads=threads
+            ready, resolution=side, crop=crop, batch=batch, decoder=decoder, device=where, threads=threads
         )
-        scores = _scored(trained, loader, columns, where)
-    print(f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % on {scores.images} images at {side} px")
-    for kind, accuracy in several.items():
-        percent = "unknown" if accuracy.percent is None else f"{accuracy.percent:.2f} %"
-        known = sum(column >= 0 for column in columns)
-        print(
-            f"{kind} {percent} on {accuracy.images} images; {accuracy.left_out} more have no label among the {known} "
-            "classes"
-        )
+        scores, several = _scored(trained, loader, columns, where), {}
+    _print(scores, several, side, known=sum(column >= 0 for column in columns))
     written = {
         "checkpoint": trained.origin,
         "network": trained.name,
@@ -137,11 +124,42 @@ def evaluate(
         "images": scores.images,
         **{kind.lower().replace("-", "_"): asdict(accuracy) for kind, accuracy in several.items()},
         "per_class": {
-            name: {"images": images_of, "top1": top1}
-            for name, (images_of, top1) in zip(found.class_names, scores.per_class, strict=True)
+            name: {"images": images, "top1": top1}
+            for name, (images, top1) in zip(found.class_names, scores.per_class, strict=True)
         },
     }
     _write(written, Path(out) if out else _beside(trained, data))
+
+
+def _print(scores: Scores, several: Mapping[str, Accuracy], side: int, *, known: int) -> None:
+    """known: classes that network and set have in common."""
+    print(f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % on {scores.images} images at {side} px")
+    for kind, accuracy in several.items():
+        percent = "unknown" if accuracy.percent is None else f"{accuracy.percent:.2f} %"
+        print(
+            f"{kind} {percent} on {accuracy.images} images; {accuracy.left_out} more have no label among the {known} "
+            "classes"
+        )
+
+
+def _check_names(files: Sequence[str], asked: _Asked, data: str) -> None:
+    for kind, (labels, _) in asked.items():
+        if not any(Path(file).stem in labels for file in files):
+            raise TrainError(f"DATA={data}: none of its files is named as one that has {kind} labels")
+
+
+def _by_labels(
+    asked: _Asked, source: Source, files: Sequence[str], columns: Sequence[int], scores: Scores
+) -> dict[str, Accuracy]:
+    """The accuracies by the labels that were asked for."""
+    ids = by_id(source.class_names)
+    answers = Answers(
+        files=files,
+        folders=[ids[label] for label in source.val.labels],
+        likeliest=[ids[index] if index >= 0 else None for index in scores.predicted.tolist()],
+        choices=frozenset(name for name, column in zip(ids, columns, strict=True) if column >= 0),
+    )
+    return {kind: accuracy(labels, answers) for kind, (labels, accuracy) in asked.items()}
 
 
 def _image_files(data: str, split: str, *, labelled: bool) -> Source:
@@ -190,7 +208,7 @@ def _crops(trained: Trained, usual: int, rule: CropRule, asked: int | None) -> t
 
 
 def _scored(trained: Trained, loader: Loader | Originals, columns: Sequence[int], device: torch.device) -> Scores:
-    network = trained.network.to(device).to(memory_format=torch.channels_last)
+    network = on_device(trained.network, device)
     precision = precision_on(device)
     set_tf32_and_allocator(device, precision)
     autocast = autocast_type(precision)

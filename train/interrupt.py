@@ -20,7 +20,7 @@ class Stop:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Turns Ctrl-C and SIGTERM into a request to stop, which the loop grants after the present step; a second one ends at once."""
+    """Turns Ctrl-C and SIGTERM into a request to stop after the present step; a second one ends at once."""
     stop = Stop()
 
     def request(number: int, frame: Any) -> None:

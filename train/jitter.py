@@ -9,6 +9,7 @@ from torch import nn
 
 from data.loader import CropBatch
 from kernels.normalise import Normalise
+from train.device import computing_in
 from train.labels.source import LabelSource
 
 
@@ -29,7 +30,7 @@ def with_jittered(
     """
     device = batch.crops.device
     crops = batch.crops.float().requires_grad_()
-    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None), _statistics_kept(student):
+    with computing_in(autocast, device), _statistics_kept(student):
         targets = labels(replace(batch, crops=crops))
         logits = student(normalise(crops))
     (gradient,) = torch.autograd.grad(targets.loss(logits).sum(), crops)

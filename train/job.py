@@ -17,23 +17,27 @@ from models.trained import digest_of, names_network_alone
 from models.weights import load_weights
 from train import TrainError
 from train import labels as kinds
-from train.config import Config, CropConfig, growing_resolution
+from train.config import Config, CropConfig
 from train.device import autocast_type, device_named, precision_on
 from train.labels.source import Labels
 from train.runs import Run, folder_name, read_run
+
+# Growing crops come in steps of so many pixels: each size compiles once, so there are not many.
+_RESOLUTION_STEP = 16
 
 
 @dataclass(frozen=True)
 class Job:
     """One network's run.
 
-    config: what was asked for, with resolution, crop and precision filled in. asked: the precision that was asked for.
-    labels: what the network learns from. device: where. seed: of crops and first weights. identity: all that decides
-    the weights that the run ends with, as JSON gives it back. folder: the run's.
+    config: what was asked for, with resolution, crop and precision filled in. asked_precision: as the user gave it.
+    data, crop: the images, and how they are cropped. labels: what the network learns from. device: where it trains.
+    seed: of crops and first weights. identity: all that decides the weights that the run ends with, as JSON gives it
+    back. folder: the run's.
     """
 
     config: Config
-    asked: str
+    asked_precision: str
     data: ConvertedSet
     crop: CropRule
     labels: Labels
@@ -76,8 +80,8 @@ class Job:
         """What all loaders of the run have in common."""
         return {"decoder": self.config.decoder, "device": self.device, "threads": self.config.threads}
 
-    def run(self) -> Run | None:
-        """What is in its folder by now. Raises TrainError where that is the run of another configuration."""
+    def saved_run(self) -> Run | None:
+        """The run in its folder, finished or not, or None. Raises TrainError where it has another configuration."""
         run = read_run(self.folder)
         if run and run.identity != self.identity:
             raise TrainError(
@@ -87,7 +91,7 @@ class Job:
 
 
 def check(configs: Sequence[Config]) -> tuple[ConvertedSet, list[Labels]]:
-    """Refuses what no run can be made of, so that bad input is told before anything slow begins.
+    """Raises for what no run can be made of, before anything slow begins.
 
     configs: all on the same data. Returns the data, converted now if they were not yet, and the labels of each
     configuration, without those whose refinery is yet to be trained. Raises DataError, ModelError or TrainError.
@@ -107,7 +111,10 @@ def check(configs: Sequence[Config]) -> tuple[ConvertedSet, list[Labels]]:
 
 
 def find_labels(configs: Sequence[Config], class_names: Sequence[str]) -> list[Labels]:
-    """The labels of each configuration for data of these classes; those that are the same are read once."""
+    """The labels of each configuration for data of these classes; those that are the same are read once.
+
+    Raises TrainError and ModelError as Labels.find.
+    """
     found: dict[object, Labels] = {}
     for config in configs:
         asked = config.refinery, config.labels
@@ -134,8 +141,17 @@ def resolve(config: Config, data: ConvertedSet, labels: Labels) -> Job:
     )
     identity = _identity(filled, data, crop, labels)
     folder = Path(config.out) if config.out else Path(config.runs) / data.name / folder_name(identity)
-    seed = seed_of_generation(config.seed, labels.generation)
-    return Job(filled, config.precision, data, crop, labels, device, seed, identity, folder)
+    return Job(
+        config=filled,
+        asked_precision=config.precision,
+        data=data,
+        crop=crop,
+        labels=labels,
+        device=device,
+        seed=seed_of_generation(config.seed, labels.generation),
+        identity=identity,
+        folder=folder,
+    )
 
 
 def _identity(config: Config, data: ConvertedSet, crop: CropRule, labels: Labels) -> dict[str, Any]:
@@ -170,6 +186,18 @@ def _identity(config: Config, data: ConvertedSet, crop: CropRule, labels: Labels
     }
     # As JSON gives it back, so that it compares equal with what was read from a run's folder.
     return json.loads(json.dumps(identity))
+
+
+def growing_resolution(epoch: int, epochs: int, share: float, last: int) -> int:
+    """Pixels a side in an epoch (0, 1, ...) of a run whose crops grow from `share` of `last` to `last`.
+
+    They stay small for the first third of the run and grow in the second, in steps of 16 px.
+    """
+    if share == 1:
+        return last
+    first = min(max(round(share * last / _RESOLUTION_STEP), 1) * _RESOLUTION_STEP, last)
+    grown = min(max(3 * epoch / epochs - 1, 0.0), 1.0)
+    return first + int(grown * (last - first) / _RESOLUTION_STEP) * _RESOLUTION_STEP if grown < 1 else last
 
 
 def _resolutions(config: Config, last: int) -> list[int]:

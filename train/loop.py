@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from command import typed_command
 from data.loader import CropBatch, Loader, open_loader
 from data.progress import images_bar
 from train import TrainError
-from train.config import command_to_continue
-from train.device import set_tf32_and_allocator
+from train.device import on_device, set_tf32_and_allocator
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
 from train.runs import checkpoint
@@ -45,7 +45,10 @@ class Trainer:
     """Trains the networks of some jobs, each in its folder, continuing from the checkpoints there.
 
     The jobs share crops and labels, and differ in network, optimizer and schedule alone; their checkpoints are of the
-    same step. What they share is read from the first. run() leaves metrics and checkpoints.
+    same step. What they share is read from the first, `job`. run() leaves metrics and checkpoints.
+
+    students, step, labels: what is trained, and how. loader: of the crops of the last epochs. validation: of the
+    validation images. Raises DataError, ModelError or TrainError for what only shows when all of it is opened.
     """
 
     def __init__(self, jobs: Sequence[Job]):
@@ -55,7 +58,7 @@ class Trainer:
         if job.compiled:
             forget_compiled_steps(len(job.resolutions))
         self.students = [Student.of(each) for each in jobs]
-        self.labels = job.labels.open(job).to(job.device).to(memory_format=torch.channels_last)
+        self.labels = on_device(job.labels.open(job), job.device)
         self.step = Step(
             self.students,
             self.labels,
@@ -99,11 +102,11 @@ class Trainer:
 
     @property
     def stopped(self) -> bool:
-        """Whether the user asked for a stop, which the last epoch of a run outlives."""
+        """Whether the user asked for a stop; the last epoch is finished all the same."""
         return self._stop.requested
 
     def train_epoch(self) -> None:
-        """The steps of the present epoch that are still to be done.
+        """The steps of the present epoch that are still to be done. Raises as run().
 
         The epoch's sums are in the students and its seconds in `progress`, which still stands in this epoch.
         """
@@ -128,13 +131,13 @@ class Trainer:
                 if self._stop.requested:
                     raise self._interrupted()
                 if now - looked > _SECONDS_BETWEEN_LOOKS:
-                    self._look()
+                    self._check_losses()
                     sums = self.students[0].sums.tolist()
                     said = f"loss {sums[LOSS] / sums[CROPS]:.3f}, top-1 {100 * sums[TOP1] / sums[CROPS]:.1f} %"
                     bar.set_postfix_str(said, refresh=False)
                     looked = time.perf_counter()
-            # Looking waits for the device, which belongs to the epoch's time.
-            self._look()
+            # Checking waits for the device, which belongs to the epoch's time.
+            self._check_losses()
             progress.train_seconds += time.perf_counter() - mark
 
     def validate(self) -> None:
@@ -187,7 +190,7 @@ class Trainer:
                 flush=True,
             )
             if changes:
-                print(f"other bits than without the stop: {', '.join(changes)}", flush=True)
+                print(f"the last bits may differ from those of a run without a stop: {', '.join(changes)}", flush=True)
 
     def _fetched(self, batches: Iterator[CropBatch]) -> Iterator[CropBatch]:
         while True:
@@ -236,8 +239,8 @@ class Trainer:
             size //= 2
         return None
 
-    def _look(self) -> None:
-        """Waits for the device, and refuses to go on with a loss that is not finite."""
+    def _check_losses(self) -> None:
+        """Waits for the device; raises TrainError where a loss is not finite."""
         for student in self.students:
             if not student.sums.isfinite().all():
                 raise self._diverged(student, "the loss is")
@@ -273,7 +276,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Writes the checkpoints of a run within an epoch."""
-        self._look()
+        self._check_losses()
         self._check_weights()
         for student in self.students:
             student.record.save(self._state(student))
@@ -293,7 +296,7 @@ class Trainer:
     def _interrupted(self) -> Interrupted:
         return Interrupted(
             f"stopped in epoch {self.progress.epoch + 1} of {self.job.config.epochs}, after step {self.progress.step} "
-            f"of {self.loader.steps}; to continue, type again:\n  {command_to_continue()}"
+            f"of {self.loader.steps}; to continue, type again:\n  {typed_command()}"
         )
 
 

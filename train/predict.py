@@ -17,7 +17,7 @@ from data.sources import image_files
 from kernels.normalise import Normalise
 from models.trained import load_trained
 from train import TrainError
-from train.device import device_named
+from train.device import device_named, on_device
 
 
 @torch.inference_mode()
@@ -39,7 +39,7 @@ def predict(checkpoint: str, images: str, resolution: int | None = None, device:
     trained = load_trained(checkpoint)
     side = (trained.resolution or 224) if resolution is None else resolution
     trained.check_resolution(side)
-    network = trained.network.to(where).to(memory_format=torch.channels_last).eval()
+    network = on_device(trained.network, where).eval()
     normalise = Normalise(trained.normalisation).to(where)
     unreadable = 0
     for file in files:

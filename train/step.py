@@ -1,6 +1,6 @@
 """One training step: crops in, labels from their source, students forward and backward, weights moved.
 
-Nothing here waits for the device: the sums and the not-finite flag stay on it until they are read.
+Nothing here waits for the device: the students' sums stay on it until they are read.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ import torch
 from data.loader import CropBatch
 from kernels.normalise import Normalise
 from train import TrainError
+from train.device import computing_in
 from train.jitter import with_jittered
 from train.labels.source import LabelSource
 from train.student import Student
@@ -121,7 +122,7 @@ class Step:
 
     def _losses(self, batch: CropBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The students' losses, float32 [students], and what is to be added to their sums, float64 [students, 4]."""
-        with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
+        with computing_in(self._autocast, self._device):
             targets = self.labels(batch)
             outputs = [
                 student.network(normalise(batch.crops))

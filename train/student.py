@@ -10,6 +10,7 @@ from data.loader import Loader
 from kernels.normalise import Normalisation
 from models.weights import load_into, load_weights
 from train.config import OptimizerConfig
+from train.device import on_device
 from train.job import Job
 from train.runs.record import Record
 from train.score import Scores, score
@@ -47,7 +48,7 @@ class Student:
         autocast: torch.dtype | None = None,
     ):
         self.name = name
-        self.network = network.to(device).to(memory_format=torch.channels_last)
+        self.network = on_device(network, device)
         self.normalisation = normalisation
         self._device, self._autocast = device, autocast
         self._lr = optimizer.lr if lr is None else lr

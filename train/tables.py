@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from command import ending
+from command import exit_on_user_error
 from train import TrainError
 from train.config import Config, configure, option_words, parse_both
 from train.job import check
@@ -189,7 +189,7 @@ class Tables:
         pretrained: Row | None = None,
         seeds: int | None = None,
     ) -> Row:
-        """A row of one run per seed. refinery, pretrained: the rows whose runs label, and whose weights it starts from."""
+        """A row of one run per seed. refinery, pretrained: the rows whose runs label, whose weights it starts from."""
         described = {"model": model}
         described |= {"refinery": f"[{refinery.name}]"} if refinery else {}
         described |= {"pretrained": f"[{pretrained.name}]/last.pt"} if pretrained else {}
@@ -261,18 +261,15 @@ def main() -> None:
         "runs/tables-1-4-....md). All other options of python -m train hold for every run."
     )
 
-    def work() -> None:
-        config, own = parse_both(sys.argv[1:], TablesOptions, prog="python -m train.tables", about=about)
-        given = dict(config.given)
-        refinery, out = given.pop("refinery", None), given.pop("out", None)
-        wanted = (own.tables or _USUAL_ORDER).split(",")
-        if not (own.tables or own.taxonomy):
-            print("table 5 is left out: it needs --taxonomy, a file of WordNet's is-a relation")
-            wanted.remove("5")
-        setting = Setting(configure(given), own, refinery or Setting.refinery)
-        make_tables(wanted, setting, Path(out or f"runs/tables-{'-'.join(wanted)}.md"))
-
-    ending(work)
+    config, own = parse_both(sys.argv[1:], TablesOptions, prog="python -m train.tables", about=about)
+    given = dict(config.given)
+    refinery, out = given.pop("refinery", None), given.pop("out", None)
+    wanted = (own.tables or _USUAL_ORDER).split(",")
+    if not (own.tables or own.taxonomy):
+        print("table 5 is left out: it needs --taxonomy, a file of WordNet's is-a relation")
+        wanted.remove("5")
+    setting = Setting(configure(given), own, refinery or Setting.refinery)
+    make_tables(wanted, setting, Path(out or f"runs/tables-{'-'.join(wanted)}.md"))
 
 
 def make_tables(wanted: Sequence[str], setting: Setting, out: Path) -> list[Row]:
@@ -286,7 +283,7 @@ def make_tables(wanted: Sequence[str], setting: Setting, out: Path) -> list[Row]
     if "5" in wanted and not options.taxonomy:
         raise TrainError("table 5 needs --taxonomy, a file of WordNet's is-a relation")
 
-    # By name, because rows that start from trained weights would else have another recipe than those beside them.
+    # By its name, so that rows with `pretrained` do not switch to the recipe fine-tune.
     setting = replace(setting, config=setting.config.replace({"recipe": setting.config.recipe}))
     networks = dict.fromkeys(
         [options.student, setting.refinery, *options.students.split(), *options.refineries.split()]
@@ -314,4 +311,4 @@ def make_tables(wanted: Sequence[str], setting: Setting, out: Path) -> list[Row]
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

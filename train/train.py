@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from command import typed_command
 from data.sources import scenes_fingerprint
 from train import TrainError
-from train.announce import announce, report
-from train.config import Config, command_to_continue
+from train.announce import announce, announce_result
+from train.config import Config
 from train.interrupt import Interrupted
 from train.job import Job, check, find_labels, needs_refinery, resolve
 from train.loop import Trainer
@@ -83,7 +84,7 @@ def _train_jobs(jobs: Sequence[Job]) -> list[Run]:
     runs: dict[str, Run] = {}
     unfinished: dict[object, list[Job]] = {}
     for job in jobs:
-        run = job.run()
+        run = job.saved_run()
         if run and run.result:
             top1, top5 = run.result["top1"], run.result["top5"]
             print(f"{run.folder} is finished: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
@@ -102,7 +103,7 @@ def _train_jobs(jobs: Sequence[Job]) -> list[Run]:
                     trainer.loader, trainer.labels, device=student.job.device, autocast=student.job.autocast
                 )
             runs[student.name] = student.record.finish(result)
-            report(result, student.job)
+            announce_result(result, student.job)
         if trainer.stopped:
-            raise Interrupted(f"stopped after a finished run; to go on, type again:\n  {command_to_continue()}")
+            raise Interrupted(f"stopped after a finished run; to go on, type again:\n  {typed_command()}")
     return [runs[job.config.model] for job in jobs]

@@ -34,7 +34,7 @@ class Waiting:
             self._seconds += time.perf_counter() - started
 
     def taken(self) -> float:
-        """The seconds since this was last asked for. On a GPU, which is to have ended its work, it waits for that."""
+        """The seconds since this was last called. On a GPU it waits for the events recorded so far."""
         for before, after in self._events:
             after.synchronize()
             self._seconds += before.elapsed_time(after) / 1000

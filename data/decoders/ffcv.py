@@ -100,7 +100,7 @@ class Decoder:
         self._compile(views)
 
     def _compile(self, views: tuple[View, ...]) -> None:
-        """Loads the compiled code, or compiles it, which takes a while and prints a notice; by making the crops of no image."""
+        """Loads the compiled code, or compiles it and prints a notice; by making the crops of no image."""
         crops = max(sum(view.copies for view in views), 1)
         none = Request(np.empty(0, np.int64), np.empty((0, crops, 4), np.int32), np.empty((0, crops), np.bool_))
         outs = tuple(torch.empty((view.copies, 0, 1, 1, 3), dtype=torch.uint8) for view in views)

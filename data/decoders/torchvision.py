@@ -6,6 +6,7 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
+from command import first_line
 from data.beton import Beton
 from data.decoders import Part, Request, View, part_of, undecodable, union
 from data.decoders.prefetch import Prefetcher
@@ -39,7 +40,7 @@ class Decoder:
         try:
             return decode_jpeg(data, mode=ImageReadMode.RGB)
         except RuntimeError as error:
-            raise undecodable(self._beton, index, str(error).splitlines()[0]) from None
+            raise undecodable(self._beton, index, first_line(error)) from None
 
     def _on_gpu(self, request: Request) -> tuple[torch.Tensor, ...]:
         indices = request.indices.tolist()

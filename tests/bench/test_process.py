@@ -72,8 +72,9 @@ def test_memory_counts_what_is_used_but_not_mapped_files(tmp_path):
     after_mapping = memory_bytes()
     assert after_mapping is not None
     assert after_mapping - before < 32 << 20
-    used = np.ones(64 << 20, dtype=np.uint8)
+    # Much more than what other threads of the process may free meanwhile.
+    used = np.ones(256 << 20, dtype=np.uint8)
     after_use = memory_bytes()
     assert after_use is not None
-    assert after_use - after_mapping > 60 << 20
+    assert after_use - after_mapping > 248 << 20
     assert used[0] == 1

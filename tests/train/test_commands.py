@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import models
-from command import ending, run_command
+from command import exit_on_user_error, run_command
 from tests.pictures import photograph, write_class_folders
 from train.config import parse
 from train.evaluate import evaluate
@@ -135,7 +135,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_continue(workplace, image_fo
 
 
 def train_main() -> None:
-    ending(lambda: train(parse(sys.argv[1:])))
+    exit_on_user_error(lambda: train(parse(sys.argv[1:])))
 
 
 def main_of(function: Callable[..., Any]) -> Callable[[], Any]:

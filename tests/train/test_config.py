@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from command import ending
+from command import exit_on_user_error
 from train import labels
 from train.config import (
     RECIPES,
@@ -12,17 +12,17 @@ from train.config import (
     OptimizerConfig,
     ScheduleConfig,
     configure,
-    growing_resolution,
     option_words,
     parse,
     read_recipe,
 )
+from train.job import growing_resolution
 
 
 def refusal(capsys, *words) -> str:
     """The one line with which a command refuses these words."""
     with pytest.raises(SystemExit) as ended:
-        ending(lambda: labels.check(parse(words)))
+        exit_on_user_error(lambda: labels.check(parse(words)))
     assert ended.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
@@ -126,6 +126,10 @@ def test_what_is_refused(capsys, tmp_path):
         ("crop.scale", "[0.5, 2.0]"),
         ("crop.ratio", "[0.0, 1.0]"),
         ("crop.center_ratio", "1.5"),
+        ("loss.temperature", "0.0"),
+        ("jitter", "-1.0"),
+        ("resolution", "0"),
+        ("threads", "0"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(capsys, option, value):

@@ -34,9 +34,8 @@ def test_which_is_asked_for(options, kind):
     [
         ({"refinery": "resnet18", "labels.smoothing": 0.1}, "labels.smoothing is for ground truth"),
         ({"labels.taxonomy": "is_a.txt", "labels.bn": "running"}, "labels.bn is for a refinery's labels"),
-        ({"labels.taxonomy": "is_a.txt", "loss.temperature": 0.0}, "loss.temperature=0.0: must be above 0"),
         ({"loss.temperature": 2.0}, "loss.temperature is for a refinery's labels"),
-        ({"refinery": "resnet18", "jitter": -1.0}, "jitter=-1.0: must not be below 0"),
+        ({"refinery": "resnet18", "labels.resolution": 0}, "labels.resolution=0: must be at least 1"),
     ],
 )
 def test_what_has_no_meaning_together(options, says):
@@ -78,7 +77,7 @@ class UniformLabels(Labels):
         return cls()
 
     @classmethod
-    def described(cls, identity):
+    def origin(cls, identity):
         return "no knowledge"
 
     @property
@@ -98,7 +97,7 @@ def test_another_kind_is_a_class_and_an_entry(run, monkeypatch, capsys):
     assert finished.identity["labels"] == {"kind": "uniform", "uniform": True}
     assert finished.identity["refinery"] is None
     assert "labels  the same for all" in capsys.readouterr().out
-    assert labels.described(finished.identity) == "no knowledge"
+    assert labels.origin_of(finished.identity) == "no knowledge"
     assert finished.metrics[0]["loss"] < 0.1  # the KL of a network that has just begun, and knows nothing either
     with pytest.raises(TrainError, match="jitter is for a refinery's labels"):
         run("--labels.taxonomy", "uniform", "--jitter", "1")

@@ -67,6 +67,6 @@ def identity_of(labels: Labels) -> dict[str, Any]:
     return {"kind": name} | labels.identity
 
 
-def described(identity: dict[str, Any]) -> str:
+def origin_of(identity: dict[str, Any]) -> str:
     """Where the labels of a run came from, in a few words, from the run's identity."""
-    return KINDS[identity["labels"]["kind"]].described(identity)
+    return KINDS[identity["labels"]["kind"]].origin(identity)

@@ -14,8 +14,9 @@ from data.loader import CropBatch, Loader, open_loader
 from data.progress import images_bar
 from models.trained import digest_of
 from train import TrainError
+from train.device import computing_in, on_device
 from train.labels.refinery import RefineryLabels, RefineryOptions
-from train.labels.source import Asked, Crops, Labels, LabelSource, Targets, check_temperature
+from train.labels.source import Asked, Crops, Labels, LabelSource, Targets
 
 # Similarities are 0 to 1; divided by this they become logits. The paper does not say how it normalised them. Of
 # ImageNet's 1000 classes, a label then gives the class itself a tenth on average, and its near relatives the next most.
@@ -52,7 +53,6 @@ class TaxonomyLabels(Labels):
     def check(cls, given: TaxonomyOptions, config: Asked) -> None:
         if config.refinery:
             raise TrainError(f"labels.taxonomy {cls.elsewhere}")
-        check_temperature(config)
 
     @classmethod
     def find(cls, given: TaxonomyOptions, config: Asked, class_names: Sequence[str]) -> "TaxonomyLabels":
@@ -60,7 +60,7 @@ class TaxonomyLabels(Labels):
         return cls(file, taxonomy_table(file, class_names))
 
     @classmethod
-    def described(cls, identity: dict[str, Any]) -> str:
+    def origin(cls, identity: dict[str, Any]) -> str:
         return "a taxonomy"
 
     @property
@@ -90,7 +90,7 @@ class CategoryLabels(RefineryLabels):
             raise TrainError("labels.per=category needs labels.bn=running, as in the paper")
 
     def open(self, crops: Crops) -> LabelSource:
-        refinery = super().open(crops).to(crops.device).to(memory_format=torch.channels_last)
+        refinery = on_device(super().open(crops), crops.device)
         loader = open_loader(
             crops.data.beton("train"),
             resolution=crops.resolutions[-1],
@@ -127,7 +127,7 @@ def visual_similarity(
     images = torch.zeros(loader.num_classes, 1, dtype=torch.float64, device=device)
     with images_bar(loader.num_samples, "labels of classes", leave=False) as bar:
         for batch in loader.epoch(0):
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            with computing_in(autocast, device):
                 logits = refinery(batch).logits
             assert logits is not None
             total.index_add_(0, batch.labels, logits.double().softmax(dim=1))

@@ -46,7 +46,7 @@ class GroundTruthLabels(Labels):
         return cls(len(class_names), given.smoothing)
 
     @classmethod
-    def described(cls, identity: dict[str, Any]) -> str:
+    def origin(cls, identity: dict[str, Any]) -> str:
         smoothing = identity["labels"]["smoothing"]
         return "ground truth" + (f", smoothed by {smoothing:g}" if smoothing else "")
 

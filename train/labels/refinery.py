@@ -15,7 +15,7 @@ from models.classes import lacking
 from models.folding import fold
 from models.trained import Trained, load_trained
 from train import TrainError
-from train.labels.source import Asked, Crops, Labels, LabelSource, Targets, check_temperature
+from train.labels.source import Asked, Crops, Labels, LabelSource, Targets
 
 # Behind the name of the network that labels.
 _PER = {"crop": "", "image": ", one an image", "category": ", one a category"}
@@ -70,13 +70,12 @@ class RefineryLabels(Labels):
 
     @classmethod
     def check(cls, given: RefineryOptions, config: Asked) -> None:
-        check_temperature(config)
         if given.bn == "batch" and config.batch == 1:
             raise TrainError(
                 "batch=1: a refinery with batch statistics needs more than one crop; use labels.bn=running"
             )
-        if config.jitter < 0:
-            raise TrainError(f"jitter={config.jitter}: must not be below 0")
+        if given.resolution is not None and given.resolution < 1:
+            raise TrainError(f"labels.resolution={given.resolution}: must be at least 1")
         if config.jitter and given.per != "crop":
             raise TrainError("jitter needs a label for every crop; leave labels.per out")
         if config.jitter and len(config.model.split()) > 1:
@@ -100,7 +99,7 @@ class RefineryLabels(Labels):
         return cls(trained, config.refinery, given)
 
     @classmethod
-    def described(cls, identity: dict[str, Any]) -> str:
+    def origin(cls, identity: dict[str, Any]) -> str:
         return identity["refinery"]["network"] + _PER[identity["labels"]["per"]]
 
     @property
@@ -134,30 +133,39 @@ class RefineryLabels(Labels):
         )
 
     def _resolution(self, resolutions: Sequence[int]) -> int | None:
-        """Pixels a side to which crops are resized for the refinery; None: it sees them as the student does.
+        """Pixels a side to which crops are resized for the refinery, as `seen_at` says; prints what may surprise.
 
-        So it does unless another size is asked for or it takes only the one it was trained at, as most transformers do;
-        that one may be many times the student's work. resolutions: those of the run, the last one highest.
-        Raises TrainError for a size that it does not take.
+        resolutions: those of the run, the last one highest. Raises TrainError for a size that it does not take.
         """
         asked, usual = self.given.resolution, self.trained.resolution
-        for side in [asked] if asked else resolutions:
-            failure = self.trained.failure_at(side)
-            if failure and (asked or not usual):
+        side = seen_at(self.trained, asked, resolutions)
+        for each in [side] if side else resolutions:
+            failure = self.trained.failure_at(each)
+            if failure:
                 raise TrainError(
-                    f"REFINERY={self.asked_as}: cannot take crops of {side} px ({failure}); give another size with "
+                    f"REFINERY={self.asked_as}: cannot take crops of {each} px ({failure}); give another size with "
                     "labels.resolution"
                 )
-            if failure:
-                print(f"refinery: crops are resized to the {usual} px that it takes", flush=True)
-                return usual
-        if not asked and usual not in (None, resolutions[-1]):
+        if side and not asked:
+            print(f"refinery: crops are resized to the {side} px that it takes", flush=True)
+        elif not side and usual not in (None, resolutions[-1]):
             print(
                 f"refinery: trained at {usual} px, it sees the crops of {resolutions[-1]} px as they are "
                 f"(--labels.resolution {usual} resizes them)",
                 flush=True,
             )
+        return side
+
+
+def seen_at(trained: Trained, asked: int | None, resolutions: Sequence[int]) -> int | None:
+    """Pixels a side to which crops of these sizes are resized for a refinery; None: it sees them as the student does.
+
+    So it does unless another size is asked for, or it takes only the one it was trained at, as most transformers do;
+    that one may be many times the student's work.
+    """
+    if asked or not trained.resolution or not any(trained.failure_at(side) for side in resolutions):
         return asked
+    return trained.resolution
 
 
 class Refinery(LabelSource):

@@ -19,7 +19,6 @@ from data.loader import CropBatch, Pairing
 from data.plan import CropRule
 from data.sets import ConvertedSet
 from kernels.refinery_loss import probabilities_loss, refinery_loss, sparse_loss
-from train import TrainError
 
 
 @dataclass
@@ -91,15 +90,7 @@ class Asked(Protocol):
     @property
     def batch(self) -> int: ...
     @property
-    def temperature(self) -> float: ...
-    @property
     def jitter(self) -> float: ...
-
-
-def check_temperature(config: Asked) -> None:
-    """Raises TrainError for a temperature that is not above 0."""
-    if not config.temperature > 0:
-        raise TrainError(f"loss.temperature={config.temperature}: must be above 0")
 
 
 class Crops(Protocol):
@@ -124,9 +115,9 @@ class Crops(Protocol):
 class Labels(ABC):
     """One kind of labels of a run: its options and their checks, its part of the run's identity, its description.
 
-    The class answers for the kind, an object for what `find` found. To add a kind, write its file with a subclass, and
-    name that in train/labels/__init__.py. Its methods take its own options, a dataclass, as `given`, and as `config`
-    what else was asked for.
+    The class answers for the kind, an object for what `find` found. To add a kind, write its file with a subclass; add
+    that to KINDS in train/labels/__init__.py and its options, a dataclass, to the bases of LabelsConfig. Its methods
+    take these as `given`, and as `config` what else was asked for.
 
     options: the options of Config that have a meaning with this kind, by their dotted names. elsewhere: what is said of
     one of them, behind its name, when it is given with a kind that lacks it.
@@ -155,7 +146,7 @@ class Labels(ABC):
 
     @classmethod
     @abstractmethod
-    def described(cls, identity: dict[str, Any]) -> str:
+    def origin(cls, identity: dict[str, Any]) -> str:
         """Where the labels of a run came from, in a few words, from the run's identity."""
 
     @property

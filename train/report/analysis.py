@@ -22,7 +22,7 @@ from data.sets import ConvertedSet
 from kernels.normalise import Normalise
 from models.classes import are_imagenet, by_id
 from models.trained import Trained
-from train.device import autocast_type
+from train.device import autocast_type, computing_in, on_device
 from train.labels.refinery import Refinery
 from train.runs import Run, key_of
 from train.score import score, validation_loader
@@ -141,7 +141,7 @@ def accuracies(subject: Subject, data: ConvertedSet, *, seed: int, compute: Comp
         "validation images",
         flush=True,
     )
-    network = subject.trained.network.to(compute.device).to(memory_format=torch.channels_last)
+    network = on_device(subject.trained.network, compute.device)
     autocast = autocast_type(subject.precision)
     splits = []
     for loader in (train, val):
@@ -227,10 +227,10 @@ def predictions(
 
     names: what the classes are called.
     """
-    network = subject.trained.network.to(compute.device).to(memory_format=torch.channels_last).eval()
+    network = on_device(subject.trained.network, compute.device).eval()
     normalise = Normalise(subject.trained.normalisation).to(compute.device)
     pixels = _pixels(beton, crops, subject.resolution, compute)
-    with _autocast(subject.precision, compute.device):
+    with computing_in(autocast_type(subject.precision), compute.device):
         logits = network(normalise(pixels))
     return _likeliest(logits, names)
 
@@ -286,7 +286,7 @@ def refinery_labels(
         columns=labelling.refinery.columns_of(student.trained.class_names),
         dtype=autocast or torch.float32,
     )
-    refinery = refinery.to(compute.device).to(memory_format=torch.channels_last)
+    refinery = on_device(refinery, compute.device)
     pixels = _pixels(beton, crops, student.resolution, compute)
     labels = []
     for copy in range(copies):
@@ -300,7 +300,7 @@ def refinery_labels(
             sizes=torch.from_numpy(beton.sizes[images]),
             flips=torch.from_numpy(crops.flips[:, copy]),
         )
-        with _autocast(student.precision, compute.device):
+        with computing_in(autocast, compute.device):
             logits = refinery(batch).logits
         labels.append(_likeliest(logits[: len(indices)], names))
     shown = len(indices)
@@ -337,11 +337,6 @@ def _pixels(beton: Beton, crops: Request, resolution: int, compute: Compute) -> 
     )
     ((pixels,),) = decoder.decode([crops])
     return pixels
-
-
-def _autocast(precision: str, device: torch.device) -> torch.autocast:
-    dtype = autocast_type(precision)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _likeliest(logits: torch.Tensor, names: Sequence[str]) -> list[Labels]:

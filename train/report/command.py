@@ -22,6 +22,7 @@ from models import ModelError
 from models.trained import load_trained, names_network_alone
 from train import TrainError
 from train.device import device_named, precision_on, set_tf32_and_allocator
+from train.labels.refinery import seen_at
 from train.report import page
 from train.report.analysis import Compute, Labelling, Subject, accuracies, choose_images, readable
 from train.runs import Run, all_runs, key_of, progress_of, read_run, table_text
@@ -207,9 +208,7 @@ def _labelling(subjects: Sequence[Subject]) -> Labelling:
                 refinery = load_trained(spec, class_names=student.trained.class_names)
                 if refinery.digest == wanted["weights"]:
                     whose = f"{refinery.name}, the refinery of run {student.name}, with the weights it had"
-                    resolution = labels["resolution"]
-                    if not resolution and refinery.failure_at(student.resolution):
-                        resolution = refinery.resolution
+                    resolution = seen_at(refinery, labels["resolution"], [student.resolution])
                     return Labelling(refinery, whose, student, bn=labels["bn"], resolution=resolution)
     first = subjects[0]
     whose = f"run {first.name}, weights of its last epoch (last.pt)"

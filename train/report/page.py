@@ -12,7 +12,7 @@ import numpy as np
 from data.beton import Beton
 from data.decoders import Request
 from data.sets import ConvertedSet
-from train.labels import described
+from train.labels import origin_of
 from train.report import analysis, figures
 from train.report.analysis import Accuracies, Compute, Labelling, Subject
 
@@ -96,7 +96,7 @@ def rows(report: ReportData) -> list[list[str]]:
         [
             str(number),
             subject.run.identity["model"],
-            described(subject.run.identity),
+            origin_of(subject.run.identity),
             *(
                 f"{x:.2f}"
                 for x in (found.val.top1, found.val.top5, found.train.top1, found.train.top1 - found.val.top1)

@@ -33,8 +33,16 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """What was measured after each epoch so far."""
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return json_lines(self.metrics_file)
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON, one value per line; none where there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def key_of(identity: Any) -> str:
@@ -65,7 +73,7 @@ def read_run(folder: Path) -> Run | None:
 def _as_written_now(identity: dict[str, Any]) -> dict[str, Any]:
     """The identity of a run of an earlier version, which named no kind of labels, in the form of this one.
 
-    It still lacks the generation, and so is that of no run made now, whose crops are others.
+    It has no generation, and so never equals the identity of a new run, whose crops are others.
     """
     labels = identity["labels"]
     if "kind" not in labels:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from command import first_line
 from models.weights import CHECKPOINT_FORMAT
 from train import TrainError
 
@@ -24,7 +25,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise TrainError(f"{path}: the checkpoint could not be written ({reason}); the one before is kept") from None
 
 

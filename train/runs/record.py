@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from train import TrainError
 from train.config import config_text
 from train.job import Job
-from train.runs import Run, checkpoint
+from train.runs import Run, checkpoint, json_lines
 
 
 class Record:
@@ -23,7 +24,7 @@ class Record:
     identity.json: all that decides the weights the run ends with. config.yaml: the configuration, filled in.
     starts.jsonl: a line for each start, with what decides the last bits of the weights (device, decoder, ...).
     metrics.jsonl, tensorboard/: a line, and points, for each epoch. last.pt, best.pt: checkpoints of the last step that
-    was saved and of the epoch with the highest top-1. result.json: what the run came to.
+    was saved and of the epoch with the highest top-1. result.json: the run's result.
 
     Raises TrainError where the folder cannot be written, and on entering where another process trains in it.
     """
@@ -31,7 +32,7 @@ class Record:
     def __init__(self, job: Job):
         self._job = job
         self._folder = job.folder
-        self._metrics = job.folder / "metrics.jsonl"
+        self._run = Run(job.folder, job.identity, result=None)
         self._open = ExitStack()
 
     def __enter__(self) -> "Record":
@@ -42,21 +43,23 @@ class Record:
         self._open.close()
 
     def begin(self, start: dict[str, Any], epochs: int, steps: int) -> list[str]:
-        """Writes who the run is, and that it starts after so many epochs and steps of the next.
+        """Writes identity and configuration, and logs a start after so many epochs and steps of the next one.
 
-        What was written of later epochs is dropped, because they will be done again. start: with what it runs this
-        time. Returns in what that differs from the start before, in words.
+        Metrics of later epochs are dropped, because these will be repeated. start: device, decoder and so on of this
+        start. Returns in what it differs from the start before, as phrases.
         """
         try:
             (self._folder / "identity.json").write_text(json.dumps(self._job.identity, indent=1) + "\n")
             (self._folder / "config.yaml").write_text(config_text(self._job.config))
-            lines = self._metrics.read_text().splitlines(keepends=True) if self._metrics.is_file() else []
-            self._metrics.write_text("".join(lines[:epochs]))
-            before = _lines(self._folder / "starts.jsonl")
+            kept = self._run.metrics[:epochs]
+            self._run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            before = json_lines(self._folder / "starts.jsonl")
             with open(self._folder / "starts.jsonl", "a") as file:
                 file.write(json.dumps({"epoch": epochs, "step": steps} | start) + "\n")
-        except (OSError, ValueError) as error:
-            raise TrainError(f"{self._folder}: the run cannot be written there ({error})") from None
+        except OSError as error:
+            raise TrainError(f"{self._folder}: the run cannot be written there ({error.strerror})") from None
+        except ValueError as error:
+            raise TrainError(f"{self._folder}: its metrics.jsonl or starts.jsonl is damaged ({error})") from None
         # Epochs are numbered from 1.
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=epochs + 1)
         self._open.callback(self._board.close)
@@ -75,30 +78,30 @@ class Record:
             f"{100 * metrics['waiting']:.0f} % waiting for data"
         )
         try:
-            with open(self._metrics, "a") as file:
+            with open(self._run.metrics_file, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
         except OSError as error:
-            raise TrainError(f"{self._metrics}: cannot be written ({error.strerror})") from None
+            raise TrainError(f"{self._run.metrics_file}: cannot be written ({error.strerror})") from None
         for key, value in metrics.items():
             self._board.add_scalar(key, value, metrics["epoch"])
 
     def save(self, state: dict[str, Any], *, best: bool = False) -> None:
         """Writes last.pt, and best.pt if this is the best so far.
 
-        That one first: last.pt knows the highest top-1, so that a stop between the two would leave an older best.pt
-        for good; this way the epoch is done again, and both are written again.
+        best.pt first: last.pt stores the highest top-1, so a stop between the two in the other order would leave an
+        older best.pt for good. In this order the epoch is repeated, and both are written again.
         """
         for name in ("best.pt", "last.pt") if best else ("last.pt",):
             checkpoint.save(self._folder / name, state)
 
     def saved(self) -> dict[str, Any] | None:
         """The last checkpoint, or None where there is none yet."""
-        path = self._folder / "last.pt"
+        path = self._run.weights
         return checkpoint.load(path) if path.is_file() else None
 
     def result(self, *, best: float, seconds: float) -> dict[str, Any]:
-        """What the run came to: accuracies of its last epoch, the rate of its median one."""
-        lines = _lines(self._metrics)
+        """The run's result: accuracies of its last epoch, the rate of its median one."""
+        lines = self._run.metrics
         rates = sorted(line["images_per_second_per_device"] for line in lines)
         return {
             "top1": lines[-1]["top1"],
@@ -116,7 +119,7 @@ class Record:
             path.write_text(json.dumps(result, indent=1) + "\n")
         except OSError as error:
             raise TrainError(f"{path}: cannot be written ({error.strerror})") from None
-        return Run(self._folder, self._job.identity, result)
+        return replace(self._run, result=result)
 
 
 @contextmanager
@@ -139,7 +142,3 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(opened)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

@@ -13,6 +13,7 @@ from data.progress import images_bar
 from data.sets import ConvertedSet
 from kernels.normalise import Normalisation, Normalise
 from train import TrainError
+from train.device import computing_in
 
 
 @dataclass
@@ -57,7 +58,7 @@ def score(
     predicted = torch.full((loader.num_samples,), -1, dtype=torch.int64, device=device)
     with images_bar(loader.num_samples, "score", leave=False) as bar:
         for batch in loader.epoch(0):
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            with computing_in(autocast, device):
                 logits = network(normalise(batch.crops)).float()
             likeliest = choices[logits[:, outputs].topk(min(5, len(choices)), dim=1).indices]
             predicted[batch.indices] = likeliest[:, 0]

@@ -8,6 +8,7 @@ import torch
 from data import scenes
 from data.loader import Loader
 from data.progress import images_bar
+from train.device import computing_in
 from train.labels.source import LabelSource
 
 
@@ -23,7 +24,7 @@ def label_quality(
     shown = image_right = label_right = 0
     with images_bar(loader.num_samples, "truth about crops", leave=False) as bar:
         for batch in loader.epoch(0):
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            with computing_in(autocast, device):
                 likeliest = labels(batch).classes().cpu().numpy()
             truth = scenes.crop_truth("train", batch.indices.cpu().numpy(), batch.boxes.cpu().numpy())
             seen = truth >= 0
