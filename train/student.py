@@ -73,7 +73,7 @@ class Student:
             ema=config.ema,
             autocast=job.autocast,
         )
-        student.job, student.record = job, Record(job)
+        student.job, student.record = job, Record(job.folder, config, job.identity)
         return student
 
     @property

@@ -13,8 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from train import TrainError
-from train.config import config_text
-from train.job import Job
+from train.config import Config, config_text
 from train.runs import Run, checkpoint, json_lines
 
 
@@ -29,10 +28,9 @@ class Record:
     Raises TrainError where the folder cannot be written, and on entering where another process trains in it.
     """
 
-    def __init__(self, job: Job):
-        self._job = job
-        self._folder = job.folder
-        self._run = Run(job.folder, job.identity, result=None)
+    def __init__(self, folder: Path, config: Config, identity: dict[str, Any]):
+        self._folder, self._config = folder, config
+        self._run = Run(folder, identity, result=None)
         self._open = ExitStack()
 
     def __enter__(self) -> "Record":
@@ -49,8 +47,8 @@ class Record:
         start. Returns in what it differs from the start before, as phrases.
         """
         try:
-            (self._folder / "identity.json").write_text(json.dumps(self._job.identity, indent=1) + "\n")
-            (self._folder / "config.yaml").write_text(config_text(self._job.config))
+            (self._folder / "identity.json").write_text(json.dumps(self._run.identity, indent=1) + "\n")
+            (self._folder / "config.yaml").write_text(config_text(self._config))
             kept = self._run.metrics[:epochs]
             self._run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
             before = json_lines(self._folder / "starts.jsonl")
@@ -72,7 +70,7 @@ class Record:
         """Keeps an epoch's metrics and prints them. name: the network's, where several train at once."""
         tqdm.write(
             (f"{name}, " if name else "")
-            + f"epoch {metrics['epoch']}/{self._job.config.epochs}: loss {metrics['loss']:.3f}, "
+            + f"epoch {metrics['epoch']}/{self._config.epochs}: loss {metrics['loss']:.3f}, "
             f"train top-1 {metrics['train_top1']:.1f} %; validation top-1 {metrics['top1']:.2f} %, "
             f"top-5 {metrics['top5']:.2f} %; {metrics['images_per_second_per_device']:.0f} images/s, "
             f"{100 * metrics['waiting']:.0f} % waiting for data"
@@ -107,7 +105,7 @@ class Record:
             "top1": lines[-1]["top1"],
             "top5": lines[-1]["top5"],
             "best_top1": best,
-            "epochs": self._job.config.epochs,
+            "epochs": self._config.epochs,
             "images_per_second_per_device": rates[len(rates) // 2],
             "seconds": seconds,
         }
