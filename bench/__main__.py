@@ -11,7 +11,7 @@ from typing import Literal
 
 from bench import BenchError, loaders, loop, machine, networks, refinery_cost
 from bench.environment import environment
-from bench.record import table, write
+from bench.record import table, write, writing
 from bench.settings import resolve
 from bench.trace import trace
 from command import run_command
@@ -91,7 +91,8 @@ def run(
         pairs=pairs,
         compile=compile,
     )
-    found = environment(settings.device)
+    with writing(Path(out)):
+        found = environment(settings.device)
     if profile:
         print("written:", trace(settings, found, Path(out)))
         return

@@ -14,9 +14,10 @@ from typing import Any
 
 from command import exit_on_user_error
 from train import TrainError
-from train import labels as kinds
 from train.config import Config, parse_both
 from train.job import check
+from train.labels import origin_of
+from train.labels.refinery import RefineryLabels
 from train.report import figures
 from train.runs import Run, key_of, table_text
 from train.train import train
@@ -55,7 +56,7 @@ def chain(config: Config, models: Sequence[str]) -> list[Run]:
     if config.out:
         raise TrainError(f"out={config.out}: is the folder of one run; the runs of a chain lie below --runs")
     # What says how a refinery labels counts from the second generation on, if the first one has none.
-    first = config.reset(kinds.foreign_options(kinds.kind_of(config))).replace({"model": models[0]})
+    first = (config if config.refinery else config.reset(RefineryLabels.options)).replace({"model": models[0]})
     # Later generations are looked at as students of a network's name: the runs that will teach them are not there yet.
     check([first, *(_later(config, before, model) for before, model in pairwise(models))])
     runs: list[Run] = []
@@ -74,11 +75,10 @@ def _later(config: Config, refinery: str, model: str) -> Config:
 def _row(generation: int, run: Run) -> dict[str, Any]:
     assert run.result is not None
     last = run.metrics[-1]
-    refinery = run.identity["refinery"]
     return {
         "generation": generation,
         "model": run.identity["model"],
-        "labels": refinery["network"] if refinery else "ground truth",
+        "labels": origin_of(run.identity),
         "top1": run.result["top1"],
         "top5": run.result["top5"],
         # Of random training crops, by the image's class, over the last epoch.

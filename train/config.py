@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).parent / "recipes"
 
+# What cannot differ between the networks of one command.
+_OF_THE_COMMAND = {"model", "refinery", "data", "recipe", "out", "runs"}
+
 _Own = TypeVar("_Own", bound="DataclassInstance")
 
 
@@ -211,6 +214,9 @@ class Config:
     crop: CropConfig = field(default_factory=CropConfig)
 
     def __post_init__(self):
+        for option, value in _dotted(asdict(self)).items():
+            if value == "":
+                raise TrainError(f"{option} is empty: give it a value or leave it out")
         for name in ("epochs", "resolution", "batch", "copies", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -252,10 +258,12 @@ class Config:
         """The same with the labels of this refinery in place of any others."""
         return self.reset(kinds.foreign_options(RefineryLabels)).replace({"refinery": refinery})
 
-    def as_refinery(self, model: str) -> "Config":
-        """With what a network is trained to be the refinery of such runs: on ground truth, by the recipe's section."""
-        options = self.on_ground_truth().given | {"model": model, "pretrained": None, "out": None}
-        return configure(options, as_refinery=True)
+    def as_refinery(self, model: str, options: Mapping[str, Any]) -> "Config":
+        """With what a network is trained to be the refinery of such runs, and with these options.
+
+        That is on ground truth, and by what the recipe says of refineries.
+        """
+        return configure(self.on_ground_truth().given | {"model": model} | dict(options), as_refinery=True)
 
 
 @cache
@@ -269,16 +277,24 @@ def configure(options: Mapping[str, Any], *, as_refinery: bool = False) -> Confi
     as_refinery: the network is to be a refinery, of which a recipe may say something of its own.
     Raises TrainError for unknown options, values of the wrong kind, and what has no meaning.
     """
+    options = _without_empty_groups(options)
     recipe = options.get("recipe") or default_recipe(options.get("data"), options.get("pretrained"))
-    values = read_recipe(recipe, options.get("model") or Config.model, as_refinery=as_refinery) | dict(options)
-    try:
-        typed = _config_parser().parse_object(_nested(values | {"recipe": recipe}))
-    except argparse.ArgumentError as error:
-        raise TrainError(" ".join(str(error).split())) from None
+    values = read_recipe(recipe, options.get("model") or Config.model, as_refinery=as_refinery)
+    # By itself, so that a wrong value is the recipe's.
+    _typed(values, f"recipe={recipe}: ")
+    typed = _typed(values | options | {"recipe": recipe})
     config = Config(**vars(_config_parser().instantiate(typed)))
     # Not a field: it says how the configuration came about, not what it is.
-    object.__setattr__(config, "_given", dict(options))
+    object.__setattr__(config, "_given", options)
     return config
+
+
+def _typed(options: Mapping[str, Any], source: str = "") -> Any:
+    """The options with values of the type that each must have. Raises TrainError, which begins with `source`."""
+    try:
+        return _config_parser().parse_object(_nested(options))
+    except argparse.ArgumentError as error:
+        raise TrainError(f"{source}{' '.join(str(error).split())} (python -m train --help lists the options)") from None
 
 
 def parse(words: Sequence[str]) -> Config:
@@ -300,7 +316,9 @@ def parse_both(words: Sequence[str], own: type[_Own], *, prog: str, about: str) 
     parser.add_argument("--print_config", action="store_true", help="print all options with their values, and end")
     parser.add_class_arguments(own, as_group=False)
     parser.add_class_arguments(Config, as_group=False)
-    given = dict(parser.parse_args(with_underscores(list(words)), defaults=False).items())
+    words = with_underscores(list(words))
+    _check_config_file(words)
+    given = dict(parser.parse_args(words, defaults=False).items())
     print_config = given.pop("print_config", False)
     given.pop("config", None)
     own_names = [option.name for option in fields(own)]
@@ -310,6 +328,15 @@ def parse_both(words: Sequence[str], own: type[_Own], *, prog: str, about: str) 
         print(config_text(config), end="")
         sys.exit(0)
     return config, own(**owned)
+
+
+def _check_config_file(words: Sequence[str]) -> None:
+    """Raises TrainError where --config names what is no file of options."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config")
+    file = first.parse_known_args(words)[0].config
+    if file:
+        _read_yaml(Path(file))
 
 
 @dataclass(frozen=True)
@@ -348,8 +375,8 @@ def default_recipe(data: str | None, pretrained: str | None) -> str:
 def read_recipe(recipe: str, model: str, *, as_refinery: bool = False) -> dict[str, Any]:
     """A recipe's values as dotted keys.
 
-    Those of its `networks` section for this model (longest prefix) and, for a network that is to be a refinery, of its
-    `refinery` section take the place of the others. Raises TrainError for what is no recipe.
+    Those of its section `networks` for this model (longest prefix) and, for a network that is to be a refinery, of its
+    section `refineries` take the place of the others. Raises TrainError for what is no recipe, and for unknown keys.
     """
     path = RECIPES / f"{recipe}.yaml"
     if not path.is_file():
@@ -358,14 +385,37 @@ def read_recipe(recipe: str, model: str, *, as_refinery: bool = False) -> dict[s
         known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise TrainError(f"recipe={recipe}: neither a recipe ({known}) nor a file")
     values = _read_yaml(path)
-    networks, refinery = values.pop("networks", {}), values.pop("refinery", {})
-    matching = max((name for name in networks if model.startswith(name)), key=len, default=None)
-    values = _dotted(values) | (_dotted(networks[matching]) if matching else {})
-    values |= _dotted(refinery) if as_refinery else {}
+    networks = _mapping(path, "networks", values.pop("networks", None))
+    sections = {str(name): _section(path, f"networks: {name}", options) for name, options in networks.items()}
+    refineries = _section(path, "refineries", values.pop("refineries", None))
+    values = _without_empty_groups(_dotted(values))
+    _check_keys(path, values)
+    matching = max((name for name in sections if model.startswith(name)), key=len, default=None)
+    return values | (sections[matching] if matching else {}) | (refineries if as_refinery else {})
+
+
+def _section(path: Path, name: str, options: Any) -> dict[str, Any]:
+    """The options, by dotted keys, of a section of a recipe, which holds for some networks of a command alone."""
+    values = _without_empty_groups(_dotted(_mapping(path, name, options)))
+    _check_keys(path, values)
+    shared = sorted(set(values) & _OF_THE_COMMAND)
+    if shared:
+        raise TrainError(f"{path}: {name}: {', '.join(shared)} must be the same for all networks; give it outside")
+    return values
+
+
+def _mapping(path: Path, name: str, value: Any) -> dict[Any, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise TrainError(f"{path}: {name}: expected a mapping, not {value!r}")
+    return value
+
+
+def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
     unknown = sorted(set(values) - set(_defaults()))
     if unknown:
         raise TrainError(f"{path}: unknown keys {', '.join(unknown)}; python -m train --help lists them")
-    return values
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -385,6 +435,12 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _without_empty_groups(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without groups of which nothing is given, as in a YAML file whose lines below `crop:` are comments."""
+    groups = {option.partition(".")[0] for option in _defaults() if "." in option}
+    return {option: value for option, value in options.items() if not (value is None and option in groups)}
 
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:

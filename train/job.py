@@ -48,13 +48,13 @@ class Job:
 
     @property
     def resolution(self) -> int:
-        """Pixels a side of the last epoch's crops."""
+        """Pixels a side of the crops, once they have grown."""
         assert self.config.resolution
         return self.config.resolution
 
     @property
     def resolutions(self) -> list[int]:
-        """Pixels a side of the crops of all epochs, each size once, the last one highest."""
+        """Pixels a side of the crops of all epochs, each size once, in ascending order."""
         return _resolutions(self.config, self.resolution)
 
     def resolution_in(self, epoch: int) -> int:

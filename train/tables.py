@@ -32,6 +32,8 @@ _TITLES = {
 }
 # The rows of networks that label for others, which belong to no table of their own.
 _REFINERIES = "refineries"
+# Options that rows set.
+_OF_ROWS = ("model", "seed", "labels.per", "labels.taxonomy", "loss.kind", "jitter")
 # From the one that says most of the method on.
 _USUAL_ORDER = "1,4,2,3,6,7,5"
 
@@ -171,7 +173,7 @@ class Tables:
         epochs = self._setting.options.refinery_epochs
         options = {"epochs": epochs} if epochs else {}
         row = Row(_REFINERIES, f"refinery {name}", _words({"model": name, **options}))
-        (run,) = train(self._setting.config.replace(options | {"seed": 0}).as_refinery(name))
+        (run,) = train(self._setting.config.as_refinery(name, options | {"seed": 0}))
         self._add(row, run)
         return row
 
@@ -283,13 +285,18 @@ def make_tables(wanted: Sequence[str], setting: Setting, out: Path) -> list[Row]
     if "5" in wanted and not options.taxonomy:
         raise TrainError("table 5 needs --taxonomy, a file of WordNet's is-a relation")
 
+    given = [option for option in _OF_ROWS if option in setting.config.given]
+    if given:
+        raise TrainError(f"{', '.join(given)}: is what rows of the tables differ in; leave it out")
     # By its name, so that rows with `pretrained` do not switch to the recipe fine-tune.
     setting = replace(setting, config=setting.config.replace({"recipe": setting.config.recipe}))
     networks = dict.fromkeys(
         [options.student, setting.refinery, *options.students.split(), *options.refineries.split()]
     )
     taxonomy = {"labels.taxonomy": options.taxonomy} if "5" in wanted else {}
-    check([setting.config.on_ground_truth().replace({"model": network} | taxonomy) for network in networks])
+    plain = setting.config.on_ground_truth()
+    refined = setting.config.learning_from(setting.refinery).replace({"model": options.student})
+    check([*(plain.replace({"model": network} | taxonomy) for network in networks), refined])
 
     def write(rows: list[Row]) -> None:
         try:

@@ -32,7 +32,7 @@ def train(config: Config) -> list[Run]:
     """
     configs = _one_each(config)
     if needs_refinery(config):
-        refinery = config.as_refinery(str(config.refinery))
+        refinery = config.as_refinery(str(config.refinery), {"pretrained": None, "out": None})
         data, (ground_truth,) = check([refinery, *configs])
         run = _refinery_run(resolve(refinery, data, ground_truth))
         configs = [each.replace({"refinery": str(run.folder)}) for each in configs]

@@ -15,18 +15,19 @@ class Waiting:
     """
 
     def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def measured(self) -> Iterator[None]:
         """Around the fetching of a batch. Nothing in it waits for the device."""
-        if self._on_gpu:
+        if self._device.type == "cuda":
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
+            stream = torch.cuda.current_stream(self._device)
+            before.record(stream)
             yield
-            after.record()
+            after.record(stream)
             self._events.append((before, after))
         else:
             started = time.perf_counter()

@@ -87,5 +87,12 @@ def test_bad_chains_are_refused_before_anything_is_trained(words, monkeypatch):
         chain(parse(words), ["resnet18", "alexnet"])
     with pytest.raises(TrainError, match="MODELS is empty"):
         chain(parse(words), [])
+    for contradiction, says in (
+        (["--refinery", "resnet18", "--labels.smoothing", "0.1"], "labels.smoothing is for ground truth"),
+        (["--refinery", "resnet18", "--labels.taxonomy", "x"], "labels.taxonomy takes the place of a refinery"),
+        (["--labels.taxonomy", "x", "--labels.smoothing", "0.1"], "labels.smoothing is for ground truth"),
+    ):
+        with pytest.raises(TrainError, match=says):
+            chain(parse([*words, *contradiction]), MODELS)
     with pytest.raises(TrainError, match="out=here: is the folder of one run"):
         chain(parse([*words, "--out", "here"]), MODELS)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from command import exit_on_user_error
-from train import labels
+from train import TrainError, labels
 from train.config import (
     RECIPES,
     Config,
@@ -200,7 +200,7 @@ def test_the_same_on_ground_truth_from_a_refinery_and_as_a_refinery():
     plain = config.on_ground_truth()
     assert (plain.refinery, plain.labels, plain.loss) == (None, Config().labels, Config().loss)
     assert (plain.pretrained, plain.out, plain.seed) == ("w.pt", "here", 3)
-    refinery = config.as_refinery("resnet50")
+    refinery = config.as_refinery("resnet50", {"pretrained": None, "out": None})
     assert (refinery.model, refinery.refinery, refinery.pretrained, refinery.out) == ("resnet50", None, None, None)
     assert (refinery.labels, refinery.seed, refinery.recipe) == (Config().labels, 3, "quick")
     smoothed = parse(["--labels.smoothing", "0.1", "--labels.per", "image", "--loss.kind", "hard"])
@@ -212,15 +212,15 @@ def test_the_same_on_ground_truth_from_a_refinery_and_as_a_refinery():
 
 
 def test_a_recipe_may_say_other_things_of_refineries(tmp_path):
-    (tmp_path / "mine.yaml").write_text("{epochs: 3, refinery: {optimizer: {weight_decay: 0.5}}}")
+    (tmp_path / "mine.yaml").write_text("{epochs: 3, refineries: {optimizer: {weight_decay: 0.5}}}")
     config = parse(["--recipe", str(tmp_path / "mine.yaml"), "--refinery", "resnet18"])
     assert config.optimizer.weight_decay == config.on_ground_truth().optimizer.weight_decay == 0
-    assert config.as_refinery("resnet18").optimizer.weight_decay == 0.5
+    assert config.as_refinery("resnet18", {}).optimizer.weight_decay == 0.5
     said = config.replace({"optimizer.weight_decay": 0.25})
-    assert said.as_refinery("resnet18").optimizer.weight_decay == 0.25
+    assert said.as_refinery("resnet18", {}).optimizer.weight_decay == 0.25
     # As in the paper, whose refinery had weight decay and whose students had none.
     paper = parse(["--data", "imagenet", "--model", "alexnet", "--refinery", "resnet50"])
-    assert (paper.optimizer.weight_decay, paper.as_refinery("resnet50").optimizer.weight_decay) == (0, 1e-4)
+    assert (paper.optimizer.weight_decay, paper.as_refinery("resnet50", {}).optimizer.weight_decay) == (0, 1e-4)
 
 
 @given(
@@ -242,3 +242,44 @@ def test_a_recipe_may_say_other_things_of_refineries(tmp_path):
 def test_options_and_words_are_the_same(options):
     assert parse(option_words(options)) == configure(options)
     assert parse(option_words(options)).given == configure(options).given == options
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("{networks: {mobilenet: 3}}", "networks: mobilenet: expected a mapping, not 3"),
+        ("{networks: [1]}", r"networks: expected a mapping, not \[1\]"),
+        ("{networks: {alexnet: {bach: 3}}}", "unknown keys bach"),
+        (
+            "{networks: {alexnet: {refinery: resnet18}}}",
+            "networks: alexnet: refinery must be the same for all networks",
+        ),
+        ("{refineries: {data: photos}}", "refineries: data must be the same for all networks"),
+        ("{refineries: {epohcs: 3}}", "unknown keys epohcs"),
+        ("{epochs: many}", "recipe=.*mine.yaml: .*epochs.* Expected a"),
+    ],
+)
+def test_wrong_recipes_are_refused_whether_or_not_the_section_counts(recipe, says, tmp_path):
+    (tmp_path / "mine.yaml").write_text(recipe)
+    with pytest.raises(TrainError, match=says):
+        parse(["--recipe", str(tmp_path / "mine.yaml")])
+
+
+def test_a_recipe_may_name_a_refinery_and_leave_sections_empty(tmp_path):
+    (tmp_path / "mine.yaml").write_text("{refinery: resnet18, networks: , refineries: , crop: }")
+    config = parse(["--recipe", str(tmp_path / "mine.yaml")])
+    assert (config.refinery, config.crop.scale) == ("resnet18", None)
+    assert config.as_refinery("resnet18", {}).refinery is None
+
+
+def test_a_group_of_which_nothing_is_given(tmp_path):
+    (tmp_path / "mine.yaml").write_text("epochs: 3\ncrop:\n#  flip: false\n")
+    assert parse(["--config", str(tmp_path / "mine.yaml")]).replace({"seed": 2}).epochs == 3
+
+
+def test_files_that_hold_no_options_are_named(capsys, tmp_path):
+    for content in ("", "[1, 2]", "just words"):
+        (tmp_path / "mine.yaml").write_text(content)
+        says = refusal(capsys, "--config", str(tmp_path / "mine.yaml"))
+        assert f"{tmp_path / 'mine.yaml'}: expected a mapping of options to values" in says
+    assert "refinery is empty: give it a value or leave it out" in refusal(capsys, "--refinery", "")

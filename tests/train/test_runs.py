@@ -184,7 +184,7 @@ def test_a_student_starts_from_other_weights_and_crops_than_its_refinery(run, mo
     assert run(*one, "--refinery", "mobilenet0.25:bare.pt").identity["generation"] == 1
 
 
-def as_written_before(folder: Path) -> None:
+def as_written_before(folder: Path, *, before_tables: bool) -> None:
     """Rewrites a run's identity as the version wrote it that knew neither kinds of labels nor generations."""
     path = folder / "identity.json"
     identity = json.loads(path.read_text())
@@ -192,15 +192,18 @@ def as_written_before(folder: Path) -> None:
     labels = {"smoothing": 0.0, "bn": "batch", "resolution": None, "per": "crop", "taxonomy": None}
     identity["labels"] = labels | {name: value for name, value in identity["labels"].items() if name != "kind"}
     identity["crop"] |= {"resolution": identity["resolution"]}
+    if before_tables:
+        del identity["labels"]["per"], identity["labels"]["taxonomy"]
     path.write_text(json.dumps(identity))
 
 
-def test_runs_of_an_earlier_version_still_open(run, capsys):
+@pytest.mark.parametrize("before_tables", [False, True])
+def test_runs_of_an_earlier_version_still_open(run, capsys, before_tables):
     """They are listed, and serve as refineries; they are not taken for runs of this version, whose crops are others."""
     teacher = run("--model", "resnet18", "--epochs", "1")
     student = run("--refinery", "resnet18", "--epochs", "1")
     for each in (teacher, student):
-        as_written_before(each.folder)
+        as_written_before(each.folder, before_tables=before_tables)
     assert [read_run(each.folder).identity["labels"]["kind"] for each in (teacher, student)] == [
         "ground_truth",
         "refinery",
@@ -489,6 +492,25 @@ def test_a_folder_with_another_run_is_refused(run):
     run("--out", "mine")
     with pytest.raises(TrainError, match="mine: holds a run with another configuration"):
         run("--out", "mine", "--seed", "3")
+
+
+def test_a_line_that_was_cut_short_is_written_again(run, monkeypatch, capsys):
+    """As a full disk leaves it, in what is kept for people; the checkpoint is whole."""
+    with monkeypatch.context() as patch:
+        stop_at(5, patch)
+        with pytest.raises(Interrupted):
+            run("--out", "run")
+    for name in ("metrics.jsonl", "starts.jsonl"):
+        with open(f"run/{name}", "a") as file:
+            file.write('{"epoch": 2, "lo')
+    table("run")
+    assert "epoch 1 of 2" in capsys.readouterr().out
+    run("--out", "run")
+    assert [json.loads(line)["epoch"] for line in Path("run/metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert len([json.loads(line) for line in Path("run/starts.jsonl").read_text().splitlines()]) == 2
+    Path("run/metrics.jsonl").write_text("{\n{}\n")
+    with pytest.raises(TrainError, match=r"run/metrics.jsonl:1: is damaged"):
+        list(read_run(Path("run")).metrics)
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(run, monkeypatch):

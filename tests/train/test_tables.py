@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from models import ModelError
+from models.trained import digest_of
 from train import TrainError
 from train.config import parse
-from train.tables import Setting, TablesOptions, main, make_tables
+from train.tables import Setting, Tables, TablesOptions, main, make_tables
 
 
 @pytest.fixture
@@ -72,6 +73,16 @@ def test_what_is_there_is_not_made_again(setting, tmp_path, capsys):
     assert (tmp_path / "again.md").read_text() == (tmp_path / "tables.md").read_text()
 
 
+def test_options_hold_for_refineries_too(setting, run, tmp_path):
+    """Also weights to start from, which a refinery that a run trains first does without."""
+    start = run("--model", "resnet18", "--epochs", "1")
+    config = setting.config.replace({"pretrained": str(start.weights), "recipe": "quick"})
+    tables = Tables(replace(with_options(setting, seeds=1, refinery_epochs=1), config=config), lambda rows: None)
+    (refinery,) = tables._refinery().runs
+    assert refinery.identity["pretrained"] == digest_of(start.weights)
+    assert (refinery.identity["seed"], refinery.identity["refinery"]) == (0, None)
+
+
 @pytest.mark.slow
 def test_students_of_other_batches_train_apart(setting, tmp_path, capsys):
     """The paper's recipe gives MobileNets a batch of their own."""
@@ -100,6 +111,13 @@ def test_bad_tables_are_refused_before_anything_is_trained(setting, tmp_path, mo
         make_tables(["1"], with_options(setting, students="mobilenet0.25 mobilnet"), tmp_path / "tables.md")
     with pytest.raises(ModelError, match="alexnet: resolution=32 is too small"):
         make_tables(["1"], with_options(setting, refineries="alexnet"), tmp_path / "tables.md")
+    for option, says in (
+        ({"labels.resolution": -1}, "labels.resolution=-1: must be at least 1"),
+        ({"labels.per": "category", "jitter": 1}, "labels.per, jitter: is what rows of the tables differ in"),
+        ({"labels.taxonomy": "nofile"}, "labels.taxonomy: is what rows of the tables differ in"),
+    ):
+        with pytest.raises(TrainError, match=says):
+            make_tables(["1"], replace(setting, config=setting.config.replace(option)), tmp_path / "tables.md")
     (tmp_path / "is_a.txt").write_text("thing other\n")
     with pytest.raises(TrainError, match="lacks 3 of the 3 classes"):
         make_tables(["1", "5"], setting, tmp_path / "tables.md")

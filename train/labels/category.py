@@ -93,7 +93,7 @@ class CategoryLabels(RefineryLabels):
         refinery = on_device(super().open(crops), crops.device)
         loader = open_loader(
             crops.data.beton("train"),
-            resolution=crops.resolutions[-1],
+            resolution=crops.resolution,
             batch_size=crops.batch,
             train=False,
             crop=crops.crop,

@@ -126,20 +126,20 @@ class RefineryLabels(Labels):
             self.trained.network,
             self.trained.normalisation,
             bn=self.given.bn,
-            resolution=self._resolution(crops.resolutions),
-            center=Pairing("center", crops.resolutions[-1]) if self.given.per == "image" else None,
+            resolution=self._resolution(crops),
+            center=Pairing("center", crops.resolution) if self.given.per == "image" else None,
             columns=self.trained.columns_of(crops.data.class_names),
             dtype=crops.autocast or torch.float32,
         )
 
-    def _resolution(self, resolutions: Sequence[int]) -> int | None:
+    def _resolution(self, crops: Crops) -> int | None:
         """Pixels a side to which crops are resized for the refinery, as `seen_at` says; prints what may surprise.
 
-        resolutions: those of the run, the last one highest. Raises TrainError for a size that it does not take.
+        Raises TrainError for a size that it does not take.
         """
         asked, usual = self.given.resolution, self.trained.resolution
-        side = seen_at(self.trained, asked, resolutions)
-        for each in [side] if side else resolutions:
+        side = seen_at(self.trained, asked, crops.resolutions)
+        for each in [side] if side else crops.resolutions:
             failure = self.trained.failure_at(each)
             if failure:
                 raise TrainError(
@@ -148,9 +148,9 @@ class RefineryLabels(Labels):
                 )
         if side and not asked:
             print(f"refinery: crops are resized to the {side} px that it takes", flush=True)
-        elif not side and usual not in (None, resolutions[-1]):
+        elif not side and usual not in (None, crops.resolution):
             print(
-                f"refinery: trained at {usual} px, it sees the crops of {resolutions[-1]} px as they are "
+                f"refinery: trained at {usual} px, it sees the crops of {crops.resolution} px as they are "
                 f"(--labels.resolution {usual} resizes them)",
                 flush=True,
             )

@@ -101,7 +101,9 @@ class Crops(Protocol):
     @property
     def crop(self) -> CropRule: ...
     @property
-    def resolutions(self) -> Sequence[int]: ...  # px a side in the run's epochs, the last one highest
+    def resolution(self) -> int: ...  # px a side, once they have grown
+    @property
+    def resolutions(self) -> Sequence[int]: ...  # px a side in the run's epochs, each size once
     @property
     def batch(self) -> int: ...
     @property

@@ -41,8 +41,19 @@ class Run:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON, one value per line; none where there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The lines of a file of JSON, one value per line; none where there is no such file.
+
+    A last line that a full disk or a kill has cut short is left out. Raises TrainError for other damage.
+    """
+    lines = path.read_text().splitlines() if path.is_file() else []
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise TrainError(f"{path}:{number}: is damaged; remove the run's folder to start again") from None
+    return values
 
 
 def key_of(identity: Any) -> str:
@@ -75,7 +86,7 @@ def _as_written_now(identity: dict[str, Any]) -> dict[str, Any]:
 
     It has no generation, and so never equals the identity of a new run, whose crops are others.
     """
-    labels = identity["labels"]
+    labels = {"per": "crop", "taxonomy": None} | identity["labels"]
     if "kind" not in labels:
         kind = "taxonomy" if labels["taxonomy"] else "refinery" if identity["refinery"] else "ground_truth"
         identity["labels"] = labels | {"kind": "category" if labels["per"] == "category" else kind}

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -49,15 +49,13 @@ class Record:
         try:
             (self._folder / "identity.json").write_text(json.dumps(self._run.identity, indent=1) + "\n")
             (self._folder / "config.yaml").write_text(config_text(self._config))
-            kept = self._run.metrics[:epochs]
-            self._run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            before = json_lines(self._folder / "starts.jsonl")
-            with open(self._folder / "starts.jsonl", "a") as file:
-                file.write(json.dumps({"epoch": epochs, "step": steps} | start) + "\n")
+            starts = self._folder / "starts.jsonl"
+            before = json_lines(starts)
+            # Written whole, so that a line that was cut short does not spoil the next one.
+            _write_lines(self._run.metrics_file, self._run.metrics[:epochs])
+            _write_lines(starts, [*before, {"epoch": epochs, "step": steps} | start])
         except OSError as error:
             raise TrainError(f"{self._folder}: the run cannot be written there ({error.strerror})") from None
-        except ValueError as error:
-            raise TrainError(f"{self._folder}: its metrics.jsonl or starts.jsonl is damaged ({error})") from None
         # Epochs are numbered from 1.
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=epochs + 1)
         self._open.callback(self._board.close)
@@ -118,6 +116,10 @@ class Record:
         except OSError as error:
             raise TrainError(f"{path}: cannot be written ({error.strerror})") from None
         return replace(self._run, result=result)
+
+
+def _write_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
 
 
 @contextmanager
