@@ -123,3 +123,13 @@ def test_only_a_hubs_networks_start_from_its_weights(hub, converted):
         TrainError, match=f"pretrained={hub}: has weights for {hub}:NAME only, and not for MODEL={NAME}"
     ):
         train(parse(words))
+
+
+def test_an_images_label_is_of_the_grown_crop_however_short_the_run(converted, tmp_path):
+    """A run of two epochs ends before its crops have grown to all of the resolution."""
+    words = ["--data", str(converted.folder), "--refinery", f"{NAME}:{tmp_path / 'w.pt'}", "--runs", str(tmp_path)]
+    words += ["--resolution", "64", "--resolution_from", "0.5", "--epochs", "2", "--labels.per", "image"]
+    torch.save(models.build(NAME, 3).state_dict(), tmp_path / "w.pt")
+    trainer = trainer_of([*WORDS, *words])
+    assert trainer.job.resolutions == [32, 48]
+    assert [pairing.resolution for pairing in trainer.labels.pairings] == [64]
