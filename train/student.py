@@ -181,7 +181,7 @@ def _average(network: nn.Module, decay: float) -> Any:
 def _optimizer(network: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
     if config.kind == "adamw":
         return torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.SGD(
+    sgd = torch.optim.SGD(
         network.parameters(),
         lr=lr,
         momentum=config.momentum,
@@ -189,3 +189,8 @@ def _optimizer(network: nn.Module, config: OptimizerConfig, lr: float) -> torch.
         weight_decay=config.weight_decay,
         fused=True,
     )
+    if config.momentum:
+        # A fused SGD leaves its memory of gradients unset where the scaler skips its first step (PyTorch 2.14).
+        for weight in network.parameters():
+            sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return sgd
