@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ _ORDERS = ("random", "quasi-random", "sequential")
 # Class ids beyond this are damage, or no class ids.
 _MOST_CLASSES = 1_000_000
 
-Fetch = Callable[[NDArray[np.int64], NDArray[np.int64], int], Any]
+Fetch = Callable[[NDArray[np.int64], NDArray[np.int64], int], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class CropBatch:
     crops: uint8 [B, 3, R, R], channels-last. labels, indices, copies: int64 [B]; the class id of the image, its place
     in the set, and which of its crops this is. boxes: int32 [B, 4] (top, left, height, width) in stored-image pixels.
     sizes: int32 [B, 2] (height, width) of the stored images. flips: bool [B].
-    paired: for each pairing asked for, uint8 [B, 3, r, r]. labels_on_disk: what the label source fetched, or None.
+    paired: for each pairing asked for, uint8 [B, 3, r, r]. labels_on_disk: what the label source fetched, [B, ...], or
+    None.
     """
 
     crops: torch.Tensor
@@ -59,7 +60,14 @@ class CropBatch:
     sizes: torch.Tensor
     flips: torch.Tensor
     paired: dict[Pairing, torch.Tensor] = field(default_factory=dict)
-    labels_on_disk: Any = None
+    labels_on_disk: torch.Tensor | None = None
+
+    def first(self, count: int) -> "CropBatch":
+        """The first crops of the batch, with all that belongs to them."""
+        parts: dict[str, Any] = {
+            name: part[:count] for name, part in vars(self).items() if isinstance(part, torch.Tensor)
+        }
+        return replace(self, **parts, paired={pairing: crops[:count] for pairing, crops in self.paired.items()})
 
 
 class Loader:
@@ -73,7 +81,7 @@ class Loader:
     the images this is, of how many. threads: decoding threads (default: one per processor). drop_last: leave out a last
     batch that is not full (default: in training, where every rank then has the same number of steps).
     paired: further crops of the same images. fetch: the host half of a label source,
-    `(indices int64 [B], copies int64 [B], epoch) -> host tensors or None`.
+    `(indices int64 [B], copies int64 [B], epoch) -> a host tensor [B, ...] or None`; the tensor travels to the device.
 
     num_samples: images in the file. num_classes and class_names: from the set's `set.json`, else counted and numbered.
     steps: batches an epoch on this rank. decoder: the name of the decoder at work.
@@ -193,9 +201,8 @@ class Loader:
         # One copy to the device instead of six: everything small travels as the columns of one int64 table.
         boxes, flips, sizes = block.boxes[:, copy], block.flips[:, copy], self._beton.sizes[indices]
         columns = [self._beton.labels[indices], indices, copies, boxes, sizes, flips]
-        table = torch.from_numpy(np.column_stack([column.astype(np.int64) for column in columns]))
-        if self._device.type == "cuda":
-            table = table.pin_memory().to(self._device, non_blocking=True)
+        table = self._delivered(torch.from_numpy(np.column_stack([column.astype(np.int64) for column in columns])))
+        fetched = self._fetch(indices, copies, epoch) if self._fetch else None
         return CropBatch(
             crops=views[0][rows],
             labels=table[:, 0].contiguous(),
@@ -210,8 +217,12 @@ class Loader:
                 pairing: view[rows] if pairing.box == "same" else view
                 for pairing, view in zip(self._paired, views[1:], strict=True)
             },
-            labels_on_disk=self._fetch(indices, copies, epoch) if self._fetch else None,
+            labels_on_disk=None if fetched is None else self._delivered(fetched),
         )
+
+    def _delivered(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor on the device; the host does not wait for it to arrive."""
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
 
 def _class_names(beton: Beton) -> tuple[str, ...]:

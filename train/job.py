@@ -17,8 +17,9 @@ from models.trained import digest_of, names_network_alone
 from models.weights import load_weights
 from train import TrainError
 from train import labels as kinds
-from train.config import Config, CropConfig
+from train.config import Config, CropConfig, OptimizerConfig, ScheduleConfig
 from train.device import autocast_type, device_named, precision_on
+from train.labels.refinery import RefineryLabels
 from train.labels.source import Labels
 from train.runs import Run, folder_name, read_run
 
@@ -32,8 +33,8 @@ class Job:
 
     config: what was asked for, with resolution, crop and precision filled in. asked_precision: as the user gave it.
     data, crop: the images, and how they are cropped. labels: what the network learns from. device: where it trains.
-    seed: of crops and first weights. identity: all that decides the weights that the run ends with, as JSON gives it
-    back. folder: the run's.
+    seed, crop_seed: of the first weights and of the crops; the same, unless the labels were made for crops of another
+    seed. identity: all that decides the weights that the run ends with, as JSON gives it back. folder: the run's.
     """
 
     config: Config
@@ -43,6 +44,7 @@ class Job:
     labels: Labels
     device: torch.device
     seed: int
+    crop_seed: int
     identity: dict[str, Any]
     folder: Path
 
@@ -60,6 +62,11 @@ class Job:
     def resolution_in(self, epoch: int) -> int:
         """Pixels a side of the crops in an epoch (0, 1, ...)."""
         return growing_resolution(epoch, self.config.epochs, self.config.resolution_from, self.resolution)
+
+    def plan_epoch(self, epoch: int) -> int:
+        """The epoch of the plan (data.plan) whose crops the run sees in an epoch (0, 1, ...)."""
+        plan = self.labels.plan
+        return epoch % plan.epochs if plan else epoch
 
     @property
     def batch(self) -> int:
@@ -104,8 +111,12 @@ def check(configs: Sequence[Config]) -> tuple[ConvertedSet, list[Labels]]:
     labels = find_labels([config for config in configs if not needs_refinery(config)], found.class_names)
     data = ensure_converted(found)
     del found  # and with it what an archive was unpacked to
+    known = iter(labels)
     for config in configs:
-        for side in _resolutions(config, config.resolution or data.resolution):
+        its = None if needs_refinery(config) else next(known)
+        if its:
+            its.check_data(data)
+        for side in _resolutions(config, _resolution(config, data, its)):
             models.check_resolution(config.model, side)
     return data, labels
 
@@ -115,27 +126,35 @@ def find_labels(configs: Sequence[Config], class_names: Sequence[str]) -> list[L
 
     Raises TrainError and ModelError as Labels.find.
     """
-    found: dict[object, Labels] = {}
+
+    def asked(config: Config) -> Config:
+        # Students of one refinery may differ in this alone.
+        return replace(config, model="any", optimizer=OptimizerConfig(), schedule=ScheduleConfig())
+
+    found: dict[Config, Labels] = {}
     for config in configs:
-        asked = config.refinery, config.labels
-        if asked not in found:
-            found[asked] = kinds.find(config, class_names)
-    return [found[config.refinery, config.labels] for config in configs]
+        if asked(config) not in found:
+            found[asked(config)] = kinds.find(config, class_names)
+    return [found[asked(config)] for config in configs]
 
 
 def needs_refinery(config: Config) -> bool:
     """Whether the refinery is named by its network alone: one of its finished runs is meant, or it is trained first."""
-    return bool(config.refinery) and names_network_alone(str(config.refinery))
+    return issubclass(kinds.kind_of(config), RefineryLabels) and names_network_alone(str(config.refinery))
 
 
 def resolve(config: Config, data: ConvertedSet, labels: Labels) -> Job:
     """The run of a configuration that `check` has passed, on these data and with these labels."""
     device = device_named(config.device)
     asked = {name: value for name, value in asdict(config.crop).items() if value is not None}
-    crop = replace(data.crop, **asked)
+    plan = labels.plan
+    # Validation crops are the data's, whatever the labels were made for.
+    usual = replace(plan.crop, center_ratio=data.crop.center_ratio) if plan else data.crop
+    crop = replace(usual, **asked)
+    seed = seed_of_generation(config.seed, labels.generation)
     filled = replace(
         config,
-        resolution=config.resolution or data.resolution,
+        resolution=_resolution(config, data, labels),
         crop=CropConfig(**asdict(crop)),
         precision=precision_on(device, config.precision),
     )
@@ -148,10 +167,17 @@ def resolve(config: Config, data: ConvertedSet, labels: Labels) -> Job:
         crop=crop,
         labels=labels,
         device=device,
-        seed=seed_of_generation(config.seed, labels.generation),
+        seed=seed,
+        crop_seed=plan.seed if plan else seed,
         identity=identity,
         folder=folder,
     )
+
+
+def _resolution(config: Config, data: ConvertedSet, labels: Labels | None) -> int:
+    """Pixels a side of a run's crops: as asked for, else as its labels were made, else what fits the data."""
+    plan = labels.plan if labels else None
+    return config.resolution or (plan.resolution if plan else data.resolution)
 
 
 def _identity(config: Config, data: ConvertedSet, crop: CropRule, labels: Labels) -> dict[str, Any]:

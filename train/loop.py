@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -110,12 +110,13 @@ class Trainer:
 
         The epoch's sums are in the students and its seconds in `progress`, which still stands in this epoch.
         """
-        progress, loader = self.progress, self.loader_at(self.job.resolution_in(self.progress.epoch))
-        name = f"epoch {progress.epoch + 1}/{self.job.config.epochs}"
-        batch_size = self.job.config.batch
+        job, progress = self.job, self.progress
+        loader = self.loader_at(job.resolution_in(progress.epoch))
+        name = f"epoch {progress.epoch + 1}/{job.config.epochs}"
+        batch_size = job.config.batch
         with images_bar(loader.steps * batch_size, name, done=progress.step * batch_size) as bar:
             mark = looked = saved = time.perf_counter()
-            for batch in self._fetched(loader.epoch(progress.epoch, progress.step)):
+            for batch in self._fetched(loader.epoch(job.plan_epoch(progress.epoch), progress.step)):
                 self._set_rates(progress.epoch + progress.step / loader.steps)
                 self._train_on(batch)
                 progress.step += 1
@@ -162,7 +163,7 @@ class Trainer:
                 job.data.beton("train"),
                 resolution=resolution,
                 batch_size=config.batch,
-                seed=job.seed,
+                seed=job.crop_seed,
                 copies=config.copies,
                 order=config.order,
                 crop=job.crop,
@@ -230,8 +231,7 @@ class Trainer:
             if self.job.device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
-                paired = {pairing: crops[:size] for pairing, crops in batch.paired.items()}
-                self.step(replace(batch, crops=batch.crops[:size], labels=batch.labels[:size], paired=paired))
+                self.step(batch.first(size))
                 return size
             except RuntimeError as error:
                 if not is_out_of_memory(error):

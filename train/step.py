@@ -108,7 +108,7 @@ class Step:
         except Exception as error:  # a compiler fails in as many ways as it has parts
             if is_out_of_memory(error):
                 raise
-            failure = _reason(error)
+            failure = reason(error)
         if self._strict:
             raise TrainError(f"compile=always: the step cannot be compiled ({failure}); try --compile never")
         print(f"the step cannot be compiled and runs uncompiled ({failure})", flush=True)
@@ -144,7 +144,7 @@ def correct(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, t
     return first[:, 0].sum(), first.sum()
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first line that says what went wrong; a compiler's first one may only say which part of it failed."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if not line.endswith("raised:")), type(error).__name__)

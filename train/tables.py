@@ -18,7 +18,8 @@ from command import exit_on_user_error
 from train import TrainError
 from train.config import Config, configure, option_words, parse_both
 from train.job import check
-from train.runs import Run, table_text
+from train.label import LabelOptions, label
+from train.runs import Run, key_of, table_text
 from train.train import train
 
 _TITLES = {
@@ -29,11 +30,12 @@ _TITLES = {
     "5": "Table 5, labels by category and by image, the refinery's statistics frozen",
     "6": "Table 6, refineries",
     "7": "Table 7, losses",
+    "stored": "Stored labels, of one refinery for students of all seeds",
 }
 # The rows of networks that label for others, which belong to no table of their own.
 _REFINERIES = "refineries"
 # Options that rows set.
-_OF_ROWS = ("model", "seed", "labels.per", "labels.taxonomy", "loss.kind", "jitter")
+_OF_ROWS = ("model", "seed", "labels.per", "labels.taxonomy", "labels.stored", "labels.cycle", "loss.kind", "jitter")
 # From the one that says most of the method on.
 _USUAL_ORDER = "1,4,2,3,6,7,5"
 
@@ -43,10 +45,11 @@ class TablesOptions:
     """Options of the tables.
 
     Args:
-        tables: which, with commas between them (default: 1,4,2,3,6,7 and, with taxonomy, 5)
+        tables: which, with commas between them (default: 1,4,2,3,6,7 and, with taxonomy, 5); stored, which is not in
+            the paper, compares labels from files with the refinery's own
         seeds: runs a row, of seeds 0, 1, ...; refineries are trained once
         student: the student of most rows
-        students: those of Table 2
+        students: those of Table 2, and those that learn together from one folder of stored labels
         refineries: those of Table 6
         refinery_epochs: for refineries (default: as all others)
         taxonomy: WordNet's is-a relation, "parent child" lines, for Table 5
@@ -79,7 +82,7 @@ class Setting:
             "student": options.student,
             "refinery": self.refinery,
             "refinery-epochs": options.refinery_epochs,
-            "students": options.students if "2" in tables else None,
+            "students": options.students if {"2", "stored"} & set(tables) else None,
             "refineries": options.refineries if "6" in tables else None,
             "taxonomy": options.taxonomy if "5" in tables else None,
         }
@@ -114,9 +117,9 @@ class Tables:
 
     def make(self, table: str) -> None:
         """Adds the rows of one of _TITLES' tables."""
-        getattr(self, f"_table{table}")()
+        getattr(self, f"_table_{table}")()
 
-    def _table1(self) -> None:
+    def _table_1(self) -> None:
         student = self._setting.options.student
         before: Row | None = None
         for generation in (1, 2, 3):
@@ -124,7 +127,7 @@ class Tables:
         longer = {"epochs": 3 * self._setting.config.replace({"model": student}).epochs}
         self._row("1", "generation 1, as long as all three", student, longer, seeds=1)
 
-    def _table2(self) -> None:
+    def _table_2(self) -> None:
         names, refinery = self._setting.options.students.split(), self._refinery()
         for name in names:
             self._row("2", f"{name}, ground truth", name, seeds=1)
@@ -134,35 +137,64 @@ class Tables:
         for name, run in zip(names, refined, strict=True):
             self._add(Row("2", f"{name}, refined", _words({"model": name, "refinery": f"[{refinery.name}]"})), run)
 
-    def _table3(self) -> None:
+    def _table_3(self) -> None:
         student, refinery = self._setting.options.student, self._refinery()
         start = self._row("3", "refined", student, refinery=refinery)
         self._row("3", "trained on", student, refinery=refinery, pretrained=start)
         self._row("3", "trained on with jitter", student, {"jitter": 1}, refinery=refinery, pretrained=start)
 
-    def _table4(self) -> None:
+    def _table_4(self) -> None:
         self._row("4", "no refinery", self._setting.options.student)
         self._refined("4", "soft static", {"labels.per": "image"})
         self._refined("4", "hard dynamic", {"loss.kind": "hard"})
         self._refined("4", "soft dynamic")
 
-    def _table5(self) -> None:
+    def _table_5(self) -> None:
         student, taxonomy = self._setting.options.student, self._setting.options.taxonomy
         self._row("5", "no refinery", student)
         self._row("5", "taxonomy categories", student, {"labels.taxonomy": taxonomy})
         self._refined("5", "visually refined categories", {"labels.per": "category", "labels.bn": "running"})
         self._refined("5", "visually refined images", {"labels.per": "image", "labels.bn": "running"})
 
-    def _table6(self) -> None:
+    def _table_6(self) -> None:
         self._row("6", "no refinery", self._setting.options.student)
         for name in self._setting.options.refineries.split():
             self._row("6", name, self._setting.options.student, refinery=self._refinery(name))
 
-    def _table7(self) -> None:
+    def _table_7(self) -> None:
         self._row("7", "no refinery", self._setting.options.student)
         self._refined("7", "L2", {"loss.kind": "l2"})
         self._refined("7", "KL from output to label", {"loss.kind": "reversed"})
         self._refined("7", "KL from label to output")
+
+    def _table_stored(self) -> None:
+        student = self._setting.options.student
+        self._row("stored", "no refinery", student)
+        self._refined("stored", "refinery")
+        epochs = self._setting.config.replace({"model": student}).epochs
+        top10 = LabelOptions(k=10)
+        for name, options in {"exact": LabelOptions("exact"), "top 10": top10, "top 5": LabelOptions(k=5)}.items():
+            self._from_stored(name, self._store(options, epochs))
+        few = max(epochs // 4, 1)
+        self._from_stored(f"top 10 of {few} epochs, again and again", self._store(top10, few), {"labels.cycle": True})
+        names, store = self._setting.options.students.split(), self._store(top10, epochs)
+        config = self._setting.config.on_ground_truth().replace({"labels.stored": str(store), "seed": 0})
+        for name, run in zip(names, train(config.replace({"model": " ".join(names)})), strict=True):
+            self._add(
+                Row("stored", f"{name}, with the others", _words({"model": name, "labels.stored": str(store)})), run
+            )
+
+    def _store(self, options: LabelOptions, epochs: int) -> Path:
+        """The folder of the refinery's labels of the crops of seed 0, which are made where they are missing."""
+        refinery = self._refinery().of_seed(0).folder
+        config = self._setting.config.replace({"model": self._setting.options.student, "epochs": epochs, "seed": 0})
+        kind = options.format if options.k is None else f"top{options.k}"
+        out = refinery.with_name(f"{refinery.name}-labels-{kind}-of-{epochs}-{key_of(config.given)}")
+        label(config.replace({"refinery": str(refinery), "out": str(out)}), options)
+        return out
+
+    def _from_stored(self, name: str, store: Path, options: Mapping[str, Any] = {}) -> None:
+        self._row("stored", name, self._setting.options.student, {"labels.stored": str(store), **options})
 
     def _refinery(self, name: str | None = None) -> Row:
         """The row of a network that labels for others; trained once, with seed 0, for the students of all seeds."""

@@ -30,16 +30,23 @@ def train(config: Config) -> list[Run]:
     numbers of dropout, which they share). Returns a run for each, in their order.
     Raises DataError, ModelError or TrainError for bad input, as far as possible before anything slow begins.
     """
-    configs = _one_each(config)
-    if needs_refinery(config):
-        refinery = config.as_refinery(str(config.refinery), {"pretrained": None, "out": None})
+    return _train_jobs(with_refinery(_one_each(config)))
+
+
+def with_refinery(configs: Sequence[Config]) -> list[Job]:
+    """The runs of these configurations, which have one refinery or none; it is trained first where it is missing.
+
+    Raises as `train`.
+    """
+    if needs_refinery(configs[0]):
+        refinery = configs[0].as_refinery(str(configs[0].refinery), {"pretrained": None, "out": None})
         data, (ground_truth,) = check([refinery, *configs])
         run = _refinery_run(resolve(refinery, data, ground_truth))
         configs = [each.replace({"refinery": str(run.folder)}) for each in configs]
         labels = find_labels(configs, data.class_names)
     else:
         data, labels = check(configs)
-    return _train_jobs([resolve(each, data, its) for each, its in zip(configs, labels, strict=True)])
+    return [resolve(each, data, its) for each, its in zip(configs, labels, strict=True)]
 
 
 def _one_each(config: Config) -> list[Config]:

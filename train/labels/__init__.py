@@ -4,7 +4,7 @@ A new kind is a file beside this one, and an entry in `KINDS`; its options, wher
 `LabelsConfig`.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,9 +13,11 @@ from train.labels.category import CategoryLabels, TaxonomyLabels, TaxonomyOption
 from train.labels.ground_truth import GroundTruthLabels, GroundTruthOptions
 from train.labels.refinery import RefineryLabels, RefineryOptions
 from train.labels.source import Asked, Labels
+from train.labels.stored import StoredLabels, StoredOptions
 
 # By the names that identities of runs hold. The first one asked for is taken.
 KINDS: dict[str, type[Labels]] = {
+    "stored": StoredLabels,
     "taxonomy": TaxonomyLabels,
     "category": CategoryLabels,
     "refinery": RefineryLabels,
@@ -24,7 +26,7 @@ KINDS: dict[str, type[Labels]] = {
 
 
 @dataclass(frozen=True)
-class LabelsConfig(GroundTruthOptions, RefineryOptions, TaxonomyOptions):
+class LabelsConfig(GroundTruthOptions, RefineryOptions, TaxonomyOptions, StoredOptions):
     """What the labels are made of."""
 
 
@@ -33,8 +35,6 @@ class Configured(Asked, Protocol):
 
     @property
     def labels(self) -> LabelsConfig: ...
-    @property
-    def changed(self) -> Collection[str]: ...  # the options that are not at their defaults
 
 
 def kind_of(config: Configured) -> type[Labels]:

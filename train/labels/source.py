@@ -5,7 +5,7 @@ A label source works in two halves. `fetch` runs on the loader's side, on the ho
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -68,12 +68,26 @@ class LabelSource(nn.Module):
 
     pairings: tuple[Pairing, ...] = ()
 
-    def fetch(self, indices: NDArray[np.int64], copies: NDArray[np.int64], epoch: int) -> Any:
-        """Host tensors for these crops (indices and copies int64 [B]), or None where nothing is looked up."""
+    def fetch(self, indices: NDArray[np.int64], copies: NDArray[np.int64], epoch: int) -> torch.Tensor | None:
+        """A host tensor [B, ...] for these crops (indices and copies int64 [B]), or None where nothing is looked up."""
         return None
 
     def forward(self, batch: CropBatch) -> Targets:
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The crops that labels were made for: those of a seed, in some epochs, by a rule, so many of each image.
+
+    resolution: pixels a side that they had. epochs: how many there are; a longer run begins again at the first.
+    """
+
+    seed: int
+    crop: CropRule
+    copies: int
+    resolution: int
+    epochs: int
 
 
 class Asked(Protocol):
@@ -90,12 +104,28 @@ class Asked(Protocol):
     @property
     def batch(self) -> int: ...
     @property
+    def order(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def copies(self) -> int: ...
+    @property
+    def crop(self) -> Any: ...  # scale, ratio and flip as in CropRule, each None where it was left out
+    @property
     def jitter(self) -> float: ...
+    @property
+    def loss(self) -> Any: ...  # kind, temperature
+    @property
+    def changed(self) -> Collection[str]: ...  # the options that are not at their defaults
 
 
 class Crops(Protocol):
     """What kinds of labels read of the run (train.job.Job) whose crops they are to label."""
 
+    @property
+    def config(self) -> Asked: ...  # with everything filled in
     @property
     def data(self) -> ConvertedSet: ...
     @property
@@ -160,6 +190,15 @@ class Labels(ABC):
     def refinery(self) -> dict[str, str] | None:
         """network, weights (a digest): the network that gave the labels, for the run's identity; None without one."""
         return None
+
+    @property
+    def plan(self) -> Plan | None:
+        """The crops that the labels were made for; None where any crop can be labelled."""
+        return None
+
+    def check_data(self, data: ConvertedSet) -> None:
+        """Raises TrainError where the labels are of other data than these."""
+        return None  # most can label any
 
     @property
     @abstractmethod

@@ -26,6 +26,9 @@ class Run:
     @property
     def crop_seed(self) -> int:
         """The seed that its training crops were drawn with (data.plan)."""
+        # Of stored labels, the crops are those that were labelled.
+        if "crop_seed" in self.identity["labels"]:
+            return int(self.identity["labels"]["crop_seed"])
         # A run of an earlier version drew them with the user's seed itself.
         seed, generation = self.identity["seed"], self.identity.get("generation")
         return seed if generation is None else seed_of_generation(seed, generation)

@@ -1,0 +1,196 @@
+"""A folder of stored labels: epochs that are whole or not there, and damage that is named."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train import TrainError
+from train.labels.store import Description, Store, create_store, in_units, open_store
+
+ROOT = Path(__file__).parents[2]
+IMAGES, COPIES = 50, 2
+
+DESCRIPTION = Description(
+    data={"name": "drawn", "fingerprint": "ab" * 32, "images": IMAGES, "classes": 1000},
+    refinery={"network": "resnet18", "weights": "cd" * 32, "generation": 0, "bn": "batch", "resolution": None},
+    plan={"seed": 2**63 + 1, "crop": {"scale": (0.08, 1.0), "ratio": (0.75, 1.25), "flip": True}, "copies": COPIES},
+    resolution=64,
+    precision="fp32",
+    batch=16,
+    order="random",
+    format="packed",
+    k=10,
+    dtype=None,
+    bytes_per_crop=20,
+)
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return create_store(tmp_path / "labels", DESCRIPTION)
+
+
+def filled(store: Store, epoch: int) -> np.ndarray:
+    """Writes an epoch of random rows and returns them."""
+    wanted = np.random.default_rng(epoch).integers(256, size=(IMAGES * COPIES, 20), dtype=np.uint8)
+    with store.writing(epoch) as rows:
+        rows[:] = wanted
+    return wanted
+
+
+def test_what_is_written_is_read(store):
+    wanted = [filled(store, epoch) for epoch in range(2)]
+    again = open_store(store.folder)
+    assert again.description.crop.scale == (0.08, 1.0)
+    assert again.description.seed == 2**63 + 1
+    assert again.description.key == store.description.key
+    assert again.epochs == 2
+    for epoch, rows in enumerate(wanted):
+        assert np.array_equal(again.rows(epoch), rows)
+    said = json.loads((store.folder / "labels.json").read_text())
+    assert said["bytes_per_crop"] == 20
+    assert sorted(said["epochs"]) == ["0", "1"]
+    assert sorted(os.listdir(store.folder)) == ["epoch-0000.labels", "epoch-0001.labels", "labels.json"]
+
+
+def test_epochs_count_up_to_a_gap(store):
+    for epoch, epochs in ((1, 0), (3, 0), (0, 2), (2, 4)):
+        filled(store, epoch)
+        assert store.epochs == epochs
+    store.folder.joinpath("epoch-0001.labels").unlink()
+    assert store.epochs == 1
+
+
+def test_an_epoch_is_there_as_a_whole_or_not_at_all(store):
+
+    def fails() -> None:
+        with store.writing(0) as rows:
+            rows[:3] = 7
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert store.epochs == 0
+    assert os.listdir(store.folder) == ["labels.json"]
+    filled(store, 0)
+    with store.writing(0) as rows:
+        assert rows is None  # it is finished
+
+
+def test_two_do_not_write_the_same_epoch(store):
+    other = open_store(store.folder)
+    with store.writing(0) as rows:
+        with other.writing(0) as theirs:
+            assert theirs is None
+        filled(other, 1)
+        rows[:] = 1
+    assert store.epochs == other.epochs == 2
+    assert (other.rows(0) == 1).all()
+
+
+def test_what_a_killed_process_left_is_written_over(store):
+    program = (
+        "import os, signal, sys; from train.labels.store import open_store\n"
+        f"with open_store({str(store.folder)!r}).writing(0) as rows:\n"
+        "    rows[:] = 9\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, timeout=120).returncode == -signal.SIGKILL
+    assert sorted(os.listdir(store.folder)) == [".epoch-0000.partial", "labels.json"]
+    assert store.epochs == 0
+    wanted = filled(store, 0)
+    assert np.array_equal(store.rows(0), wanted)
+    assert len(os.listdir(store.folder)) == 2
+
+
+def test_a_full_disk_keeps_what_is_finished(store):
+    wanted = filled(store, 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(TrainError, match=r"partial: cannot be written .*; 1 finished epochs are kept"):
+            filled(store, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert store.epochs == 1
+    assert np.array_equal(store.rows(0), wanted)
+    assert len(os.listdir(store.folder)) == 2
+
+
+def test_what_epochs_take_is_asked_for_before(tmp_path):
+    images = 10**12
+    huge = create_store(tmp_path / "huge", replace(DESCRIPTION, data=DESCRIPTION.data | {"images": images}))
+    with pytest.raises(TrainError, match=r"OUT=.*huge: 3 epochs of labels take 120 TB, and .* are free; take another"):
+        huge.check_room(3)
+    huge.check_room(0)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 1999 bytes and should have 2000"),
+        (lambda path: path.write_bytes(path.read_bytes()[:999] + b"!" + path.read_bytes()[1000:]), "is damaged"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"!"), "has 2001 bytes"),
+        (lambda path: path.unlink(), "cannot be read"),
+    ],
+)
+def test_damaged_rows_are_refused_by_name(store, harm, says):
+    filled(store, 0)
+    path = store.folder / "epoch-0000.labels"
+    harm(path)
+    with pytest.raises(TrainError, match=rf"epoch-0000.labels: {says}.*; remove the file and label again"):
+        store.rows(0)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda text: text.replace('"version": 1', '"version": 2'), "written by another version"),
+        (lambda text: text[:-20], "is damaged"),
+        (lambda text: "[]", "is damaged"),
+        (lambda text: text.replace('"precision": "fp32",', ""), "is damaged"),
+        (lambda text: text.replace('"classes": 1000', '"classes": 2000'), "is damaged"),  # rows would be wider
+        (lambda text: text.replace('"k": 10', '"k": null'), "is damaged"),
+        (None, "cannot be read .*; is .* a folder of stored labels"),
+    ],
+)
+def test_a_damaged_description_is_refused(store, harm, says):
+    path = store.folder / "labels.json"
+    if harm:
+        path.write_text(harm(path.read_text()))
+    else:
+        path.unlink()
+    with pytest.raises(TrainError, match=rf"labels.json: {says}"):
+        open_store(store.folder)
+
+
+def test_labels_of_other_things_are_not_added_to(store, tmp_path):
+    filled(store, 0)
+    assert create_store(store.folder, DESCRIPTION).epochs == 1
+    other = replace(DESCRIPTION, refinery=DESCRIPTION.refinery | {"weights": "ef" * 32}, batch=32)
+    says = f"refinery.weights is {'cd' * 8} there and {'ef' * 8} here; batch is 16 there and 32 here"
+    with pytest.raises(TrainError, match=rf"OUT=.*: holds other labels \({says}\); give another folder"):
+        create_store(store.folder, other)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "photo.jpg").touch()
+    with pytest.raises(TrainError, match="OUT=.*images: holds other files"):
+        create_store(tmp_path / "images", DESCRIPTION)
+    with pytest.raises(TrainError, match="OUT=.*labels cannot be written there"):
+        create_store(tmp_path / "images" / "photo.jpg", DESCRIPTION)
+
+
+def test_sizes_as_people_read_them():
+    assert [in_units(size) for size in (0, 999, 1000, 25_600_000, 3 * 10**12)] == [
+        *("0 bytes", "999 bytes", "1 kB", "25.6 MB", "3 TB")
+    ]

@@ -1,0 +1,294 @@
+"""Labels the crops of an epoch after the other with a refinery, and stores what it says: label once, train many.
+
+python -m train.label --refinery resnet50 --data images/ --epochs 20 --out labels/resnet50
+make label REFINERY=resnet50 DATA=images/ EPOCHS=20 OUT=labels/resnet50
+make train MODEL=mobilenet LABELS=labels/resnet50 DATA=images/
+"""
+
+import sys
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from command import exit_on_user_error, typed_command
+from data.loader import CropBatch, open_loader
+from data.progress import images_bar
+from train import TrainError
+from train.config import Config, configure, parse_both
+from train.device import computing_in, on_device, set_tf32_and_allocator
+from train.interrupt import Interrupted, Stop, stop_on_signal
+from train.job import Job
+from train.labels.refinery import RefineryLabels
+from train.labels.rows import Exact, Packed, Rows
+from train.labels.store import Description, Store, create_store, in_units
+from train.step import COMPILER_OPTIONS, forget_compiled_steps, is_out_of_memory, reason
+from train.train import with_refinery
+
+# Batches whose rows may still be on their way from a GPU while the next ones are labelled.
+_ON_THEIR_WAY = 2
+_USUAL_K = 10
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """Options of stored labels.
+
+    Args:
+        format: packed keeps the likeliest k classes of each crop, with probabilities within 10 %, and what all others
+            have together; exact keeps all logits as they are, from which training equals the refinery's own
+        k: how many classes packed labels keep (default: 10, or all of fewer)
+    """
+
+    format: Literal["exact", "packed"] = "packed"
+    k: int | None = None
+
+
+def main() -> None:
+    about = (
+        "Writes what a refinery says of every training crop of the first --epochs epochs to the folder --out, for "
+        "training with --labels.stored. What is finished is not repeated; started twice, the processes share the "
+        "epochs. A refinery that is named by its network is trained first where it has no finished run. Options that "
+        "say how crops are made (--seed, --crop, --copies, --resolution) and how the refinery labels them (--batch, "
+        "--order, --precision, --labels.bn, --labels.resolution) count here; students find them in the labels."
+    )
+    config, own = parse_both(sys.argv[1:], LabelOptions, prog="python -m train.label", about=about)
+    label(config, own)
+
+
+def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
+    """Labels the crops of the first `config.epochs` epochs of a student of `config.refinery`, into `config.out`.
+
+    Raises DataError, ModelError or TrainError for bad input, as far as possible before anything slow begins, and
+    Interrupted after Ctrl-C or SIGTERM.
+    """
+    _check(config, options)
+    folder, epochs = Path(str(config.out)), config.epochs
+    # How long the refinery itself is trained, where it has to be, is the recipe's matter.
+    given = {name: value for name, value in config.given.items() if name not in ("epochs", "out")}
+    (job,) = with_refinery([configure(given)])
+    set_tf32_and_allocator(job.device, job.config.precision)
+    labeller = Labeller(job, options)
+    store = create_store(folder, labeller.description)
+    store.check_room(epochs)
+    made = store.description
+    print(f"labels  {job.labels.describe()}")
+    print(
+        f"crops   {labeller.loader.num_samples} images of {job.data.folder}, {made.copies} crops each, {epochs} epochs"
+    )
+    print(
+        f"rows    {made.kind}, {made.bytes_per_crop} bytes a crop, {in_units(made.bytes_per_epoch)} an epoch, "
+        f"{in_units(epochs * made.bytes_per_epoch)} in all; {store.folder}",
+        flush=True,
+    )
+    with stop_on_signal() as stop:
+        for epoch in range(epochs):
+            with store.writing(epoch) as rows:
+                if rows is not None:
+                    labeller.label_epoch(epoch, rows, stop, f"labels of epoch {epoch + 1}/{epochs}")
+    _report(store, epochs)
+    return store
+
+
+def _check(config: Config, options: LabelOptions) -> None:
+    if not config.refinery:
+        raise TrainError("REFINERY is missing: name the network that is to label, as in REFINERY=resnet50")
+    if not config.out:
+        raise TrainError("OUT is missing: name the folder for the labels, as in OUT=labels/resnet50")
+    if config.labels.stored:
+        raise TrainError("labels.stored are for training; they are labels already")
+    if config.labels.per != "crop":
+        raise TrainError(f"labels.per={config.labels.per}: only labels of crops are stored; leave it out")
+    if options.k is not None and options.k < 1:
+        raise TrainError(f"k={options.k}: must be at least 1")
+    if options.k is not None and options.format == "exact":
+        raise TrainError(f"k={options.k}: is for packed labels; exact ones keep all classes")
+
+
+def _report(store: Store, epochs: int) -> None:
+    done = store.finished
+    others = [epoch + 1 for epoch in range(epochs) if epoch not in done]
+    if others:
+        print(f"{store.folder}: another process is writing epoch {', '.join(map(str, others))}")
+    crops = store.description.shape[0]
+    seconds = sum(done[epoch]["seconds"] for epoch in range(epochs) if epoch in done)
+    rate = crops * (epochs - len(others)) / seconds if seconds else 0.0
+    print(
+        f"finished: {epochs - len(others)} epochs of {crops} labels, {rate:.0f} images/s; to train from them:\n"
+        f"  make train LABELS={store.folder} ...",
+        flush=True,
+    )
+
+
+class Labeller:
+    """Labels the crops of a run with its refinery, an epoch at a time.
+
+    loader: of the crops of all images, also of those that training leaves out because they fill no batch; they come
+    last. description: of the labels that it makes.
+    Raises TrainError for what only shows when the refinery is opened, and for too few images.
+    """
+
+    def __init__(self, job: Job, options: LabelOptions):
+        assert isinstance(job.labels, RefineryLabels)
+        self._job, config = job, job.config
+        if job.compiled:
+            forget_compiled_steps(1)
+        self._source = on_device(job.labels.open(job), job.device)
+        self.loader = open_loader(
+            job.data.beton("train"),
+            resolution=job.resolution,
+            batch_size=config.batch,
+            seed=job.crop_seed,
+            copies=config.copies,
+            order=config.order,
+            crop=job.crop,
+            drop_last=False,
+            **job.loading,
+        )
+        if self.loader.num_samples < config.batch:
+            raise TrainError(
+                f"batch={config.batch}: {job.data.folder} has {self.loader.num_samples} images; take a smaller batch"
+            )
+        classes = len(job.data.class_names)
+        exact = options.format == "exact"
+        rows = Exact(classes, self._output_type()) if exact else Packed(classes, options.k or _USUAL_K)
+        self._rows: Rows = on_device(rows, job.device)
+        self._compute = self._finite_rows
+        if job.compiled:
+            self._compute = torch.compile(self._finite_rows, fullgraph=True, dynamic=False, options=COMPILER_OPTIONS)
+        trained, crop = job.labels.trained, asdict(job.crop)
+        self.description = Description(
+            data={
+                "name": job.data.name,
+                "fingerprint": job.data.fingerprint,
+                "images": self.loader.num_samples,
+                "classes": classes,
+            },
+            refinery={
+                "network": trained.name,
+                "weights": trained.digest,
+                "generation": trained.generation,
+                "bn": job.labels.given.bn,
+                "resolution": self._source.resolution,
+            },
+            plan={
+                "seed": job.crop_seed,
+                "crop": {name: crop[name] for name in ("scale", "ratio", "flip")},
+                "copies": config.copies,
+            },
+            resolution=job.resolution,
+            precision=config.precision,
+            batch=config.batch,
+            order=config.order,
+            format=self._rows.format,
+            k=self._rows.k,
+            dtype=self._rows.dtype,
+            bytes_per_crop=self._rows.width,
+        )
+
+    def label_epoch(self, epoch: int, rows: NDArray[np.uint8], stop: Stop, name: str) -> None:
+        """Fills the rows, [crops, bytes_per_crop], of an epoch; `name` is the progress bar's.
+
+        Raises TrainError for logits that are not finite and for too little memory, Interrupted where a stop is asked
+        for.
+        """
+        finite = torch.ones((), dtype=torch.bool, device=self._job.device)
+        on_their_way: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]] = deque()
+
+        def arrived() -> None:
+            places, labels, event = on_their_way.popleft()
+            if event:
+                event.synchronize()
+            rows[places.numpy()] = labels.numpy()
+
+        with images_bar(len(rows), name) as bar:
+            for batch in self._batches(epoch):
+                count = len(batch.labels)
+                labels, all_finite = self._labelled(batch)
+                finite &= all_finite
+                places = batch.indices * self.description.copies + batch.copies
+                # Nothing here waits for the device: what was labelled is fetched while the next batches are.
+                event = torch.cuda.Event() if self._job.device.type == "cuda" else None
+                on_their_way.append((_fetched(places), _fetched(labels[:count]), event))
+                if event:
+                    event.record()
+                if len(on_their_way) > _ON_THEIR_WAY:
+                    arrived()
+                bar.update(count)
+                if stop.requested:
+                    raise Interrupted(
+                        f"stopped in epoch {epoch + 1}; the epochs before it are kept; to continue, type again:\n"
+                        f"  {typed_command()}"
+                    )
+            while on_their_way:
+                arrived()
+        if not finite:
+            raise TrainError(
+                f"REFINERY={self._job.config.refinery}: what it says of some crops of epoch {epoch + 1} is not finite; "
+                "try --precision fp32, or another refinery"
+            )
+
+    def _batches(self, epoch: int) -> Iterator[CropBatch]:
+        """The batches of an epoch, all with crops for a full one.
+
+        The refinery sees as many crops at a time as in training, whose statistics it may use; to the last images of an
+        epoch, which are too few, the crops of the first ones are added, without their labels.
+        """
+        size, first = self._job.config.batch, []
+        missing = -self.loader.num_samples % size
+        for number, batch in enumerate(self.loader.epoch(epoch)):
+            if number < self.description.copies:
+                # Copied: the loader may use the memory again.
+                first.append(batch.crops[:missing].clone())
+            if len(batch.labels) < size:
+                copy = number % self.description.copies
+                crops = torch.cat([batch.crops, first[copy]])
+                batch = replace(batch, crops=crops.contiguous(memory_format=torch.channels_last))
+            yield batch
+
+    def _labelled(self, batch: CropBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            with torch.no_grad():
+                return self._compute(batch)
+        except Exception as error:  # a compiler fails in as many ways as it has parts
+            if is_out_of_memory(error):
+                raise TrainError(
+                    f"batch={len(batch.crops)}: is too large for this device; take a smaller one"
+                ) from None
+            if self._compute == self._finite_rows:
+                raise
+            if self._job.config.compile == "always":
+                raise TrainError(f"compile=always: the refinery cannot be compiled ({reason(error)})") from None
+            print(f"the refinery cannot be compiled and runs uncompiled ({reason(error)})", flush=True)
+        self._compute = self._finite_rows
+        return self._labelled(batch)
+
+    def _finite_rows(self, batch: CropBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of a batch's crops, uint8 [B, bytes_per_crop], and whether all logits were finite."""
+        logits = self._logits(batch)
+        return self._rows.pack(logits), logits.isfinite().all()
+
+    def _logits(self, batch: CropBatch) -> torch.Tensor:
+        with computing_in(self._job.autocast, self._job.device):
+            logits = self._source(batch).logits
+        assert logits is not None
+        return logits
+
+    @torch.no_grad()
+    def _output_type(self) -> torch.dtype:
+        """What the refinery computes its output in, which not every network does in the type of the autocast."""
+        return self._logits(next(self.loader.epoch(0))).dtype
+
+
+def _fetched(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the host, once the device has reached this point."""
+    return tensor.to("cpu", non_blocking=True)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,307 @@
+"""A folder of stored labels: what it holds, and how it is written and read.
+
+`labels.json` says what the labels are of and how their rows are made; `epoch-0000.labels` and so on hold a row of bytes
+for each crop of an epoch, in the order of the images and of their copies. Several processes may write different epochs
+at the same time; an epoch is there as a whole or not at all.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.plan import CropRule
+from train import TrainError
+from train.labels.rows import Rows, build_rows
+from train.runs import key_of
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Description:
+    """What stored labels are of, and how they were made.
+
+    data: name, fingerprint, images and classes of the set. refinery: its network, the digest of its weights, its
+    generation, whose batch statistics it used and the resolution it saw crops at (None: as they are). plan: seed, crop
+    rule and copies of an epoch, of which the crops are a function. resolution: pixels a side of the crops. precision,
+    batch, order: what labels depend on by rounding, or with the batch's statistics. format, k, dtype: see
+    train.labels.rows.build_rows. bytes_per_crop: of a row.
+    """
+
+    data: dict[str, Any]
+    refinery: dict[str, Any]
+    plan: dict[str, Any]
+    resolution: int
+    precision: str
+    batch: int
+    order: str
+    format: str
+    k: int | None
+    dtype: str | None
+    bytes_per_crop: int
+
+    @property
+    def seed(self) -> int:
+        seed: int = self.plan["seed"]
+        return seed
+
+    @property
+    def copies(self) -> int:
+        copies: int = self.plan["copies"]
+        return copies
+
+    @cached_property
+    def crop(self) -> CropRule:
+        rule = self.plan["crop"]
+        return CropRule(**rule | {name: tuple(rule[name]) for name in ("scale", "ratio")})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of an epoch's rows."""
+        return self.data["images"] * self.copies, self.bytes_per_crop
+
+    @property
+    def bytes_per_epoch(self) -> int:
+        rows, width = self.shape
+        return rows * width
+
+    @property
+    def key(self) -> str:
+        """Names all of it, in eight hex digits."""
+        return key_of(asdict(self))
+
+    @property
+    def kind(self) -> str:
+        """The format of the rows, in a few words."""
+        return self.format if self.k is None else f"top {self.k}"
+
+    def build_rows(self) -> Rows:
+        """The format of the rows. Raises KeyError, TypeError or ValueError where the description names none."""
+        return build_rows(self.format, self.data["classes"], k=self.k, dtype=self.dtype)
+
+
+class Store:
+    """The labels in a folder, which `open_store` and `create_store` give. description: what they are of."""
+
+    def __init__(self, folder: Path, description: Description):
+        self.folder, self.description = folder, description
+
+    @property
+    def finished(self) -> dict[int, dict[str, Any]]:
+        """Of each epoch (0, 1, ...) that is labelled: crc32 of its file, and the seconds it took."""
+        done = _read(self.folder)[1]
+        return {epoch: made for epoch, made in done.items() if self._file(epoch).is_file()}
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs are labelled, from the first on and without a gap."""
+        done = self.finished
+        return next(epoch for epoch in range(len(done) + 1) if epoch not in done)
+
+    def rows(self, epoch: int) -> NDArray[np.uint8]:
+        """The rows of an epoch, [crops, bytes_per_crop], mapped from its file. Raises TrainError for damage."""
+        path, size = self._file(epoch), self.description.bytes_per_epoch
+        mend = "remove the file and label again with the same command, which writes what is missing"
+        try:
+            found = path.stat().st_size
+            if found != size:
+                raise TrainError(f"{path}: has {found} bytes and should have {size}; {mend}")
+            mapped = np.memmap(path, np.uint8, "r", shape=self.description.shape)
+        except OSError as error:
+            raise TrainError(f"{path}: cannot be read ({error.strerror}); {mend}") from None
+        if zlib.crc32(mapped.data) != self.finished[epoch]["crc32"]:
+            raise TrainError(f"{path}: is damaged (its checksum is not that in labels.json); {mend}")
+        return np.asarray(mapped)
+
+    def check_room(self, epochs: int) -> None:
+        """Raises TrainError unless the disk has room for what is missing of so many epochs."""
+        done = self.finished
+        missing = sum(epoch not in done for epoch in range(epochs))
+        needed, free = missing * self.description.bytes_per_epoch, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise TrainError(
+                f"OUT={self.folder}: {missing} epochs of labels take {in_units(needed)}, and {in_units(free)} are "
+                "free; take another disk, fewer EPOCHS, or a smaller --k"
+            )
+
+    @contextmanager
+    def writing(self, epoch: int) -> Iterator[NDArray[np.uint8] | None]:
+        """Rows to be filled, [crops, bytes_per_crop]; those of the epoch, once the context ends without an error.
+
+        None where the epoch is finished, or where another process is writing it. Raises TrainError where the disk is
+        full.
+        """
+        partial = self._partial(epoch)
+        with self._cannot_write(partial):
+            opened = self._claimed(epoch)
+        if opened is None:
+            yield None
+            return
+        started = time.perf_counter()
+        try:
+            with self._cannot_write(partial):
+                os.ftruncate(opened, self.description.bytes_per_epoch)
+                # Asked for now: where the disk is full, writing to a mapped page ends the process.
+                os.posix_fallocate(opened, 0, self.description.bytes_per_epoch)
+                rows = np.memmap(partial, np.uint8, "r+", shape=self.description.shape)
+            yield rows
+            with self._cannot_write(partial):
+                rows.flush()
+                os.fsync(opened)
+                # In this order: where both are there, the epoch is finished, and nobody else has claimed it before.
+                self._add(epoch, {"crc32": zlib.crc32(rows.data), "seconds": time.perf_counter() - started})
+                os.replace(partial, self._file(epoch))
+        finally:
+            partial.unlink(missing_ok=True)
+            os.close(opened)
+
+    def _claimed(self, epoch: int) -> int | None:
+        """The open file that this process alone is to write, or None. It is unlocked however the process ends."""
+        partial = self._partial(epoch)
+        if epoch in self.finished:
+            return None
+        opened = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(opened)
+            return None
+        if epoch in self.finished:
+            # Another process finished it between the two calls.
+            partial.unlink(missing_ok=True)
+            os.close(opened)
+            return None
+        return opened
+
+    def _add(self, epoch: int, made: dict[str, Any]) -> None:
+        with _locked(self.folder):
+            _write(self.folder, self.description, _read(self.folder)[1] | {epoch: made})
+
+    @contextmanager
+    def _cannot_write(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainError(
+                f"{path}: cannot be written ({error.strerror}); {self.epochs} finished epochs are kept, and the same "
+                "command goes on behind them"
+            ) from None
+
+    def _file(self, epoch: int) -> Path:
+        return self.folder / f"epoch-{epoch:04d}.labels"
+
+    def _partial(self, epoch: int) -> Path:
+        return self.folder / f".epoch-{epoch:04d}.partial"
+
+
+def open_store(folder: str | Path) -> Store:
+    """The labels in a folder. Raises TrainError where there are none, or where their description is damaged."""
+    return Store(Path(folder), _read(Path(folder))[0])
+
+
+def create_store(folder: Path, description: Description) -> Store:
+    """Labels that are to be written into a folder, where some may be already.
+
+    Raises TrainError where it holds other labels or other files, or cannot be written.
+    """
+    # As JSON gives it back, so that it compares equal with what was read.
+    description = Description(**json.loads(json.dumps(asdict(description))))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            if not _described(folder).is_file():
+                if any(folder.iterdir()):
+                    raise TrainError(f"OUT={folder}: holds other files; give a new folder, or one of such labels")
+                _write(folder, description, {})
+    except OSError as error:
+        raise TrainError(f"OUT={folder}: labels cannot be written there ({error.strerror})") from None
+    store = open_store(folder)
+    others = differences(description, store.description)
+    if others:
+        raise TrainError(f"OUT={folder}: holds other labels ({'; '.join(others)}); give another folder")
+    return store
+
+
+def differences(asked: Description, found: Description) -> list[str]:
+    """In what two descriptions differ, as phrases."""
+    here, there = _flat(asdict(asked)), _flat(asdict(found))
+    return [
+        f"{name} is {short(there.get(name))} there and {short(here.get(name))} here"
+        for name in here | there
+        if here.get(name) != there.get(name)
+    ]
+
+
+def in_units(size: int) -> str:
+    """A number of bytes, as people read it."""
+    power = min(max(len(str(size)) - 1, 0) // 3, 4)
+    return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{name}.{key}" if name else key)
+    return flat
+
+
+def short(value: Any) -> str:
+    """A value as messages show it: of a digest, what tells two apart."""
+    return value[:16] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def _described(folder: Path) -> Path:
+    return folder / "labels.json"
+
+
+def _read(folder: Path) -> tuple[Description, dict[int, dict[str, Any]]]:
+    """What labels.json says: the description, and the epochs that were finished."""
+    path = _described(folder)
+    try:
+        said = json.loads(path.read_text())
+        version, epochs = said.pop("version"), said.pop("epochs")
+        if version != _VERSION:
+            raise TrainError(f"{path}: written by another version of this program; label again")
+        description = Description(**said)
+        if description.build_rows().width != description.bytes_per_crop:
+            raise ValueError
+        return description, {int(epoch): {"crc32": int(made["crc32"])} | made for epoch, made in epochs.items()}
+    except TrainError:
+        raise
+    except OSError as error:
+        raise TrainError(f"{path}: cannot be read ({error.strerror}); is {folder} a folder of stored labels?") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise TrainError(f"{path}: is damaged; label again, into another folder") from None
+
+
+def _write(folder: Path, description: Description, epochs: dict[int, dict[str, Any]]) -> None:
+    path = _described(folder)
+    partial = path.with_suffix(".partial")
+    said = {"version": _VERSION} | asdict(description) | {"epochs": dict(sorted(epochs.items()))}
+    partial.write_text(json.dumps(said, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The description for one process at a time."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)

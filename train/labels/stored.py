@@ -1,0 +1,189 @@
+"""Labels that a refinery gave to planned crops earlier, read from files (train/label.py writes them).
+
+A crop is a function of seed, epoch, image and copy, so that a stored label needs nothing else to be found again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.loader import CropBatch
+from data.sets import ConvertedSet
+from models.trained import load_trained, names_network_alone
+from train import TrainError
+from train.labels.source import Asked, Crops, Labels, LabelSource, Plan, Targets
+from train.labels.store import Store, open_store, short
+
+
+@dataclass(frozen=True)
+class StoredOptions:
+    """Options of labels from files.
+
+    Args:
+        stored: a folder of labels that a refinery gave to every crop (python -m train.label), in place of the refinery
+        cycle: begin again with the first stored epoch after the last one, in a run of more epochs than are stored
+    """
+
+    stored: str | None = None
+    cycle: bool = False
+
+
+@dataclass(frozen=True)
+class StoredLabels(Labels):
+    """What a refinery said of planned crops. epochs: how many different ones the run sees."""
+
+    store: Store
+    epochs: int
+
+    options = ("labels.stored", "labels.cycle", "refinery", "loss.kind", "loss.temperature")
+    elsewhere = "is for stored labels; give labels.stored too"
+
+    @classmethod
+    def asked(cls, given: StoredOptions, config: Asked) -> bool:
+        return bool(given.stored)
+
+    @classmethod
+    def check(cls, given: StoredOptions, config: Asked) -> None:
+        if config.jitter:
+            raise TrainError("jitter moves crops, and stored labels are of crops as planned; name a refinery instead")
+        for option in config.changed:
+            if option.startswith("labels.") and option not in cls.options:
+                raise TrainError(
+                    f"{option} has no meaning with labels.stored, which are taken as they were made; leave it out"
+                )
+
+    @classmethod
+    def find(cls, given: StoredOptions, config: Asked, class_names: Sequence[str]) -> "StoredLabels":
+        store = open_store(str(given.stored))
+        made, epochs = store.description, store.epochs
+        if config.refinery:
+            _check_refinery(store, config.refinery, class_names)
+        if config.loss.temperature != 1 and made.format == "packed":
+            raise TrainError(
+                f"loss.temperature={config.loss.temperature:g}: packed labels hold probabilities at temperature 1; "
+                "label with --format exact, or leave it out"
+            )
+        if config.copies > made.copies:
+            raise TrainError(
+                f"copies={config.copies}: LABELS={store.folder} holds labels of {made.copies} of an image's crops"
+            )
+        for name in ("scale", "ratio", "flip"):
+            asked, there = getattr(config.crop, name), getattr(made.crop, name)
+            if asked not in (None, there):
+                raise TrainError(
+                    f"crop.{name}={_listed(asked)}: LABELS={store.folder} are of crops with {_listed(there)}; leave it "
+                    "out, or label again"
+                )
+        if not epochs:
+            raise TrainError(f"LABELS={store.folder}: no epoch is finished yet; label some with python -m train.label")
+        if config.epochs > epochs and not given.cycle:
+            raise TrainError(
+                f"epochs={config.epochs}: LABELS={store.folder} holds {epochs}; label more with the same command, "
+                f"train for {epochs}, or begin again after the last one with --labels.cycle true"
+            )
+        return cls(store, min(epochs, config.epochs))
+
+    @classmethod
+    def origin(cls, identity: dict[str, Any]) -> str:
+        return f"{identity['refinery']['network']}, stored"
+
+    @property
+    def generation(self) -> int:
+        return int(self.store.description.refinery["generation"]) + 1
+
+    @property
+    def refinery(self) -> dict[str, str]:
+        return {name: self.store.description.refinery[name] for name in ("network", "weights")}
+
+    @property
+    def plan(self) -> Plan:
+        made = self.store.description
+        return Plan(made.seed, made.crop, made.copies, made.resolution, self.epochs)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        made = self.store.description
+        return {"store": made.key, "crop_seed": made.seed, "epochs": self.epochs}
+
+    def check_data(self, data: ConvertedSet) -> None:
+        there = self.store.description.data["fingerprint"]
+        if data.fingerprint != there:
+            raise TrainError(
+                f"LABELS={self.store.folder}: are of other data, with fingerprint {short(there)} and not "
+                f"{short(data.fingerprint)} as {data.folder}"
+            )
+
+    def describe(self) -> str:
+        made = self.store.description
+        return (
+            f"stored in {self.store.folder}: {made.refinery['network']}, with {made.refinery['bn']} statistics, "
+            f"{made.kind}, {made.bytes_per_crop} bytes a crop, {self.epochs} epochs"
+        )
+
+    def open(self, crops: Crops) -> LabelSource:
+        for notice in self._notices(crops):
+            print(f"labels: {notice}", flush=True)
+        return Stored(self.store)
+
+    def _notices(self, crops: Crops) -> list[str]:
+        """In what the run differs from how its labels were made, where the refinery itself would now say others."""
+        made, config = self.store.description, crops.config
+        notices = []
+        if made.refinery["bn"] == "batch" and (config.batch, config.order) != (made.batch, made.order):
+            notices.append(
+                f"made with the statistics of batches of {made.batch} in {made.order} order; this run takes batches of "
+                f"{config.batch} in {config.order} order"
+            )
+        if config.precision != made.precision:
+            notices.append(f"made in {made.precision}; this run computes in {config.precision}")
+        others = [side for side in crops.resolutions if side != made.resolution]
+        if others:
+            notices.append(
+                f"made of crops of {made.resolution} px; those of {', '.join(map(str, others))} px have the same boxes "
+                "and other pixels, of which the refinery might say something else"
+            )
+        return notices
+
+
+def _check_refinery(store: Store, asked: str, class_names: Sequence[str]) -> None:
+    """Raises TrainError where the labels are not those of the refinery that was named beside them."""
+    made = store.description.refinery
+    if names_network_alone(asked):
+        found, there = asked, made["network"]
+    else:
+        found, there = load_trained(asked, class_names=class_names).digest, made["weights"]
+    if found != there:
+        raise TrainError(
+            f"REFINERY={asked}: LABELS={store.folder} were made by another one, {short(there)} and not {short(found)}; "
+            "leave one of them out"
+        )
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+class Stored(LabelSource):
+    """The stored labels of a plan's crops. Raises TrainError, when an epoch is first asked for, where it is damaged."""
+
+    def __init__(self, store: Store):
+        super().__init__()
+        self._store = store
+        self._copies = store.description.copies
+        self._format = store.description.build_rows()
+        self._epoch, self._rows = -1, np.empty((0, 0), np.uint8)
+
+    def fetch(self, indices: NDArray[np.int64], copies: NDArray[np.int64], epoch: int) -> torch.Tensor:
+        """The rows of these crops, uint8 [B, bytes_per_crop]."""
+        if epoch != self._epoch:
+            self._epoch, self._rows = epoch, self._store.rows(epoch)
+        return torch.from_numpy(self._rows[indices * self._copies + copies])
+
+    def forward(self, batch: CropBatch) -> Targets:
+        assert batch.labels_on_disk is not None
+        targets: Targets = self._format.targets(batch.labels_on_disk)
+        return targets
