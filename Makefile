@@ -47,6 +47,9 @@ takes.bench         := ONLY QUICK PROFILE PAIRS REFINERY DATA RESOLUTION BATCH E
 about.bench-compare := two results of the bench (.json), row by row
 runs.bench-compare  := bench.compare
 takes.bench-compare := A B
+about.compare-labels := stored labels, their refinery and the ground truth, on the same crops
+runs.compare-labels := bench.compare_labels
+takes.compare-labels := LABELS REFINERY DATA MODEL EPOCHS OUT ARGS
 about.kernels       := compile the GPU kernels, without a GPU, and show the registers they take
 runs.kernels        := kernels
 takes.kernels       := ARGS
@@ -65,7 +68,7 @@ about.format        := let ruff order the code
 about.setup         := make .venv from requirements.lock (every verb does it by itself, once)
 about.help          := this text
 
-commands := train label chain tables convert evaluate predict runs report bench bench-compare kernels test test-all test-gpu
+commands := train label chain tables convert evaluate predict runs report bench bench-compare compare-labels kernels test test-all test-gpu
 verbs := $(commands) lint types format setup help
 
 flags := QUICK PROFILE

@@ -34,12 +34,12 @@ BASELINE, STEP, LOOP = "baseline", "step", "loop"
 
 
 class Looping(Runner):
-    """Epochs of a train.loop.Trainer."""
+    """Epochs of a train.loop.Trainer. config: of a run that is to have more epochs than there will be."""
 
-    def __init__(self, pair: Pair, folder: Path, threads: int):
-        self.device = pair.settings.device
-        self._compiler = CompilerNotes() if pair.settings.compiled else None
-        self._trainer = _trainer(pair, folder, threads)
+    def __init__(self, config: Config):
+        self._compiler = CompilerNotes() if config.compile == "always" else None
+        self._trainer = trainer_of(config)
+        self.device = self._trainer.job.device.type
 
     def run(self) -> Work:
         trainer = self._trainer
@@ -56,9 +56,9 @@ class Looping(Runner):
 class Stepping(Runner):
     """As many steps as an epoch of the loop has, on its first batch, which lies ready."""
 
-    def __init__(self, pair: Pair, folder: Path, threads: int):
-        self.device = pair.settings.device
-        self._trainer = _trainer(pair, folder, threads)
+    def __init__(self, config: Config):
+        self._trainer = trainer_of(config)
+        self.device = self._trainer.job.device.type
         (self._batch,) = itertools.islice(self._trainer.loader.epoch(0), 1)
 
     def run(self) -> Work:
@@ -67,9 +67,15 @@ class Stepping(Runner):
         return Work(self._trainer.loader.steps * self._trainer.job.config.batch)
 
 
-def _trainer(pair: Pair, folder: Path, threads: int) -> Trainer:
+def trainer_of(config: Config) -> Trainer:
+    """The trainer of a configuration whose refinery, if any, is there."""
+    data, (labels,) = check([config])
+    return Trainer([resolve(config, data, labels)])
+
+
+def _config(pair: Pair, folder: Path, threads: int) -> Config:
     settings = pair.settings
-    config = Config(
+    return Config(
         model=pair.student,
         refinery=f"{pair.refinery}:{folder / 'refinery.pt'}",
         data=str(folder / "converted"),
@@ -83,8 +89,14 @@ def _trainer(pair: Pair, folder: Path, threads: int) -> Trainer:
         optimizer=OptimizerConfig(lr=1e-3, lr_batch=settings.batch),
         runs=str(folder / "runs"),
     )
-    data, (labels,) = check([config])
-    return Trainer([resolve(config, data, labels)])
+
+
+def _looping(pair: Pair, folder: Path, threads: int) -> Looping:
+    return Looping(_config(pair, folder, threads))
+
+
+def _stepping(pair: Pair, folder: Path, threads: int) -> Stepping:
+    return Stepping(_config(pair, folder, threads))
 
 
 def _write_inputs(pair: Pair, files: list[str], folder: Path) -> float:
@@ -156,8 +168,8 @@ def _contenders(pair: Pair, files: list[str], folder: Path, threads: int) -> lis
         except CallFailed as error:
             failed = str(error)
     ours = [
-        pair.contender(STEP, partial(Stepping, folder=folder, threads=threads), flops),
-        pair.contender(LOOP, partial(Looping, folder=folder, threads=threads), flops),
+        pair.contender(STEP, partial(_stepping, folder=folder, threads=threads), flops),
+        pair.contender(LOOP, partial(_looping, folder=folder, threads=threads), flops),
     ]
     return [
         limit(pair),

@@ -77,6 +77,18 @@ def test_every_verb_is_one_command(make):
         (["bench", "QUICK=1", "PROFILE=0", "PAIRS=a:b"], ["-m", "bench", "--quick", "--pairs", "a:b"]),
         (["bench-compare", "A=a b.json", "B=c.json"], ["-m", "bench.compare", "a b.json", "c.json"]),
         (["kernels", "ARGS=--targets 90"], ["-m", "kernels", "--targets", "90"]),
+        (
+            ["label", "REFINERY=r", "DATA=a", "EPOCHS=2", "OUT=b", "ARGS=--format packed --k 10"],
+            [
+                *("-m", "train.label", "--refinery", "r", "--data", "a", "--epochs", "2", "--out", "b"),
+                *("--format", "packed", "--k", "10"),
+            ],
+        ),
+        (["train", "MODEL=m", "LABELS=a b"], ["-m", "train", "--model", "m", "--labels.stored", "a b"]),
+        (
+            ["compare-labels", "LABELS=a b", "REFINERY=r", "EPOCHS=3"],
+            ["-m", "bench.compare_labels", "--labels", "a b", "--refinery", "r", "--epochs", "3"],
+        ),
         (["test"], ["-m", "pytest", "-m", "not slow and not gpu"]),
         (["test-all"], ["-m", "pytest", "-m", "not gpu"]),
         (["test-gpu"], ["-m", "pytest", "-m", "gpu"]),

@@ -126,7 +126,7 @@ def _report(store: Store, epochs: int) -> None:
 
 
 class Labeller:
-    """Labels the crops of a run with its refinery, an epoch at a time.
+    """Labels the crops of a run, `job`, with its refinery, an epoch at a time.
 
     loader: of the crops of all images, also of those that training leaves out because they fill no batch; they come
     last. description: of the labels that it makes.
@@ -135,7 +135,7 @@ class Labeller:
 
     def __init__(self, job: Job, options: LabelOptions):
         assert isinstance(job.labels, RefineryLabels)
-        self._job, config = job, job.config
+        self.job, config = job, job.config
         if job.compiled:
             forget_compiled_steps(1)
         self._source = on_device(job.labels.open(job), job.device)
@@ -197,7 +197,7 @@ class Labeller:
         Raises TrainError for logits that are not finite and for too little memory, Interrupted where a stop is asked
         for.
         """
-        finite = torch.ones((), dtype=torch.bool, device=self._job.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.job.device)
         on_their_way: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]] = deque()
 
         def arrived() -> None:
@@ -213,7 +213,7 @@ class Labeller:
                 finite &= all_finite
                 places = batch.indices * self.description.copies + batch.copies
                 # Nothing here waits for the device: what was labelled is fetched while the next batches are.
-                event = torch.cuda.Event() if self._job.device.type == "cuda" else None
+                event = torch.cuda.Event() if self.job.device.type == "cuda" else None
                 on_their_way.append((_fetched(places), _fetched(labels[:count]), event))
                 if event:
                     event.record()
@@ -229,7 +229,7 @@ class Labeller:
                 arrived()
         if not finite:
             raise TrainError(
-                f"REFINERY={self._job.config.refinery}: what it says of some crops of epoch {epoch + 1} is not finite; "
+                f"REFINERY={self.job.config.refinery}: what it says of some crops of epoch {epoch + 1} is not finite; "
                 "try --precision fp32, or another refinery"
             )
 
@@ -239,7 +239,7 @@ class Labeller:
         The refinery sees as many crops at a time as in training, whose statistics it may use; to the last images of an
         epoch, which are too few, the crops of the first ones are added, without their labels.
         """
-        size, first = self._job.config.batch, []
+        size, first = self.job.config.batch, []
         missing = -self.loader.num_samples % size
         for number, batch in enumerate(self.loader.epoch(epoch)):
             if number < self.description.copies:
@@ -262,7 +262,7 @@ class Labeller:
                 ) from None
             if self._compute == self._finite_rows:
                 raise
-            if self._job.config.compile == "always":
+            if self.job.config.compile == "always":
                 raise TrainError(f"compile=always: the refinery cannot be compiled ({reason(error)})") from None
             print(f"the refinery cannot be compiled and runs uncompiled ({reason(error)})", flush=True)
         self._compute = self._finite_rows
@@ -270,11 +270,12 @@ class Labeller:
 
     def _finite_rows(self, batch: CropBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of a batch's crops, uint8 [B, bytes_per_crop], and whether all logits were finite."""
-        logits = self._logits(batch)
+        logits = self.logits(batch)
         return self._rows.pack(logits), logits.isfinite().all()
 
-    def _logits(self, batch: CropBatch) -> torch.Tensor:
-        with computing_in(self._job.autocast, self._job.device):
+    def logits(self, batch: CropBatch) -> torch.Tensor:
+        """What the refinery says of a batch's crops, [B, C]."""
+        with computing_in(self.job.autocast, self.job.device):
             logits = self._source(batch).logits
         assert logits is not None
         return logits
@@ -282,7 +283,7 @@ class Labeller:
     @torch.no_grad()
     def _output_type(self) -> torch.dtype:
         """What the refinery computes its output in, which not every network does in the type of the autocast."""
-        return self._logits(next(self.loader.epoch(0))).dtype
+        return self.logits(next(self.loader.epoch(0))).dtype
 
 
 def _fetched(tensor: torch.Tensor) -> torch.Tensor:

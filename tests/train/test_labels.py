@@ -140,8 +140,20 @@ def test_sparse_targets():
     for kind in ("soft", "hard", "reversed", "l2"):
         theirs = Targets(probabilities=dense).loss(student, kind=kind, temperature=3.0)
         torch.testing.assert_close(sparse.loss(student, kind=kind, temperature=3.0), theirs)
+    assert torch.equal(sparse.distribution(10), dense)
     highest = Targets(sparse=(classes, torch.tensor([[0.1, 0.5, 0.2, 0.1]] * 3), torch.full((3,), 0.1 / 6)))
     assert torch.equal(highest.classes(), classes[:, 1])
+
+
+def test_every_form_of_targets_has_a_distribution():
+    logits = torch.randn(3, 4).bfloat16()
+    p = torch.softmax(logits.float(), dim=1)
+    for targets, wanted in (
+        (Targets(ids=torch.tensor([2, 0, 3])), torch.eye(4)[[2, 0, 3]]),
+        (Targets(logits=logits), p),
+        (Targets(probabilities=p), p),
+    ):
+        torch.testing.assert_close(targets.distribution(4), wanted)
 
 
 def test_the_label_of_the_image_is_that_of_its_central_crop(converted, network):

@@ -7,6 +7,7 @@ import models
 from data.loader import open_loader
 from train import TrainError
 from train.config import OptimizerConfig, parse
+from train.label import LabelOptions, label
 from train.labels.refinery import Refinery
 from train.step import Step
 from train.student import LOSS, Student
@@ -76,3 +77,20 @@ def test_too_large_a_batch_is_answered_with_one_that_fits(converted, tmp_path, m
             train(parse(words))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("format", ["exact", "packed"])
+def test_labels_are_stored_and_learned_from(converted, tmp_path, monkeypatch, format):
+    """Compiled; what is stored is what the refinery says, of every crop, and nothing waits for its rows."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(models.build("resnet18", 3).state_dict(), "refinery.pt")
+    words = ["--data", str(converted.folder), "--resolution", "64", "--batch", "16", "--epochs", "2"]
+    words += ["--device", "cuda", "--precision", "fp32", "--compile", "always"]
+    refinery = ["--refinery", "resnet18:refinery.pt", "--labels.bn", "running"]
+    store = label(parse([*words, *refinery, "--out", "labels"]), LabelOptions(format))
+    assert store.epochs == 2
+    student = ["--model", "mobilenet0.25"]
+    (stored,) = train(parse([*words, *student, "--labels.stored", "labels"]))
+    (online,) = train(parse([*words, *student, *refinery]))
+    losses = [[line["loss"] for line in run.metrics] for run in (stored, online)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02, abs=0.002)

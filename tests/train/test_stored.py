@@ -25,6 +25,7 @@ from train.labels.refinery import Refinery
 from train.labels.store import Store, open_store
 from train.loop import Trainer
 from train.runs import read_run
+from train.step import Step
 from train.train import train
 
 EXACT = LabelOptions("exact")
@@ -272,6 +273,22 @@ def test_damage_ends_training_with_the_files_name(run, make):
     path.unlink()
     make("labels")
     assert run(*BATCH, "--labels.stored", str(store.folder)).result["epochs"] == 2
+
+
+def test_too_little_memory_is_answered_with_a_batch_that_fits(run, make, monkeypatch):
+    """The labels of a smaller batch are as many as its crops."""
+    store = make("labels", LabelOptions(k=2), "--epochs", "1")
+    original = Step.__call__
+
+    def call(self, batch):
+        if len(batch.labels) > 6:
+            torch.empty(2**52)
+        assert len(batch.labels_on_disk) == len(batch.labels) == len(batch.indices)
+        original(self, batch)
+
+    monkeypatch.setattr(Step, "__call__", call)
+    with pytest.raises(TrainError, match="batch=20: a step at 32 px does not fit in .*; --batch 5 fits"):
+        run(*BATCH, "--labels.stored", str(store.folder), "--epochs", "1")
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,25 @@ def test_every_table(setting, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_table_of_stored_labels(setting, tmp_path):
+    setting = replace(setting, config=setting.config.replace({"epochs": 2}))
+    rows = make_tables(["stored"], setting, tmp_path / "tables.md")
+    assert [row.name for row in rows] == [
+        *("no refinery", "refinery resnet18", "refinery", "exact", "top 10", "top 5"),
+        *("top 10 of 1 epochs, again and again", "mobilenet0.25, with the others", "mobilenet0.5, with the others"),
+    ]
+    by_name = {row.name: row.runs for row in rows}
+    # Of seed 0, whose crops were labelled, exact labels and the refinery's own are the same.
+    losses = {name: [[line["loss"] for line in run.metrics] for run in runs] for name, runs in by_name.items()}
+    assert losses["exact"][0] == losses["refinery"][0]
+    assert losses["exact"][1] != losses["refinery"][1]
+    assert by_name["top 10 of 1 epochs, again and again"][0].identity["labels"]["epochs"] == 1
+    text = (tmp_path / "tables.md").read_text()
+    assert str(tmp_path) not in text
+    assert text.count("| exact | `--model mobilenet0.25 --labels.stored resnet18-") == 1
+
+
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(setting, tmp_path, capsys):
     setting = with_options(setting, seeds=1)
     make_tables(["4"], setting, tmp_path / "tables.md")

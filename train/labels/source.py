@@ -45,6 +45,18 @@ class Targets:
         assert scores is not None
         return scores.argmax(dim=1)
 
+    def distribution(self, num_classes: int) -> torch.Tensor:
+        """What each crop's label gives to every class: float32 [B, C], rows sum to 1."""
+        if self.ids is not None:
+            return F.one_hot(self.ids, num_classes).float()
+        if self.logits is not None:
+            return self.logits.float().softmax(dim=1)
+        if self.sparse is not None:
+            classes, values, rest = self.sparse
+            return rest.float()[:, None].repeat(1, num_classes).scatter(1, classes, values.float())
+        assert self.probabilities is not None
+        return self.probabilities.float()
+
     def loss(self, student: torch.Tensor, *, kind: str = "soft", temperature: float = 1.0) -> torch.Tensor:
         """Each crop's loss, float32 [B]. student: logits [B, C]. kind, temperature: see kernels.refinery_loss.
 

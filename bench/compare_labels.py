@@ -1,0 +1,56 @@
+"""Compares kinds of labels on the same crops: what they say, how fast one trains from them, what they take.
+
+python -m bench.compare_labels --refinery runs/images/resnet50-... --labels "labels/exact labels/top10" --data images/
+make compare-labels REFINERY=runs/images/resnet50-... LABELS="labels/exact labels/top10" DATA=images/
+"""
+
+from pathlib import Path
+
+from bench import BenchError
+from bench.environment import environment
+from bench.labels import measure
+from bench.record import table, write, writing
+from command import run_command
+from train.device import device_named
+
+
+def run(
+    labels: str,
+    refinery: str,
+    data: str = "scenes",
+    model: str = "mobilenet0.25",
+    crops: int = 4096,
+    epochs: int = 5,
+    device: str = "auto",
+    compile: str = "auto",
+    out: str = "bench/results",
+) -> None:
+    """Compares stored labels with the refinery that made them and with the ground truth, on the same crops.
+
+    Prints a table, and writes it with a chart and all figures to `out`. In turns, a student is trained from each kind
+    of labels, and the refinery labels an epoch's crops, by itself and into files.
+
+    Args:
+        labels: folders of stored labels (python -m train.label) of one refinery and plan, with spaces between them
+        refinery: the one that made them: a run folder, or NAME:FILE
+        data: what they are labels of: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette
+        model: the student
+        crops: how many crops are compared, about; at most an epoch's
+        epochs: timed turns of each, epochs of the data
+        device: auto, cpu, cuda or cuda:N
+        compile: auto, always or never: networks run compiled
+        out: the folder for the results
+    """
+    for name, value in {"crops": crops, "epochs": epochs}.items():
+        if value < 1:
+            raise BenchError(f"{name}={value}: must be at least 1")
+    options = {"data": data, "model": model, "device": device, "compile": compile}
+    with writing(Path(out)):
+        found = environment(device_named(device).type)
+    record = measure(labels.split(), refinery, options, crops=crops, turns=epochs)
+    print(f"\n{table(record, found)}")
+    print("written:", *write(record, found, Path(out)), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(run, prog="python -m bench.compare_labels")
