@@ -20,11 +20,13 @@ from train.config import configure, parse
 from train.interrupt import Interrupted, Stop
 from train.job import check, resolve
 from train.label import Labeller, LabelOptions, label
-from train.labels import find
+from train.labels import find, origin_of
 from train.labels.refinery import Refinery
 from train.labels.store import Store, open_store
 from train.loop import Trainer
+from train.report.command import report
 from train.runs import read_run
+from train.runs.__main__ import table
 from train.step import Step
 from train.train import train
 
@@ -395,6 +397,20 @@ def test_a_stop_that_was_asked_for_before_leaves_the_rows_alone(converted, refin
     rows = np.zeros((48, 12), np.uint8)
     with pytest.raises(Interrupted):
         labeller.label_epoch(0, rows, Stop(requested=True), "labels")
+
+
+def test_reports_and_tables_know_runs_from_stored_labels(run, make, refinery, capsys):
+    store = make("labels", LabelOptions(), "--epochs", "1")
+    found = run(*BATCH, "--labels.stored", str(store.folder), "--epochs", "1")
+    assert origin_of(found.identity) == "resnet18, stored"
+    for runs, says in (
+        (f"{refinery} {found.folder}", "resnet18, the refinery of run 2 mobilenet0.25, with the weights it had"),
+        (str(found.folder), "because the refinery of run 1 mobilenet0.25 was not found"),
+    ):
+        report(runs, out="report", device="cpu", batch=16)
+        assert says in Path("report/report.html").read_text()
+    table("runs")
+    assert "mobilenet0.25  resnet18, stored" in capsys.readouterr().out
 
 
 def test_labels_without_an_epoch(run, make, converted):

@@ -107,7 +107,8 @@ class StoredLabels(Labels):
     @property
     def identity(self) -> dict[str, Any]:
         made = self.store.description
-        return {"store": made.key, "crop_seed": made.seed, "epochs": self.epochs}
+        how = {name: made.refinery[name] for name in ("bn", "resolution")}
+        return how | {"store": made.key, "crop_seed": made.seed, "epochs": self.epochs}
 
     def check_data(self, data: ConvertedSet) -> None:
         there = self.store.description.data["fingerprint"]

@@ -222,7 +222,8 @@ def _refineries(student: Subject, subjects: Sequence[Subject]) -> list[str]:
     specs = [str(subject.run.folder.absolute()) for subject in subjects]
     with contextlib.suppress(TrainError):
         asked = _config_of(student.run)["refinery"]
-        specs += [] if names_network_alone(asked) else [asked]
+        # None where the labels were read from files.
+        specs += [asked] if asked and not names_network_alone(asked) else []
     network = student.run.identity["refinery"]["network"]
     beside = [run for run in all_runs(student.run.folder.absolute().parent) if run.identity["model"] == network]
     return [*specs, *(str(run.folder) for run in beside if run.result)]
