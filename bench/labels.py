@@ -17,7 +17,6 @@ from bench.loop import Looping
 from bench.record import Column, Record, Row, figure, optional, rate_columns
 from bench.turns import Contender, Runner, Work, in_turns
 from data import scenes
-from data.loader import open_loader
 from data.sources import scenes_fingerprint
 from train.config import Config, configure
 from train.device import computing_in, on_device, set_tf32_and_allocator
@@ -25,6 +24,7 @@ from train.interrupt import Stop
 from train.job import Job, check, needs_refinery, resolve
 from train.label import Labeller, LabelOptions
 from train.labels.store import Store, create_store, differences, open_store
+from train.step import COMPILER_OPTIONS
 
 _GROUND_TRUTH, _REFINERY = "ground truth", "refinery"
 # Classes of confidence over which the calibration error is taken.
@@ -87,6 +87,8 @@ def _opened(folders: Sequence[str]) -> list[Store]:
     if not folders:
         raise BenchError("labels is empty: name folders of stored labels, with spaces between them")
     first, *others = stores = [open_store(folder) for folder in folders]
+    if len({store.folder.name for store in stores}) < len(stores):
+        raise BenchError(f"labels={' '.join(folders)}: rows are called by their folders; give these other names")
     own = {name: getattr(first.description, name) for name in ("format", "k", "dtype", "bytes_per_crop")}
     for store in others:
         found = differences(first.description, replace(store.description, **own))
@@ -114,7 +116,7 @@ def _configs(stores: Sequence[Store], refinery: str, options: dict[str, Any]) ->
     if needs_refinery(configs[1]):
         raise BenchError(f"refinery={refinery}: name the run folder, or NETWORK:FILE, of the one that made the labels")
     # Named beside the labels too, so that another one than theirs is refused.
-    stored = common | {"refinery": refinery, "labels.cycle": True}
+    stored = common | {"refinery": refinery, "labels.cycle": 1}
     return configs + [configure(stored | {"labels.stored": str(store.folder)}) for store in stores]
 
 
@@ -144,18 +146,7 @@ class Said:
 def _said(job: Job, seed: int, crops: int) -> Said:
     """What the job's labels say of the first crops of an epoch of this seed."""
     source = on_device(job.labels.open(job), job.device)
-    loader = open_loader(
-        job.data.beton("train"),
-        resolution=job.resolution,
-        batch_size=job.batch,
-        seed=seed,
-        copies=job.config.copies,
-        order=job.config.order,
-        crop=job.crop,
-        paired=source.pairings,
-        fetch=source.fetch,
-        **job.loading,
-    )
+    loader = replace(job, crop_seed=seed).open_crops(source)
     parts = []
     for batch in itertools.islice(loader.epoch(0), -(-crops // job.batch)):
         with computing_in(job.autocast, job.device):
@@ -245,14 +236,19 @@ class Forward(Runner):
 
     def __init__(self, config: Config):
         self._labeller = _labeller(config)
-        self.device = self._labeller.job.device.type
+        job = self._labeller.job
+        self.device = job.device.type
+        logits = self._labeller.logits
+        self._forward = (
+            torch.compile(logits, fullgraph=True, dynamic=False, options=COMPILER_OPTIONS) if job.compiled else logits
+        )
         (self._batch,) = itertools.islice(self._labeller.loader.epoch(0), 1)
 
     def run(self) -> Work:
         steps = self._labeller.loader.steps
         with torch.no_grad():
             for _ in range(steps):
-                self._labeller.logits(self._batch)
+                self._forward(self._batch)
         return Work(steps * len(self._batch.labels))
 
 

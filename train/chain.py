@@ -55,8 +55,9 @@ def chain(config: Config, models: Sequence[str]) -> list[Run]:
         raise TrainError("MODELS is empty; name the networks, with spaces between them")
     if config.out:
         raise TrainError(f"out={config.out}: is the folder of one run; the runs of a chain lie below --runs")
-    # What says how a refinery labels counts from the second generation on, if the first one has none.
-    first = (config if config.refinery else config.reset(RefineryLabels.options)).replace({"model": models[0]})
+    # What says how a refinery labels counts from the second generation on, if the first one has no labels of one.
+    refined = config.refinery or config.labels.stored
+    first = (config if refined else config.reset(RefineryLabels.options)).replace({"model": models[0]})
     # Later generations are looked at as students of a network's name: the runs that will teach them are not there yet.
     check([first, *(_later(config, before, model) for before, model in pairwise(models))])
     runs: list[Run] = []

@@ -11,6 +11,7 @@ import torch
 import models
 from data import decoders
 from data.convert import ensure_converted
+from data.loader import Loader, open_loader
 from data.plan import CropRule, seed_of_generation
 from data.sets import ConvertedSet, find_set
 from models.trained import digest_of, names_network_alone
@@ -20,7 +21,7 @@ from train import labels as kinds
 from train.config import Config, CropConfig, OptimizerConfig, ScheduleConfig
 from train.device import autocast_type, device_named, precision_on
 from train.labels.refinery import RefineryLabels
-from train.labels.source import Labels
+from train.labels.source import Labels, LabelSource
 from train.runs import Run, folder_name, read_run
 
 # Growing crops come in steps of so many pixels: each size compiles once, so there are not many.
@@ -86,6 +87,27 @@ class Job:
     def loading(self) -> dict[str, Any]:
         """What all loaders of the run have in common."""
         return {"decoder": self.config.decoder, "device": self.device, "threads": self.config.threads}
+
+    def open_crops(
+        self, labels: LabelSource | None = None, *, resolution: int | None = None, drop_last: bool = True
+    ) -> Loader:
+        """The loader of its training crops, with what these labels need of them.
+
+        resolution: pixels a side (default: that of the last epochs). drop_last: leave out images that fill no batch.
+        """
+        return open_loader(
+            self.data.beton("train"),
+            resolution=resolution or self.resolution,
+            batch_size=self.batch,
+            seed=self.crop_seed,
+            copies=self.config.copies,
+            order=self.config.order,
+            crop=self.crop,
+            drop_last=drop_last,
+            paired=labels.pairings if labels else (),
+            fetch=labels.fetch if labels else None,
+            **self.loading,
+        )
 
     def saved_run(self) -> Run | None:
         """The run in its folder, finished or not, or None. Raises TrainError where it has another configuration."""

@@ -1,4 +1,4 @@
-"""Labels the crops of an epoch after the other with a refinery, and stores what it says: label once, train many.
+"""Labels training crops with a refinery, epoch by epoch, and stores the labels: label once, train many.
 
 python -m train.label --refinery resnet50 --data images/ --epochs 20 --out labels/resnet50
 make label REFINERY=resnet50 DATA=images/ EPOCHS=20 OUT=labels/resnet50
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from command import exit_on_user_error, typed_command
-from data.loader import CropBatch, open_loader
+from data.loader import CropBatch
 from data.progress import images_bar
 from train import TrainError
 from train.config import Config, configure, parse_both
@@ -26,7 +26,7 @@ from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
 from train.labels.refinery import RefineryLabels
 from train.labels.rows import Exact, Packed, Rows
-from train.labels.store import Description, Store, create_store, in_units
+from train.labels.store import Description, Store, check_folder, create_store, in_units, open_store
 from train.step import COMPILER_OPTIONS, forget_compiled_steps, is_out_of_memory, reason
 from train.train import with_refinery
 
@@ -40,8 +40,9 @@ class LabelOptions:
     """Options of stored labels.
 
     Args:
-        format: packed keeps the likeliest k classes of each crop, with probabilities within 10 %, and what all others
-            have together; exact keeps all logits as they are, from which training equals the refinery's own
+        format: packed keeps the likeliest k classes of each crop, how much less likely than the first each is (within
+            10 %), and what all others have together; exact keeps all logits as they are, from which training equals
+            that from the refinery itself
         k: how many classes packed labels keep (default: 10, or all of fewer)
     """
 
@@ -55,7 +56,8 @@ def main() -> None:
         "training with --labels.stored. What is finished is not repeated; started twice, the processes share the "
         "epochs. A refinery that is named by its network is trained first where it has no finished run. Options that "
         "say how crops are made (--seed, --crop, --copies, --resolution) and how the refinery labels them (--batch, "
-        "--order, --precision, --labels.bn, --labels.resolution) count here; students find them in the labels."
+        "--order, --precision, --labels.bn, --labels.resolution) count here; students find the former in the labels. "
+        "--model is the student, of which the recipe may say something of its own (its batch, say)."
     )
     config, own = parse_both(sys.argv[1:], LabelOptions, prog="python -m train.label", about=about)
     label(config, own)
@@ -77,7 +79,7 @@ def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
     store = create_store(folder, labeller.description)
     store.check_room(epochs)
     made = store.description
-    print(f"labels  {job.labels.describe()}")
+    print(f"labels  {job.labels.describe()}, in batches of {made.batch}, {made.precision}")
     print(
         f"crops   {labeller.loader.num_samples} images of {job.data.folder}, {made.copies} crops each, {epochs} epochs"
     )
@@ -104,10 +106,17 @@ def _check(config: Config, options: LabelOptions) -> None:
         raise TrainError("labels.stored are for training; they are labels already")
     if config.labels.per != "crop":
         raise TrainError(f"labels.per={config.labels.per}: only labels of crops are stored; leave it out")
+    check_folder(Path(config.out))
     if options.k is not None and options.k < 1:
         raise TrainError(f"k={options.k}: must be at least 1")
     if options.k is not None and options.format == "exact":
         raise TrainError(f"k={options.k}: is for packed labels; exact ones keep all classes")
+    if (Path(config.out) / "labels.json").is_file():
+        made = open_store(config.out).description
+        k = None if options.format == "exact" else min(options.k or _USUAL_K, made.data["classes"])
+        if (made.format, made.k) != (options.format, k):
+            asked = options.format if k is None else f"top {k}"
+            raise TrainError(f"OUT={config.out}: holds {made.kind} labels and not {asked}; give another folder")
 
 
 def _report(store: Store, epochs: int) -> None:
@@ -139,17 +148,7 @@ class Labeller:
         if job.compiled:
             forget_compiled_steps(1)
         self._source = on_device(job.labels.open(job), job.device)
-        self.loader = open_loader(
-            job.data.beton("train"),
-            resolution=job.resolution,
-            batch_size=config.batch,
-            seed=job.crop_seed,
-            copies=config.copies,
-            order=config.order,
-            crop=job.crop,
-            drop_last=False,
-            **job.loading,
-        )
+        self.loader = job.open_crops(drop_last=False)
         if self.loader.num_samples < config.batch:
             raise TrainError(
                 f"batch={config.batch}: {job.data.folder} has {self.loader.num_samples} images; take a smaller batch"
@@ -197,7 +196,7 @@ class Labeller:
         Raises TrainError for logits that are not finite and for too little memory, Interrupted where a stop is asked
         for.
         """
-        finite = torch.ones((), dtype=torch.bool, device=self.job.device)
+        done, finite = 0, torch.ones((), dtype=torch.bool, device=self.job.device)
         on_their_way: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]] = deque()
 
         def arrived() -> None:
@@ -213,14 +212,12 @@ class Labeller:
                 finite &= all_finite
                 places = batch.indices * self.description.copies + batch.copies
                 # Nothing here waits for the device: what was labelled is fetched while the next batches are.
-                event = torch.cuda.Event() if self.job.device.type == "cuda" else None
-                on_their_way.append((_fetched(places), _fetched(labels[:count]), event))
-                if event:
-                    event.record()
+                on_their_way.append((_fetched(places), _fetched(labels[:count]), self._event()))
                 if len(on_their_way) > _ON_THEIR_WAY:
                     arrived()
                 bar.update(count)
-                if stop.requested:
+                done += count
+                if stop.requested and done < len(rows):
                     raise Interrupted(
                         f"stopped in epoch {epoch + 1}; the epochs before it are kept; to continue, type again:\n"
                         f"  {typed_command()}"
@@ -232,6 +229,15 @@ class Labeller:
                 f"REFINERY={self.job.config.refinery}: what it says of some crops of epoch {epoch + 1} is not finite; "
                 "try --precision fp32, or another refinery"
             )
+
+    def _event(self) -> torch.cuda.Event | None:
+        """The present point of the device's work; None on a CPU, where nothing is left to wait for."""
+        if self.job.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        # By name: without one it would be the stream of the first device.
+        event.record(torch.cuda.current_stream(self.job.device))
+        return event
 
     def _batches(self, epoch: int) -> Iterator[CropBatch]:
         """The batches of an epoch, all with crops for a full one.
@@ -283,7 +289,7 @@ class Labeller:
     @torch.no_grad()
     def _output_type(self) -> torch.dtype:
         """What the refinery computes its output in, which not every network does in the type of the autocast."""
-        return self.logits(next(self.loader.epoch(0))).dtype
+        return self.logits(next(self.loader.epoch(0)).first(2)).dtype
 
 
 def _fetched(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from command import typed_command
-from data.loader import CropBatch, Loader, open_loader
+from data.loader import CropBatch, Loader
 from data.progress import images_bar
 from train import TrainError
 from train.device import on_device, set_tf32_and_allocator
@@ -158,19 +158,7 @@ class Trainer:
     def loader_at(self, resolution: int) -> Loader:
         """The loader of training crops of this size; opened when it is first asked for."""
         if resolution not in self._loaders:
-            job, config = self.job, self.job.config
-            self._loaders[resolution] = open_loader(
-                job.data.beton("train"),
-                resolution=resolution,
-                batch_size=config.batch,
-                seed=job.crop_seed,
-                copies=config.copies,
-                order=config.order,
-                crop=job.crop,
-                paired=self.labels.pairings,
-                fetch=self.labels.fetch,
-                **job.loading,
-            )
+            self._loaders[resolution] = self.job.open_crops(self.labels, resolution=resolution)
         return self._loaders[resolution]
 
     def _begin(self) -> None:

@@ -175,9 +175,8 @@ class Tables:
         top10 = LabelOptions(k=10)
         for name, options in {"exact": LabelOptions("exact"), "top 10": top10, "top 5": LabelOptions(k=5)}.items():
             self._from_stored(name, self._store(options, epochs))
-        few = max(epochs // 4, 1)
-        self._from_stored(f"top 10 of {few} epochs, again and again", self._store(top10, few), {"labels.cycle": True})
-        names, store = self._setting.options.students.split(), self._store(top10, epochs)
+        names, store, few = self._setting.options.students.split(), self._store(top10, epochs), max(epochs // 4, 1)
+        self._from_stored(f"top 10 of {few} epochs, again and again", store, {"labels.cycle": few})
         config = self._setting.config.on_ground_truth().replace({"labels.stored": str(store), "seed": 0})
         for name, run in zip(names, train(config.replace({"model": " ".join(names)})), strict=True):
             self._add(

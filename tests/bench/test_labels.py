@@ -14,7 +14,7 @@ from train import TrainError
 from train.config import parse
 from train.job import check, resolve
 from train.label import LabelOptions, label
-from train.labels.store import Store
+from train.labels.store import Store, create_store
 from train.train import train
 
 
@@ -71,12 +71,11 @@ def test_labels_that_cannot_be_compared(place, converted):
     with pytest.raises(BenchError, match="labels is empty"):
         _opened([])
     stores = opened(place)
-    other = replace(stores[1].description, batch=8)
-    (place / "other").mkdir(exist_ok=True)
-    text = json.loads((place / "top2" / "labels.json").read_text()) | {"batch": other.batch}
-    (place / "other" / "labels.json").write_text(json.dumps(text))
+    create_store(place / "other", replace(stores[1].description, batch=8))
     with pytest.raises(BenchError, match=r"other: cannot be compared with .*exact \(batch is 8 there and 16 here\)"):
         _opened([str(place / "exact"), str(place / "other")])
+    with pytest.raises(BenchError, match="give these other names"):
+        _opened([str(place / "exact"), str(place / "exact")])
     with pytest.raises(BenchError, match="refinery=resnet18: name the run folder"):
         _configs(stores, "resnet18", {"data": str(converted.folder)})
     with pytest.raises(TrainError, match="labels.json: cannot be read"):

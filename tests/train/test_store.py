@@ -1,11 +1,15 @@
 """A folder of stored labels: epochs that are whole or not there, and damage that is named."""
 
+import errno
+import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +17,7 @@ import numpy as np
 import pytest
 
 from train import TrainError
-from train.labels.store import Description, Store, create_store, in_units, open_store
+from train.labels.store import Description, Store, check_folder, create_store, in_units, open_store
 
 ROOT = Path(__file__).parents[2]
 IMAGES, COPIES = 50, 2
@@ -128,29 +132,53 @@ def test_a_full_disk_keeps_what_is_finished(store):
     assert len(os.listdir(store.folder)) == 2
 
 
-def test_what_epochs_take_is_asked_for_before(tmp_path):
+def test_what_epochs_take_is_asked_for_before(tmp_path, monkeypatch):
     images = 10**12
     huge = create_store(tmp_path / "huge", replace(DESCRIPTION, data=DESCRIPTION.data | {"images": images}))
     with pytest.raises(TrainError, match=r"OUT=.*huge: 3 epochs of labels take 120 TB, and .* are free; take another"):
         huge.check_room(3)
     huge.check_room(0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 3999))
+    store = create_store(tmp_path / "labels", DESCRIPTION)
+    with pytest.raises(TrainError, match="2 epochs of labels take 4 kB"):
+        store.check_room(2)
+    filled(store, 1)
+    store.check_room(2)
+    with store.writing(0):
+        store.check_room(3)  # what epoch 0 takes is no longer free
 
 
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 1999 bytes and should have 2000"),
-        (lambda path: path.write_bytes(path.read_bytes()[:999] + b"!" + path.read_bytes()[1000:]), "is damaged"),
         (lambda path: path.write_bytes(path.read_bytes() + b"!"), "has 2001 bytes"),
+        (lambda path: path.write_bytes(path.read_bytes()[:999] + b"!" + path.read_bytes()[1000:]), "is damaged"),
         (lambda path: path.unlink(), "cannot be read"),
     ],
 )
-def test_damaged_rows_are_refused_by_name(store, harm, says):
-    filled(store, 0)
+def test_damaged_rows_are_refused_by_name_and_written_again(store, harm, says):
+    wanted = filled(store, 0)
     path = store.folder / "epoch-0000.labels"
     harm(path)
-    with pytest.raises(TrainError, match=rf"epoch-0000.labels: {says}.*; remove the file and label again"):
+    with pytest.raises(TrainError, match=rf"epoch-0000.labels: {says}.*label again with the same command"):
         store.rows(0)
+    if says == "is damaged":
+        path.unlink()  # as it says
+    assert store.epochs == 0
+    filled(store, 0)
+    assert np.array_equal(store.rows(0), wanted)
+
+
+def test_the_size_of_every_epoch_is_checked_at_once(store):
+    for epoch in range(3):
+        filled(store, epoch)
+    store.check_sizes()
+    path = store.folder / "epoch-0002.labels"
+    path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(TrainError, match="epoch-0002.labels: has 10 bytes"):
+        store.check_sizes()
+    assert store.epochs == 2
 
 
 @pytest.mark.parametrize(
@@ -159,20 +187,96 @@ def test_damaged_rows_are_refused_by_name(store, harm, says):
         (lambda text: text.replace('"version": 1', '"version": 2'), "written by another version"),
         (lambda text: text[:-20], "is damaged"),
         (lambda text: "[]", "is damaged"),
+        (lambda text: "{}", "is damaged"),
+        (lambda text: text.replace("9223372036854775809", "9223372036854775808"), "is damaged"),  # another seed
+        (lambda text: text.replace("0.08", "0.18"), "is damaged"),
         (lambda text: text.replace('"precision": "fp32",', ""), "is damaged"),
-        (lambda text: text.replace('"classes": 1000', '"classes": 2000'), "is damaged"),  # rows would be wider
-        (lambda text: text.replace('"k": 10', '"k": null'), "is damaged"),
+        (lambda text: text.replace('"crc32": ', '"crc32": 1'), "is damaged"),
         (None, "cannot be read .*; is .* a folder of stored labels"),
     ],
 )
 def test_a_damaged_description_is_refused(store, harm, says):
+    filled(store, 0)
     path = store.folder / "labels.json"
     if harm:
-        path.write_text(harm(path.read_text()))
+        before = path.read_text()
+        path.write_text(harm(before))
+        assert path.read_text() != before
     else:
         path.unlink()
     with pytest.raises(TrainError, match=rf"labels.json: {says}"):
         open_store(store.folder)
+
+
+def test_a_folder_in_which_writing_was_cut_short_is_taken(tmp_path):
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    (folder / "labels.partial").write_text('{"ver')
+    assert create_store(folder, DESCRIPTION).epochs == 0
+    assert os.listdir(folder) == ["labels.json"]
+
+
+def test_finished_labels_need_not_be_writable(store):
+    """As on a disk that is read-only; root may write all the same, so the question itself is asked."""
+    filled(store, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        assert create_store(store.folder, DESCRIPTION).epochs == 1
+        with pytest.raises(TrainError, match="OUT=.*new: labels cannot be written there .*is no folder that can be"):
+            check_folder(store.folder.parent / "new")
+
+
+def test_a_file_that_its_writer_has_just_removed_is_not_written_to(store, monkeypatch):
+    """Between opening it and locking it, another process has given up or finished."""
+    original, calls = fcntl.flock, []
+
+    def flock(file, how):
+        if how & fcntl.LOCK_NB:
+            calls.append(file)
+            if len(calls) == 1:
+                (store.folder / ".epoch-0000.partial").unlink()
+        original(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    wanted = filled(store, 0)
+    assert len(calls) == 2
+    assert np.array_equal(store.rows(0), wanted)
+    # Finished meanwhile: its file was moved away.
+    calls.clear()
+    other = open_store(store.folder)
+
+    def finishes(file, how):
+        if how & fcntl.LOCK_NB and not calls:
+            calls.append(file)
+            monkeypatch.setattr(fcntl, "flock", original)
+            (store.folder / ".epoch-0001.partial").unlink()
+            filled(other, 1)
+        original(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", finishes)
+    with store.writing(1) as rows:
+        assert rows is None
+    assert len(os.listdir(store.folder)) == 3
+
+
+def test_a_disk_that_is_full_is_noticed_before_rows_are_written(store, monkeypatch):
+    """Writing to a mapped page of a full disk would end the process."""
+
+    def full(file, start, size):
+        assert size == 2000
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(TrainError, match="cannot be written .No space left on device"):
+        filled(store, 0)
+    assert os.listdir(store.folder) == ["labels.json"]
+
+
+def test_epochs_written_at_the_same_time_are_all_described(store):
+    stores = [open_store(store.folder) for _ in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda number: filled(stores[number], number), range(8)))
+    assert store.epochs == 8
 
 
 def test_labels_of_other_things_are_not_added_to(store, tmp_path):
@@ -191,6 +295,6 @@ def test_labels_of_other_things_are_not_added_to(store, tmp_path):
 
 
 def test_sizes_as_people_read_them():
-    assert [in_units(size) for size in (0, 999, 1000, 25_600_000, 3 * 10**12)] == [
-        *("0 bytes", "999 bytes", "1 kB", "25.6 MB", "3 TB")
+    assert [in_units(size) for size in (0, 999, 1000, 999_999, 25_600_000, 3 * 10**15)] == [
+        *("0 bytes", "999 bytes", "1 kB", "1 MB", "25.6 MB", "3 PB")
     ]

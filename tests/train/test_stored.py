@@ -16,6 +16,7 @@ from models.trained import load_trained
 from tests.pictures import write_class_folders
 from tests.train.conftest import TINY
 from train import TrainError
+from train.chain import chain
 from train.config import configure, parse
 from train.interrupt import Interrupted, Stop
 from train.job import check, resolve
@@ -187,6 +188,10 @@ def test_what_is_another_than_the_labels_were_made_with_is_noticed(run, make, ca
     )
     assert "labels: made of crops of 64 px; those of 32, 48 px have the same boxes and other pixels" in out
     assert "made in" not in out
+    for words in (["--batch", "16"], [*BATCH, "--order", "quasi-random"]):
+        capsys.readouterr()
+        run(*words, "--resolution", "64", "--labels.stored", str(store.folder))
+        assert "labels: made with the statistics of batches of 20 in random order" in capsys.readouterr().out
 
 
 def test_another_precision_is_noticed(run, make, monkeypatch, capsys):
@@ -202,15 +207,21 @@ def test_another_precision_is_noticed(run, make, monkeypatch, capsys):
 def test_epochs_that_run_out(run, make, converted):
     store = make("labels")
     words = [*BATCH, "--labels.stored", str(store.folder), "--epochs", "3"]
-    with pytest.raises(TrainError, match=r"epochs=3: LABELS=.* holds 2; label more with .* --labels.cycle true"):
+    with pytest.raises(TrainError, match=r"epochs=3: LABELS=.* holds 2 epochs; label more .* --labels.cycle 2"):
         run(*words)
-    again = run(*words, "--labels.cycle", "true")
+    with pytest.raises(TrainError, match=r"labels.cycle=3: LABELS=.* holds 2 epochs"):
+        run(*words, "--labels.cycle", "3")
+    again = run(*words, "--labels.cycle", "2")
     assert again.result["epochs"] == 3
     assert again.identity["labels"]["epochs"] == 2
-    config = parse([*TINY, *words, "--labels.cycle", "true", "--data", str(converted.folder)])
+    config = parse([*TINY, *words, "--labels.cycle", "2", "--data", str(converted.folder)])
     data, (labels,) = check([config])
     job = resolve(config, data, labels)
     assert [job.plan_epoch(epoch) for epoch in range(3)] == [0, 1, 0]
+    # Labels that are added change neither this run nor one without a cycle.
+    make("labels", EXACT, "--epochs", "3")
+    data, (later,) = check([config])
+    assert resolve(config, data, later).identity == job.identity
     # The third epoch's labels belong to its crops.
     trainer = Trainer([job])
     (first, *_), (third, *_) = (list(trainer.loader_at(32).epoch(job.plan_epoch(epoch))) for epoch in (0, 2))
@@ -226,10 +237,10 @@ def test_more_epochs_of_the_same_labels_are_another_epochs_work_alone(make):
     assert store.epochs == 3
     assert store.description.key == key
     assert {name: (store.folder / name).stat().st_mtime_ns for name in before} == before
-    with pytest.raises(
-        TrainError, match=r"holds other labels \(format is exact there and packed here; k is None there"
-    ):
+    with pytest.raises(TrainError, match=r"OUT=.*labels: holds exact labels and not top 3; give another folder"):
         make("labels", LabelOptions())
+    with pytest.raises(TrainError, match=r"OUT=.*labels: holds other labels \(batch is 20 there and 16 here\)"):
+        make("labels", EXACT, "--batch", "16")
 
 
 def test_a_stop_keeps_finished_epochs(make, monkeypatch, tmp_path):
@@ -302,6 +313,8 @@ def test_too_little_memory_is_answered_with_a_batch_that_fits(run, make, monkeyp
         (["--labels.taxonomy", "is_a.txt"], "labels.taxonomy has no meaning with labels.stored"),
         (["--loss.temperature", "2"], "loss.temperature=2: packed labels hold probabilities at temperature 1"),
         (["--crop.scale", "[0.5,1]"], r"crop.scale=\[0.5, 1.0\]: LABELS=.* are of crops with \[0.25, 1.0\]"),
+        (["--crop.ratio", "[1,1]"], r"crop.ratio=\[1.0, 1.0\]: LABELS=.* are of crops with \[0.75, 1.33"),
+        (["--labels.cycle", "0"], "labels.cycle=0: must be at least 1"),
         (["--crop.flip", "false"], "crop.flip=False: LABELS=.* are of crops with True"),
         (
             ["--refinery", "resnet50"],
@@ -349,6 +362,11 @@ def test_labels_of_other_images_are_refused_with_both_fingerprints(run, make, tm
     [
         (LabelOptions(), ["--refinery", "null"], "REFINERY is missing"),
         (LabelOptions(), ["--out", "null"], "OUT is missing"),
+        (
+            LabelOptions(),
+            ["--out", "/dev/null/labels", "--refinery", "resnet50"],
+            "OUT=/dev/null/labels: labels cannot",
+        ),
         (LabelOptions(k=0), [], "k=0: must be at least 1"),
         (LabelOptions("exact", k=3), [], "k=3: is for packed labels"),
         (LabelOptions(), ["--labels.per", "image"], "labels.per=image: only labels of crops are stored"),
@@ -360,6 +378,20 @@ def test_what_cannot_be_labelled(make, tmp_path, options, words, says):
     with pytest.raises(TrainError, match=says):
         make("labels", options, *words)
     assert not (tmp_path / "labels").exists()
+
+
+def test_some_labels_that_are_not_finite_spoil_their_epoch(make, tmp_path, monkeypatch):
+    original, batches = Labeller.logits, []
+
+    def logits(self, batch):
+        batches.append(batch)
+        said = original(self, batch)
+        return said.index_fill(0, torch.tensor([0]), torch.nan) if len(batches) == 4 else said  # one of epoch 2
+
+    monkeypatch.setattr(Labeller, "logits", logits)
+    with pytest.raises(TrainError, match="some crops of epoch 2 is not finite"):
+        make("labels", LabelOptions())
+    assert open_store(tmp_path / "labels").epochs == 1
 
 
 def test_a_refinery_that_is_not_finite_leaves_no_labels(make, converted, refinery, tmp_path, monkeypatch):
@@ -411,6 +443,15 @@ def test_reports_and_tables_know_runs_from_stored_labels(run, make, refinery, ca
         assert says in Path("report/report.html").read_text()
     table("runs")
     assert "mobilenet0.25  resnet18, stored" in capsys.readouterr().out
+
+
+def test_a_chain_begins_with_stored_labels(run, make, converted):
+    store = make("labels", LabelOptions(), "--epochs", "1")
+    words = [*TINY, *BATCH, "--data", str(converted.folder), "--epochs", "1", "--loss.kind", "hard"]
+    first, second = chain(parse([*words, "--labels.stored", str(store.folder)]), ["mobilenet0.25", "mobilenet0.25"])
+    kinds = [(each.identity["labels"]["kind"], each.identity["loss"]["kind"]) for each in (first, second)]
+    assert kinds == [("stored", "hard"), ("refinery", "hard")]
+    assert [each.identity["generation"] for each in (first, second)] == [1, 2]
 
 
 def test_labels_without_an_epoch(run, make, converted):

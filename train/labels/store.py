@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ from train.labels.rows import Rows, build_rows
 from train.runs import key_of
 
 _VERSION = 1
+# What is being written.
+_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Description:
         return self.format if self.k is None else f"top {self.k}"
 
     def build_rows(self) -> Rows:
-        """The format of the rows. Raises KeyError, TypeError or ValueError where the description names none."""
+        """The format of the rows."""
         return build_rows(self.format, self.data["classes"], k=self.k, dtype=self.dtype)
 
 
@@ -101,8 +103,8 @@ class Store:
     @property
     def finished(self) -> dict[int, dict[str, Any]]:
         """Of each epoch (0, 1, ...) that is labelled: crc32 of its file, and the seconds it took."""
-        done = _read(self.folder)[1]
-        return {epoch: made for epoch, made in done.items() if self._file(epoch).is_file()}
+        done, size = _read(self.folder)[1], self.description.bytes_per_epoch
+        return {epoch: made for epoch, made in done.items() if _size_of(self._file(epoch)) == size}
 
     @property
     def epochs(self) -> int:
@@ -110,30 +112,43 @@ class Store:
         done = self.finished
         return next(epoch for epoch in range(len(done) + 1) if epoch not in done)
 
+    def check_sizes(self) -> None:
+        """Raises TrainError for the file of a finished epoch that no longer has the size it was written with."""
+        size = self.description.bytes_per_epoch
+        for epoch in _read(self.folder)[1]:
+            found = _size_of(self._file(epoch))
+            if found not in (None, size):
+                raise TrainError(
+                    f"{self._file(epoch)}: has {found} bytes and should have {size}; label again with the same "
+                    "command, which writes it again"
+                )
+
     def rows(self, epoch: int) -> NDArray[np.uint8]:
         """The rows of an epoch, [crops, bytes_per_crop], mapped from its file. Raises TrainError for damage."""
-        path, size = self._file(epoch), self.description.bytes_per_epoch
-        mend = "remove the file and label again with the same command, which writes what is missing"
+        path = self._file(epoch)
+        self.check_sizes()
         try:
-            found = path.stat().st_size
-            if found != size:
-                raise TrainError(f"{path}: has {found} bytes and should have {size}; {mend}")
             mapped = np.memmap(path, np.uint8, "r", shape=self.description.shape)
         except OSError as error:
-            raise TrainError(f"{path}: cannot be read ({error.strerror}); {mend}") from None
+            raise TrainError(f"{path}: cannot be read ({error.strerror}); label again with the same command") from None
         if zlib.crc32(mapped.data) != self.finished[epoch]["crc32"]:
-            raise TrainError(f"{path}: is damaged (its checksum is not that in labels.json); {mend}")
+            raise TrainError(
+                f"{path}: is damaged (its checksum is not that in labels.json); remove the file and label again with "
+                "the same command, which writes what is missing"
+            )
         return np.asarray(mapped)
 
     def check_room(self, epochs: int) -> None:
         """Raises TrainError unless the disk has room for what is missing of so many epochs."""
-        done = self.finished
-        missing = sum(epoch not in done for epoch in range(epochs))
-        needed, free = missing * self.description.bytes_per_epoch, shutil.disk_usage(self.folder).free
+        missing = set(range(epochs)) - set(self.finished)
+        # What an epoch that is being written has been given is no longer free.
+        given = sum(_size_of(self._partial(epoch)) or 0 for epoch in missing)
+        needed, free = len(missing) * self.description.bytes_per_epoch - given, shutil.disk_usage(self.folder).free
         if needed > free:
+            smaller = "a smaller --k" if self.description.format == "packed" else "--format packed"
             raise TrainError(
-                f"OUT={self.folder}: {missing} epochs of labels take {in_units(needed)}, and {in_units(free)} are "
-                "free; take another disk, fewer EPOCHS, or a smaller --k"
+                f"OUT={self.folder}: {len(missing)} epochs of labels take {in_units(needed)}, and {in_units(free)} are "
+                f"free; take another disk, fewer EPOCHS, or {smaller}"
             )
 
     @contextmanager
@@ -145,45 +160,48 @@ class Store:
         """
         partial = self._partial(epoch)
         with self._cannot_write(partial):
-            opened = self._claimed(epoch)
-        if opened is None:
+            file = self._claimed(epoch)
+        if file is None:
             yield None
             return
         started = time.perf_counter()
         try:
             with self._cannot_write(partial):
-                os.ftruncate(opened, self.description.bytes_per_epoch)
+                file.truncate(self.description.bytes_per_epoch)
                 # Asked for now: where the disk is full, writing to a mapped page ends the process.
-                os.posix_fallocate(opened, 0, self.description.bytes_per_epoch)
-                rows = np.memmap(partial, np.uint8, "r+", shape=self.description.shape)
+                os.posix_fallocate(file.fileno(), 0, self.description.bytes_per_epoch)
+                rows = np.memmap(file, np.uint8, "r+", shape=self.description.shape)
             yield rows
             with self._cannot_write(partial):
                 rows.flush()
-                os.fsync(opened)
+                os.fsync(file.fileno())
                 # In this order: where both are there, the epoch is finished, and nobody else has claimed it before.
                 self._add(epoch, {"crc32": zlib.crc32(rows.data), "seconds": time.perf_counter() - started})
                 os.replace(partial, self._file(epoch))
         finally:
             partial.unlink(missing_ok=True)
-            os.close(opened)
+            file.close()
 
-    def _claimed(self, epoch: int) -> int | None:
+    def _claimed(self, epoch: int) -> BinaryIO | None:
         """The open file that this process alone is to write, or None. It is unlocked however the process ends."""
         partial = self._partial(epoch)
-        if epoch in self.finished:
-            return None
-        opened = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(opened)
-            return None
-        if epoch in self.finished:
-            # Another process finished it between the two calls.
-            partial.unlink(missing_ok=True)
-            os.close(opened)
-            return None
-        return opened
+        while epoch not in self.finished:
+            file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever had it until now may have finished the epoch, or have given up and removed the file.
+                if epoch not in self.finished and os.path.samestat(os.fstat(file.fileno()), os.stat(partial)):
+                    return file
+            except FileNotFoundError:
+                pass
+            except BlockingIOError:
+                file.close()
+                return None
+            except BaseException:
+                file.close()
+                raise
+            file.close()
+        return None
 
     def _add(self, epoch: int, made: dict[str, Any]) -> None:
         with _locked(self.folder):
@@ -195,20 +213,31 @@ class Store:
             yield
         except OSError as error:
             raise TrainError(
-                f"{path}: cannot be written ({error.strerror}); {self.epochs} finished epochs are kept, and the same "
-                "command goes on behind them"
+                f"{path}: cannot be written ({error.strerror}); {len(self.finished)} finished epochs are kept, and the "
+                "same command goes on with the others"
             ) from None
 
     def _file(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:04d}.labels"
 
     def _partial(self, epoch: int) -> Path:
-        return self.folder / f".epoch-{epoch:04d}.partial"
+        return self.folder / f".epoch-{epoch:04d}{_PARTIAL}"
 
 
 def open_store(folder: str | Path) -> Store:
     """The labels in a folder. Raises TrainError where there are none, or where their description is damaged."""
     return Store(Path(folder), _read(Path(folder))[0])
+
+
+def check_folder(folder: Path) -> None:
+    """Raises TrainError where labels could not be written to a folder that may not be there yet. Nothing is written."""
+    if _described(folder).is_file():
+        return
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise TrainError(f"OUT={folder}: labels cannot be written there ({existing} is no folder that can be written)")
+    if existing == folder and any(not path.name.endswith(_PARTIAL) for path in folder.iterdir()):
+        raise TrainError(f"OUT={folder}: holds other files; give a new folder, or one of such labels")
 
 
 def create_store(folder: Path, description: Description) -> Store:
@@ -221,9 +250,8 @@ def create_store(folder: Path, description: Description) -> Store:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
+            check_folder(folder)
             if not _described(folder).is_file():
-                if any(folder.iterdir()):
-                    raise TrainError(f"OUT={folder}: holds other files; give a new folder, or one of such labels")
                 _write(folder, description, {})
     except OSError as error:
         raise TrainError(f"OUT={folder}: labels cannot be written there ({error.strerror})") from None
@@ -246,8 +274,10 @@ def differences(asked: Description, found: Description) -> list[str]:
 
 def in_units(size: int) -> str:
     """A number of bytes, as people read it."""
-    power = min(max(len(str(size)) - 1, 0) // 3, 4)
-    return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+    value, units = float(size), ["bytes", "kB", "MB", "GB", "TB", "PB", "EB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -268,18 +298,25 @@ def _described(folder: Path) -> Path:
     return folder / "labels.json"
 
 
+def _size_of(path: Path) -> int | None:
+    """Bytes of a file, or None where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
 def _read(folder: Path) -> tuple[Description, dict[int, dict[str, Any]]]:
     """What labels.json says: the description, and the epochs that were finished."""
     path = _described(folder)
     try:
         said = json.loads(path.read_text())
-        version, epochs = said.pop("version"), said.pop("epochs")
-        if version != _VERSION:
+        if said["version"] != _VERSION:
             raise TrainError(f"{path}: written by another version of this program; label again")
-        description = Description(**said)
-        if description.build_rows().width != description.bytes_per_crop:
+        if said.pop("checksum") != key_of(said):
             raise ValueError
-        return description, {int(epoch): {"crc32": int(made["crc32"])} | made for epoch, made in epochs.items()}
+        epochs = {int(epoch): made for epoch, made in said.pop("epochs").items()}
+        return Description(**{name: value for name, value in said.items() if name != "version"}), epochs
     except TrainError:
         raise
     except OSError as error:
@@ -290,9 +327,13 @@ def _read(folder: Path) -> tuple[Description, dict[int, dict[str, Any]]]:
 
 def _write(folder: Path, description: Description, epochs: dict[int, dict[str, Any]]) -> None:
     path = _described(folder)
-    partial = path.with_suffix(".partial")
-    said = {"version": _VERSION} | asdict(description) | {"epochs": dict(sorted(epochs.items()))}
-    partial.write_text(json.dumps(said, indent=1) + "\n")
+    partial = path.with_suffix(_PARTIAL)
+    numbered = {str(epoch): made for epoch, made in sorted(epochs.items())}
+    said = {"version": _VERSION} | asdict(description) | {"epochs": numbered}
+    with open(partial, "w") as file:
+        file.write(json.dumps(said | {"checksum": key_of(said)}, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 

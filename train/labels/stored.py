@@ -25,11 +25,11 @@ class StoredOptions:
 
     Args:
         stored: a folder of labels that a refinery gave to every crop (python -m train.label), in place of the refinery
-        cycle: begin again with the first stored epoch after the last one, in a run of more epochs than are stored
+        cycle: take the first so many stored epochs again and again, in a run of more epochs than are stored
     """
 
     stored: str | None = None
-    cycle: bool = False
+    cycle: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class StoredLabels(Labels):
 
     @classmethod
     def check(cls, given: StoredOptions, config: Asked) -> None:
+        if given.cycle is not None and given.cycle < 1:
+            raise TrainError(f"labels.cycle={given.cycle}: must be at least 1")
         if config.jitter:
             raise TrainError("jitter moves crops, and stored labels are of crops as planned; name a refinery instead")
         for option in config.changed:
@@ -78,14 +80,17 @@ class StoredLabels(Labels):
                     f"crop.{name}={_listed(asked)}: LABELS={store.folder} are of crops with {_listed(there)}; leave it "
                     "out, or label again"
                 )
+        store.check_sizes()
         if not epochs:
             raise TrainError(f"LABELS={store.folder}: no epoch is finished yet; label some with python -m train.label")
-        if config.epochs > epochs and not given.cycle:
+        taken = min(given.cycle or config.epochs, config.epochs)
+        if taken > epochs:
+            asked = f"labels.cycle={given.cycle}" if given.cycle else f"epochs={config.epochs}"
             raise TrainError(
-                f"epochs={config.epochs}: LABELS={store.folder} holds {epochs}; label more with the same command, "
-                f"train for {epochs}, or begin again after the last one with --labels.cycle true"
+                f"{asked}: LABELS={store.folder} holds {epochs} epochs; label more with the same command, train for "
+                f"{epochs}, or repeat them with --labels.cycle {epochs}"
             )
-        return cls(store, min(epochs, config.epochs))
+        return cls(store, taken)
 
     @classmethod
     def origin(cls, identity: dict[str, Any]) -> str:
