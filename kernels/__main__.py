@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from command import UserError, exit_on_user_error
-from kernels import binarise, refinery_loss
+from kernels import binarise, pool_labels, refinery_loss
 
 # The kernels' arguments; those in capitals are constants, all others int32.
 _TYPES = {
@@ -24,6 +24,8 @@ _TYPES = {
     "refinery_ptr": "*bf16",
     "classes_ptr": "*i64",
     "values_ptr": "*fp32",
+    "ids_ptr": "*i64",
+    "sums_ptr": "*fp32",
     "rest_ptr": "*fp32",
     "loss_ptr": "*fp32",
     "gradient_ptr": "*bf16",
@@ -76,6 +78,10 @@ def versions() -> list[Version]:
         for classes, kinds in ((10, ("soft",)), (1000, refinery_loss.KINDS), (21841, ("soft",))):
             block, warps = refinery_loss.tile(classes)
             found += [Version(kernel, f"C={classes}", {"KIND": kind, "BLOCK": block}, warps) for kind in kinds]
+    for classes in (10, 1000, 21841):
+        block, warps = pool_labels.tile(classes)
+        constants = {"ENTRIES": pool_labels.ENTRIES, "BLOCK": block}
+        found.append(Version(pool_labels._sum_kernel, f"C={classes}", constants, warps))
     return found
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import binarise, refinery_loss
+from kernels import binarise, pool_labels, refinery_loss
 from kernels.refinery_loss import KINDS
 from tests.kernels.cases import activations, check, defined, dense, sparse
 
@@ -65,3 +65,14 @@ def test_binarise():
             back = binarise.launch_backward(incoming, passes)
             assert torch.equal(back, torch.where(passes, incoming, 0))
     assert binarise.launch(torch.tensor([torch.nan]))[0].isnan().all()
+
+
+def test_sum_by_class():
+    for entries, classes in ((1125, 1000), (45, 10), (3, 1)):
+        values, ids = torch.randn(4, entries), torch.randint(classes, (4, entries))
+        values[1, 16:] = 0
+        values[2] = 0
+        torch.testing.assert_close(
+            pool_labels.launch(values, ids, classes), pool_labels._sum_by_class(values, ids, classes)
+        )
+    assert pool_labels.launch(torch.empty(0, 5), torch.empty(0, 5, dtype=torch.int64), 7).shape == (0, 7)

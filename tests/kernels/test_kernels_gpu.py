@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import binarise, refinery_loss
+from kernels import binarise, pool_labels, refinery_loss
 from kernels.refinery_loss import KINDS
 from tests.kernels.cases import activations, check, defined, dense, sparse
 
@@ -61,3 +61,15 @@ def test_one_compiled_graph():
         return refinery_loss.refinery_loss(x * binarise.binarise(x), refinery).mean()
 
     torch.testing.assert_close(gradient(torch.compile(step, fullgraph=True)), gradient(step))
+
+
+@pytest.mark.parametrize("kind", pool_labels.KINDS)
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_labels_are_pooled_as_on_the_cpu(classes, kind):
+    logits = torch.randn(64, 15, 15, 5)
+    ids = torch.rand(64, 15, 15, classes).topk(5, dim=3).indices
+    corners = torch.rand(2, 64, 2)
+    boxes = torch.cat([corners.amin(dim=0), corners.amax(dim=0)], dim=1)
+    expected = pool_labels.reference(logits, ids, boxes, classes, kind=kind)
+    found = pool_labels.pool_labels(logits.cuda(), ids.cuda(), boxes.cuda(), classes, kind=kind)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
