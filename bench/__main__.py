@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from bench import BenchError, loaders, loop, machine, networks, refinery_cost
+from bench import BenchError, loaders, loop, machine, networks, pooling, refinery_cost
 from bench.environment import environment
 from bench.record import table, write, writing
 from bench.settings import resolve
@@ -23,6 +23,7 @@ _PARTS = {
     "networks": networks.measure,
     "loop": loop.measure,
     "refinery_cost": refinery_cost.measure,
+    "pooling": pooling.measure,
 }
 _FLAGS = ("--quick", "--profile")
 
@@ -49,8 +50,8 @@ def run(
     """Measures, prints tables, and writes them with charts and all figures to `out`.
 
     Args:
-        only: the parts to measure, with commas between them: machine, loaders, networks, loop, refinery_cost (default:
-            all)
+        only: the parts to measure, with commas between them: machine, loaders, networks, loop, refinery_cost, pooling
+            (default: all)
         quick: all in small, within three minutes on two cores; other options still count
         profile: nothing is measured, but one step of the first pair traced, and its costliest operators shown
         data: any folder of images, or a converted set (default: images drawn by code)

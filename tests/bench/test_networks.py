@@ -21,6 +21,7 @@ from bench.environment import environment
 from bench.limit import LIMIT, with_shares
 from bench.networks import BARE, OPTIMIZER, REFINERY, STEP, STUDENT, Optimizing, RefineryForward, Stepping, StudentPass
 from bench.pair import Pair
+from bench.pooling import Pooling
 from bench.settings import resolve
 from bench.trace import trace
 from data.sources import image_files
@@ -189,6 +190,16 @@ def test_students_learn_together_or_each_alone(trained):
         assert [float(student.sums[CROPS]) for student in students] == [4, 4, 4]
 
 
+def test_labels_are_pooled_in_two_ways(settings):
+    """Both of the same maps."""
+    said = []
+    for dense in (True, False):
+        pooling = Pooling(settings, dense)
+        assert pooling.run().amount % 256 == 0
+        said.append(pooling._pool(*pooling._map, 1000))
+    torch.testing.assert_close(said[0], said[1], rtol=1e-4, atol=1e-6)
+
+
 def test_the_cost_of_a_refinery_without_a_refinery_says_what_is_missing(settings, tmp_path):
     (row,) = refinery_cost.measure(settings).rows
     assert "REFINERY=" in row["not_run"]
@@ -244,7 +255,7 @@ def test_every_part_runs_compiled_on_a_gpu(trained, tmp_path):
 
 
 def check_every_part(records: dict[str, dict]) -> None:
-    assert set(records) == {"machine", "loaders", "networks", "loop", "refinery_cost"}
+    assert set(records) == {"machine", "loaders", "networks", "loop", "refinery_cost", "pooling"}
     for record in records.values():
         assert record["environment"] == records["machine"]["environment"]
         assert [row for row in record["rows"] if "not_run" in row] == []
