@@ -51,8 +51,8 @@ def measure(settings: Settings) -> Record:
         settings={"batch": _BATCH, "turns": settings.turns, "device": settings.device},
         notes=[
             f"Soft labels of {_BATCH} crops at a time, of {_CLASSES} classes, from maps of {_SIDE} x {_SIDE} cells "
-            f"with {_KEPT} logits each, eager. crops/s of one device: median, lowest and highest of {settings.turns} turns "
-            f"of {settings.seconds:g} s or more, in turns, after an untimed one each. gain: over the dense way. "
+            f"with {_KEPT} logits each, eager. crops/s of one device: median, lowest and highest of {settings.turns} "
+            f"turns of {settings.seconds:g} s or more, in turns, after an untimed one each. gain: over the dense way. "
             "memory: of the process, some 400 MB of it the libraries'.",
         ],
         rows=rows,
