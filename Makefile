@@ -19,6 +19,9 @@ option.train.LABELS := --labels.stored
 about.label         := store what a refinery says of every crop
 runs.label          := train.label
 takes.label         := $(filter-out PRETRAINED,$(training)) ARGS
+about.maps          := store what a refinery says of every part of each image
+runs.maps           := train.maps
+takes.maps          := REFINERY DATA BATCH DECODER RECIPE SEED OUT ARGS
 about.chain         := generations of networks, each learning from the one before
 runs.chain          := train.chain
 takes.chain         := MODELS $(filter-out MODEL OUT,$(training)) ARGS
@@ -68,7 +71,7 @@ about.format        := let ruff order the code
 about.setup         := make .venv from requirements.lock (every verb does it by itself, once)
 about.help          := this text
 
-commands := train label chain tables convert evaluate predict runs report bench bench-compare compare-labels kernels test test-all test-gpu
+commands := train label maps chain tables convert evaluate predict runs report bench bench-compare compare-labels kernels test test-all test-gpu
 verbs := $(commands) lint types format setup help
 
 flags := QUICK PROFILE
@@ -153,7 +156,7 @@ Variables (typed on make's command line; the environment does not count)
   REFINERY    who writes the labels: a network's name (trained first if need be), a run folder,
               NETWORK:FILE, or published weights as timm:NAME:pretrained, torchvision:NAME:pretrained;
               left out: the labels are the ground truth
-  LABELS      a folder that make label wrote, in place of REFINERY: labels are read, not computed
+  LABELS      a folder that make label or make maps wrote, in place of REFINERY: labels are read, not computed
   PRETRAINED  weights that MODEL starts from: a file, or timm or torchvision, which publish them
   DATA        an image folder, a converted set, or cifar10, svhn, imagenette;
               left out: scenes, a set drawn by code

@@ -90,6 +90,9 @@ def _opened(folders: Sequence[str]) -> list[Store]:
     if len({store.folder.name for store in stores}) < len(stores):
         raise BenchError(f"labels={' '.join(folders)}: rows are called by their folders; give these other names")
     own = {name: getattr(first.description, name) for name in ("format", "k", "dtype", "bytes_per_crop")}
+    maps = [store.folder for store in stores if not store.description.plan]
+    if maps:
+        raise BenchError(f"labels={maps[0]}: maps have no plan of crops, and are not compared yet; leave it out")
     for store in others:
         found = differences(first.description, replace(store.description, **own))
         if found:
@@ -110,6 +113,7 @@ def _configs(stores: Sequence[Store], refinery: str, options: dict[str, Any]) ->
         "precision": made.precision,
         "resolution": made.resolution,
     }
+    assert made.plan
     common |= {f"crop.{name}": value for name, value in made.plan["crop"].items()}
     online = {"refinery": refinery, "labels.bn": made.refinery["bn"], "labels.resolution": made.refinery["resolution"]}
     configs = [configure(common), configure(common | online)]

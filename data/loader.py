@@ -29,15 +29,16 @@ Fetch = Callable[[NDArray[np.int64], NDArray[np.int64], int], torch.Tensor | Non
 class Pairing:
     """A further crop of each image that a label source asks for.
 
-    box: "same" for the training crop again, "center" for the validation crop (not flipped). resolution: pixels a side.
+    box: "same" for the training crop again, "center" for the validation crop, "whole" for all of the image, squashed to
+    a square (neither is flipped). resolution: pixels a side.
     """
 
     box: str
     resolution: int
 
     def __post_init__(self):
-        if self.box not in ("same", "center"):
-            raise ValueError(f"box={self.box}: choose same or center")
+        if self.box not in ("same", "center", "whole"):
+            raise ValueError(f"box={self.box}: choose same, center or whole")
 
 
 @dataclass
@@ -190,7 +191,9 @@ class Loader:
             drawn = [central]
         crops = list(drawn)
         for pairing in self._paired:
-            crops += drawn if pairing.box == "same" else [central]
+            crops += (
+                drawn if pairing.box == "same" else [central if pairing.box == "center" else plan.whole_boxes(sizes)]
+            )
         boxes, flips = (np.ascontiguousarray(np.stack(parts, axis=1)) for parts in zip(*crops, strict=True))
         return Request(indices, boxes, flips)
 
@@ -213,7 +216,7 @@ class Loader:
             sizes=table[:, 7:9].int(),
             flips=table[:, 9].bool(),
             paired={
-                # The central crop is the same for all copies.
+                # The other boxes are the same for all copies.
                 pairing: view[rows] if pairing.box == "same" else view
                 for pairing, view in zip(self._paired, views[1:], strict=True)
             },

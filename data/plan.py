@@ -157,6 +157,13 @@ def center_boxes(sizes: ArrayLike, *, ratio: float = 224 / 256) -> NDArray[np.in
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1).astype(np.int32)
 
 
+def whole_boxes(sizes: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Boxes of whole images, int32 [n, 4], and flips (none), bool [n]. sizes: int [n, 2] (height, width) in pixels."""
+    heights, widths = _heights_widths(sizes, len(np.asarray(sizes)))
+    zeros = np.zeros_like(heights)
+    return np.stack([zeros, zeros, heights, widths], axis=1).astype(np.int32), np.zeros(len(zeros), dtype=bool)
+
+
 def seed_of_generation(seed: int, generation: int) -> int:
     """The seed of the crops and first weights of a run: a hash of the user's seed and of the run's generation.
 

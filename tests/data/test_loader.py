@@ -1,13 +1,16 @@
 """The loader: steps, shards, restarts, copies, pairings and look-ups."""
 
 import inspect
+import io
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data import DataError
+from data.beton import Beton
 from data.loader import Pairing, open_loader
 from data.plan import CropRule
 
@@ -137,6 +140,16 @@ def test_paired_crops(converted):
             assert torch.equal(images[int(index)], crop)
     with pytest.raises(ValueError, match="box=corner"):
         Pairing("corner", 16)
+
+
+def test_whole_images_are_squashed_to_squares(converted):
+    whole = Pairing("whole", 16)
+    beton = Beton(converted.beton("train"))
+    for batch in loader_of(converted, train=False, paired=(whole,)).epoch(0):
+        for index, crop in zip(batch.indices.tolist(), batch.paired[whole], strict=True):
+            image = Image.open(io.BytesIO(beton.encoded(index).tobytes())).resize((16, 16), Image.Resampling.BILINEAR)
+            found = crop.permute(1, 2, 0).numpy().astype(int)
+            assert np.abs(found - np.asarray(image.convert("RGB")).astype(int)).mean() < 2
 
 
 def test_the_label_source_is_asked_for_each_batch(converted):

@@ -11,13 +11,16 @@ from typing import Any, Protocol
 from train import TrainError
 from train.labels.category import CategoryLabels, TaxonomyLabels, TaxonomyOptions
 from train.labels.ground_truth import GroundTruthLabels, GroundTruthOptions
+from train.labels.maps import MapLabels
 from train.labels.refinery import RefineryLabels, RefineryOptions
 from train.labels.source import Asked, Labels
-from train.labels.stored import StoredLabels, StoredOptions
+from train.labels.store import StoredOptions
+from train.labels.stored import StoredLabels
 
 # By the names that identities of runs hold. The first one asked for is taken.
 KINDS: dict[str, type[Labels]] = {
     "stored": StoredLabels,
+    "maps": MapLabels,
     "taxonomy": TaxonomyLabels,
     "category": CategoryLabels,
     "refinery": RefineryLabels,

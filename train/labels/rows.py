@@ -124,6 +124,34 @@ class Packed(Rows):
         return Targets(sparse=(classes, weights / total[:, None], other / total))
 
 
+class CellRows(nn.Module):
+    """The label map of an image: of each of `side` x `side` cells the likeliest k classes' logits and their ids.
+
+    A row holds all logits, float16, cell by cell and rows of the image first, and then all ids, as uint8, uint16 or
+    int32, whichever is the smallest that holds them. width: its bytes. k: at most the number of classes.
+    """
+
+    def __init__(self, classes: int, k: int, side: int):
+        super().__init__()
+        self.k = min(k, classes)
+        self._shape = (side, side, self.k)
+        self._ids = torch.uint8 if classes <= 2**8 else torch.uint16 if classes <= 2**16 else torch.int32
+        self._logit_bytes = side * side * self.k * torch.float16.itemsize
+        self.width = self._logit_bytes + side * side * self.k * self._ids.itemsize
+
+    def pack(self, cells: Tensor) -> Tensor:
+        """The logits of every cell and class, [B, C, side, side], as rows, uint8 [B, width]."""
+        top = cells.movedim(1, -1).float().topk(self.k, dim=3)
+        parts = top.values.half(), top.indices.to(self._ids)
+        return torch.cat([part.flatten(1).contiguous().view(torch.uint8) for part in parts], dim=1)
+
+    def unpack(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """logits float16 and ids int64, [B, side, side, k], of rows uint8 [B, width]."""
+        logits = rows[:, : self._logit_bytes].contiguous().view(torch.float16)
+        ids = rows[:, self._logit_bytes :].contiguous().view(self._ids)
+        return logits.unflatten(1, self._shape), ids.unflatten(1, self._shape).long()
+
+
 def build_rows(format: str, classes: int, *, k: int | None = None, dtype: str | None = None) -> Rows:
     """The format of this name. k: classes of packed rows. dtype: of exact ones. Raises ValueError for what is none."""
     if format == "exact" and dtype in _DTYPES:

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.plan import CropRule
+from data.sets import ConvertedSet
+from models.trained import load_trained, names_network_alone
 from train import TrainError
 from train.labels.rows import Rows, build_rows
 from train.runs import key_of
@@ -29,6 +31,19 @@ from train.runs import key_of
 _VERSION = 1
 # What is being written.
 _PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class StoredOptions:
+    """Options of labels from files.
+
+    Args:
+        stored: a folder of labels that a refinery gave to every crop (python -m train.label), in place of the refinery
+        cycle: take the first so many stored epochs again and again, in a run of more epochs than are stored
+    """
+
+    stored: str | None = None
+    cycle: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,11 +55,15 @@ class Description:
     rule and copies of an epoch, of which the crops are a function. resolution: pixels a side of the crops. precision,
     batch, order: what labels depend on by rounding, or with the batch's statistics. format, k, dtype: see
     train.labels.rows.build_rows. bytes_per_crop: of a row.
+
+    Of label maps (format map) there is one row an image, no plan, and one file. resolution: pixels a side of the
+    pictures, squashed to squares. cells: a side of a map. shift: whether the logits were moved, cell by cell, so that
+    those which were left out are 0 on average.
     """
 
     data: dict[str, Any]
     refinery: dict[str, Any]
-    plan: dict[str, Any]
+    plan: dict[str, Any] | None
     resolution: int
     precision: str
     batch: int
@@ -53,19 +72,21 @@ class Description:
     k: int | None
     dtype: str | None
     bytes_per_crop: int
+    cells: int | None = None
+    shift: bool | None = None
 
     @property
     def seed(self) -> int:
-        seed: int = self.plan["seed"]
-        return seed
+        assert self.plan
+        return int(self.plan["seed"])
 
     @property
     def copies(self) -> int:
-        copies: int = self.plan["copies"]
-        return copies
+        return int(self.plan["copies"]) if self.plan else 1
 
     @cached_property
     def crop(self) -> CropRule:
+        assert self.plan
         rule = self.plan["crop"]
         return CropRule(**rule | {name: tuple(rule[name]) for name in ("scale", "ratio")})
 
@@ -87,7 +108,12 @@ class Description:
     @property
     def kind(self) -> str:
         """The format of the rows, in a few words."""
+        if self.format == "map":
+            return f"maps of {self.cells}x{self.cells} cells, top {self.k}"
         return self.format if self.k is None else f"top {self.k}"
+
+    def file_name(self, epoch: int) -> str:
+        return "train.maps" if self.format == "map" else f"epoch-{epoch:04d}.labels"
 
     def build_rows(self) -> Rows:
         """The format of the rows."""
@@ -122,6 +148,32 @@ class Store:
                     f"{self._file(epoch)}: has {found} bytes and should have {size}; label again with the same "
                     "command, which writes it again"
                 )
+
+    @property
+    def network(self) -> dict[str, str]:
+        """network, weights (a digest): of the refinery."""
+        return {name: self.description.refinery[name] for name in ("network", "weights")}
+
+    def check_data(self, data: ConvertedSet) -> None:
+        """Raises TrainError unless the labels are of these data."""
+        there = self.description.data["fingerprint"]
+        if data.fingerprint != there:
+            raise TrainError(
+                f"LABELS={self.folder}: are of other data, with fingerprint {_short(there)} and not "
+                f"{_short(data.fingerprint)} as {data.folder}"
+            )
+
+    def check_refinery(self, asked: str, class_names: Sequence[str]) -> None:
+        """Raises TrainError unless the labels are those of the refinery that was named beside them."""
+        if names_network_alone(asked):
+            found, there = asked, self.network["network"]
+        else:
+            found, there = load_trained(asked, class_names=class_names).digest, self.network["weights"]
+        if found != there:
+            raise TrainError(
+                f"REFINERY={asked}: LABELS={self.folder} were made by another one, {_short(there)} and not "
+                f"{_short(found)}; leave one of them out"
+            )
 
     def rows(self, epoch: int) -> NDArray[np.uint8]:
         """The rows of an epoch, [crops, bytes_per_crop], mapped from its file. Raises TrainError for damage."""
@@ -218,10 +270,10 @@ class Store:
             ) from None
 
     def _file(self, epoch: int) -> Path:
-        return self.folder / f"epoch-{epoch:04d}.labels"
+        return self.folder / self.description.file_name(epoch)
 
     def _partial(self, epoch: int) -> Path:
-        return self.folder / f".epoch-{epoch:04d}{_PARTIAL}"
+        return self.folder / f".{self._file(epoch).stem}{_PARTIAL}"
 
 
 def open_store(folder: str | Path) -> Store:
@@ -266,7 +318,7 @@ def differences(asked: Description, found: Description) -> list[str]:
     """In what two descriptions differ, as phrases."""
     here, there = _flat(asdict(asked)), _flat(asdict(found))
     return [
-        f"{name} is {short(there.get(name))} there and {short(here.get(name))} here"
+        f"{name} is {_short(there.get(name))} there and {_short(here.get(name))} here"
         for name in here | there
         if here.get(name) != there.get(name)
     ]
@@ -289,7 +341,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return flat
 
 
-def short(value: Any) -> str:
+def _short(value: Any) -> str:
     """A value as messages show it: of a digest, what tells two apart."""
     return value[:16] if isinstance(value, str) and len(value) == 64 else str(value)
 

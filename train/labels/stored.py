@@ -13,23 +13,10 @@ from numpy.typing import NDArray
 
 from data.loader import CropBatch
 from data.sets import ConvertedSet
-from models.trained import load_trained, names_network_alone
 from train import TrainError
+from train.labels.maps import MapLabels
 from train.labels.source import Asked, Crops, Labels, LabelSource, Plan, Targets
-from train.labels.store import Store, open_store, short
-
-
-@dataclass(frozen=True)
-class StoredOptions:
-    """Options of labels from files.
-
-    Args:
-        stored: a folder of labels that a refinery gave to every crop (python -m train.label), in place of the refinery
-        cycle: take the first so many stored epochs again and again, in a run of more epochs than are stored
-    """
-
-    stored: str | None = None
-    cycle: int | None = None
+from train.labels.store import Store, StoredOptions, open_store
 
 
 @dataclass(frozen=True)
@@ -59,11 +46,13 @@ class StoredLabels(Labels):
                 )
 
     @classmethod
-    def find(cls, given: StoredOptions, config: Asked, class_names: Sequence[str]) -> "StoredLabels":
+    def find(cls, given: StoredOptions, config: Asked, class_names: Sequence[str]) -> Labels:
         store = open_store(str(given.stored))
         made, epochs = store.description, store.epochs
         if config.refinery:
-            _check_refinery(store, config.refinery, class_names)
+            store.check_refinery(config.refinery, class_names)
+        if made.format == "map":
+            return MapLabels.find(given, config, class_names)
         if config.loss.temperature != 1 and made.format == "packed":
             raise TrainError(
                 f"loss.temperature={config.loss.temperature:g}: packed labels hold probabilities at temperature 1; "
@@ -102,7 +91,7 @@ class StoredLabels(Labels):
 
     @property
     def refinery(self) -> dict[str, str]:
-        return {name: self.store.description.refinery[name] for name in ("network", "weights")}
+        return self.store.network
 
     @property
     def plan(self) -> Plan:
@@ -116,12 +105,7 @@ class StoredLabels(Labels):
         return how | {"store": made.key, "crop_seed": made.seed, "epochs": self.epochs}
 
     def check_data(self, data: ConvertedSet) -> None:
-        there = self.store.description.data["fingerprint"]
-        if data.fingerprint != there:
-            raise TrainError(
-                f"LABELS={self.store.folder}: are of other data, with fingerprint {short(there)} and not "
-                f"{short(data.fingerprint)} as {data.folder}"
-            )
+        self.store.check_data(data)
 
     def describe(self) -> str:
         made = self.store.description
@@ -153,20 +137,6 @@ class StoredLabels(Labels):
                 "and other pixels, of which the refinery might say something else"
             )
         return notices
-
-
-def _check_refinery(store: Store, asked: str, class_names: Sequence[str]) -> None:
-    """Raises TrainError where the labels are not those of the refinery that was named beside them."""
-    made = store.description.refinery
-    if names_network_alone(asked):
-        found, there = asked, made["network"]
-    else:
-        found, there = load_trained(asked, class_names=class_names).digest, made["weights"]
-    if found != there:
-        raise TrainError(
-            f"REFINERY={asked}: LABELS={store.folder} were made by another one, {short(there)} and not {short(found)}; "
-            "leave one of them out"
-        )
 
 
 def _listed(value: Any) -> Any:

@@ -1,0 +1,96 @@
+"""A network's classifier at every cell of its last feature map, in place of their mean (ReLabel, section 3.1)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models import ModelError
+
+# Of the largest logit; rounding alone stays well below.
+_TOLERANCE = 1e-3
+
+
+class CellLogits(nn.Module):
+    """The logits of every cell: float [B, 3, R, R] to [B, C, S, S]; their mean over the cells is the network's output.
+
+    network: one that averages its feature map and classifies the mean by a linear layer, or classifies every cell by a
+    convolution and averages that; it runs in evaluation mode. resolution: px a side of a picture that it takes.
+    head: what was found, in words. Raises ModelError for any other network.
+    """
+
+    def __init__(self, network: nn.Module, name: str, resolution: int):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self._classifier: nn.Linear | None = None
+        # In a map of a single cell, which its own mean is, nothing shows; a larger picture has more.
+        found = _found(network, resolution) or _found(network, 2 * resolution)
+        features, self._classifier = found or (None, None)
+        if features is None:
+            raise ModelError(
+                f"{name}: its head is not the mean of a feature map and a linear layer, which label maps need; take "
+                "another refinery"
+            )
+        names = {module: path for path, module in network.named_modules()}
+        self.head = f"the mean of {names[features]}" + (
+            f", then {names[self._classifier]}" if self._classifier else ", which classifies every cell"
+        )
+        self._cells: Tensor | None = None
+        features.register_forward_hook(self._keep)
+
+    def train(self, mode: bool = True) -> "CellLogits":
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.network(x)
+        cells, self._cells = self._cells, None
+        assert cells is not None
+        if self._classifier is None:
+            return cells
+        return F.linear(cells.movedim(1, -1), self._classifier.weight, self._classifier.bias).movedim(-1, 1)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._cells = output
+
+
+@torch.inference_mode()
+def _found(network: nn.Module, resolution: int) -> tuple[nn.Module, nn.Linear | None] | None:
+    """The module whose output is averaged, and the linear layer behind it (None: none is needed); None for neither."""
+    made: list[tuple[nn.Module, Tensor]] = []
+    linear: list[tuple[nn.Linear, Tensor, Tensor]] = []
+
+    def remember(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4:
+            made.append((module, output))
+        if isinstance(module, nn.Linear) and output.ndim == 2:
+            linear.append((module, inputs[0], output))
+
+    hooks = [module.register_forward_hook(remember) for module in network.modules()]
+    weight = next(network.parameters())
+    probe = torch.randn(2, 3, resolution, resolution, generator=torch.Generator().manual_seed(0)).to(weight)
+    try:
+        logits = network(probe)
+    except (RuntimeError, ValueError, AssertionError):
+        return None  # it takes no pictures of this size
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # The last of all, since activations may change a map in place.
+    for module, output in reversed(made):
+        if _averages_to(output, logits):
+            return module, None
+    for layer, taken, given in reversed(linear):
+        if _close(given, logits):
+            for module, output in reversed(made):
+                if _averages_to(output, taken):
+                    return module, layer
+    return None
+
+
+def _averages_to(cells: Tensor, mean: Tensor) -> bool:
+    return cells.shape[:2] == mean.shape and cells.shape[-1] > 1 and _close(cells.mean((2, 3)), mean)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one - other).abs().max() <= _TOLERANCE * other.abs().max())

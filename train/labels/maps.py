@@ -1,0 +1,110 @@
+"""Label maps: what a refinery said of each part of an image, of which a crop takes its own (ReLabel: Yun et al. 2021).
+
+train/maps.py makes them, kernels/pool_labels.py pools them over a crop's box.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.loader import CropBatch
+from data.sets import ConvertedSet
+from kernels.pool_labels import pool_labels
+from train import TrainError
+from train.labels.rows import CellRows
+from train.labels.source import Asked, Crops, Labels, LabelSource, Targets
+from train.labels.store import Store, StoredOptions, open_store
+
+
+@dataclass(frozen=True)
+class MapLabels(Labels):
+    """Label maps: what a refinery said of every part of each image, of which each crop takes its own (ReLabel)."""
+
+    store: Store
+
+    options = ("labels.stored", "refinery", "loss.kind")
+    elsewhere = "is for stored labels; give labels.stored too"
+
+    @classmethod
+    def asked(cls, given: StoredOptions, config: Asked) -> bool:
+        return False  # StoredLabels finds them, in the folder that it was given
+
+    @classmethod
+    def check(cls, given: StoredOptions, config: Asked) -> None:
+        """What StoredLabels checks is all that can be checked before the folder is read."""
+
+    @classmethod
+    def find(cls, given: StoredOptions, config: Asked, class_names: Sequence[str]) -> "MapLabels":
+        store = open_store(str(given.stored))
+        if given.cycle is not None:
+            raise TrainError(f"labels.cycle={given.cycle}: maps label the crops of any epoch; leave it out")
+        if config.loss.temperature != 1:
+            raise TrainError(
+                f"loss.temperature={config.loss.temperature:g}: labels from maps are probabilities at temperature 1; "
+                "leave it out"
+            )
+        store.check_sizes()
+        if not store.epochs:
+            raise TrainError(f"LABELS={store.folder}: its maps are not finished; make them with the same command")
+        return cls(store)
+
+    @classmethod
+    def origin(cls, identity: dict[str, Any]) -> str:
+        return f"{identity['refinery']['network']}, maps"
+
+    @property
+    def generation(self) -> int:
+        return int(self.store.description.refinery["generation"]) + 1
+
+    @property
+    def refinery(self) -> dict[str, str]:
+        return self.store.network
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        made = self.store.description
+        return {"store": made.key, "bn": made.refinery["bn"], "resolution": None}
+
+    def check_data(self, data: ConvertedSet) -> None:
+        self.store.check_data(data)
+
+    def describe(self) -> str:
+        made = self.store.description
+        return (
+            f"{made.kind}, in {self.store.folder}: {made.refinery['network']} at {made.resolution} px, "
+            f"{made.bytes_per_crop} bytes an image"
+        )
+
+    def open(self, crops: Crops) -> LabelSource:
+        return Maps(self.store)
+
+
+class Maps(LabelSource):
+    """The label maps of images, pooled over each crop's box. Raises TrainError, when first used, for damage."""
+
+    def __init__(self, store: Store):
+        super().__init__()
+        made = store.description
+        assert made.k
+        assert made.cells
+        self._store = store
+        self._classes = made.data["classes"]
+        self._format = CellRows(self._classes, made.k, made.cells)
+        self._rows: NDArray[np.uint8] | None = None
+
+    def fetch(self, indices: NDArray[np.int64], copies: NDArray[np.int64], epoch: int) -> torch.Tensor:
+        """The maps of these crops' images, uint8 [B, bytes of a map]."""
+        if self._rows is None:
+            self._rows = self._store.rows(0)
+        return torch.from_numpy(self._rows[indices])
+
+    def forward(self, batch: CropBatch) -> Targets:
+        assert batch.labels_on_disk is not None
+        logits, ids = self._format.unpack(batch.labels_on_disk)
+        corners = torch.cat([batch.boxes[:, :2], batch.boxes[:, :2] + batch.boxes[:, 2:]], dim=1)
+        shares = corners.float() / batch.sizes.repeat(1, 2)
+        return Targets(probabilities=pool_labels(logits, ids, shares, self._classes))

@@ -1,0 +1,206 @@
+"""Makes label maps: what a refinery says of every part of each image, once for all crops (ReLabel: Yun et al. 2021).
+
+python -m train.maps --refinery resnet50 --data images/ --out maps/resnet50
+make maps REFINERY=resnet50 DATA=images/ OUT=maps/resnet50
+make train MODEL=mobilenet LABELS=maps/resnet50 DATA=images/
+"""
+
+import sys
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from command import exit_on_user_error, typed_command
+from data.loader import Pairing, open_loader
+from data.progress import images_bar
+from kernels.normalise import Normalise
+from models.cells import CellLogits
+from models.trained import Trained
+from train import TrainError
+from train.config import Config, configure, parse_both
+from train.device import computing_in, on_device, set_tf32_and_allocator
+from train.interrupt import Interrupted, Stop, stop_on_signal
+from train.job import Job
+from train.labels.refinery import RefineryLabels
+from train.labels.rows import CellRows
+from train.labels.store import Description, Store, check_folder, create_store, in_units
+from train.train import with_refinery
+
+# Of each cell; as published.
+_KEPT = 5
+# Published networks are shown larger pictures than they were trained on, for maps of 15 x 15 cells (RL, section 3.1).
+_PUBLISHED_SIDE = 480
+# The loader's own crops are not used: the smaller, the better.
+_UNUSED_SIDE = 8
+
+
+@dataclass(frozen=True)
+class MapsOptions:
+    """Options of label maps.
+
+    Args:
+        map_resolution: pixels a side to which whole images are squashed for the refinery (default: the scale of its own
+            validation crops; 480 for published weights)
+    """
+
+    map_resolution: int | None = None
+
+
+def main() -> None:
+    about = (
+        "Writes the label map of every training image to the folder --out, for training with --labels.stored: the "
+        "refinery's classifier at each cell of its last feature map, the likeliest 5 classes of each. A refinery that "
+        "is named by its network is trained first where it has no finished run."
+    )
+    config, own = parse_both(sys.argv[1:], MapsOptions, prog="python -m train.maps", about=about)
+    make_maps(config, own)
+
+
+def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
+    """Makes the label maps of the training images with `config.refinery`, in `config.out`.
+
+    Raises DataError, ModelError or TrainError for bad input, as far as possible before anything slow begins, and
+    Interrupted after Ctrl-C or SIGTERM.
+    """
+    _check(config, options)
+    given = {name: value for name, value in config.given.items() if name != "out"}
+    (job,) = with_refinery([configure(given)])
+    set_tf32_and_allocator(job.device, job.config.precision)
+    mapper = Mapper(job, options)
+    store = create_store(Path(str(config.out)), mapper.description)
+    store.check_room(1)
+    made = store.description
+    print(f"maps    {made.kind}, of {job.data.folder} by {made.refinery['network']} at {made.resolution} px")
+    shifted = "; logits shifted, so that absent ones are 0 on average" if made.shift else ""
+    print(f"head    {mapper.network.head}{shifted}")
+    if made.cells == 1:
+        print("maps    of one cell give all crops of an image the same label; a larger --map_resolution has more")
+    print(
+        f"rows    {made.bytes_per_crop} bytes an image, {in_units(made.bytes_per_epoch)} in all; {store.folder}",
+        flush=True,
+    )
+    with stop_on_signal() as stop, store.writing(0) as rows:
+        if rows is not None:
+            mapper.fill(rows, stop)
+    if store.epochs:
+        print(f"finished; to train from them:\n  make train LABELS={store.folder} ...", flush=True)
+    else:
+        print(f"{store.folder}: another process is making them", flush=True)
+    return store
+
+
+def _check(config: Config, options: MapsOptions) -> None:
+    if not config.refinery:
+        raise TrainError("REFINERY is missing: name the network that is to make the maps, as in REFINERY=resnet50")
+    if not config.out:
+        raise TrainError("OUT is missing: name the folder for the maps, as in OUT=maps/resnet50")
+    given = [option for option in config.changed if option.startswith("labels.")]
+    if given:
+        raise TrainError(f"{', '.join(sorted(given))}: has no meaning for maps; leave it out")
+    if options.map_resolution is not None and options.map_resolution < 1:
+        raise TrainError(f"map_resolution={options.map_resolution}: must be at least 1")
+    check_folder(Path(config.out))
+
+
+class Mapper:
+    """Makes the maps of a run's images with its refinery. network: what gives the cells. description: of the maps.
+
+    Raises ModelError for a refinery whose head is not the mean of cells and a linear layer.
+    """
+
+    def __init__(self, job: Job, options: MapsOptions):
+        assert isinstance(job.labels, RefineryLabels)
+        self._job, trained = job, job.labels.trained
+        side = options.map_resolution or _usual_side(trained)
+        self.network = on_device(CellLogits(deepcopy(trained.network), trained.name, side), job.device)
+        self._normalise = Normalise(trained.normalisation).to(job.device)
+        self._whole = Pairing("whole", side)
+        self._loader = open_loader(
+            job.data.beton("train"),
+            resolution=_UNUSED_SIDE,
+            batch_size=job.batch,
+            train=False,
+            crop=job.crop,
+            paired=(self._whole,),
+            **job.loading,
+        )
+        classes = len(job.data.class_names)
+        self._columns = trained.columns_of(job.data.class_names)
+        first = self._cells(next(self._loader.epoch(0)).paired[self._whole])
+        cells = first.shape[-1]
+        if first.shape[-2] != cells:
+            raise TrainError(f"REFINERY={job.config.refinery}: its cells are no square, {list(first.shape[-2:])}")
+        self._rows = CellRows(classes, _KEPT, cells)
+        # Trained with binary cross-entropy, most logits are far below 0, which stands for those that are left out.
+        self._shift = self._rows.k < classes and bool(first.amax(dim=1).mean() < 0)
+        self.description = Description(
+            data={
+                "name": job.data.name,
+                "fingerprint": job.data.fingerprint,
+                "images": self._loader.num_samples,
+                "classes": classes,
+            },
+            refinery={
+                "network": trained.name,
+                "weights": trained.digest,
+                "generation": trained.generation,
+                "bn": "running",
+                "resolution": side,
+            },
+            plan=None,
+            resolution=side,
+            precision=job.config.precision,
+            batch=job.batch,
+            order="sequential",
+            format="map",
+            k=self._rows.k,
+            dtype="float16",
+            bytes_per_crop=self._rows.width,
+            cells=cells,
+            shift=self._shift,
+        )
+
+    def fill(self, rows: NDArray[np.uint8], stop: Stop) -> None:
+        """Fills the rows of all images, [images, bytes of a map].
+
+        Raises TrainError for logits that are not finite, Interrupted where a stop is asked for.
+        """
+        with images_bar(len(rows), "label maps") as bar:
+            for batch in self._loader.epoch(0):
+                cells = self._cells(batch.paired[self._whole])
+                packed = self._rows.pack(self._shifted(cells) if self._shift else cells)
+                if not cells.isfinite().all():
+                    raise TrainError(
+                        f"REFINERY={self._job.config.refinery}: what it says of some images is not finite; try "
+                        "--precision fp32, or another refinery"
+                    )
+                rows[batch.indices.cpu().numpy()] = packed.cpu().numpy()
+                bar.update(len(packed))
+                if stop.requested:
+                    raise Interrupted(f"stopped; maps are made in one go, so type again:\n  {typed_command()}")
+
+    @torch.no_grad()
+    def _cells(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The logits of every cell and class, float32 [B, C, S, S]."""
+        with computing_in(self._job.autocast, self._job.device):
+            cells = self.network(self._normalise(pictures)).float()
+        return cells if self._columns is None else cells[:, self._columns]
+
+    def _shifted(self, cells: torch.Tensor) -> torch.Tensor:
+        kept = cells.topk(self._rows.k, dim=1).values.sum(dim=1, keepdim=True)
+        return cells - (cells.sum(dim=1, keepdim=True) - kept) / (cells.shape[1] - self._rows.k)
+
+
+def _usual_side(trained: Trained) -> int:
+    """Pixels a side at which a whole image has the scale of the refinery's validation crops."""
+    if trained.file is None or not trained.resolution or not trained.center_ratio:
+        return _PUBLISHED_SIDE
+    return round(trained.resolution / trained.center_ratio)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
