@@ -16,7 +16,7 @@ from torchvision.ops import roi_align
 
 KINDS = ("logits", "probabilities")
 
-_MOST_CLASSES = 65536
+MOST_CLASSES = 65536
 # Stored logits that a program of the kernel takes at a time.
 ENTRIES = 16
 
@@ -126,8 +126,8 @@ def launch(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
 
 def tile(classes: int) -> tuple[int, int]:
     """What a row of so many classes takes: elements of its block, and warps that share them."""
-    if classes > _MOST_CLASSES:
-        raise ValueError(f"{classes} classes: the kernel holds a row in registers and takes at most {_MOST_CLASSES}")
+    if classes > MOST_CLASSES:
+        raise ValueError(f"{classes} classes: the kernel holds a row in registers and takes at most {MOST_CLASSES}")
     block = triton.next_power_of_2(classes)
     return block, min(max(block // 256, 1), 32)
 

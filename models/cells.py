@@ -10,6 +10,8 @@ from models import ModelError
 
 # Of the largest logit; rounding alone stays well below.
 _TOLERANCE = 1e-3
+# px a side, at which networks of any common stride have several cells.
+_LARGER = (64, 128, 256)
 
 
 class CellLogits(nn.Module):
@@ -24,8 +26,9 @@ class CellLogits(nn.Module):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self._classifier: nn.Linear | None = None
-        # In a map of a single cell, which its own mean is, nothing shows; a larger picture has more.
-        found = _found(network, resolution) or _found(network, 2 * resolution)
+        # With a single cell, the output of every module equals its mean: larger pictures have more.
+        sides = (resolution, *(side for side in _LARGER if side > resolution))
+        found = next(filter(None, (_found(network, side) for side in sides)), None)
         features, self._classifier = found or (None, None)
         if features is None:
             raise ModelError(

@@ -18,6 +18,7 @@ from command import exit_on_user_error, typed_command
 from data.loader import Pairing, open_loader
 from data.progress import images_bar
 from kernels.normalise import Normalise
+from kernels.pool_labels import MOST_CLASSES
 from models.cells import CellLogits
 from models.trained import Trained
 from train import TrainError
@@ -27,7 +28,8 @@ from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
 from train.labels.refinery import RefineryLabels
 from train.labels.rows import CellRows
-from train.labels.store import Description, Store, check_folder, create_store, in_units
+from train.labels.store import Description, Store, check_folder, create_store, in_units, open_store
+from train.step import is_out_of_memory
 from train.train import with_refinery
 
 # Of each cell; as published.
@@ -67,7 +69,8 @@ def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
     Interrupted after Ctrl-C or SIGTERM.
     """
     _check(config, options)
-    given = {name: value for name, value in config.given.items() if name != "out"}
+    # Of a whole image there is no batch of crops whose statistics could be meant.
+    given = {name: value for name, value in config.given.items() if name != "out"} | {"labels.bn": "running"}
     (job,) = with_refinery([configure(given)])
     set_tf32_and_allocator(job.device, job.config.precision)
     mapper = Mapper(job, options)
@@ -75,7 +78,7 @@ def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
     store.check_room(1)
     made = store.description
     print(f"maps    {made.kind}, of {job.data.folder} by {made.refinery['network']} at {made.resolution} px")
-    shifted = "; logits shifted, so that absent ones are 0 on average" if made.shift else ""
+    shifted = "; logits shifted, so that those left out are 0 on average" if made.shift else ""
     print(f"head    {mapper.network.head}{shifted}")
     if made.cells == 1:
         print("maps    of one cell give all crops of an image the same label; a larger --map_resolution has more")
@@ -104,6 +107,10 @@ def _check(config: Config, options: MapsOptions) -> None:
     if options.map_resolution is not None and options.map_resolution < 1:
         raise TrainError(f"map_resolution={options.map_resolution}: must be at least 1")
     check_folder(Path(config.out))
+    if (Path(config.out) / "labels.json").is_file():
+        made = open_store(config.out).description
+        if made.format != "map":
+            raise TrainError(f"OUT={config.out}: holds {made.kind} labels of crops and no maps; give another folder")
 
 
 class Mapper:
@@ -115,7 +122,8 @@ class Mapper:
     def __init__(self, job: Job, options: MapsOptions):
         assert isinstance(job.labels, RefineryLabels)
         self._job, trained = job, job.labels.trained
-        side = options.map_resolution or _usual_side(trained)
+        side = options.map_resolution or _usual_side(trained, job)
+        trained.check_resolution(side)
         self.network = on_device(CellLogits(deepcopy(trained.network), trained.name, side), job.device)
         self._normalise = Normalise(trained.normalisation).to(job.device)
         self._whole = Pairing("whole", side)
@@ -129,14 +137,18 @@ class Mapper:
             **job.loading,
         )
         classes = len(job.data.class_names)
+        if classes > MOST_CLASSES:
+            raise TrainError(f"{job.data.folder}: has {classes} classes; maps are pooled of {MOST_CLASSES} at most")
         self._columns = trained.columns_of(job.data.class_names)
         first = self._cells(next(self._loader.epoch(0)).paired[self._whole])
         cells = first.shape[-1]
         if first.shape[-2] != cells:
-            raise TrainError(f"REFINERY={job.config.refinery}: its cells are no square, {list(first.shape[-2:])}")
+            raise TrainError(
+                f"REFINERY={job.config.refinery}: its feature map is not square, {list(first.shape[-2:])}; take another"
+            )
         self._rows = CellRows(classes, _KEPT, cells)
-        # Trained with binary cross-entropy, most logits are far below 0, which stands for those that are left out.
-        self._shift = self._rows.k < classes and bool(first.amax(dim=1).mean() < 0)
+        # Logits that are left out count as 0. One constant for a cell's logits changes no softmax, pooled or not.
+        self._shift = self._rows.k < classes
         self.description = Description(
             data={
                 "name": job.data.name,
@@ -169,25 +181,35 @@ class Mapper:
 
         Raises TrainError for logits that are not finite, Interrupted where a stop is asked for.
         """
+        done = 0
         with images_bar(len(rows), "label maps") as bar:
             for batch in self._loader.epoch(0):
                 cells = self._cells(batch.paired[self._whole])
                 packed = self._rows.pack(self._shifted(cells) if self._shift else cells)
-                if not cells.isfinite().all():
+                # As stored: float16 holds less than what the network computes in.
+                if not self._rows.unpack(packed)[0].isfinite().all():
                     raise TrainError(
-                        f"REFINERY={self._job.config.refinery}: what it says of some images is not finite; try "
-                        "--precision fp32, or another refinery"
+                        f"REFINERY={self._job.config.refinery}: its logits for some images are not finite in float16; "
+                        "try --precision fp32, or another refinery"
                     )
                 rows[batch.indices.cpu().numpy()] = packed.cpu().numpy()
                 bar.update(len(packed))
-                if stop.requested:
+                done += len(packed)
+                if stop.requested and done < len(rows):
                     raise Interrupted(f"stopped; maps are made in one go, so type again:\n  {typed_command()}")
 
     @torch.no_grad()
     def _cells(self, pictures: torch.Tensor) -> torch.Tensor:
         """The logits of every cell and class, float32 [B, C, S, S]."""
-        with computing_in(self._job.autocast, self._job.device):
-            cells = self.network(self._normalise(pictures)).float()
+        try:
+            with computing_in(self._job.autocast, self._job.device):
+                cells = self.network(self._normalise(pictures)).float()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainError(
+                f"batch={len(pictures)}: is too large for this device at {pictures.shape[-1]} px; take a smaller one"
+            ) from None
         return cells if self._columns is None else cells[:, self._columns]
 
     def _shifted(self, cells: torch.Tensor) -> torch.Tensor:
@@ -195,11 +217,11 @@ class Mapper:
         return cells - (cells.sum(dim=1, keepdim=True) - kept) / (cells.shape[1] - self._rows.k)
 
 
-def _usual_side(trained: Trained) -> int:
-    """Pixels a side at which a whole image has the scale of the refinery's validation crops."""
-    if trained.file is None or not trained.resolution or not trained.center_ratio:
-        return _PUBLISHED_SIDE
-    return round(trained.resolution / trained.center_ratio)
+def _usual_side(trained: Trained, job: Job) -> int:
+    """Pixels a side at which a whole image has the scale of the refinery's validation crops; or more, if published."""
+    resolution, ratio = trained.resolution or job.resolution, trained.center_ratio or job.crop.center_ratio
+    scale = round(resolution / ratio)
+    return max(scale, _PUBLISHED_SIDE) if trained.file is None else scale
 
 
 if __name__ == "__main__":

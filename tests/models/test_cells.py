@@ -45,7 +45,14 @@ def test_a_cell_sees_its_own_part_of_the_picture():
     assert changed.tolist() == [[False] * 4, [False] * 4, [True] * 4, [True] * 4]
 
 
-@pytest.mark.parametrize("name", ["alexnet", "vgg16", "timm:vit_tiny_patch16_224", "timm:convnext_atto"])
+def test_pictures_of_a_single_cell():
+    """Where every map is its own mean, larger pictures show which one the head takes."""
+    cells = CellLogits(models.build("mobilenet0.25", 5), "mobilenet0.25", 32)
+    assert cells.head == "the mean of features, then classifier"
+    assert cells(torch.randn(1, 3, 32, 32)).shape == (1, 5, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "timm:vit_tiny_patch16_224", "timm:convnext_atto"])
 def test_other_heads_are_refused(name):
     with pytest.raises(ModelError, match=f"{name}: its head is not the mean of a feature map and a linear layer"):
         CellLogits(models.build(name, 5), name, 224)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import models
+from data.loader import open_loader
 from kernels.normalise import Normalise
 from kernels.pool_labels import reference
 from models import ModelError
@@ -16,6 +17,7 @@ from tests.train.conftest import TINY
 from train import TrainError
 from train.config import parse
 from train.job import check, resolve
+from train.label import label
 from train.labels import origin_of
 from train.labels.maps import Maps
 from train.labels.rows import CellRows
@@ -41,6 +43,7 @@ def make(converted, refinery, tmp_path, monkeypatch):
         given = [*TINY, "--data", str(converted.folder), "--refinery", str(refinery), "--out", str(tmp_path / name)]
         return make_maps(parse([*given, *words]), MapsOptions(side))
 
+    make.data = str(converted.folder)
     return make
 
 
@@ -65,7 +68,7 @@ def test_a_crops_label_is_the_map_pooled_over_its_box(make, converted, refinery)
     """Computed again from the pictures, with RoIAlign on the dense map."""
     store = make("maps")
     made = store.description
-    assert (made.cells, made.k, made.resolution, made.shift) == (3, 3, 96, False)
+    assert (made.cells, made.k, made.resolution, made.shift) == (3, 3, 96, False)  # no class is left out
     config = parse([*TINY, "--data", str(converted.folder), "--labels.stored", str(store.folder)])
     data, (labels,) = check([config])
     job = resolve(config, data, labels)
@@ -91,8 +94,8 @@ def test_a_crops_label_is_the_map_pooled_over_its_box(make, converted, refinery)
     assert said.unique(dim=0).shape[0] == len(said)
 
 
-def resolve_online(converted, refinery):
-    config = parse([*TINY, "--data", str(converted.folder), "--refinery", str(refinery)])
+def resolve_online(converted, refinery, *words):
+    config = parse([*TINY, "--data", str(converted.folder), "--refinery", str(refinery), *words])
     data, (labels,) = check([config])
     return resolve(config, data, labels)
 
@@ -121,28 +124,65 @@ def test_by_default_a_map_has_the_scale_of_validation_crops(make, converted, ref
     assert "maps    of one cell give all crops of an image the same label" in capsys.readouterr().out
     trained = load_trained(str(refinery))
     assert store.description.resolution == round(32 / trained.center_ratio)
-    job = resolve_online(converted, refinery)
+    job = resolve_online(converted, refinery, "--labels.bn", "running")
     published = replace(job.labels, trained=replace(trained, file=None))
     assert Mapper(replace(job, labels=published), MapsOptions()).description.resolution == 480
 
 
-def test_logits_far_below_0_are_shifted(make, converted, refinery, monkeypatch):
-    """As of a network that was trained with binary cross-entropy; two of three classes are kept."""
+@pytest.mark.parametrize("offset", [0, -8, -100])
+def test_logits_that_are_left_out_are_0_on_average(make, converted, refinery, monkeypatch, offset):
+    """So that a label is near that of all logits, wherever these lie, as after training with binary cross-entropy."""
     monkeypatch.setattr("train.maps._KEPT", 2)
-    plain = open_store(make("plain").folder)
     state = torch.load(refinery / "last.pt")
-    state["model"]["fc.bias"] -= 100
+    state["model"]["fc.bias"] += offset
     torch.save(state, "last.pt")
-    shifted = make("shifted", "--refinery", "last.pt")
-    assert (plain.description.shift, shifted.description.shift) == (False, True)
-    rows = CellRows(3, 2, 3)
-    (logits, ids), (theirs, their_ids) = (
-        rows.unpack(torch.from_numpy(store.rows(0).copy())) for store in (shifted, plain)
-    )
-    assert torch.equal(ids, their_ids)
-    # The third class is 0 now; that the others kept their distance from each other shows that only cells were moved.
-    torch.testing.assert_close(logits.diff(dim=3), theirs.diff(dim=3), rtol=1e-2, atol=1e-2)
-    assert (logits >= 0).all()
+    store = make("maps", "--refinery", "last.pt")
+    assert store.description.shift
+    trained = load_trained("last.pt")
+    network, normalise = CellLogits(trained.network, "resnet18", 96), Normalise(trained.normalisation)
+    mapper = Mapper(resolve_online(converted, refinery), MapsOptions(96))
+    batch = next(mapper._loader.epoch(0))
+    cells = network(normalise(batch.paired[mapper._whole])).movedim(1, -1)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(cells), 4)
+    ids = torch.arange(3).expand(cells.shape)
+    source = Maps(store)
+    rows = source.fetch(batch.indices.numpy(), batch.copies.numpy(), 0)
+    boxes = torch.cat([torch.zeros_like(batch.sizes), batch.sizes], dim=1)
+    said = source(replace(batch, boxes=boxes, labels_on_disk=rows)).distribution(3)
+    # One class is left out: its logit, moved with the others, is exactly 0.
+    torch.testing.assert_close(said, reference(cells, ids, whole, 3), rtol=0.02, atol=0.01)
+
+
+def test_a_map_is_read_in_a_compiled_graph_and_one_at_a_time(make, converted):
+    source = Maps(make("maps"))
+    rows = torch.from_numpy(source._store.rows(0)[:5].copy())
+    for classes in (10, 300, 70000):
+        format = CellRows(classes, 5, 3)
+        packed = format.pack(torch.randn(4, classes, 3, 3))
+        together = format.unpack(packed)
+        for one in range(4):
+            for part, all_of_it in zip(format.unpack(packed[one : one + 1]), together, strict=True):
+                assert torch.equal(part, all_of_it[one : one + 1])
+    loader = open_loader(converted.beton("train"), resolution=32, batch_size=5)
+    batch = replace(next(loader.epoch(0)), labels_on_disk=rows)
+    compiled = torch.compile(source, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(batch).probabilities, source(batch).probabilities)
+
+
+def test_logits_that_float16_does_not_hold_are_refused(make, refinery):
+    state = torch.load(refinery / "last.pt")
+    state["model"]["fc.weight"] *= 1e6
+    torch.save(state, "last.pt")
+    with pytest.raises(TrainError, match="its logits for some images are not finite in float16"):
+        make("maps", "--refinery", "last.pt")
+    assert open_store("maps").epochs == 0
+
+
+def test_a_batch_of_one_and_folders_of_other_labels(make, refinery):
+    assert make("maps", "--batch", "1").epochs == 1
+    label(parse([*TINY, "--data", make.data, "--refinery", str(refinery), "--out", "labels"]))
+    with pytest.raises(TrainError, match="OUT=.*labels: holds top 3 labels of crops and no maps"):
+        make("labels")
 
 
 @pytest.mark.parametrize(

@@ -292,6 +292,8 @@ def test_labels_of_other_things_are_not_added_to(store, tmp_path):
         create_store(tmp_path / "images", DESCRIPTION)
     with pytest.raises(TrainError, match="OUT=.*labels cannot be written there"):
         create_store(tmp_path / "images" / "photo.jpg", DESCRIPTION)
+    with pytest.raises(TrainError, match="OUT=.*labels cannot be written there .File name too long"):
+        check_folder(tmp_path / ("a" * 300))
 
 
 def test_sizes_as_people_read_them():

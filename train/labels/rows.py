@@ -147,9 +147,13 @@ class CellRows(nn.Module):
 
     def unpack(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """logits float16 and ids int64, [B, side, side, k], of rows uint8 [B, width]."""
-        logits = rows[:, : self._logit_bytes].contiguous().view(torch.float16)
-        ids = rows[:, self._logit_bytes :].contiguous().view(self._ids)
-        return logits.unflatten(1, self._shape), ids.unflatten(1, self._shape).long()
+        logits, ids = rows[:, : self._logit_bytes], rows[:, self._logit_bytes :]
+        shape = (len(rows), *self._shape)
+        # As one row of bytes each: a view of a wider type wants memory without gaps.
+        return (
+            logits.reshape(-1).clone().view(torch.float16).view(shape),
+            ids.reshape(-1).clone().view(self._ids).view(shape).long(),
+        )
 
 
 def build_rows(format: str, classes: int, *, k: int | None = None, dtype: str | None = None) -> Rows:

@@ -103,7 +103,10 @@ class Description:
     @property
     def key(self) -> str:
         """Names all of it, in eight hex digits."""
-        return key_of(asdict(self))
+        # What only maps have is no part of the name of other labels.
+        return key_of(
+            {name: value for name, value in asdict(self).items() if value is not None or name in ("k", "dtype")}
+        )
 
     @property
     def kind(self) -> str:
@@ -197,10 +200,11 @@ class Store:
         given = sum(_size_of(self._partial(epoch)) or 0 for epoch in missing)
         needed, free = len(missing) * self.description.bytes_per_epoch - given, shutil.disk_usage(self.folder).free
         if needed > free:
-            smaller = "a smaller --k" if self.description.format == "packed" else "--format packed"
+            smaller = {"packed": "fewer EPOCHS or a smaller --k", "exact": "fewer EPOCHS or --format packed"}
+            what = "the maps" if self.description.format == "map" else f"{len(missing)} epochs of labels"
             raise TrainError(
-                f"OUT={self.folder}: {len(missing)} epochs of labels take {in_units(needed)}, and {in_units(free)} are "
-                f"free; take another disk, fewer EPOCHS, or {smaller}"
+                f"OUT={self.folder}: {what} take {in_units(needed)}, and {in_units(free)} are free; take another disk, "
+                f"or {smaller.get(self.description.format, 'a smaller --map_resolution')}"
             )
 
     @contextmanager
@@ -264,9 +268,9 @@ class Store:
         try:
             yield
         except OSError as error:
+            kept = f"; {len(self.finished)} finished epochs are kept, and the same command goes on with the others"
             raise TrainError(
-                f"{path}: cannot be written ({error.strerror}); {len(self.finished)} finished epochs are kept, and the "
-                "same command goes on with the others"
+                f"{path}: cannot be written ({error.strerror}){'' if self.description.format == 'map' else kept}"
             ) from None
 
     def _file(self, epoch: int) -> Path:
@@ -283,12 +287,17 @@ def open_store(folder: str | Path) -> Store:
 
 def check_folder(folder: Path) -> None:
     """Raises TrainError where labels could not be written to a folder that may not be there yet. Nothing is written."""
-    if _described(folder).is_file():
-        return
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    try:
+        if _described(folder).is_file():
+            return
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        writable = existing.is_dir() and os.access(existing, os.W_OK)
+        others = writable and existing == folder and any(not path.name.endswith(_PARTIAL) for path in folder.iterdir())
+    except OSError as error:
+        raise TrainError(f"OUT={folder}: labels cannot be written there ({error.strerror})") from None
+    if not writable:
         raise TrainError(f"OUT={folder}: labels cannot be written there ({existing} is no folder that can be written)")
-    if existing == folder and any(not path.name.endswith(_PARTIAL) for path in folder.iterdir()):
+    if others:
         raise TrainError(f"OUT={folder}: holds other files; give a new folder, or one of such labels")
 
 
