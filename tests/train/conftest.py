@@ -35,6 +35,15 @@ def run(converted, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def refinery(converted, tmp_path_factory) -> Path:
+    """The run folder of a resnet18 on the tiny set, whose labels differ from crop to crop."""
+    root = tmp_path_factory.mktemp("refinery")
+    words = ["--data", str(converted.folder), "--model", "resnet18", "--runs", str(root), "--recipe", "quick"]
+    (run,) = train(parse([*TINY, *words]))
+    return run.folder
+
+
+@pytest.fixture(scope="session")
 def wordnet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/ with 16 images of each of 3 classes of ImageNet, val/ with 5."""
     root = tmp_path_factory.mktemp("wordnet")

@@ -23,15 +23,6 @@ from train.labels.maps import Maps
 from train.labels.rows import CellRows
 from train.labels.store import open_store
 from train.maps import Mapper, MapsOptions, make_maps
-from train.train import train
-
-
-@pytest.fixture(scope="module")
-def refinery(converted, tmp_path_factory):
-    root = tmp_path_factory.mktemp("refinery")
-    words = ["--data", str(converted.folder), "--model", "resnet18", "--runs", str(root), "--recipe", "quick"]
-    (run,) = train(parse([*TINY, *words]))
-    return run.folder
 
 
 @pytest.fixture

@@ -29,20 +29,10 @@ from train.report.command import report
 from train.runs import read_run
 from train.runs.__main__ import table
 from train.step import Step
-from train.train import train
 
 EXACT = LabelOptions("exact")
 # 48 images in batches of 20: two steps an epoch, and 8 images that training leaves out.
 BATCH = ("--batch", "20")
-
-
-@pytest.fixture(scope="module")
-def refinery(converted, tmp_path_factory):
-    """A run folder, whose labels differ from crop to crop."""
-    root = tmp_path_factory.mktemp("refinery")
-    words = ["--data", str(converted.folder), "--model", "resnet18", "--runs", str(root), "--recipe", "quick"]
-    (run,) = train(parse([*TINY, *words]))
-    return run.folder
 
 
 @pytest.fixture
