@@ -204,7 +204,9 @@ class Loader:
         # One copy to the device instead of six: everything small travels as the columns of one int64 table.
         boxes, flips, sizes = block.boxes[:, copy], block.flips[:, copy], self._beton.sizes[indices]
         columns = [self._beton.labels[indices], indices, copies, boxes, sizes, flips]
-        table = self._delivered(torch.from_numpy(np.column_stack([column.astype(np.int64) for column in columns])))
+        table = delivered(
+            torch.from_numpy(np.column_stack([column.astype(np.int64) for column in columns])), self._device
+        )
         fetched = self._fetch(indices, copies, epoch) if self._fetch else None
         return CropBatch(
             crops=views[0][rows],
@@ -220,12 +222,13 @@ class Loader:
                 pairing: view[rows] if pairing.box == "same" else view
                 for pairing, view in zip(self._paired, views[1:], strict=True)
             },
-            labels_on_disk=None if fetched is None else self._delivered(fetched),
+            labels_on_disk=None if fetched is None else delivered(fetched, self._device),
         )
 
-    def _delivered(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A host tensor on the device; the host does not wait for it to arrive."""
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+
+def delivered(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device; the host does not wait for it to arrive."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _class_names(beton: Beton) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""Which images, in which order, cropped where: pure functions of (seed, epoch, image).
+"""Which images, in which order, cropped where: pure functions of (seed, epoch, image); and how crops are augmented.
 
 Every number is drawn by hashing (seed, epoch, index, copy, draw) with SplitMix64 (Steele, Lea and Flood 2014), so
-there is no generator state: any subset, in any order, on any rank, after any restart, gives the same crops.
+there is no generator state: any subset, in any order, on any rank, after any restart, gives the same crops. What is
+drawn for a step as a whole comes from a generator that is made for it, with a hash of (seed, epoch, step) as its key.
 """
 
 import math
@@ -14,7 +15,7 @@ _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
 # Separate streams: an image's place in the order says nothing about its crop.
-_ORDER, _BOXES, _PAGES, _GENERATION = 1, 2, 3, 4
+_ORDER, _BOXES, _PAGES, _GENERATION, _COLOURS, _MIXING = 1, 2, 3, 4, 5, 6
 
 # RandomResizedCrop gives up after this many proposals and takes the central crop.
 _TRIES = 10
@@ -164,6 +165,72 @@ def whole_boxes(sizes: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.bool_]]
     return np.stack([zeros, zeros, heights, widths], axis=1).astype(np.int32), np.zeros(len(zeros), dtype=bool)
 
 
+def random_colours(
+    count: int, *, seed: int, epoch: int, step: int, jitter: float, lighting: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """How the colours of a step's crops are changed, crop by crop (kernels/colour.py).
+
+    jitter: brightness, contrast and saturation are each multiplied by a factor uniform in 1 - jitter to 1 + jitter.
+    lighting: standard deviation of the shift along each principal component of ImageNet's colours.
+    Returns the factors float32 [count, 3] and the shifts, in standard deviations of the component, float32 [count, 3].
+    """
+    draws = _generator(_COLOURS, seed, epoch, step)
+    factors = 1 + jitter * draws.uniform(-1, 1, (count, 3))
+    shifts = lighting * draws.standard_normal((count, 3))
+    return factors.astype(np.float32), shifts.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How the crops of a step are mixed in pairs (kernels/mix.py).
+
+    partners: int64 [B], the place in the batch of the crop that is mixed into each; a permutation. box: (top, left,
+    bottom, right) in pixels, where it is. inside: the crop's own share of the pixels in the box, the partner has the
+    rest. kept: its own share of all pixels, and so of the label.
+    """
+
+    partners: NDArray[np.int64]
+    box: tuple[int, int, int, int]
+    inside: float
+    kept: float
+
+
+def random_mixing(
+    count: int,
+    resolution: int,
+    *,
+    seed: int,
+    epoch: int,
+    step: int,
+    cutmix: float = 0.0,
+    cutmix_beta: float = 1.0,
+    mixup: float = 0.0,
+    mixup_beta: float = 0.2,
+) -> Mixing:
+    """How a step's `count` crops of `resolution` px a side are mixed: one box and one share for all of them.
+
+    cutmix, mixup: the probability of each, in sum at most 1. CutMix (Yun et al. 2019, section 3.2) puts a box of the
+    partner into the crop: with l ~ Beta(cutmix_beta, cutmix_beta) its sides are those of the crop times sqrt(1 - l),
+    its centre is uniform in the crop, and what lies outside is cut off, so that `kept` is counted from its pixels.
+    Mixup (Zhang et al. 2018, section 2) takes l ~ Beta(mixup_beta, mixup_beta) of every pixel from the crop.
+    """
+    draws = _generator(_MIXING, seed, epoch, step)
+    kind = draws.uniform()
+    # Drawn in any case, so that one option changes nothing else.
+    partners = draws.permutation(count)
+    y, x = draws.integers(resolution, size=2).tolist()
+    if kind < cutmix:
+        side = int(resolution * math.sqrt(1 - draws.beta(cutmix_beta, cutmix_beta)))
+        top, left = max(y - side // 2, 0), max(x - side // 2, 0)
+        bottom, right = min(y - side // 2 + side, resolution), min(x - side // 2 + side, resolution)
+        pasted = (bottom - top) * (right - left)
+        return Mixing(partners, (top, left, bottom, right), 0.0, 1 - pasted / resolution**2)
+    if kind < cutmix + mixup:
+        share = float(draws.beta(mixup_beta, mixup_beta))
+        return Mixing(partners, (0, 0, resolution, resolution), share, share)
+    return Mixing(partners, (0, 0, 0, 0), 1.0, 1.0)
+
+
 def seed_of_generation(seed: int, generation: int) -> int:
     """The seed of the crops and first weights of a run: a hash of the user's seed and of the run's generation.
 
@@ -198,6 +265,11 @@ def _key(*parts: int) -> int:
     for part in parts:
         key = int(_mix(np.array([(key + (part & _MASK) * _GAMMA + _GAMMA) & _MASK], dtype=np.uint64))[0])
     return key
+
+
+def _generator(*parts: int) -> np.random.Generator:
+    """Random numbers of a purpose that are a function of these parts alone (Philox: Salmon et al. 2011)."""
+    return np.random.Generator(np.random.Philox(key=_key(*parts)))
 
 
 def _hash(key: int, values: NDArray[np.uint64]) -> NDArray[np.uint64]:

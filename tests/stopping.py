@@ -10,11 +10,11 @@ def stop_at(step: int, monkeypatch) -> None:
     calls = 0
     original = Step.__call__
 
-    def call(self, batch):
+    def call(self, batch, *where):
         nonlocal calls
         calls += 1
         if calls == step:
             signal.raise_signal(signal.SIGINT)
-        original(self, batch)
+        original(self, batch, *where)
 
     monkeypatch.setattr(Step, "__call__", call)

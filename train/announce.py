@@ -39,6 +39,7 @@ def announce(trainer: Trainer) -> None:
             f"{crop.ratio[1]:.2f}, {'flips' if crop.flip else 'no flips'}; validation: the central "
             f"{100 * crop.center_ratio:.3g} %",
         ),
+        *([("augment", augment)] if (augment := _augmented(job)) else []),
         (
             "length",
             f"{config.epochs} epochs of {trainer.loader.steps} steps of {config.batch} crops, recipe {config.recipe}"
@@ -50,6 +51,20 @@ def announce(trainer: Trainer) -> None:
     for name, text in lines:
         print(f"{name:7} {text}")
     sys.stdout.flush()
+
+
+def _augmented(job: Job) -> str:
+    config = job.config.augment
+    text = config.describe()
+    if config.mixes and config.unmixed:
+        text += f", nothing mixed in the last {round(config.unmixed * job.config.epochs)} epochs"
+    if text and "augment.refinery_sees" in type(job.labels).options and job.config.labels.per == "crop":
+        text += {
+            "mixed": "; the refinery labels what the student sees",
+            "coloured": "; the refinery labels the coloured crop" + ("; labels are mixed" if config.mixes else ""),
+            "plain": "; the refinery labels the crop as it was cut" + ("; labels are mixed" if config.mixes else ""),
+        }[config.refinery_sees]
+    return text
 
 
 def _units(job: Job) -> str:

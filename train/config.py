@@ -21,6 +21,7 @@ from jsonargparse import ArgumentParser
 from command import with_underscores
 from train import TrainError
 from train import labels as kinds
+from train.augment import AugmentConfig
 from train.device import Precision
 from train.labels import LabelsConfig
 from train.labels.ground_truth import GroundTruthLabels
@@ -42,15 +43,16 @@ class OptimizerConfig:
     """How weights move.
 
     Args:
-        kind: sgd, as in the papers, or adamw, which learns faster where a run is only minutes long
+        kind: sgd, as in the papers; adamw, which learns faster where a run is only minutes long; or adamp, with which
+            ReLabel trains on CutMix (timm's, which waits for the device at each weight tensor)
         lr: learning rate for a batch of lr_batch; other batches scale it in proportion
         lr_batch: the batch that lr is meant for
         momentum: share of the last move that is kept, 0 to 1 (sgd)
         nesterov: look ahead along the momentum (sgd)
-        weight_decay: L2 penalty on all weights, decoupled from the gradient in adamw
+        weight_decay: L2 penalty on all weights, decoupled from the gradient in adamw and adamp
     """
 
-    kind: Literal["sgd", "adamw"] = "sgd"
+    kind: Literal["sgd", "adamw", "adamp"] = "sgd"
     lr: float = 0.1
     lr_batch: int = 256
     momentum: float = 0.9
@@ -78,7 +80,7 @@ class ScheduleConfig:
         kind: step multiplies it by gamma at each milestone; cosine takes it to 0, batch by batch
         milestones: shares of the run's length, for kind step
         gamma: what a milestone multiplies by
-        warmup: epochs over which it first rises from 0
+        warmup: epochs over which it first rises from 0; no more than a quarter of the run
     """
 
     kind: Literal["step", "cosine"] = "step"
@@ -92,10 +94,11 @@ class ScheduleConfig:
 
     def factor(self, epoch: float, epochs: int) -> float:
         """What the learning rate is multiplied by at a point of the run, in epochs from its start."""
-        if epoch < self.warmup:
-            return epoch / self.warmup
+        warmup = min(self.warmup, epochs / 4)
+        if epoch < warmup:
+            return epoch / warmup
         if self.kind == "cosine":
-            done = (epoch - self.warmup) / max(epochs - self.warmup, 1e-9)
+            done = (epoch - warmup) / (epochs - warmup)
             return float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64))))
         return float(self.gamma ** sum(epoch >= round(share * epochs) for share in self.milestones))
 
@@ -183,6 +186,7 @@ class Config:
         jitter: eta of adversarial jitter, 1 in the paper: each crop is trained on once more, moved to where student and
             refinery disagree more; for students that are trained already (pretrained)
         crop: where crops lie
+        augment: what else is done to crops
     """
 
     model: str = "mobilenet"
@@ -212,6 +216,7 @@ class Config:
     resolution_from: float = 1.0
     jitter: float = 0.0
     crop: CropConfig = field(default_factory=CropConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self):
         for option, value in _dotted(asdict(self)).items():
@@ -227,6 +232,10 @@ class Config:
             raise TrainError(f"resolution_from={self.resolution_from}: give a share of resolution, above 0 and up to 1")
         if self.jitter < 0:
             raise TrainError(f"jitter={self.jitter}: must not be below 0")
+        if self.jitter and (self.augment.colours or self.augment.mixes):
+            raise TrainError(
+                f"jitter={self.jitter:g}: moves crops as they were cut; leave out {self.augment.describe()} (augment)"
+            )
 
     @property
     def changed(self) -> set[str]:

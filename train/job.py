@@ -18,6 +18,7 @@ from models.trained import digest_of, names_network_alone
 from models.weights import load_weights
 from train import TrainError
 from train import labels as kinds
+from train.augment import Augment
 from train.config import Config, CropConfig, OptimizerConfig, ScheduleConfig
 from train.device import autocast_type, device_named, precision_on
 from train.labels.refinery import RefineryLabels
@@ -82,6 +83,14 @@ class Job:
     def compiled(self) -> bool:
         """Whether the step is to run compiled."""
         return self.config.compile == "always" or (self.config.compile == "auto" and self.device.type == "cuda")
+
+    @property
+    def augment(self) -> Augment | None:
+        """What is done to its crops on the device; None for nothing."""
+        config = self.config.augment
+        if not (config.colours or config.mixes):
+            return None
+        return Augment(config, seed=self.seed, epochs=self.config.epochs, device=self.device)
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -221,6 +230,7 @@ def _identity(config: Config, data: ConvertedSet, crop: CropRule, labels: Labels
         "ema": config.ema,
         "resolution_from": config.resolution_from,
         "jitter": config.jitter,
+        "augment": asdict(config.augment),
         "crop": asdict(crop),
         "resolution": config.resolution,
         "epochs": config.epochs,
@@ -232,6 +242,9 @@ def _identity(config: Config, data: ConvertedSet, crop: CropRule, labels: Labels
         "precision": config.precision,
         "seed": config.seed,
     }
+    if not (config.augment.colours or config.augment.mixes):
+        # So that runs from before there was any keep their identity.
+        del identity["augment"]
     # As JSON gives it back, so that it compares equal with what was read from a run's folder.
     return json.loads(json.dumps(identity))
 

@@ -65,6 +65,7 @@ class Trainer:
             loss=config.loss.kind,
             temperature=config.loss.temperature,
             jitter=config.jitter,
+            augment=job.augment,
             device=job.device,
             autocast=job.autocast,
             compiled=job.compiled,
@@ -118,7 +119,7 @@ class Trainer:
             mark = looked = saved = time.perf_counter()
             for batch in self._fetched(loader.epoch(job.plan_epoch(progress.epoch), progress.step)):
                 self._set_rates(progress.epoch + progress.step / loader.steps)
-                self._train_on(batch)
+                self._train_on(batch, progress.epoch, progress.step)
                 progress.step += 1
                 for student in self.students:
                     student.average(progress.epoch * loader.steps + progress.step)
@@ -194,9 +195,9 @@ class Trainer:
             config = student.job.config
             student.set_rate(config.schedule.factor(epoch, config.epochs))
 
-    def _train_on(self, batch: CropBatch) -> None:
+    def _train_on(self, batch: CropBatch, epoch: int, step: int) -> None:
         try:
-            self.step(batch)
+            self.step(batch, epoch, step)
             return
         except RuntimeError as error:
             if not is_out_of_memory(error):

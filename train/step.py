@@ -1,9 +1,11 @@
-"""One training step: crops in, labels from their source, students forward and backward, weights moved.
+"""One training step: crops in, augmented, labels from their source, students forward and backward, weights moved.
 
 Nothing here waits for the device: the students' sums stay on it until they are read.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ import torch
 from data.loader import CropBatch
 from kernels.normalise import Normalise
 from train import TrainError
+from train.augment import Augment, kept, partners
 from train.device import computing_in
 from train.jitter import with_jittered
-from train.labels.source import LabelSource
+from train.labels.source import LabelSource, Targets
 from train.student import Student
 
 # Inductor may drop channels-last in the backward graph (PyTorch 2.13); the networks are laid out for it.
@@ -35,7 +38,8 @@ class Step:
 
     loss, temperature: how the students' outputs are compared with the labels (kernels.refinery_loss).
     jitter: eta of adversarial jitter (train.jitter) with a single student; 0 is none. Jittered crops count in the loss
-    and not in the accuracies. autocast: bfloat16, float16, or None for float32 throughout.
+    and not in the accuracies. augment: what is done to crops before the students see them; of mixed ones the accuracies
+    count the class of the crop's own image. autocast: bfloat16, float16, or None for float32 throughout.
     compiled: labels, students and losses as one compiled graph, made in the first step of each resolution. Where that
     fails, a notice is printed and the steps go on uncompiled, or under `strict` TrainError is raised. cuda_graphs: the
     compiled graph is recorded and replayed, kernels and all, as CUDA graphs.
@@ -49,6 +53,7 @@ class Step:
         loss: str = "soft",
         temperature: float = 1.0,
         jitter: float = 0.0,
+        augment: Augment | None = None,
         device: torch.device,
         autocast: torch.dtype | None,
         compiled: bool,
@@ -57,10 +62,10 @@ class Step:
     ):
         self.students = students
         self.labels = labels
-        self._loss, self._temperature, self._jitter = loss, temperature, jitter
+        self._loss, self._temperature, self._jitter, self._augment = loss, temperature, jitter, augment
         self._device, self._autocast = device, autocast
         self._normalise = [Normalise(student.normalisation).to(device) for student in students]
-        self._compute: Callable[[CropBatch], tuple[torch.Tensor, torch.Tensor]] = self._losses
+        self._compute: Callable[[CropBatch, Any], tuple[torch.Tensor, torch.Tensor]] = self._losses
         self._compiled, self._strict = compiled, strict
         # Shapes of crops for which there is a graph.
         self._tried: set[torch.Size] = set()
@@ -69,7 +74,8 @@ class Step:
             # A graph for each resolution; one for all sizes would be slower at each.
             self._compute = torch.compile(self._losses, fullgraph=True, dynamic=False, options=options)
 
-    def __call__(self, batch: CropBatch) -> None:
+    def __call__(self, batch: CropBatch, epoch: int = 0, step: int = 0) -> None:
+        """epoch, step: where in the run it is (0, 1, ...), of which its augmentation is a function."""
         for student in self.students:
             student.network.train()
         if self._jitter:
@@ -82,8 +88,13 @@ class Step:
                 eta=self._jitter,
                 autocast=self._autocast,
             )
+        draws = None
+        if self._augment:
+            draws = self._augment.draw(len(batch.crops), batch.crops.shape[-1], epoch=epoch, step=step)
+            # The graph copies the batch, and would be compiled anew for the number of each epoch.
+            batch = replace(batch, epoch=0)
         untried = self._compiled and batch.crops.shape not in self._tried
-        counted = self._first_gradients(batch) if untried else self._gradients(batch)
+        counted = self._first_gradients(batch, draws) if untried else self._gradients(batch, draws)
         for student, sums in zip(self.students, counted, strict=True):
             student.move()
             student.sums += sums
@@ -92,19 +103,19 @@ class Step:
         """Runs the steps from now on without the compiled graph."""
         self._compute, self._compiled = self._losses, False
 
-    def _gradients(self, batch: CropBatch) -> torch.Tensor:
+    def _gradients(self, batch: CropBatch, draws: torch.Tensor | None) -> torch.Tensor:
         """Adds the gradients of a batch to the weights; returns what is to be added to the sums, [students, 4]."""
-        losses, counted = self._compute(batch)
+        losses, counted = self._compute(batch, draws)
         scaled = [student.scaled(loss) for student, loss in zip(self.students, losses, strict=True)]
         torch.stack(scaled).sum().backward()
         return counted
 
-    def _first_gradients(self, batch: CropBatch) -> torch.Tensor:
+    def _first_gradients(self, batch: CropBatch, draws: torch.Tensor | None) -> torch.Tensor:
         """As _gradients, where forward and backward have yet to be compiled for crops of this shape."""
         self._tried.add(batch.crops.shape)
         buffers = [(buffer, buffer.clone()) for student in self.students for buffer in student.network.buffers()]
         try:
-            return self._gradients(batch)
+            return self._gradients(batch, draws)
         except Exception as error:  # a compiler fails in as many ways as it has parts
             if is_out_of_memory(error):
                 raise
@@ -118,24 +129,38 @@ class Step:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        return self._gradients(batch)
+        return self._gradients(batch, draws)
 
-    def _losses(self, batch: CropBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _losses(self, batch: CropBatch, draws: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The students' losses, float32 [students], and what is to be added to their sums, float64 [students, 4]."""
+        crops = seen = batch.crops
+        if self._augment and draws is not None:
+            coloured = self._augment.colour(batch.crops, draws)
+            crops = self._augment.mix(coloured, draws)
+            seen = {"plain": batch.crops, "coloured": coloured, "mixed": crops}[self.labels.sees]
         with computing_in(self._autocast, self._device):
-            targets = self.labels(batch)
+            targets = self.labels(batch if seen is batch.crops else replace(batch, crops=seen))
             outputs = [
-                student.network(normalise(batch.crops))
+                student.network(normalise(crops))
                 for student, normalise in zip(self.students, self._normalise, strict=True)
             ]
         losses, counted = [], []
         crops = torch.full((), len(batch.labels), dtype=torch.float64, device=self._device)
         for logits in outputs:
-            loss = targets.loss(logits, kind=self._loss, temperature=self._temperature).mean()
+            loss = self._loss_of(targets, logits, draws).mean()
             top1, top5 = correct(logits[: len(batch.labels)], batch.labels)
             losses.append(loss)
             counted.append(torch.stack([loss.detach().double() * crops, top1.double(), top5.double(), crops]))
         return torch.stack(losses), torch.stack(counted)
+
+    def _loss_of(self, targets: Targets, logits: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
+        """Each crop's loss, float32 [B]: of a mixed crop the weighted sum of two, unless the mixture has a label."""
+        compared = partial(Targets.loss, student=logits, kind=self._loss, temperature=self._temperature)
+        own = compared(targets)
+        if draws is None or not (self._augment and self._augment.mixes) or self.labels.sees == "mixed":
+            return own
+        share = kept(draws)
+        return share * own + (1 - share) * compared(targets.at(partners(draws)))
 
 
 def correct(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -92,7 +92,7 @@ class Student:
     def move(self) -> None:
         """Moves the weights by their gradients, which are then gone."""
         if self.scaler:
-            # Neither waits for the device: a fused optimizer skips the step there if a gradient is not finite.
+            # A fused optimizer skips the step on the device if a gradient is not finite, and nothing waits for it.
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
@@ -172,7 +172,7 @@ def _build(job: Job) -> nn.Module:
 
 
 def _average(network: nn.Module, decay: float) -> Any:
-    # Loading timm takes seconds, which runs without an average need not wait for.
+    # Loading timm takes seconds, which runs without it need not wait for.
     from timm.utils import ModelEmaV3
 
     return ModelEmaV3(network, decay=decay, use_warmup=True)
@@ -181,6 +181,10 @@ def _average(network: nn.Module, decay: float) -> Any:
 def _optimizer(network: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
     if config.kind == "adamw":
         return torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=config.weight_decay, fused=True)
+    if config.kind == "adamp":
+        from timm.optim import AdamP
+
+        return AdamP(network.parameters(), lr=lr, weight_decay=config.weight_decay)
     sgd = torch.optim.SGD(
         network.parameters(),
         lr=lr,

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from data.plan import CropRule, center_boxes, epoch_order, random_boxes, seed_of_generation
+from data.plan import (
+    CropRule,
+    center_boxes,
+    epoch_order,
+    random_boxes,
+    random_colours,
+    random_mixing,
+    seed_of_generation,
+)
 
 keys = st.integers(min_value=-(2**63), max_value=2**63 - 1)
 sizes_of = st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 4000)), min_size=1, max_size=40)
@@ -179,3 +187,68 @@ def test_each_generation_has_a_seed_of_its_own(seed, generation):
     others = [seed_of_generation(seed, generation + 1), seed_of_generation((seed + 1) % 2**63, generation), seed]
     assert ours not in others
     torch.Generator().manual_seed(ours)  # takes all of its bits
+
+
+@given(seed=keys, epoch=st.integers(0, 300), step=st.integers(0, 10_000), count=st.integers(1, 40))
+def test_mixing_is_a_permutation_and_counts_its_pixels(seed, epoch, step, count):
+    for side in (1, 7, 32):
+        for options in ({"cutmix": 1.0}, {"mixup": 1.0}, {}):
+            mixing = random_mixing(count, side, seed=seed, epoch=epoch, step=step, **options)
+            assert sorted(mixing.partners) == list(range(count))
+            top, left, bottom, right = mixing.box
+            assert 0 <= top <= bottom <= side
+            assert 0 <= left <= right <= side
+            own = np.ones((side, side))
+            own[top:bottom, left:right] = mixing.inside
+            np.testing.assert_allclose(mixing.kept, own.mean(), atol=1e-9)
+            if not options:
+                assert (mixing.box, mixing.kept) == ((0, 0, 0, 0), 1)
+
+
+def test_mixing_follows_the_papers_laws():
+    def drawn(**options):
+        return [random_mixing(2, 64, seed=0, epoch=step // 100, step=step % 100, **options) for step in range(3000)]
+
+    # CutMix as published, drawn another way.
+    rng = np.random.default_rng(1)
+    wanted = []
+    for share in rng.beta(1, 1, 3000):
+        side, (y, x) = int(64 * np.sqrt(1 - share)), rng.integers(64, size=2)
+        (top, left), (bottom, right) = (
+            np.clip(np.array([y, x]) + end, 0, 64) for end in (-(side // 2), side - side // 2)
+        )
+        wanted.append(1 - (bottom - top) * (right - left) / 64**2)
+    cut = drawn(cutmix=1.0)
+    assert abs(np.mean([each.kept for each in cut]) - np.mean(wanted)) < 0.02
+    assert abs(np.std([each.kept for each in cut]) - np.std(wanted)) < 0.02
+    for place in range(2):  # in the middle, along both axes
+        assert abs(np.mean([each.box[place] + each.box[place + 2] for each in cut]) / 128 - 0.5) < 0.02
+    assert not any(each.inside for each in cut)
+    blended = drawn(mixup=1.0, mixup_beta=0.5)
+    assert all(each.box == (0, 0, 64, 64) and each.inside == each.kept for each in blended)
+    assert abs(np.var([each.kept for each in blended]) - 1 / 8) < 0.01  # 1 / (4 (2 beta + 1))
+    rarely = drawn(cutmix=0.3, mixup=0.2)
+    kinds = [each.box == (0, 0, 64, 64) for each in rarely], [each.kept == 1 for each in rarely]
+    assert abs(np.mean(kinds[0]) - 0.2) < 0.03
+    assert abs(np.mean(kinds[1]) - 0.5) < 0.05
+    assert len({tuple(each.partners) for each in cut}) == 2
+
+
+def test_colours_follow_their_laws():
+    factors, shifts = random_colours(20_000, seed=0, epoch=1, step=2, jitter=0.4, lighting=0.1)
+    assert factors.shape == shifts.shape == (20_000, 3)
+    np.testing.assert_allclose(factors.min(axis=0), 0.6, atol=1e-3)
+    np.testing.assert_allclose(factors.max(axis=0), 1.4, atol=1e-3)
+    np.testing.assert_allclose(factors.std(axis=0), 0.8 / np.sqrt(12), rtol=0.02)
+    np.testing.assert_allclose(shifts.std(axis=0), 0.1, rtol=0.02)
+    assert abs(np.corrcoef(np.concatenate([factors, shifts], axis=1).T) - np.eye(6)).max() < 0.03
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_step():
+    def drawn(seed, epoch, step):
+        colours = random_colours(4, seed=seed, epoch=epoch, step=step, jitter=0.4, lighting=0.1)
+        return str((colours, random_mixing(4, 224, seed=seed, epoch=epoch, step=step, cutmix=1)))
+
+    places = [(seed, epoch, step) for seed in (-1, 0, 2**63) for epoch in (0, 1) for step in (0, 1)]
+    assert len({drawn(*place) for place in places}) == len(places)
+    assert drawn(0, 1, 2) == drawn(0, 1, 2)

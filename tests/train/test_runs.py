@@ -83,13 +83,19 @@ def test_another_configuration_is_another_run(run):
 
 
 @pytest.mark.parametrize(
-    ("step", "refinery", "precision"),
-    [(1, False, "fp32"), (2, True, "bf16"), (3, False, "bf16"), (3, True, "fp32"), (5, True, "fp32")],
+    ("step", "refinery", "precision", "others"),
+    [
+        (1, False, "fp32", []),
+        (2, True, "bf16", []),
+        (3, False, "bf16", ["--augment.cutmix", "1", "--augment.color_jitter", "0.4"]),
+        (3, True, "fp32", []),
+        (5, True, "fp32", ["--augment.mixup", "0.5", "--augment.lighting", "0.1", "--augment.refinery_sees", "plain"]),
+    ],
 )
-def test_resuming_equals_never_stopping_bit_for_bit(run, monkeypatch, capsys, step, refinery, precision):
+def test_resuming_equals_never_stopping_bit_for_bit(run, monkeypatch, capsys, step, refinery, precision, others):
     """Stopped within the first epoch, at its end, and within the second; momentum and metrics included."""
     monkeypatch.setattr("train.device._has_bf16", lambda device: True)
-    words = ["--precision", precision]
+    words = ["--precision", precision, *others]
     if refinery:
         words += ["--refinery", f"{run('--model', 'resnet18', '--epochs', '1').folder}"]
     whole = run(*words, "--out", "whole")
@@ -162,11 +168,11 @@ def test_a_student_starts_from_other_weights_and_crops_than_its_refinery(run, mo
     first_batches, first_weights = [], []
     original = Step.__call__
 
-    def call(self, batch):
+    def call(self, batch, *where):
         for student in self.students:
             first_weights.append(next(student.network.parameters()).detach().clone())
         first_batches.append(batch.indices.tolist())
-        original(self, batch)
+        original(self, batch, *where)
 
     monkeypatch.setattr(Step, "__call__", call)
     one = ["--epochs", "1", "--batch", "48"]  # a step
@@ -241,9 +247,9 @@ def test_crops_grow(run, monkeypatch):
     seen = []
     original = Step.__call__
 
-    def call(self, batch):
+    def call(self, batch, *where):
         seen.append(batch.crops.shape[-1])
-        original(self, batch)
+        original(self, batch, *where)
 
     monkeypatch.setattr(Step, "__call__", call)
     run("--resolution_from", "0.45", "--resolution", "72", "--epochs", "6")
@@ -309,10 +315,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, m
     before = Path("run/last.pt").read_bytes()
     original = Step.__call__
 
-    def call(self, batch):
+    def call(self, batch, *where):
         with torch.no_grad():
             next(self.students[0].network.parameters()).fill_(float("nan"))
-        original(self, batch)
+        original(self, batch, *where)
 
     monkeypatch.setattr(Step, "__call__", call)
     with pytest.raises(TrainError, match="no longer finite in epoch 2, by step 3, at learning rate"):
@@ -324,9 +330,9 @@ def test_a_last_step_that_spoils_the_weights_is_not_kept(run, monkeypatch):
     original = Step.__call__
     steps = 0
 
-    def call(self, batch):
+    def call(self, batch, *where):
         nonlocal steps
-        original(self, batch)
+        original(self, batch, *where)
         steps += 1
         if steps == 6:
             with torch.no_grad():
@@ -431,10 +437,10 @@ def test_too_little_memory_is_answered_with_a_batch_that_fits(run, monkeypatch):
     """The allocator is PyTorch's own; a limit on it stands for a small machine."""
     original = Step.__call__
 
-    def call(self, batch):
+    def call(self, batch, *where):
         if len(batch.labels) > 4:
             torch.empty(2**52)
-        original(self, batch)
+        original(self, batch, *where)
 
     monkeypatch.setattr(Step, "__call__", call)
     says = r"batch=16: a step at 32 px does not fit in the \d+ GiB.*; --batch 4 fits"

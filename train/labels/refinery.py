@@ -61,6 +61,7 @@ class RefineryLabels(Labels):
         "loss.kind",
         "loss.temperature",
         "jitter",
+        "augment.refinery_sees",
     )
     elsewhere = "is for a refinery's labels; give a refinery too"
 
@@ -76,6 +77,11 @@ class RefineryLabels(Labels):
             )
         if given.resolution is not None and given.resolution < 1:
             raise TrainError(f"labels.resolution={given.resolution}: must be at least 1")
+        if "augment.refinery_sees" in config.changed and given.per != "crop":
+            raise TrainError(
+                f"augment.refinery_sees={config.augment.refinery_sees}: the labels of labels.per={given.per} are of "
+                "central crops, which are not augmented; leave it out"
+            )
         if config.jitter and given.per != "crop":
             raise TrainError("jitter needs a label for every crop; leave labels.per out")
         if config.jitter and len(config.model.split()) > 1:
@@ -130,6 +136,7 @@ class RefineryLabels(Labels):
             center=Pairing("center", crops.resolution) if self.given.per == "image" else None,
             columns=self.trained.columns_of(crops.data.class_names),
             dtype=crops.autocast or torch.float32,
+            sees=crops.config.augment.refinery_sees,
         )
 
     def _resolution(self, crops: Crops) -> int | None:
@@ -182,6 +189,7 @@ class Refinery(LabelSource):
     center: the central crop that it labels in place of each training crop ("soft static", Table 4); None: it labels the
     training crop itself.
     dtype: what its convolutions and linear layers compute in under autocast, and so what their weights are stored in.
+    sees: the picture that it labels, of training crops: mixed, coloured or plain; see LabelSource.
     """
 
     columns: torch.Tensor | None
@@ -196,6 +204,7 @@ class Refinery(LabelSource):
         center: Pairing | None = None,
         columns: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
+        sees: str = "mixed",
     ):
         super().__init__()
         self.network = deepcopy(network).requires_grad_(False)
@@ -203,6 +212,7 @@ class Refinery(LabelSource):
         self.bn = bn
         self.resolution = resolution
         self.pairings = (center,) if center else ()
+        self.sees = "plain" if center else sees
         self.register_buffer("columns", None if columns is None else torch.tensor(columns), persistent=False)
         norms: list[Any] = [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.eval()

@@ -45,6 +45,14 @@ class Targets:
         assert scores is not None
         return scores.argmax(dim=1)
 
+    def at(self, places: torch.Tensor) -> "Targets":
+        """The targets of the crops at these places in the batch, int64 [N]."""
+        if self.sparse is not None:
+            classes, values, rest = self.sparse
+            return Targets(sparse=(classes[places], values[places], rest[places]))
+        parts = {name: part[places] for name, part in vars(self).items() if part is not None}
+        return Targets(**parts)
+
     def distribution(self, num_classes: int) -> torch.Tensor:
         """What each crop's label gives to every class: float32 [B, C], rows sum to 1."""
         if self.ids is not None:
@@ -75,10 +83,12 @@ class Targets:
 class LabelSource(nn.Module):
     """Makes the targets of a step: overrides forward, and fetch where labels lie in files.
 
-    pairings: further crops of each image that forward needs.
+    pairings: further crops of each image that forward needs. sees: which picture it labels where crops are augmented:
+    plain, as they were cut, coloured, or mixed (train.augment).
     """
 
     pairings: tuple[Pairing, ...] = ()
+    sees: str = "plain"
 
     def fetch(self, indices: NDArray[np.int64], copies: NDArray[np.int64], epoch: int) -> torch.Tensor | None:
         """A host tensor [B, ...] for these crops (indices and copies int64 [B]), or None where nothing is looked up."""
@@ -127,6 +137,8 @@ class Asked(Protocol):
     def crop(self) -> Any: ...  # scale, ratio and flip as in CropRule, each None where it was left out
     @property
     def jitter(self) -> float: ...
+    @property
+    def augment(self) -> Any: ...  # refinery_sees
     @property
     def loss(self) -> Any: ...  # kind, temperature
     @property
