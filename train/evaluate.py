@@ -18,7 +18,7 @@ from data.convert import ensure_converted
 from data.loader import Loader
 from data.originals import Originals
 from data.plan import CropRule
-from data.sets import find_set, is_converted
+from data.sets import ConvertedSet, Unconverted, find_set, is_converted
 from data.sources import Source, open_source
 from models.classes import are_imagenet, by_id, class_columns, lacking
 from models.trained import Trained, load_trained
@@ -82,13 +82,7 @@ def evaluate(
             likeliest class experts judged right or unclear, without problematic images; the mean over the classes
     """
     where = device_named(device)
-    asked: _Asked = {}
-    if real:
-        asked["ReaL"] = read_real(Path(real)), real_accuracy
-    if multi_label:
-        asked["multi-label"] = read_multi_label(Path(multi_label)), multi_label_accuracy
-    from_files = split == "all" or bool(asked)
-    found = _image_files(data, split, labelled=bool(asked)) if from_files else find_set(data)
+    found, asked = find_images(data, split, real, multi_label)
     trained = load_trained(checkpoint, class_names=found.class_names)
     columns = _columns(trained, found.class_names, data)
     loader: Loader | Originals
@@ -129,6 +123,22 @@ def evaluate(
         },
     }
     _write(written, Path(out) if out else _beside(trained, data))
+
+
+def find_images(
+    data: str, split: str, real: str | None, multi_label: str | None
+) -> tuple[Source | ConvertedSet | Unconverted, _Asked]:
+    """What is to be scored, from image files or as a converted set, and the labels that were asked for; see evaluate.
+
+    Raises DataError and TrainError for what cannot be.
+    """
+    asked: _Asked = {}
+    if real:
+        asked["ReaL"] = read_real(Path(real)), real_accuracy
+    if multi_label:
+        asked["multi-label"] = read_multi_label(Path(multi_label)), multi_label_accuracy
+    from_files = split == "all" or bool(asked)
+    return _image_files(data, split, labelled=bool(asked)) if from_files else find_set(data), asked
 
 
 def _print(scores: Scores, several: Mapping[str, Accuracy], side: int, *, known: int) -> None:

@@ -1,4 +1,4 @@
-"""The tables of the Label Refinery paper, made again on any set of images and at any size.
+"""The tables of the Label Refinery and ReLabel papers, made again on any set of images and at any size.
 
 python -m train.tables --data imagenette2-160 --tables 1,4
 make tables DATA=imagenette2-160 TABLES=1,4
@@ -6,6 +6,7 @@ make tables DATA=imagenette2-160 TABLES=1,4
 Every row is a run, or one per seed: what is finished is not repeated, and what was stopped goes on.
 """
 
+import json
 import shlex
 import statistics
 import sys
@@ -17,8 +18,10 @@ from typing import Any
 from command import exit_on_user_error
 from train import TrainError
 from train.config import Config, configure, option_words, parse_both
+from train.evaluate import evaluate, find_images
 from train.job import check
 from train.label import LabelOptions, label
+from train.maps import MapsOptions, make_maps
 from train.runs import Run, key_of, table_text
 from train.train import train
 
@@ -30,12 +33,17 @@ _TITLES = {
     "5": "Table 5, labels by category and by image, the refinery's statistics frozen",
     "6": "Table 6, refineries",
     "7": "Table 7, losses",
+    "relabel-networks": "ReLabel, networks from ground truth and from label maps, with CutMix",
+    "relabel-labels": "ReLabel, kinds of labels, with and without CutMix",
     "stored": "Stored labels, of one refinery for students of all seeds",
 }
 # The rows of networks that label for others, which belong to no table of their own.
 _REFINERIES = "refineries"
 # Options that rows set.
-_OF_ROWS = ("model", "seed", "labels.per", "labels.taxonomy", "labels.stored", "labels.cycle", "loss.kind", "jitter")
+_OF_ROWS = (
+    *("model", "seed", "labels.per", "labels.taxonomy", "labels.stored", "labels.cycle", "loss.kind", "jitter"),
+    *("augment.cutmix", "augment.refinery_sees"),
+)
 # From the one that says most of the method on.
 _USUAL_ORDER = "1,4,2,3,6,7,5"
 
@@ -45,14 +53,20 @@ class TablesOptions:
     """Options of the tables.
 
     Args:
-        tables: which, with commas between them (default: 1,4,2,3,6,7 and, with taxonomy, 5); stored, which is not in
-            the paper, compares labels from files with the refinery's own
+        tables: which, with commas between them (default: Label Refinery's 1,4,2,3,6,7 and, with taxonomy, 5); ReLabel's
+            are relabel-networks and relabel-labels; stored, which is in no paper, compares labels from files with the
+            refinery's own
         seeds: runs a row, of seeds 0, 1, ...; refineries are trained once
         student: the student of most rows
-        students: those of Table 2, and those that learn together from one folder of stored labels
+        students: those of Table 2 and of relabel-networks, and those that learn together from one folder of stored
+            labels
         refineries: those of Table 6
         refinery_epochs: for refineries (default: as all others)
         taxonomy: WordNet's is-a relation, "parent child" lines, for Table 5
+        map_resolution: of the label maps, as python -m train.maps takes it
+        v2: ImageNetV2's class folders, on which the runs of relabel-labels are scored too
+        real: real.json, for their ReaL accuracy
+        multi_label: human_accuracy_v3.0.0.json, for their multi-label accuracy
     """
 
     tables: str | None = None
@@ -62,6 +76,21 @@ class TablesOptions:
     refineries: str = "mobilenet0.5 darknet19 resnet18"
     refinery_epochs: int | None = None
     taxonomy: str | None = None
+    map_resolution: int | None = None
+    v2: str | None = None
+    real: str | None = None
+    multi_label: str | None = None
+
+    def sets(self, data: str) -> dict[str, dict[str, Any]]:
+        """By its column's name: what train.evaluate is asked for, besides the checkpoint. data: the set of the runs."""
+        sets: dict[str, dict[str, Any]] = {}
+        if self.v2:
+            sets["V2"] = {"data": self.v2, "split": "all"}
+        if self.real:
+            sets["ReaL"] = {"data": data, "real": self.real}
+        if self.multi_label:
+            sets["multi-label"] = {"data": data, "multi_label": self.multi_label}
+        return sets
 
 
 @dataclass(frozen=True)
@@ -82,9 +111,13 @@ class Setting:
             "student": options.student,
             "refinery": self.refinery,
             "refinery-epochs": options.refinery_epochs,
-            "students": options.students if {"2", "stored"} & set(tables) else None,
+            "students": options.students if {"2", "stored", "relabel-networks"} & set(tables) else None,
             "refineries": options.refineries if "6" in tables else None,
             "taxonomy": options.taxonomy if "5" in tables else None,
+            "map-resolution": options.map_resolution,
+            "v2": options.v2,
+            "real": options.real,
+            "multi-label": options.multi_label,
         }
         given = {name: value for name, value in own.items() if value}
         common = {name: value for name, value in self.config.given.items() if name != "data"}
@@ -95,6 +128,7 @@ class Setting:
 class Row:
     """A row of a table: its runs, one per seed, and the options in which it differs from the others.
 
+    on_sets: of each run its accuracy on further sets, in percent, where the table has some.
     In the options, the name of a row in brackets stands for the folder of its run of the same seed, or of its only one.
     """
 
@@ -102,6 +136,7 @@ class Row:
     name: str
     options: str
     runs: list[Run] = field(default_factory=list)
+    on_sets: list[dict[str, float | None]] = field(default_factory=list)
 
     def of_seed(self, seed: int) -> Run:
         return self.runs[seed % len(self.runs)]
@@ -117,7 +152,7 @@ class Tables:
 
     def make(self, table: str) -> None:
         """Adds the rows of one of _TITLES' tables."""
-        getattr(self, f"_table_{table}")()
+        getattr(self, f"_table_{table.replace('-', '_')}")()
 
     def _table_1(self) -> None:
         student = self._setting.options.student
@@ -166,6 +201,40 @@ class Tables:
         self._refined("7", "L2", {"loss.kind": "l2"})
         self._refined("7", "KL from output to label", {"loss.kind": "reversed"})
         self._refined("7", "KL from label to output")
+
+    def _table_relabel_networks(self) -> None:
+        maps = self._maps()
+        for name in self._setting.options.students.split():
+            self._row("relabel-networks", f"{name}, ground truth", name)
+            self._row("relabel-networks", f"{name}, maps", name, maps)
+            self._row("relabel-networks", f"{name}, maps, CutMix", name, maps | self._cutmix)
+
+    def _table_relabel_labels(self) -> None:
+        table, student = "relabel-labels", self._setting.options.student
+        self._row(table, "ground truth", student)
+        self._row(table, "label smoothing", student, {"labels.smoothing": 0.1})
+        self._refined(table, "label cleaning", {"labels.per": "image", "loss.kind": "hard"})
+        self._row(table, "maps", student, self._maps())
+        self._row(table, "maps, CutMix", student, self._maps() | self._cutmix)
+        self._refined(table, "refinery", {})
+        self._refined(table, "refinery, CutMix", self._cutmix)
+
+    @property
+    def _cutmix(self) -> dict[str, Any]:
+        """In what rows with CutMix differ: as in the paper in the optimizer too, where all else is the paper's."""
+        if self._setting.config.recipe == "relabel":
+            return {"recipe": "relabel-cutmix"}
+        return {"augment.cutmix": 1, "augment.unmixed": 1 / 60}
+
+    def _maps(self) -> dict[str, Any]:
+        """The option that takes the label maps of the refinery, which are made where they are missing."""
+        refinery = self._refinery().of_seed(0).folder
+        options = MapsOptions(self._setting.options.map_resolution)
+        config = self._setting.config.replace({"model": self._setting.options.student})
+        key = key_of(config.given | {"map_resolution": options.map_resolution})
+        out = refinery.with_name(f"{refinery.name}-maps-{key}")
+        make_maps(config.replace({"refinery": str(refinery), "out": str(out)}), options)
+        return {"labels.stored": str(out)}
 
     def _table_stored(self) -> None:
         student = self._setting.options.student
@@ -239,7 +308,21 @@ class Tables:
         if not row.runs:
             self.rows.append(row)
         row.runs.append(run)
+        if row.table == "relabel-labels":
+            row.on_sets.append(self._on_sets(run))
         self._show(self.rows)
+
+    def _on_sets(self, run: Run) -> dict[str, float | None]:
+        """A run's accuracy on the further sets, in percent; None where none of their labels is of its classes."""
+        found = {}
+        for name, asked in self._setting.options.sets(self._setting.config.data).items():
+            path = run.folder / f"evaluation-{name}-{key_of(asked)}.json"
+            if not path.is_file():
+                config = self._setting.config
+                evaluate(str(run.folder), out=str(path), device=config.device, threads=config.threads, **asked)
+            scores = json.loads(path.read_text())
+            found[name] = scores["top1"] if name == "V2" else scores[name.lower().replace("-", "_")]["percent"]
+        return found
 
 
 def _words(options: Mapping[str, Any]) -> str:
@@ -271,8 +354,9 @@ def markdown(rows: Sequence[Row], setting: Setting, tables: Sequence[str]) -> st
         mine = [row for row in rows if row.table == table]
         if mine:
             text += f"\n## {title}\n\n"
-            text += "| row | options | top-1 | ± | top-5 | train top-1 | seeds | images/s | minutes |\n"
-            text += "|---|---|" + "---:|" * 7 + "\n"
+            sets = list(mine[0].on_sets[0]) if mine[0].on_sets else []
+            heads = ["row", "options", "top-1", "±", "top-5", *sets, "train top-1", "seeds", "images/s", "minutes"]
+            text += f"| {' | '.join(heads)} |\n|---|---|" + "---:|" * (len(heads) - 2) + "\n"
             for row in mine:
                 results = [_result(run) for run in row.runs]
                 top1 = [result["top1"] for result in results]
@@ -280,18 +364,25 @@ def markdown(rows: Sequence[Row], setting: Setting, tables: Sequence[str]) -> st
                 text += (
                     f"| {row.name} | `{row.options}` | {statistics.mean(top1):.2f} | {spread} | "
                     f"{statistics.mean(result['top5'] for result in results):.2f} | "
-                    f"{statistics.mean(run.metrics[-1]['train_top1'] for run in row.runs):.2f} | {len(row.runs)} | "
+                    + "".join(f"{_mean([scores[name] for scores in row.on_sets])} | " for name in sets)
+                    + f"{statistics.mean(run.metrics[-1]['train_top1'] for run in row.runs):.2f} | {len(row.runs)} | "
                     f"{statistics.median(result['images_per_second_per_device'] for result in results):.0f} | "
                     f"{statistics.mean(result['seconds'] for result in results) / 60:.1f} |\n"
                 )
     return text
 
 
+def _mean(values: Sequence[float | None]) -> str:
+    """Of percents; – where there are none."""
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.2f}" if known else "–"
+
+
 def main() -> None:
     about = (
-        "Makes the tables of the Label Refinery paper again, run by run; what is finished is not repeated. --refinery "
-        "(default: resnet18) names the network that labels for most rows, --out the file to write (default: "
-        "runs/tables-1-4-....md). All other options of python -m train hold for every run."
+        "Makes the tables of the Label Refinery and ReLabel papers again, run by run; what is finished is not "
+        "repeated. --refinery (default: resnet18) names the network that labels for most rows, --out the file to write "
+        "(default: runs/tables-1-4-....md). All other options of python -m train hold for every run."
     )
 
     config, own = parse_both(sys.argv[1:], TablesOptions, prog="python -m train.tables", about=about)
@@ -315,6 +406,12 @@ def make_tables(wanted: Sequence[str], setting: Setting, out: Path) -> list[Row]
         raise TrainError(f"seeds={options.seeds}: must be at least 1")
     if "5" in wanted and not options.taxonomy:
         raise TrainError("table 5 needs --taxonomy, a file of WordNet's is-a relation")
+    for asked in options.sets(setting.config.data).values():
+        if "relabel-labels" not in wanted:
+            raise TrainError(
+                "v2, real, multi_label: are columns of the table relabel-labels; name it or leave them out"
+            )
+        find_images(asked["data"], asked.get("split", "val"), asked.get("real"), asked.get("multi_label"))
 
     given = [option for option in _OF_ROWS if option in setting.config.given]
     if given:

@@ -1,6 +1,8 @@
 """The paper's tables, end to end on a tiny set."""
 
+import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -82,6 +84,54 @@ def test_the_table_of_stored_labels(setting, tmp_path):
 
 
 @pytest.mark.slow
+def test_relabels_tables(setting, wordnet_folder, tmp_path, monkeypatch):
+    """On classes of ImageNet, whose val images have ReaL labels: of the first three, one is right and one has none."""
+    val = sorted((wordnet_folder / "val").rglob("*.*"))
+    # WordNet's id of class 3 of ImageNet, in sorted order, is that of the first folder.
+    names = {f"ILSVRC2012_val_{number:08d}": path for number, path in enumerate(val, 1)}
+    data = tmp_path / "data"
+    for part in ("train", "val"):
+        shutil.copytree(wordnet_folder / part, data / part)
+    for name, path in names.items():
+        (data / "val" / path.parent.name / path.name).rename(data / "val" / path.parent.name / f"{name}{path.suffix}")
+    classes = {"n01491361": 3, "n02104029": 222, "n15075141": 999}
+    real = [[classes[path.parent.name]] for path in val] + [[] for _ in range(50_000 - len(val))]
+    (tmp_path / "real.json").write_text(json.dumps(real))
+    words = {"real": str(tmp_path / "real.json"), "v2": str(data / "val"), "map_resolution": 96, "seeds": 1}
+    setting = with_options(setting, **words)
+    setting = replace(setting, config=setting.config.replace({"data": str(data)}))
+    rows = make_tables(["relabel-labels", "relabel-networks"], setting, tmp_path / "tables.md")
+    assert [row.name for row in rows if row.table == "relabel-labels"] == [
+        *("ground truth", "label smoothing", "label cleaning", "maps", "maps, CutMix", "refinery", "refinery, CutMix"),
+    ]
+    networks = [row.name for row in rows if row.table == "relabel-networks"]
+    assert networks == [
+        f"{name}, {labels}"
+        for name in ("mobilenet0.25", "mobilenet0.5")
+        for labels in ("ground truth", "maps", "maps, CutMix")
+    ]
+    by_name = {row.name: row for row in rows}
+    cleaning = by_name["label cleaning"].runs[0].identity
+    assert (cleaning["labels"]["per"], cleaning["loss"]["kind"]) == ("image", "hard")
+    assert by_name["label smoothing"].runs[0].identity["labels"]["smoothing"] == 0.1
+    assert by_name["maps"].runs[0].identity["labels"]["kind"] == "maps"
+    assert by_name["maps"].runs[0].folder == by_name["mobilenet0.25, maps"].runs[0].folder
+    for name in ("maps, CutMix", "refinery, CutMix"):
+        assert by_name[name].runs[0].identity["augment"]["cutmix"] == 1
+    # Each image has its own class as its ReaL label, and V2 is the same images here.
+    for row in rows:
+        if row.table == "relabel-labels":
+            (sets,) = row.on_sets
+            assert sets["V2"] == sets["ReaL"]
+    text = (tmp_path / "tables.md").read_text()
+    assert "| row | options | top-1 | ± | top-5 | V2 | ReaL | train top-1 |" in text
+    assert str(tmp_path) not in text
+    # As in the paper, CutMix has a recipe of its own.
+    paper = replace(setting, config=setting.config.replace({"recipe": "relabel"}))
+    assert Tables(paper, lambda rows: None)._cutmix == {"recipe": "relabel-cutmix"}
+
+
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(setting, tmp_path, capsys):
     setting = with_options(setting, seeds=1)
     make_tables(["4"], setting, tmp_path / "tables.md")
@@ -145,5 +195,9 @@ def test_bad_tables_are_refused_before_anything_is_trained(setting, tmp_path, mo
         make_tables(["1", "9"], setting, tmp_path / "tables.md")
     with pytest.raises(TrainError, match="table 5 needs --taxonomy"):
         make_tables(["1", "5"], setting, tmp_path / "tables.md")
+    with pytest.raises(TrainError, match="v2, real, multi_label: are columns of the table relabel-labels"):
+        make_tables(["1"], with_options(setting, real="real.json"), tmp_path / "tables.md")
+    with pytest.raises(TrainError, match="real.json"):
+        make_tables(["relabel-labels"], with_options(setting, real="real.json"), tmp_path / "tables.md")
     with pytest.raises(TrainError, match="seeds=0"):
         make_tables(["1"], with_options(setting, seeds=0), tmp_path / "tables.md")
