@@ -1,11 +1,14 @@
 """Options, recipes and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from command import exit_on_user_error
 from train import TrainError, labels
+from train.augment import AugmentConfig
 from train.config import (
     RECIPES,
     Config,
@@ -46,6 +49,32 @@ def test_the_papers_recipe_knows_its_networks():
     assert parse(["--data", "x", "--model", "alexnet"]).optimizer.lr == 0.01
     mobilenet = parse(["--data", "x", "--model", "mobilenet0.5"])
     assert (mobilenet.batch, mobilenet.optimizer.lr, mobilenet.optimizer.lr_batch) == (512, 0.1, 512)
+
+
+def test_relabels_recipes_are_the_papers():
+    plain, cutmix = (parse(["--data", "x", "--recipe", name]) for name in ("relabel", "relabel-cutmix"))
+    assert (plain.epochs, plain.batch) == (cutmix.epochs, cutmix.batch) == (300, 1024)
+    assert (plain.schedule.kind, plain.schedule.warmup) == (cutmix.schedule.kind, cutmix.schedule.warmup)
+    assert (plain.schedule.kind, plain.schedule.warmup) == ("cosine", 5)
+    assert plain.optimizer == OptimizerConfig("sgd", 0.1, 1024, 0.9, True, 1e-4)
+    assert plain.augment == AugmentConfig(color_jitter=0.4, lighting=0.1)
+    optimizer = cutmix.optimizer
+    assert (optimizer.kind, optimizer.lr, optimizer.lr_batch, optimizer.weight_decay) == ("adamp", 0.002, 1024, 0.01)
+    # In all of the run but 5 of its 300 epochs.
+    assert (cutmix.augment.cutmix, cutmix.augment.cutmix_beta, round(300 * cutmix.augment.unmixed)) == (1, 1, 5)
+    assert replace(cutmix.augment, cutmix=0, unmixed=0) == plain.augment
+    sides = {
+        name: parse(["--data", "x", "--recipe", "relabel", "--model", f"timm:{name}"]).resolution
+        for name in ("resnet101", "rexnet_100", "efficientnet_b0", "efficientnet_b1", "efficientnet_b3")
+    }
+    assert list(sides.values()) == [None, None, None, 240, 300]
+
+
+def test_a_warm_up_is_no_more_than_a_quarter_of_the_run():
+    schedule = ScheduleConfig(kind="cosine", warmup=5)
+    assert [schedule.factor(epoch, 300) for epoch in (0, 2.5, 5)] == [0, 0.5, 1]
+    assert [schedule.factor(epoch, 8) for epoch in (0, 1, 2, 5, 8)] == [0, 0.5, 1, pytest.approx(0.5), 0]
+    assert ScheduleConfig(warmup=0.5).factor(0.25, 4) == 0.5
 
 
 def test_options_override_recipes():

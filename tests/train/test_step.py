@@ -145,7 +145,7 @@ def new_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "adamp"])
 def test_fp16_scales_the_loss_and_skips_what_overflows(loader, new_memory_is_nan, kind):
     """A skipped step leaves nothing behind: the next one is the first step of a student that skipped none."""
     skipping, plain = (tiny_step(autocast=torch.float16, optimizer=kind) for _ in range(2))
