@@ -25,7 +25,7 @@ takes.maps          := REFINERY DATA BATCH DECODER RECIPE SEED OUT ARGS
 about.chain         := generations of networks, each learning from the one before
 runs.chain          := train.chain
 takes.chain         := MODELS $(filter-out MODEL OUT,$(training)) ARGS
-about.tables        := the tables of the paper, on any images
+about.tables        := the tables of the papers, on any images
 runs.tables         := train.tables
 takes.tables        := TABLES DATA OUT ARGS
 about.convert       := write images as a converted set (train does it when needed)
@@ -165,7 +165,7 @@ Variables (typed on make's command line; the environment does not count)
   RECIPE      quick, label-refinery, ...          SEED        fixes crops and first weights
   OUT         where the result goes
   MODELS      a chain's networks: "alexnet alexnet alexnet"
-  TABLES      which tables of the paper: 1,4
+  TABLES      which tables of the papers: 1,4,relabel-labels
   RUNS        run folders: "runs/scenes/A runs/scenes/B"
   CHECKPOINT  a run's best.pt or last.pt, or what REFINERY takes except a name alone
   IMAGES      a file or a folder

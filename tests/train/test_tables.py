@@ -11,7 +11,9 @@ from models import ModelError
 from models.trained import digest_of
 from train import TrainError
 from train.config import parse
-from train.tables import Setting, Tables, TablesOptions, main, make_tables
+from train.tables.command import main, make_tables
+from train.tables.rows import Tables
+from train.tables.text import Setting, TablesOptions
 
 
 @pytest.fixture
@@ -167,7 +169,9 @@ def test_students_of_other_batches_train_apart(setting, tmp_path, capsys):
 
 def test_all_tables_but_one_can_do_without_a_taxonomy(setting, tmp_path, monkeypatch, capsys):
     made = []
-    monkeypatch.setattr("train.tables.make_tables", lambda wanted, setting, out: made.append((wanted, str(out))))
+    monkeypatch.setattr(
+        "train.tables.command.make_tables", lambda wanted, setting, out: made.append((wanted, str(out)))
+    )
     monkeypatch.setattr("sys.argv", ["tables", "--data", setting.config.data])
     main()
     assert made == [(list("142367"), "runs/tables-1-4-2-3-6-7.md")]
@@ -175,7 +179,7 @@ def test_all_tables_but_one_can_do_without_a_taxonomy(setting, tmp_path, monkeyp
 
 
 def test_bad_tables_are_refused_before_anything_is_trained(setting, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.tables.train", None)
+    monkeypatch.setattr("train.tables.rows.train", None)
     with pytest.raises(ModelError, match="mobilnet"):
         make_tables(["1"], with_options(setting, students="mobilenet0.25 mobilnet"), tmp_path / "tables.md")
     with pytest.raises(ModelError, match="alexnet: resolution=32 is too small"):

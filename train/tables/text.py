@@ -1,0 +1,173 @@
+"""What the tables are made of, their options and rows, and how they are written."""
+
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.config import Config, option_words
+from train.runs import Run
+
+TITLES = {
+    "1": "Table 1, self-refinement: each generation learns from the one before",
+    "2": "Table 2, students of one refinery",
+    "3": "Table 3, adversarial jitter, from the refined student on",
+    "4": "Table 4, what a label is of and whether it is soft",
+    "5": "Table 5, labels by category and by image, the refinery's statistics frozen",
+    "6": "Table 6, refineries",
+    "7": "Table 7, losses",
+    "relabel-networks": "ReLabel, networks from ground truth and from label maps, with CutMix",
+    "relabel-labels": "ReLabel, kinds of labels, with and without CutMix",
+    "stored": "Stored labels, of one refinery for students of all seeds",
+}
+# The rows of networks that label for others, which belong to no table of their own.
+REFINERIES = "refineries"
+
+
+@dataclass(frozen=True)
+class TablesOptions:
+    """Options of the tables.
+
+    Args:
+        tables: which, with commas between them (default: Label Refinery's 1,4,2,3,6,7 and, with taxonomy, 5); ReLabel's
+            are relabel-networks and relabel-labels; stored, which is in no paper, compares labels from files with the
+            refinery's own
+        seeds: runs a row, of seeds 0, 1, ...; refineries are trained once
+        student: the student of most rows
+        students: those of Table 2 and of relabel-networks, and those that learn together from one folder of stored
+            labels
+        refineries: those of Table 6
+        refinery_epochs: for refineries (default: as all others)
+        taxonomy: WordNet's is-a relation, "parent child" lines, for Table 5
+        map_resolution: of the label maps, as python -m train.maps takes it
+        v2: ImageNetV2's class folders, on which the runs of relabel-labels are scored too
+        real: real.json, for their ReaL accuracy
+        multi_label: human_accuracy_v3.0.0.json, for their multi-label accuracy
+    """
+
+    tables: str | None = None
+    seeds: int = 3
+    student: str = "mobilenet0.25"
+    students: str = "mobilenet0.25 mobilenet0.5 mobilenet resnet18 darknet19"
+    refineries: str = "mobilenet0.5 darknet19 resnet18"
+    refinery_epochs: int | None = None
+    taxonomy: str | None = None
+    map_resolution: int | None = None
+    v2: str | None = None
+    real: str | None = None
+    multi_label: str | None = None
+
+    def sets(self, data: str) -> dict[str, dict[str, Any]]:
+        """By its column's name: what train.evaluate is asked for, besides the checkpoint. data: the set of the runs."""
+        sets: dict[str, dict[str, Any]] = {}
+        if self.v2:
+            sets["V2"] = {"data": self.v2, "split": "all"}
+        if self.real:
+            sets["ReaL"] = {"data": data, "real": self.real}
+        if self.multi_label:
+            sets["multi-label"] = {"data": data, "multi_label": self.multi_label}
+        return sets
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the tables are made with. config: what holds for every run. refinery: the one of most rows."""
+
+    config: Config
+    options: TablesOptions
+    refinery: str = "resnet18"
+
+    def command(self, tables: Sequence[str]) -> str:
+        """What to type for these tables, files by their names alone."""
+        options = self.options
+        own = {
+            "data": self.config.data,
+            "tables": ",".join(tables),
+            "seeds": options.seeds,
+            "student": options.student,
+            "refinery": self.refinery,
+            "refinery-epochs": options.refinery_epochs,
+            "students": options.students if {"2", "stored", "relabel-networks"} & set(tables) else None,
+            "refineries": options.refineries if "6" in tables else None,
+            "taxonomy": options.taxonomy if "5" in tables else None,
+            "map-resolution": options.map_resolution,
+            "v2": options.v2,
+            "real": options.real,
+            "multi-label": options.multi_label,
+        }
+        given = {name: value for name, value in own.items() if value}
+        common = {name: value for name, value in self.config.given.items() if name != "data"}
+        return f"python -m train.tables {shlex.join(_plain(option_words(given | common)))}"
+
+
+@dataclass
+class Row:
+    """A row of a table: its runs, one per seed, and the options in which it differs from the others.
+
+    on_sets: of each run its accuracy on further sets, in percent, where the table has some.
+    In the options, the name of a row in brackets stands for the folder of its run of the same seed, or of its only one.
+    """
+
+    table: str
+    name: str
+    options: str
+    runs: list[Run] = field(default_factory=list)
+    on_sets: list[dict[str, float | None]] = field(default_factory=list)
+
+    def of_seed(self, seed: int) -> Run:
+        return self.runs[seed % len(self.runs)]
+
+
+def words_of(options: Mapping[str, Any]) -> str:
+    return " ".join(_plain(option_words(options)))
+
+
+def _plain(words: Sequence[str]) -> list[str]:
+    """Files by their names alone: where they lie is another machine's matter. A row's name stays as it is."""
+    return [Path(word).name if "/" in word and not word.startswith("[") else word for word in words]
+
+
+def result_of(run: Run) -> dict[str, Any]:
+    assert run.result is not None
+    return run.result
+
+
+def markdown(rows: Sequence[Row], setting: Setting, tables: Sequence[str]) -> str:
+    """All rows so far: mean over seeds, and the standard deviation where there are several."""
+    common = shlex.join(_plain(option_words(setting.config.given)))
+    text = (
+        f"Made by `{setting.command(tables)}`.\n\n"
+        f"Every run: `python -m train {common}` with the row's options and `--seed` 0, 1, ...; a row's name in "
+        "brackets stands for the folder of its run of the same seed. Refineries are trained once, with seed 0 and the "
+        "recipe's options for refineries, and label for the students of all seeds. Accuracies are of the last epoch, "
+        "one central crop, in percent: the mean over the seeds, and ± their standard deviation. Train top-1: random "
+        "crops over the last epoch. Students of Table 2 that trained together share a rate and minutes.\n"
+    )
+    for table, title in ({REFINERIES: "Refineries"} | TITLES).items():
+        mine = [row for row in rows if row.table == table]
+        if mine:
+            text += f"\n## {title}\n\n"
+            sets = list(mine[0].on_sets[0]) if mine[0].on_sets else []
+            heads = ["row", "options", "top-1", "±", "top-5", *sets, "train top-1", "seeds", "images/s", "minutes"]
+            text += f"| {' | '.join(heads)} |\n|---|---|" + "---:|" * (len(heads) - 2) + "\n"
+            for row in mine:
+                results = [result_of(run) for run in row.runs]
+                top1 = [result["top1"] for result in results]
+                spread = f"{statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+                text += (
+                    f"| {row.name} | `{row.options}` | {statistics.mean(top1):.2f} | {spread} | "
+                    f"{statistics.mean(result['top5'] for result in results):.2f} | "
+                    + "".join(f"{_mean([scores[name] for scores in row.on_sets])} | " for name in sets)
+                    + f"{statistics.mean(run.metrics[-1]['train_top1'] for run in row.runs):.2f} | {len(row.runs)} | "
+                    f"{statistics.median(result['images_per_second_per_device'] for result in results):.0f} | "
+                    f"{statistics.mean(result['seconds'] for result in results) / 60:.1f} |\n"
+                )
+    return text
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    """Of percents; – where there are none."""
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.2f}" if known else "–"
