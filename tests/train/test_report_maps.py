@@ -127,6 +127,21 @@ def test_rare_classes_share_a_colour_and_small_cells_have_no_numbers():
         assert len(axes.texts) == numbers
 
 
+def test_boxes_and_names_of_a_figure(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **options: kept.append(figure))
+    image, boxes = np.zeros((40, 60, 3), np.uint8), np.array([[2, 30, 20, 10], [0, 0, 40, 60]], np.int32)
+    cells = np.eye(9, dtype=np.float32)[np.arange(9).reshape(3, 3)]
+    labels = [[("a", 0.9), ("b", 0.06)], [("c", 0.5)]]
+    crops = [cut_out(image, box, False) for box in boxes]
+    figures.map_of_image(image, list("abcdefghi"), cells, boxes, crops, labels, "image 5", tmp_path / "map.png")
+    whole, _, below, first, second = kept[0].axes
+    assert [patch.get_bbox().bounds for patch in whole.patches] == [(29.5, 1.5, 10, 20), (-0.5, -0.5, 60, 40)]
+    assert [text.get_text() for text in below.get_legend().get_texts()] == [*"abcde", "others"]
+    assert (first.get_xlabel(), second.get_xlabel()) == ("a 90 %\nb 6 %", "c 50 %")
+    assert first.images[0].get_array().shape == (20, 10, 3)
+
+
 @pytest.mark.parametrize(
     ("height", "width", "side", "classes"), [(1, 1, 1, 2), (300, 60, 15, 1000), (30, 400, 3, 10), (90, 120, 1, 1)]
 )
