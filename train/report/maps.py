@@ -30,8 +30,11 @@ def show(labels: str, data: str = "scenes", images: str | None = None, seed: int
         labels: a folder of label maps (python -m train.maps)
         data: what they are maps of: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette
         images: training images by index, as in "5 17" (default: four of different classes, by the seed)
-        seed: that of a run on the maps, whose crops of its first five epochs are shown
-        out: the folder to write (default: beside the maps, named as they are, with -shown behind it)
+        seed: the crops are those that a run of this seed on the maps trains on in its first five epochs
+        out: the folder to write (default: the name of the maps' folder with -shown appended)
+
+    Raises DataError or TrainError for what cannot be shown: images by indices that the set lacks, labels of crops, maps
+    of other data, damaged ones, and a folder that cannot be written.
     """
     store = open_store(labels)
     made = store.description
@@ -52,7 +55,7 @@ def show(labels: str, data: str = "scenes", images: str | None = None, seed: int
             image, size = picture(beton, index), beton.sizes[[index]]
             crops = [data_set.crop.training([index], size, seed=run_seed, epoch=epoch) for epoch in range(_CROPS)]
             boxes, flips = (np.concatenate(parts) for parts in zip(*crops, strict=True))
-            cells, distribution = said(made, rows[index], boxes, size[0])
+            cells, distribution = _cells_and_labels(made, rows[index], boxes, size[0])
             path = folder / f"map-{index}.png"
             # A class may be called "$1 and $2", which is no formula.
             with matplotlib.rc_context({"text.parse_math": False}):
@@ -71,7 +74,7 @@ def show(labels: str, data: str = "scenes", images: str | None = None, seed: int
         raise TrainError(f"{folder}: cannot be written ({error.strerror}); name another folder with OUT") from None
 
 
-def said(
+def _cells_and_labels(
     made: Description, row: NDArray[np.uint8], boxes: NDArray[np.int32], size: NDArray[np.int32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """What the map of an image gives to every class: in each cell, [S, S, C], and to each crop, [crops, C].
