@@ -346,7 +346,7 @@ def _statistics(bn: str, stores: Sequence[Store]) -> list[str]:
         return []
     kinds = ", ".join(f"{made.cells}x{made.cells} cells at {made.resolution} px" for made in maps)
     if len(maps) == len(stores):
-        said = "running statistics, which the maps were made with, and not the batch's, as in the paper"
+        said = "running statistics, which the maps were made with (Label Refinery takes the batch's)"
     elif bn == "batch":
         said = "the batch's statistics, as in the stored labels; the maps were made with running ones"
     else:
