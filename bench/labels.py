@@ -23,57 +23,60 @@ from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.interrupt import Stop
 from train.job import Job, check, needs_refinery, resolve
 from train.label import Labeller, LabelOptions
-from train.labels.store import Store, create_store, differences, open_store
+from train.labels.store import Description, Store, create_store, differences, open_store
 from train.step import COMPILER_OPTIONS
 
 _GROUND_TRUTH, _REFINERY = "ground truth", "refinery"
 # Classes of confidence over which the calibration error is taken.
 _BINS = 15
+# Of the image's area, in a crop.
+_QUARTERS = ("up to 25 %", "25 to 50 %", "50 to 75 %", "over 75 %")
 # A turn lasts at least as long: several epochs, where they are short.
 _SECONDS = 2.0
 
 
 def measure(folders: Sequence[str], refinery: str, options: dict[str, Any], *, crops: int, turns: int) -> Record:
-    """Compares stored labels with the refinery that made them and with the ground truth.
+    """Compares stored labels and label maps with the refinery that made them and with the ground truth.
 
-    options: of the runs that train from them (train.config.Config): data, model, device and so on. crops: how many are
-    compared, about, and at most an epoch's. turns: timed ones of each.
+    options: of the runs that train from them (train.config.Config): data, model, device and so on; resolution and batch
+    where maps alone are compared. crops: how many are compared, about, and at most an epoch's. turns: timed ones of
+    each.
     Raises BenchError, DataError, ModelError or TrainError for what cannot be compared.
     """
     stores = _opened(folders)
     configs = _configs(stores, refinery, options)
     found, kinds = check(configs)
     jobs = [resolve(config, found, its) for config, its in zip(configs, kinds, strict=True)]
-    made = stores[0].description
     names = [_GROUND_TRUTH, _REFINERY, *(store.folder.name for store in stores)]
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         rows = _measured(names, configs, Path(folder), turns)
-    plan = jobs[-1].labels.plan
-    assert plan
     set_tf32_and_allocator(jobs[0].device, jobs[0].config.precision)
-    said = [_said(job, plan.seed, crops) for job in jobs]
+    seed = _seed(stores, jobs[1])
+    said = [_said(job, seed, crops) for job in jobs]
     for row, what, store in zip(rows, said, [None, None, *stores], strict=False):
         row |= _differences(what, said[1]) | (_costs(store) if store else {})
+    rows += _by_size(names, said)
     return Record(
         part="compare-labels",
         settings={
             "data": found.name,
             "model": options["model"],
-            "refinery": made.refinery["network"],
-            "resolution": made.resolution,
-            "batch": made.batch,
+            "refinery": stores[0].network["network"],
+            "resolution": jobs[0].resolution,
+            "batch": jobs[0].batch,
             "precision": jobs[0].config.precision,
             "compiled": jobs[0].compiled,
             "turns": turns,
         },
-        notes=_notes(jobs[1], options["model"], turns, len(said[0].distribution)),
+        notes=_notes(jobs[1], stores, options["model"], turns, len(said[0].distribution)),
         rows=rows,
         identity=(Column("part", lambda row: row["group"]), Column("what", lambda row: row["name"])),
         figures=(
             *rate_columns("images/s"),
             optional("of the first", "ratio", _interval),
-            optional("bytes a crop", "bytes_per_crop", str),
-            optional("s an epoch", "seconds_an_epoch", figure),
+            optional("bytes", "bytes_per_row", str),
+            optional("s to make", "seconds_to_make", figure),
+            Column("crops", lambda row: str(row["crops"]) if "crops" in row else "–"),
             optional("agrees", "agreement", lambda share: f"{100 * share:.2f} %"),
             optional("KL", "divergence", lambda nats: f"{nats:.3g}"),
             optional("ECE", "calibration_error", lambda share: f"{100 * share:.1f} %"),
@@ -83,50 +86,67 @@ def measure(folders: Sequence[str], refinery: str, options: dict[str, Any], *, c
 
 
 def _opened(folders: Sequence[str]) -> list[Store]:
-    """Raises BenchError unless the stores are of the same crops and refinery."""
+    """Labels of crops first, then maps. Raises BenchError unless all are of one refinery and of the same crops."""
     if not folders:
-        raise BenchError("labels is empty: name folders of stored labels, with spaces between them")
-    first, *others = stores = [open_store(folder) for folder in folders]
+        raise BenchError("labels is empty: name folders of stored labels or maps, with spaces between them")
+    # A stable sort: each kind stays in the order in which it was named.
+    first, *others = stores = sorted(map(open_store, folders), key=lambda store: store.description.plan is None)
     if len({store.folder.name for store in stores}) < len(stores):
         raise BenchError(f"labels={' '.join(folders)}: rows are called by their folders; give these other names")
-    own = {name: getattr(first.description, name) for name in ("format", "k", "dtype", "bytes_per_crop")}
-    maps = [store.folder for store in stores if not store.description.plan]
-    if maps:
-        raise BenchError(f"labels={maps[0]}: maps have no plan of crops, and are not compared yet; leave it out")
     for store in others:
-        found = differences(first.description, replace(store.description, **own))
+        found = differences(first.description, _as_compared(store, first))
         if found:
             raise BenchError(f"labels={store.folder}: cannot be compared with {first.folder} ({'; '.join(found)})")
     return stores
 
 
+def _as_compared(store: Store, first: Store) -> Description:
+    """The description of a store, with that of the first one in all that may differ."""
+    made, others = store.description, first.description
+    if made.plan is None:
+        return replace(others, data=made.data, refinery=others.refinery | store.network)
+    return replace(made, **{name: getattr(others, name) for name in ("format", "k", "dtype", "bytes_per_crop")})
+
+
 def _configs(stores: Sequence[Store], refinery: str, options: dict[str, Any]) -> list[Config]:
-    """What trains from the ground truth, from the refinery and from each store, all on crops as in the stores."""
+    """What trains from the ground truth, from the refinery and from each store, all on the same crops."""
     made = stores[0].description
     common = options | {
         "recipe": "quick",
         # So many that none is the last.
         "epochs": 1_000_000,
-        "batch": made.batch,
-        "order": made.order,
-        "copies": made.copies,
         "precision": made.precision,
-        "resolution": made.resolution,
     }
-    assert made.plan
-    common |= {f"crop.{name}": value for name, value in made.plan["crop"].items()}
-    online = {"refinery": refinery, "labels.bn": made.refinery["bn"], "labels.resolution": made.refinery["resolution"]}
-    configs = [configure(common), configure(common | online)]
+    if made.plan:
+        for name in ("resolution", "batch"):
+            if name in options:
+                raise BenchError(
+                    f"{name}={options[name]}: is for maps alone; {stores[0].folder} says {getattr(made, name)}; leave "
+                    "it out"
+                )
+        common |= {"batch": made.batch, "order": made.order, "copies": made.copies, "resolution": made.resolution}
+        common |= {f"crop.{name}": value for name, value in made.plan["crop"].items()}
+    # As the labels of crops were made; of maps, the resolution is that of whole images.
+    as_made = {"labels.bn": made.refinery["bn"], "labels.resolution": made.plan and made.refinery["resolution"]}
+    configs = [configure(common), configure(common | {"refinery": refinery} | as_made)]
     if needs_refinery(configs[1]):
         raise BenchError(f"refinery={refinery}: name the run folder, or NETWORK:FILE, of the one that made the labels")
-    # Named beside the labels too, so that another one than theirs is refused.
-    stored = common | {"refinery": refinery, "labels.cycle": 1}
-    return configs + [configure(stored | {"labels.stored": str(store.folder)}) for store in stores]
+    for store in stores:
+        # Named beside the labels too, so that another one than theirs is refused.
+        stored = common | {"refinery": refinery, "labels.stored": str(store.folder)}
+        configs.append(configure(stored | ({"labels.cycle": 1} if store.description.plan else {})))
+    return configs
+
+
+def _seed(stores: Sequence[Store], online: Job) -> int:
+    """Of the crops that are compared: those of the stored labels, or where there are maps alone, those of a run."""
+    made = stores[0].description
+    return made.seed if made.plan else online.crop_seed
 
 
 def _costs(store: Store) -> dict[str, Any]:
     seconds = [made["seconds"] for made in store.finished.values()]
-    return {"bytes_per_crop": store.description.bytes_per_crop, "seconds_an_epoch": statistics.mean(seconds)}
+    return {"bytes_per_row": store.description.bytes_per_crop, "seconds_to_make": statistics.mean(seconds)}
 
 
 # ---- what the labels say
@@ -136,14 +156,21 @@ def _costs(store: Store) -> dict[str, Any]:
 class Said:
     """What labels say of some crops.
 
-    distribution: float32 [N, C]. likeliest: int64 [N]. images: the class of each crop's image, int64 [N]. shown: on
-    `scenes` the class of what the crop shows, -1 for nothing; elsewhere None.
+    distribution: float32 [N, C]. likeliest: int64 [N]. images: the class of each crop's image, int64 [N]. areas: the
+    crop's share of its image, above 0 and up to 1, float64 [N]. shown: on `scenes` the class of what the crop shows,
+    -1 for nothing; elsewhere None.
     """
 
     distribution: torch.Tensor
     likeliest: torch.Tensor
     images: torch.Tensor
+    areas: torch.Tensor
     shown: torch.Tensor | None
+
+    def of(self, crops: torch.Tensor) -> "Said":
+        """What they say of some of the crops. crops: bool [N]."""
+        shown = None if self.shown is None else self.shown[crops]
+        return Said(self.distribution[crops], self.likeliest[crops], self.images[crops], self.areas[crops], shown)
 
 
 @torch.no_grad()
@@ -157,10 +184,11 @@ def _said(job: Job, seed: int, crops: int) -> Said:
             targets = source(batch)
         indices, boxes = batch.indices.cpu(), batch.boxes.cpu()
         truth = torch.from_numpy(scenes.crop_truth("train", indices.numpy(), boxes.numpy())) if _drawn(job) else indices
-        parts.append((targets.distribution(loader.num_classes), targets.classes(), batch.labels, truth))
+        areas = boxes[:, 2:].prod(dim=1) / batch.sizes.cpu().prod(dim=1).double()
+        parts.append((targets.distribution(loader.num_classes), targets.classes(), batch.labels, areas, truth))
     columns = zip(*parts, strict=True)
-    distribution, likeliest, images, shown = (torch.cat([part.cpu() for part in column]) for column in columns)
-    return Said(distribution, likeliest, images, shown if _drawn(job) else None)
+    distribution, likeliest, images, areas, shown = (torch.cat([part.cpu() for part in column]) for column in columns)
+    return Said(distribution, likeliest, images, areas, shown if _drawn(job) else None)
 
 
 def _drawn(job: Job) -> bool:
@@ -169,23 +197,35 @@ def _drawn(job: Job) -> bool:
 
 
 def _differences(said: Said, refinery: Said) -> dict[str, Any]:
-    """agreement: how often the likeliest class is the refinery's. divergence: KL(refinery || said), mean in nats, None
-    where it is infinite. calibration_error: of the likeliest class's probability, against the image's class (Guo et al.
-    2017, expected calibration error). correct: how often the likeliest class is what the crop shows, of crops that show
-    something; None except on `scenes`.
+    """crops: how many. agreement: how often the likeliest class is the refinery's. divergence: KL(refinery || said),
+    mean in nats, None where it is infinite. calibration_error: of the likeliest class's probability, against the
+    image's class (Guo et al. 2017, expected calibration error). correct: how often the likeliest class is what the crop
+    shows, of crops that show something; None where none does, and except on `scenes`.
     """
     q = said.distribution.double()
     p = refinery.distribution.double()
     divergence = torch.where(p > 0, p * (p / q).log(), 0.0).sum(dim=1).mean().item()
     correct = None
-    if said.shown is not None:
+    if said.shown is not None and (said.shown >= 0).any():
         correct = (said.likeliest == said.shown)[said.shown >= 0].double().mean().item()
     return {
+        "crops": len(q),
         "agreement": (said.likeliest == refinery.likeliest).double().mean().item(),
         "divergence": divergence if math.isfinite(divergence) else None,
         "calibration_error": calibration_error(q.amax(dim=1), said.likeliest == said.images),
         "correct": correct,
     }
+
+
+def _by_size(names: Sequence[str], said: Sequence[Said]) -> list[Row]:
+    """Rows of the differences in crops of each quarter of the image's area, where there are any. They have no rate."""
+    quarters = (4 * said[0].areas).ceil().long() - 1
+    return [
+        {"name": name, "group": f"crops of {_QUARTERS[quarter]}"}
+        | _differences(each.of(quarters == quarter), said[1].of(quarters == quarter))
+        for quarter in quarters.unique().tolist()
+        for name, each in zip(names, said, strict=True)
+    ]
 
 
 def calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
@@ -280,16 +320,35 @@ def _labeller(config: Config) -> Labeller:
     return Labeller(job, LabelOptions())
 
 
-def _notes(job: Job, model: str, turns: int, crops: int) -> list[str]:
-    made = job.config
+def _notes(job: Job, stores: Sequence[Store], model: str, turns: int, crops: int) -> list[str]:
+    """How to read the record. job: of the refinery."""
+    made, smallest, largest = job.config, *(f"{100 * share:g}" for share in job.crop.scale)
     return [
-        f"{crops} training crops of {job.data.name} at {job.resolution} px, in batches of {job.batch}, {made.precision}"
-        f"{', compiled' if job.compiled else ''}. images/s of one device: median, lowest and highest of {turns} "
-        "turns of whole epochs, after an untimed one each. of the first: the ratio to the first row of the part, turn "
-        "by turn.",
+        f"{crops} training crops of {job.data.name} at {job.resolution} px, {smallest} to {largest} % of the image's "
+        f"area, in batches of {job.batch}, {made.precision}{', compiled' if job.compiled else ''}. images/s of one "
+        f"device: median, lowest and highest of {turns} turns of whole epochs, after an untimed one each. of the "
+        "first: the ratio to the first row of the part, turn by turn.",
         f"training: epochs of {model} on each kind of labels. labelling: the refinery by itself on a batch that lies "
-        "ready, and train.label from images to files of packed labels. s an epoch: what labelling took then.",
+        "ready, and train.label from images to files of packed labels. bytes: of a crop's label in one epoch, or of an "
+        "image's map for all. s to make: what it took then to label an epoch, or to make all maps.",
+        *_statistics(made.labels.bn, stores),
         "agrees: how often the likeliest class is the refinery's. KL: KL(refinery || labels), mean in nats; – where it "
         "is infinite. ECE: expected calibration error against the image's class, 15 bins. correct: how often the "
-        "likeliest class is what the crop shows, where that is known.",
+        "likeliest class is what the crop shows, where that is known. crops of ...: the same of crops of that share of "
+        "the image's area.",
     ]
+
+
+def _statistics(bn: str, stores: Sequence[Store]) -> list[str]:
+    """With which statistics the refinery labels, which decides how near maps can come to it; none without maps."""
+    maps = [store.description for store in stores if store.description.plan is None]
+    if not maps:
+        return []
+    kinds = ", ".join(f"{made.cells}x{made.cells} cells at {made.resolution} px" for made in maps)
+    if len(maps) == len(stores):
+        said = "running statistics, which the maps were made with (Label Refinery takes the batch's)"
+    elif bn == "batch":
+        said = "the batch's statistics, as in the stored labels; the maps were made with running ones"
+    else:
+        said = "running statistics, as in the stored labels and in maps"
+    return [f"maps: {kinds}. The refinery labels the crops with {said}."]

@@ -33,8 +33,8 @@ def optional(head: str, key: str, say: Callable[[Any], str]) -> Column:
 
 def rate_columns(unit: str) -> tuple[Column, Column]:
     return (
-        Column(unit, lambda row: figure(row["rate"]["median"])),
-        Column("min–max", lambda row: f"{figure(row['rate']['min'])}–{figure(row['rate']['max'])}"),
+        optional(unit, "rate", lambda rate: figure(rate["median"])),
+        optional("min–max", "rate", lambda rate: f"{figure(rate['min'])}–{figure(rate['max'])}"),
     )
 
 
@@ -61,7 +61,8 @@ class Record:
     """The result of one part of the bench.
 
     settings: what was asked for. notes: sentences that say how to read the table, and what follows from it.
-    rows: one a measurement, as in_turns gives them; `name` and `group` are its own in the part.
+    rows: one a measurement, as in_turns gives them; `name` and `group` are its own in the part. Those of what takes no
+    time have neither `unit` nor `rate`.
     identity, figures: columns of the table: what is known of every row, and what only of those that ran.
     """
 
@@ -166,7 +167,7 @@ def _chart(record: Record, found: dict[str, Any], path: Path) -> None:
     """Horizontal bars, a colour for each group: the median, with whiskers from the lowest to the highest."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in record.rows if "not_run" not in row]
+    rows = [row for row in record.rows if "rate" in row]
     units = list(dict.fromkeys(row["unit"] for row in rows)) or [""]
     names = [list(dict.fromkeys(row["name"] for row in rows if row["unit"] == unit)) for unit in units]
     groups = list(dict.fromkeys(row["group"] for row in rows))

@@ -56,8 +56,9 @@ def announce(trainer: Trainer) -> None:
 def _augmented(job: Job) -> str:
     config = job.config.augment
     text = config.describe()
-    if config.mixes and config.unmixed:
-        text += f", nothing mixed in the last {round(config.unmixed * job.config.epochs)} epochs"
+    unmixed = round(config.unmixed * job.config.epochs)
+    if config.mixes and unmixed:
+        text += f", nothing mixed in the last {unmixed} epochs"
     if text and "augment.refinery_sees" in type(job.labels).options and job.config.labels.per == "crop":
         text += {
             "mixed": "; the refinery labels what the student sees",

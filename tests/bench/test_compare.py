@@ -51,6 +51,13 @@ def test_rows_are_joined_by_name_and_noise_is_called_so(tmp_path):
     assert "DIFFERENT" not in text.upper()
 
 
+def test_rows_of_what_takes_no_time_are_left_out(tmp_path):
+    rows = [row("step", 1, 2, 3), {"name": "agreement", "group": "", "share": 0.25}]
+    text = compare(written(tmp_path, "a", rows=rows), written(tmp_path, "b", rows=rows))
+    assert "step" in lines_of(text)
+    assert "agreement" not in text
+
+
 def test_rows_of_a_group_are_their_own(tmp_path):
     rows = [row("step", 1, 2, 3, group="a"), row("step", 10, 20, 30, group="b")]
     other = [row("step", 10, 10, 30, group="b"), row("step", 1, 1, 3, group="a")]

@@ -49,6 +49,15 @@ def test_the_table_reads_well_as_text():
     )
 
 
+def test_rows_of_what_takes_no_time(tmp_path):
+    rows = [ran("step", "a", 1000.4), {"name": "step", "group": "b", "share": 0.25}]
+    figures = (*rate_columns("images/s"), optional("share", "share", lambda x: f"{100 * x:.0f} %"))
+    record = Record("networks", {}, [], rows, RECORD.identity, figures)
+    assert "| b    | step |        – |        – |  25 % |\n" in table(record, environment("cpu"))
+    for path in write(record, environment("cpu"), tmp_path):
+        assert path.stat().st_size > 0
+
+
 def test_a_part_is_written_as_json_table_and_chart(tmp_path):
     found = environment("cpu")
     paths = write(RECORD, found, tmp_path / "results")

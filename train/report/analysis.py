@@ -22,6 +22,7 @@ from data.sets import ConvertedSet
 from kernels.normalise import Normalise
 from models.classes import are_imagenet, by_id
 from models.trained import Trained
+from train import TrainError
 from train.device import autocast_type, computing_in, on_device
 from train.labels.refinery import Refinery
 from train.runs import Run, key_of
@@ -204,6 +205,24 @@ def choose_images(beton: Beton, count: int, *, seed: int) -> list[int]:
     return order[np.sort(firsts)[:count]].tolist()
 
 
+def named_images(option: str, words: str | None, beton: Beton) -> list[int]:
+    """The images that the value of an option names by their indices; none where it was left out.
+
+    Raises TrainError for what are no indices of the set's images.
+    """
+    if words is None:
+        return []
+    try:
+        found = [int(word) for word in words.replace(",", " ").split()]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= index < beton.num_samples for index in found) or len(set(found)) < len(found):
+        raise TrainError(
+            f"{option}={words}: give numbers from 0 to {beton.num_samples - 1}, each once, with spaces between them"
+        )
+    return found
+
+
 def training_crops(beton: Beton, indices: Sequence[int], rule: CropRule, *, seed: int, copies: int = 1) -> Request:
     """`copies` random crops of each image; the first is the one that `accuracies` counts."""
     images = np.asarray(indices, dtype=np.int64)
@@ -232,7 +251,7 @@ def predictions(
     pixels = _pixels(beton, crops, subject.resolution, compute)
     with computing_in(autocast_type(subject.precision), compute.device):
         logits = network(normalise(pixels))
-    return _likeliest(logits, names)
+    return likeliest(logits.float().softmax(dim=1), names)
 
 
 @dataclass(frozen=True)
@@ -302,7 +321,7 @@ def refinery_labels(
         )
         with computing_in(autocast, compute.device):
             logits = refinery(batch).logits
-        labels.append(_likeliest(logits[: len(indices)], names))
+        labels.append(likeliest(logits[: len(indices)].float().softmax(dim=1), names))
     shown = len(indices)
     return Request(crops.indices[:shown], crops.boxes[:shown], crops.flips[:shown]), [
         list(of_image) for of_image in zip(*labels, strict=True)
@@ -339,8 +358,12 @@ def _pixels(beton: Beton, crops: Request, resolution: int, compute: Compute) -> 
     return pixels
 
 
-def _likeliest(logits: torch.Tensor, names: Sequence[str]) -> list[Labels]:
-    found = logits.float().softmax(dim=1).topk(min(_LABELS_SHOWN, len(names)), dim=1)
+def likeliest(distribution: torch.Tensor, names: Sequence[str]) -> list[Labels]:
+    """The three likeliest classes of each crop, with their probabilities.
+
+    distribution: what each crop's label gives to every class, float32 [B, C]. names: what the classes are called.
+    """
+    found = distribution.topk(min(_LABELS_SHOWN, len(names)), dim=1)
     return [
         [(names[place], chance) for place, chance in zip(places, chances, strict=True)]
         for places, chances in zip(found.indices.tolist(), found.values.tolist(), strict=True)

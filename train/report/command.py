@@ -24,7 +24,15 @@ from train import TrainError
 from train.device import device_named, precision_on, set_tf32_and_allocator
 from train.labels.refinery import seen_at
 from train.report import page
-from train.report.analysis import Compute, Labelling, Subject, accuracies, choose_images, readable
+from train.report.analysis import (
+    Compute,
+    Labelling,
+    Subject,
+    accuracies,
+    choose_images,
+    named_images,
+    readable,
+)
 from train.runs import Run, all_runs, key_of, progress_of, read_run, table_text
 
 # How many images Figures 7 and 8 show, unless they are named.
@@ -74,8 +82,8 @@ def report(
             raise TrainError(f"{subject.run.folder}: was trained on other classes than {subjects[0].run.folder}")
     data_set = _set_of(subjects[0], data)
     train, val = Beton(data_set.beton("train")), Beton(data_set.beton("val"))
-    seen = _indices("images", images, train) or choose_images(train, _EXAMPLES, seed=seed)
-    unseen = _indices("validation_images", validation_images, val) or choose_images(val, _EXAMPLES, seed=seed)
+    seen = named_images("images", images, train) or choose_images(train, _EXAMPLES, seed=seed)
+    unseen = named_images("validation_images", validation_images, val) or choose_images(val, _EXAMPLES, seed=seed)
     identity = {
         "runs": [subject.run.folder.name for subject in subjects],
         "data": data_set.fingerprint,
@@ -182,20 +190,6 @@ def _config_of(run: Run) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("data"), str):
         raise TrainError(f"{path}: missing or damaged; say with DATA what the run was trained on")
     return config
-
-
-def _indices(option: str, words: str | None, beton: Beton) -> list[int]:
-    if words is None:
-        return []
-    try:
-        found = [int(word) for word in words.replace(",", " ").split()]
-    except ValueError:
-        found = []
-    if not found or not all(0 <= index < beton.num_samples for index in found) or len(set(found)) < len(found):
-        raise TrainError(
-            f"{option}={words}: give numbers from 0 to {beton.num_samples - 1}, each once, with spaces between them"
-        )
-    return found
 
 
 def _labelling(subjects: Sequence[Subject]) -> Labelling:

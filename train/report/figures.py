@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 
 from train.report.analysis import Bins, Labels
@@ -19,6 +20,12 @@ from train.report.analysis import Bins, Labels
 _WIDTH = 6.0  # inches
 _DPI = 160
 _MARKERS = "osD^vPX*"
+_COLUMNS = 3
+# Classes in a label map: light, so that black numbers can be read on them, and other colours than those of boxes. All
+# classes beyond these have the last one.
+_CLASS_COLOURS = ("#8da0cb", "#fc8d62", "#66c2a5", "#e78ac3", "#ffd92f", "#c0c0c0")
+_OTHERS = -1
+_SMALLEST_POINTS = 5.0
 
 
 def by_run(names: Sequence[str], train: Sequence[float], val: Sequence[float], path: Path) -> None:
@@ -112,27 +119,98 @@ def crops_of_image(
 
     image, crops: uint8 [height, width, 3]. boxes: int32 [crops, 4] (top, left, height, width) in pixels of the image.
     """
-    columns = 3
-    rows = -(-len(crops) // columns)
+    rows = -(-len(crops) // _COLUMNS)
     lines = max(len(each) for each in labels)
     figure = Figure(figsize=(_WIDTH, 3.0 + rows * (1.7 + 0.17 * lines)), layout="constrained")
-    grid = figure.add_gridspec(1 + rows, columns, height_ratios=[2.7] + [1.6 + 0.17 * lines] * rows)
+    grid = figure.add_gridspec(1 + rows, _COLUMNS, height_ratios=[2.7] + [1.6 + 0.17 * lines] * rows)
     whole = figure.add_subplot(grid[0, :])
     _show(whole, image)
     whole.set_title(title, fontsize=10)
-    for number, (box, crop, label) in enumerate(zip(boxes.tolist(), crops, labels, strict=True)):
-        top, left, height, width = box
-        colour = _colour(number)
-        whole.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=colour, linewidth=2))
-        _number(whole, number, left - 0.5, top - 0.5)
-        axes = figure.add_subplot(grid[1 + number // columns, number % columns])
-        _show(axes, crop)
-        _number(axes, number, -0.5, -0.5)
-        for spine in axes.spines.values():
-            spine.set(visible=True, color=colour, linewidth=2)
-        says = "\n".join(f"{_short(name, 20)} {_percent(chance)}" for name, chance in label)
-        axes.set_xlabel(says, fontsize=9)
+    _boxes(whole, boxes)
+    for number, (crop, label) in enumerate(zip(crops, labels, strict=True)):
+        _labelled_crop(figure.add_subplot(grid[1 + number // _COLUMNS, number % _COLUMNS]), number, crop, label)
     figure.savefig(path, dpi=_DPI)
+
+
+def map_of_image(
+    image: NDArray[np.uint8],
+    names: Sequence[str],
+    cells: NDArray[np.float32],
+    boxes: NDArray[np.int32],
+    crops: Sequence[NDArray[np.uint8]],
+    labels: Sequence[Labels],
+    title: str,
+    path: Path,
+) -> None:
+    """An image with boxes, beside it its label map, and below both the crops with their labels.
+
+    image, boxes, crops: as for `crops_of_image`. names: of the classes. cells: float32 [S, S, classes], rows of the
+    image first, what each cell gives to every class.
+    """
+    rows = -(-len(crops) // _COLUMNS)
+    lines = max(len(each) for each in labels)
+    scale = _inches_a_pixel(image)
+    heights = [scale * len(image) + 0.2, 0.7] + [1.6 + 0.17 * lines] * rows
+    figure = Figure(figsize=(_WIDTH, sum(heights) + 0.1 * (2 + rows)), layout="constrained")
+    grid = figure.add_gridspec(2 + rows, 2 * _COLUMNS, height_ratios=heights)
+    whole, drawn = figure.add_subplot(grid[0, :_COLUMNS]), figure.add_subplot(grid[0, _COLUMNS:])
+    _show(whole, image)
+    whole.set_title(_folded(title, 36), fontsize=10)
+    _boxes(whole, boxes)
+    colours = _map(drawn, cells, image)
+    below = figure.add_subplot(grid[1, :])
+    below.set_axis_off()
+    below.legend(
+        handles=[
+            Patch(color=colour, label="others" if each == _OTHERS else _short(names[each], 22))
+            for each, colour in colours.items()
+        ],
+        title="map: the likeliest class of each cell, the paler the less likely (in %)",
+        title_fontsize=9,
+        loc="center",
+        ncols=_COLUMNS,
+        columnspacing=1.0,
+        handlelength=1.5,
+        frameon=False,
+        fontsize=9,
+    )
+    for number, (crop, label) in enumerate(zip(crops, labels, strict=True)):
+        row, column = divmod(number, _COLUMNS)
+        axes = figure.add_subplot(grid[2 + row, 2 * column : 2 * column + 2])
+        _labelled_crop(axes, number, crop, label)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _map(axes: Axes, cells: NDArray[np.float32], image: NDArray[np.uint8]) -> dict[int, str]:
+    """Draws each cell in the colour of its likeliest class, the paler the less likely it is, with its percentage.
+
+    Returns the colours of the classes, the most frequent first; _OTHERS stands for all that have none of their own.
+    """
+    (height, width), side = image.shape[:2], len(cells)
+    likeliest, chances = cells.argmax(axis=2), cells.max(axis=2)
+    found, counts = np.unique(likeliest, return_counts=True)
+    ordered = found[np.argsort(-counts, kind="stable")].tolist()
+    if len(ordered) > len(_CLASS_COLOURS):
+        ordered = [*ordered[: len(_CLASS_COLOURS) - 1], _OTHERS]
+    colours = dict(zip(ordered, _CLASS_COLOURS, strict=False))
+    shades = np.array([to_rgba(colours.get(each, _CLASS_COLOURS[-1])) for each in likeliest.flatten().tolist()])
+    shades[:, 3] = chances.flatten()
+    axes.imshow(shades.reshape(side, side, 4), extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(f"label map of {side}x{side} cells", fontsize=10)
+    cell_height, cell_width = (_inches_a_pixel(image) * length / side for length in (height, width))
+    # Room for three digits.
+    points = min(9.0, 36 * cell_width, 60 * cell_height)
+    if points >= _SMALLEST_POINTS:
+        for row, column in np.ndindex(side, side):
+            x, y = (column + 0.5) * width / side - 0.5, (row + 0.5) * height / side - 0.5
+            axes.text(x, y, f"{100 * chances[row, column]:.0f}", fontsize=points, ha="center", va="center")
+    return colours
+
+
+def _inches_a_pixel(image: NDArray[np.uint8]) -> float:
+    """The scale of an image that fills half the width of a figure, or is as high as that."""
+    return (_WIDTH / 2 - 0.1) / max(image.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -187,6 +265,23 @@ def _show(axes: Axes, image: NDArray[np.uint8]) -> None:
     axes.imshow(image)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
+
+
+def _boxes(axes: Axes, boxes: NDArray[np.int32]) -> None:
+    """Draws numbered boxes on an image."""
+    for number, (top, left, height, width) in enumerate(boxes.tolist()):
+        outline = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=_colour(number), linewidth=2)
+        axes.add_patch(outline)
+        _number(axes, number, left - 0.5, top - 0.5)
+
+
+def _labelled_crop(axes: Axes, number: int, crop: NDArray[np.uint8], label: Labels) -> None:
+    """Draws what is in a numbered box, with its label below."""
+    _show(axes, crop)
+    _number(axes, number, -0.5, -0.5)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=_colour(number), linewidth=2)
+    axes.set_xlabel("\n".join(f"{_short(name, 20)} {_percent(chance)}" for name, chance in label), fontsize=9)
 
 
 def _number(axes: Axes, number: int, x: float, y: float) -> None:
