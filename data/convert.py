@@ -27,7 +27,7 @@ import PIL
 from PIL import Image
 from tqdm import tqdm
 
-from command import first_line, run_command
+from command import first_line, printable, run_command
 from data import DataError, tiles
 from data.beton import PAGE_SIZE, Beton, Encoded, write_beton
 from data.pixels import upright_rgb
@@ -158,7 +158,7 @@ def _convert_split(split: Split, name: str, folder: Path, storage: Storage, proc
             if isinstance(result, str):
                 rejects.append(f"{split.items[number]}: {result}")
                 if len(rejects) <= _REJECTS_SHOWN:
-                    bar.write(f"left out: {_printable(rejects[-1])}", file=sys.stderr)
+                    bar.write(f"left out: {printable(rejects[-1])}", file=sys.stderr)
                 continue
             stored_bytes += len(result.data)
             grid = 0 if storage.kind == "raw" else tiles.layout(np.frombuffer(result.data, np.uint8)).tiles
@@ -171,9 +171,7 @@ def _convert_split(split: Split, name: str, folder: Path, storage: Storage, proc
     with images_bar(len(split.items), f"convert {name}") as bar:
         count = write_beton(folder / f"{name}.beton", images(bar), at_most=len(split.items))
     if not count:
-        raise DataError(
-            f"{name}: none of its {len(split.items)} images could be read (first: {_printable(rejects[0])})"
-        )
+        raise DataError(f"{name}: none of its {len(split.items)} images could be read (first: {printable(rejects[0])})")
     if split.names is not None:
         names_file(folder, name).write_text(json.dumps(names, indent=0) + "\n")
     rate = count / (time.perf_counter() - started)
@@ -185,11 +183,6 @@ def _convert_split(split: Split, name: str, folder: Path, storage: Storage, proc
         flush=True,
     )
     return rejects
-
-
-def _printable(text: str) -> str:
-    """File names may hold bytes that are no text; a terminal is shown a mark in their place."""
-    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _encode_ahead(split: Split, storage: Storage, processes: int) -> Iterator[Encoded | str]:

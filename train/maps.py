@@ -6,15 +6,17 @@ make train MODEL=mobilenet LABELS=maps/resnet50 DATA=images/
 """
 
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from command import exit_on_user_error, typed_command
+from command import exit_on_user_error, run_command, typed_command
 from data.loader import Pairing, open_loader
 from data.progress import images_bar
 from kernels.normalise import Normalise
@@ -26,11 +28,13 @@ from train.config import Config, configure, parse_both
 from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
+from train.labels.maps import existing_maps
 from train.labels.refinery import RefineryLabels
 from train.labels.rows import CellRows
-from train.labels.store import Description, Store, check_folder, create_store, in_units, open_store
+from train.labels.store import Description, Store, create_store, in_units
 from train.step import is_out_of_memory
 from train.train import with_refinery
+from train.trees import export_maps, import_maps
 
 # Of each cell; as published.
 _KEPT = 5
@@ -52,11 +56,20 @@ class MapsOptions:
     map_resolution: int | None = None
 
 
+# Beside making maps; each is called with its options.
+_COMMANDS: dict[str, Callable[..., Any]] = {"import": import_maps, "export": export_maps}
+
+
 def main() -> None:
+    command, *words = sys.argv[1:] or [""]
+    if command in _COMMANDS:
+        run_command(_COMMANDS[command], prog=f"python -m train.maps {command}", words=words)
+        return
     about = (
         "Writes the label map of every training image to the folder --out, for training with --labels.stored: the "
         "refinery's classifier at each cell of its last feature map, the likeliest 5 classes of each. A refinery that "
-        "is named by its network is trained first where it has no finished run."
+        "is named by its network is trained first where it has no finished run. The commands `import` and `export` "
+        "(python -m train.maps import --help) read and write maps in files as ReLabel published them."
     )
     config, own = parse_both(sys.argv[1:], MapsOptions, prog="python -m train.maps", about=about)
     make_maps(config, own)
@@ -106,11 +119,7 @@ def _check(config: Config, options: MapsOptions) -> None:
         raise TrainError(f"{', '.join(sorted(given))}: has no meaning for maps; leave it out")
     if options.map_resolution is not None and options.map_resolution < 1:
         raise TrainError(f"map_resolution={options.map_resolution}: must be at least 1")
-    check_folder(Path(config.out))
-    if (Path(config.out) / "labels.json").is_file():
-        made = open_store(config.out).description
-        if made.format != "map":
-            raise TrainError(f"OUT={config.out}: holds {made.kind} labels of crops and no maps; give another folder")
+    existing_maps(Path(config.out))
 
 
 class Mapper:

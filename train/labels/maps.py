@@ -1,10 +1,11 @@
 """Label maps: what a refinery said of each part of an image, of which a crop takes its own (ReLabel: Yun et al. 2021).
 
-train/maps.py makes them, kernels/pool_labels.py pools them over a crop's box.
+train/maps.py makes them, train/trees.py imports and exports them, kernels/pool_labels.py pools them over a crop's box.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,34 @@ from kernels.pool_labels import pool_labels
 from train import TrainError
 from train.labels.rows import CellRows
 from train.labels.source import Asked, Crops, Labels, LabelSource, Targets
-from train.labels.store import Store, StoredOptions, open_store
+from train.labels.store import Store, StoredOptions, check_folder, open_store
+
+
+def open_maps(folder: str | Path) -> Store:
+    """The finished label maps in a folder. Raises TrainError where there are none."""
+    store = open_store(folder)
+    if store.description.format != "map":
+        raise TrainError(f"LABELS={folder}: holds {store.description.kind} labels of crops and no maps")
+    store.check_sizes()
+    if not store.epochs:
+        raise TrainError(f"LABELS={folder}: its maps are not finished; make them with the same command")
+    return store
+
+
+def existing_maps(folder: Path) -> Store | None:
+    """The maps, finished or not, in a folder that is to hold some.
+
+    Raises TrainError where it holds anything else, or cannot be written.
+    """
+    check_folder(folder)
+    if not (folder / "labels.json").is_file():
+        return None
+    store = open_store(folder)
+    if store.description.format != "map":
+        raise TrainError(
+            f"OUT={folder}: holds {store.description.kind} labels of crops and no maps; give another folder"
+        )
+    return store
 
 
 @dataclass(frozen=True)
@@ -39,7 +67,7 @@ class MapLabels(Labels):
 
     @classmethod
     def find(cls, given: StoredOptions, config: Asked, class_names: Sequence[str]) -> "MapLabels":
-        store = open_store(str(given.stored))
+        store = open_maps(str(given.stored))
         if given.cycle is not None:
             raise TrainError(f"labels.cycle={given.cycle}: maps label the crops of any epoch; leave it out")
         if config.loss.temperature != 1:
@@ -47,9 +75,6 @@ class MapLabels(Labels):
                 f"loss.temperature={config.loss.temperature:g}: labels from maps are probabilities at temperature 1; "
                 "leave it out"
             )
-        store.check_sizes()
-        if not store.epochs:
-            raise TrainError(f"LABELS={store.folder}: its maps are not finished; make them with the same command")
         return cls(store)
 
     @classmethod
@@ -74,10 +99,9 @@ class MapLabels(Labels):
 
     def describe(self) -> str:
         made = self.store.description
-        return (
-            f"{made.kind}, in {self.store.folder}: {made.refinery['network']} at {made.resolution} px, "
-            f"{made.bytes_per_crop} bytes an image"
-        )
+        side = f" at {made.resolution} px" if made.resolution else ""
+        size = f"{made.bytes_per_crop} bytes an image"
+        return f"{made.kind}, in {self.store.folder}: {made.refinery['network']}{side}, {size}"
 
     def open(self, crops: Crops) -> LabelSource:
         return Maps(self.store)

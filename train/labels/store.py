@@ -59,15 +59,18 @@ class Description:
     Of label maps (format map) there is one row an image, no plan, and one file. resolution: pixels a side of the
     pictures, squashed to squares. cells: a side of a map. shift: whether the logits were moved, cell by cell, so that
     those which were left out are 0 on average.
+
+    Of imported maps (train/trees.py), what their files do not say is None. refinery: the name that the user gave, as
+    the digest of its weights the SHA-256 of all rows (None until they are finished), and generation 0.
     """
 
     data: dict[str, Any]
     refinery: dict[str, Any]
     plan: dict[str, Any] | None
-    resolution: int
-    precision: str
-    batch: int
-    order: str
+    resolution: int | None
+    precision: str | None
+    batch: int | None
+    order: str | None
     format: str
     k: int | None
     dtype: str | None
@@ -200,11 +203,16 @@ class Store:
         given = sum(_size_of(self._partial(epoch)) or 0 for epoch in missing)
         needed, free = len(missing) * self.description.bytes_per_epoch - given, shutil.disk_usage(self.folder).free
         if needed > free:
-            smaller = {"packed": "fewer EPOCHS or a smaller --k", "exact": "fewer EPOCHS or --format packed"}
+            smaller = {
+                "packed": "fewer EPOCHS or a smaller --k",
+                "exact": "fewer EPOCHS or --format packed",
+                "map": "a smaller --map_resolution",
+            }
+            imported = self.description.resolution is None
             what = "the maps" if self.description.format == "map" else f"{len(missing)} epochs of labels"
             raise TrainError(
-                f"OUT={self.folder}: {what} take {in_units(needed)}, and {in_units(free)} are free; take another disk, "
-                f"or {smaller.get(self.description.format, 'a smaller --map_resolution')}"
+                f"OUT={self.folder}: {what} take {in_units(needed)}, and {in_units(free)} are free; take another disk"
+                f"{'' if imported else f', or {smaller[self.description.format]}'}"
             )
 
     @contextmanager

@@ -96,6 +96,7 @@ class StoredLabels(Labels):
     @property
     def plan(self) -> Plan:
         made = self.store.description
+        assert made.resolution
         return Plan(made.seed, made.crop, made.copies, made.resolution, self.epochs)
 
     @property
