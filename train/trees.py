@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from command import printable, typed_command
+from data import DataError
 from data.beton import Beton
 from data.convert import ensure_converted
 from data.progress import images_bar
-from data.sets import ConvertedSet, find_set
+from data.sets import ConvertedSet, Unconverted, find_set
 from kernels.pool_labels import MOST_CLASSES
 from train import TrainError
 from train.interrupt import Interrupted, Stop, stop_on_signal
@@ -60,7 +61,7 @@ def import_maps(tree: str, data: str, out: str, refinery: str = "relabel") -> St
         raise TrainError(f"OUT={out}: holds finished maps already; give another folder, or remove it to import again")
     root = Path(tree)
     files = _files_below(root)
-    converted = ensure_converted(find_set(data))
+    converted = _converted(data)
     images, classes = Beton(converted.beton("train")).num_samples, len(converted.class_names)
     if classes > MOST_CLASSES:
         raise TrainError(f"{converted.folder}: has {classes} classes; maps are pooled of {MOST_CLASSES} at most")
@@ -138,7 +139,7 @@ def export_maps(labels: str, data: str, out: str) -> None:
     """
     store = open_maps(labels)
     _check_target(out)
-    converted = ensure_converted(find_set(data))
+    converted = _converted(data)
     store.check_data(converted)
     names, rows, made = _files_of(converted), store.rows(0), store.description
     assert made.k
@@ -238,6 +239,16 @@ def _fault(logits: Tensor, ids: Tensor, classes: int, *, largest_id: float) -> s
     if (ids.sort(dim=0).values.diff(dim=0) == 0).any():
         return "some cell has a class twice; make the map again"
     return None
+
+
+def _converted(data: str) -> ConvertedSet:
+    """The converted set for what the user gave as DATA. Raises DataError, also for one whose images are no files."""
+    found = find_set(data)
+    if isinstance(found, Unconverted) and found.source.train.names is None:
+        raise DataError(
+            f"DATA={data}: maps are found by the names of image files; give a folder or an archive of these"
+        )
+    return ensure_converted(found)
 
 
 def _files_below(root: Path) -> set[str]:

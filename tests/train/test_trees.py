@@ -386,6 +386,8 @@ def test_sets_whose_images_have_no_names_or_share_them(converted, read, tmp_path
     for refused in (lambda: read(data=str(copy), out="new"), lambda: export_maps("maps", str(copy), "new")):
         with pytest.raises(DataError, match="copy: holds no file names of its images"):
             refused()
+    with pytest.raises(DataError, match="DATA=scenes: maps are found by the names of image files"):
+        read(data="scenes", out="new")
     assert not Path("new").exists()
 
 
