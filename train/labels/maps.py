@@ -13,12 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from data.loader import CropBatch
-from data.sets import ConvertedSet
 from kernels.pool_labels import pool_labels
 from train import TrainError
 from train.labels.rows import CellRows
-from train.labels.source import Asked, Crops, Labels, LabelSource, Targets
-from train.labels.store import Store, StoredOptions, check_folder, open_store
+from train.labels.source import Asked, Crops, LabelSource, Targets
+from train.labels.store import LabelsFromStore, Store, StoredOptions, check_folder, open_store
 
 
 def open_maps(folder: str | Path) -> Store:
@@ -49,13 +48,10 @@ def existing_maps(folder: Path) -> Store | None:
 
 
 @dataclass(frozen=True)
-class MapLabels(Labels):
+class MapLabels(LabelsFromStore):
     """Label maps: what a refinery said of every part of each image, of which each crop takes its own (ReLabel)."""
 
-    store: Store
-
     options = ("labels.stored", "refinery", "loss.kind")
-    elsewhere = "is for stored labels; give labels.stored too"
 
     @classmethod
     def asked(cls, given: StoredOptions, config: Asked) -> bool:
@@ -82,20 +78,9 @@ class MapLabels(Labels):
         return f"{identity['refinery']['network']}, maps"
 
     @property
-    def generation(self) -> int:
-        return int(self.store.description.refinery["generation"]) + 1
-
-    @property
-    def refinery(self) -> dict[str, str]:
-        return self.store.network
-
-    @property
     def identity(self) -> dict[str, Any]:
         made = self.store.description
         return {"store": made.key, "bn": made.refinery["bn"], "resolution": None}
-
-    def check_data(self, data: ConvertedSet) -> None:
-        self.store.check_data(data)
 
     def describe(self) -> str:
         made = self.store.description

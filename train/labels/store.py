@@ -26,6 +26,7 @@ from data.sets import ConvertedSet
 from models.trained import load_trained, names_network_alone
 from train import TrainError
 from train.labels.rows import Rows, build_rows
+from train.labels.source import Labels
 from train.runs import key_of
 
 _VERSION = 1
@@ -286,6 +287,26 @@ class Store:
 
     def _partial(self, epoch: int) -> Path:
         return self.folder / f".{self._file(epoch).stem}{_PARTIAL}"
+
+
+@dataclass(frozen=True)
+class LabelsFromStore(Labels):
+    """Labels from files, of whichever kind: what they say of the refinery that gave them, and of the data."""
+
+    store: Store
+
+    elsewhere = "is for stored labels; give labels.stored too"
+
+    @property
+    def generation(self) -> int:
+        return int(self.store.description.refinery["generation"]) + 1
+
+    @property
+    def refinery(self) -> dict[str, str]:
+        return self.store.network
+
+    def check_data(self, data: ConvertedSet) -> None:
+        self.store.check_data(data)
 
 
 def open_store(folder: str | Path) -> Store:
