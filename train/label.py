@@ -24,9 +24,10 @@ from train.config import Config, configure, parse_both
 from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
+from train.labels.description import Description
 from train.labels.refinery import RefineryLabels
 from train.labels.rows import Exact, Packed, Rows
-from train.labels.store import Description, Store, check_folder, create_store, in_units, open_store
+from train.labels.store import Store, check_folder, create_store, in_units, open_store
 from train.step import COMPILER_OPTIONS, forget_compiled_steps, is_out_of_memory, reason
 from train.train import with_refinery
 

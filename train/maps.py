@@ -28,10 +28,11 @@ from train.config import Config, configure, parse_both
 from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
+from train.labels.description import Description
 from train.labels.maps import existing_maps
 from train.labels.refinery import RefineryLabels
 from train.labels.rows import CellRows
-from train.labels.store import Description, Store, create_store, in_units
+from train.labels.store import Store, create_store, in_units
 from train.step import is_out_of_memory
 from train.train import with_refinery
 from train.trees import export_maps, import_maps

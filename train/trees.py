@@ -33,9 +33,10 @@ from data.sets import ConvertedSet, Unconverted, find_set
 from kernels.pool_labels import MOST_CLASSES
 from train import TrainError
 from train.interrupt import Interrupted, Stop, stop_on_signal
+from train.labels.description import Description
 from train.labels.maps import existing_maps, open_maps
 from train.labels.rows import CellRows
-from train.labels.store import Description, Store, create_store, in_units, open_store
+from train.labels.store import Store, create_store, in_units, open_store
 
 _ENDING = ".pt"
 
