@@ -68,14 +68,16 @@ class Store:
 
     def check_sizes(self) -> None:
         """Raises TrainError for the file of a finished epoch that no longer has the size it was written with."""
-        size = self.description.bytes_per_epoch
         for epoch in read_description(self.folder)[1]:
-            found = _size_of(self._file(epoch))
-            if found not in (None, size):
-                raise TrainError(
-                    f"{self._file(epoch)}: has {found} bytes and should have {size}; label again with the same "
-                    "command, which writes it again"
-                )
+            self._check_size(epoch)
+
+    def _check_size(self, epoch: int) -> None:
+        found, size = _size_of(self._file(epoch)), self.description.bytes_per_epoch
+        if found not in (None, size):
+            raise TrainError(
+                f"{self._file(epoch)}: has {found} bytes and should have {size}; label again with the same "
+                "command, which writes it again"
+            )
 
     @property
     def network(self) -> dict[str, str]:
@@ -106,12 +108,12 @@ class Store:
     def rows(self, epoch: int) -> NDArray[np.uint8]:
         """The rows of an epoch, [crops, bytes_per_crop], mapped from its file. Raises TrainError for damage."""
         path = self._file(epoch)
-        self.check_sizes()
+        self._check_size(epoch)
         try:
             mapped = np.memmap(path, np.uint8, "r", shape=self.description.shape)
         except OSError as error:
             raise TrainError(f"{path}: cannot be read ({error.strerror}); label again with the same command") from None
-        if zlib.crc32(mapped.data) != self.finished[epoch]["crc32"]:
+        if zlib.crc32(mapped.data) != read_description(self.folder)[1][epoch]["crc32"]:
             raise TrainError(
                 f"{path}: is damaged (its checksum is not that in labels.json); remove the file and label again with "
                 "the same command, which writes what is missing"
