@@ -157,8 +157,6 @@ class Mapper:
                 f"REFINERY={job.config.refinery}: its feature map is not square, {list(first.shape[-2:])}; take another"
             )
         self._rows = CellRows(classes, _KEPT, cells)
-        # Logits that are left out count as 0. One constant for a cell's logits changes no softmax, pooled or not.
-        self._shift = self._rows.k < classes
         self.description = Description(
             data={
                 "name": job.data.name,
@@ -183,7 +181,8 @@ class Mapper:
             dtype="float16",
             bytes_per_crop=self._rows.width,
             cells=cells,
-            shift=self._shift,
+            # Logits that are left out count as 0. One constant for a cell's logits changes no softmax, pooled or not.
+            shift=self._rows.k < classes,
         )
 
     def fill(self, rows: NDArray[np.uint8], stop: Stop) -> None:
@@ -195,7 +194,7 @@ class Mapper:
         with images_bar(len(rows), "label maps") as bar:
             for batch in self._loader.epoch(0):
                 cells = self._cells(batch.paired[self._whole])
-                packed = self._rows.pack(self._shifted(cells) if self._shift else cells)
+                packed = self._rows.pack(self._shifted(cells) if self.description.shift else cells)
                 # As stored: float16 holds less than what the network computes in.
                 if not self._rows.unpack(packed)[0].isfinite().all():
                     raise TrainError(
