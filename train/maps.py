@@ -20,7 +20,6 @@ from command import exit_on_user_error, run_command, typed_command
 from data.loader import Pairing, open_loader
 from data.progress import images_bar
 from kernels.normalise import Normalise
-from kernels.pool_labels import MOST_CLASSES
 from models.cells import CellLogits
 from models.trained import Trained
 from train import TrainError
@@ -28,11 +27,11 @@ from train.config import Config, configure, parse_both
 from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
-from train.labels.description import Description
-from train.labels.maps import existing_maps
+from train.labels.description import Description, data_part, refinery_part
+from train.labels.maps import check_classes, existing_maps
 from train.labels.refinery import RefineryLabels
 from train.labels.rows import CellRows
-from train.labels.store import Store, create_store, in_units
+from train.labels.store import Store, check_asked, create_store, in_units
 from train.step import is_out_of_memory
 from train.train import with_refinery
 from train.trees import export_maps, import_maps
@@ -111,16 +110,13 @@ def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
 
 
 def _check(config: Config, options: MapsOptions) -> None:
-    if not config.refinery:
-        raise TrainError("REFINERY is missing: name the network that is to make the maps, as in REFINERY=resnet50")
-    if not config.out:
-        raise TrainError("OUT is missing: name the folder for the maps, as in OUT=maps/resnet50")
+    check_asked(config.refinery, config.out, "maps")
     given = [option for option in config.changed if option.startswith("labels.")]
     if given:
         raise TrainError(f"{', '.join(sorted(given))}: has no meaning for maps; leave it out")
     if options.map_resolution is not None and options.map_resolution < 1:
         raise TrainError(f"map_resolution={options.map_resolution}: must be at least 1")
-    existing_maps(Path(config.out))
+    existing_maps(Path(str(config.out)))
 
 
 class Mapper:
@@ -147,8 +143,7 @@ class Mapper:
             **job.loading,
         )
         classes = len(job.data.class_names)
-        if classes > MOST_CLASSES:
-            raise TrainError(f"{job.data.folder}: has {classes} classes; maps are pooled of {MOST_CLASSES} at most")
+        check_classes(job.data)
         self._columns = trained.columns_of(job.data.class_names)
         first = self._cells(next(self._loader.epoch(0)).paired[self._whole])
         cells = first.shape[-1]
@@ -158,19 +153,8 @@ class Mapper:
             )
         self._rows = CellRows(classes, _KEPT, cells)
         self.description = Description(
-            data={
-                "name": job.data.name,
-                "fingerprint": job.data.fingerprint,
-                "images": self._loader.num_samples,
-                "classes": classes,
-            },
-            refinery={
-                "network": trained.name,
-                "weights": trained.digest,
-                "generation": trained.generation,
-                "bn": "running",
-                "resolution": side,
-            },
+            data=data_part(job.data, self._loader.num_samples),
+            refinery=refinery_part(trained, bn="running", resolution=side),
             plan=None,
             resolution=side,
             precision=job.config.precision,

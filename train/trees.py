@@ -26,15 +26,13 @@ from torch import Tensor
 
 from command import printable, typed_command
 from data import DataError
-from data.beton import Beton
 from data.convert import ensure_converted
 from data.progress import images_bar
 from data.sets import ConvertedSet, Unconverted, find_set
-from kernels.pool_labels import MOST_CLASSES
 from train import TrainError
 from train.interrupt import Interrupted, Stop, stop_on_signal
-from train.labels.description import Description
-from train.labels.maps import existing_maps, open_maps
+from train.labels.description import Description, data_part
+from train.labels.maps import check_classes, existing_maps, open_maps
 from train.labels.rows import CellRows
 from train.labels.store import Store, create_store, in_units, open_store
 
@@ -63,21 +61,15 @@ def import_maps(tree: str, data: str, out: str, refinery: str = "relabel") -> St
     root = Path(tree)
     files = _files_below(root)
     converted = _converted(data)
-    images, classes = Beton(converted.beton("train")).num_samples, len(converted.class_names)
-    if classes > MOST_CLASSES:
-        raise TrainError(f"{converted.folder}: has {classes} classes; maps are pooled of {MOST_CLASSES} at most")
+    classes = len(converted.class_names)
+    check_classes(converted)
     wanted = _files_of(converted)
     others = _check_files(root, files, wanted, converted)
     _, kept, side, _ = read_map(root / wanted[0], classes).shape
     format = CellRows(classes, kept, side)
     weights = before.description.refinery["weights"] if before else None
     description = Description(
-        data={
-            "name": converted.name,
-            "fingerprint": converted.fingerprint,
-            "images": images,
-            "classes": classes,
-        },
+        data=data_part(converted, len(wanted)),
         refinery={"network": refinery, "weights": weights, "generation": 0, "bn": None, "resolution": None},
         plan=None,
         resolution=None,

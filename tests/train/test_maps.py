@@ -220,6 +220,13 @@ def test_what_cannot_be_mapped(make, words, side, says):
         make("maps", *words, side=side)
 
 
+def test_more_classes_than_are_pooled_are_refused(make, monkeypatch):
+    monkeypatch.setattr("train.labels.maps.MOST_CLASSES", 2)
+    with pytest.raises(TrainError, match="set: has 3 classes; maps are pooled of 2 at most"):
+        make("maps")
+    assert not Path("maps").exists()
+
+
 def test_a_refinery_without_cells_is_refused(make):
     torch.save(models.build("alexnet", 3).state_dict(), "alexnet.pt")
     with pytest.raises(ModelError, match="alexnet: its head is not the mean of a feature map and a linear layer"):

@@ -361,6 +361,14 @@ def test_folders_that_cannot_hold_the_maps(read):
         read(out="others")
 
 
+def test_more_classes_than_are_pooled_are_refused(read, monkeypatch):
+    monkeypatch.setattr("train.labels.maps.MOST_CLASSES", 2)
+    with pytest.raises(TrainError, match="set: has 3 classes; maps are pooled of 2 at most"):
+        read()
+    monkeypatch.setattr("train.labels.maps.MOST_CLASSES", 3)
+    assert read().epochs == 1
+
+
 def test_a_disk_without_room(converted, read, monkeypatch):
     read()
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2000))

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data.plan import CropRule
+from data.sets import ConvertedSet
+from models.trained import Trained
 from train import TrainError
 from train.labels.rows import Rows, build_rows
 from train.runs import key_of
@@ -96,6 +98,27 @@ class Description:
     def build_rows(self) -> Rows:
         """The format of the rows."""
         return build_rows(self.format, self.data["classes"], k=self.k, dtype=self.dtype)
+
+
+def data_part(data: ConvertedSet, images: int) -> dict[str, Any]:
+    """What a description says of the data, of whose training images so many have labels."""
+    return {
+        "name": data.name,
+        "fingerprint": data.fingerprint,
+        "images": images,
+        "classes": len(data.class_names),
+    }
+
+
+def refinery_part(trained: Trained, *, bn: str, resolution: int | None) -> dict[str, Any]:
+    """What a description says of a refinery that saw crops at this resolution, with these statistics."""
+    return {
+        "network": trained.name,
+        "weights": trained.digest,
+        "generation": trained.generation,
+        "bn": bn,
+        "resolution": resolution,
+    }
 
 
 def differences(asked: Description, found: Description) -> list[str]:

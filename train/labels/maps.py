@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from data.loader import CropBatch
-from kernels.pool_labels import pool_labels
+from data.sets import ConvertedSet
+from kernels.pool_labels import MOST_CLASSES, pool_labels
 from train import TrainError
 from train.labels.rows import CellRows
 from train.labels.source import Asked, Crops, LabelSource, Targets
-from train.labels.store import LabelsFromStore, Store, StoredOptions, check_folder, open_store
+from train.labels.store import LabelsFromStore, Store, StoredOptions, existing_store, open_store
 
 
 def open_maps(folder: str | Path) -> Store:
@@ -36,15 +37,20 @@ def existing_maps(folder: Path) -> Store | None:
 
     Raises TrainError where it holds anything else, or cannot be written.
     """
-    check_folder(folder)
-    if not (folder / "labels.json").is_file():
-        return None
-    store = open_store(folder)
-    if store.description.format != "map":
+    store = existing_store(folder)
+    if store and store.description.format != "map":
         raise TrainError(
             f"OUT={folder}: holds {store.description.kind} labels of crops and no maps; give another folder"
         )
     return store
+
+
+def check_classes(data: ConvertedSet) -> None:
+    """Raises TrainError for data of more classes than maps are pooled of."""
+    if len(data.class_names) > MOST_CLASSES:
+        raise TrainError(
+            f"{data.folder}: has {len(data.class_names)} classes; maps are pooled of {MOST_CLASSES} at most"
+        )
 
 
 @dataclass(frozen=True)

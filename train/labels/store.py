@@ -253,6 +253,20 @@ def check_folder(folder: Path) -> None:
         raise TrainError(f"OUT={folder}: holds other files; give a new folder, or one of such labels")
 
 
+def existing_store(folder: Path) -> Store | None:
+    """The labels, finished or not, in a folder that is to hold some. Raises TrainError as check_folder, open_store."""
+    check_folder(folder)
+    return open_store(folder) if description_file(folder).is_file() else None
+
+
+def check_asked(refinery: str | None, out: str | None, what: str) -> None:
+    """Raises TrainError unless a refinery and a folder are named. what: it is to make, labels or maps, for messages."""
+    if not refinery:
+        raise TrainError(f"REFINERY is missing: name the network that is to make the {what}, as in REFINERY=resnet50")
+    if not out:
+        raise TrainError(f"OUT is missing: name the folder for the {what}, as in OUT={what}/resnet50")
+
+
 def create_store(folder: Path, description: Description) -> Store:
     """Labels that are to be written into a folder, where some may be already.
 
