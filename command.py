@@ -56,6 +56,11 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def printable(text: str) -> str:
+    """File names may hold bytes that are no text; a terminal is shown a mark in their place."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def with_underscores(words: list[str]) -> list[str]:
     """--max-resolution as --max_resolution: both spellings are common, and neither is worth an error."""
     return [_with_underscores(word) if word.startswith("--") else word for word in words]

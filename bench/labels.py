@@ -23,7 +23,8 @@ from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.interrupt import Stop
 from train.job import Job, check, needs_refinery, resolve
 from train.label import Labeller, LabelOptions
-from train.labels.store import Description, Store, create_store, differences, open_store
+from train.labels.description import Description, differences
+from train.labels.store import Store, create_store, open_store
 from train.step import COMPILER_OPTIONS
 
 _GROUND_TRUTH, _REFINERY = "ground truth", "refinery"

@@ -6,6 +6,7 @@
 What it writes is described in data/sets.py.
 """
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -19,19 +20,19 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import PIL
 from PIL import Image
 from tqdm import tqdm
 
-from command import first_line, run_command
+from command import first_line, printable, run_command
 from data import DataError, tiles
 from data.beton import PAGE_SIZE, Beton, Encoded, write_beton
 from data.pixels import upright_rgb
 from data.progress import images_bar
-from data.sets import ConvertedSet, Unconverted, is_converted, open_set
+from data.sets import ConvertedSet, Unconverted, is_converted, names_file, open_set
 from data.sources import Source, Split, crops_for, open_source
 
 _CHUNK = 32
@@ -146,30 +147,33 @@ def convert_source(
 def _convert_split(split: Split, name: str, folder: Path, storage: Storage, processes: int) -> list[str]:
     """Writes one split's .beton into the folder; returns a line for each image that could not be read."""
     rejects: list[str] = []
+    names: list[str] = []
     stored_bytes, tiled_area, tiles_cut = 0, 0, 0
     started = time.perf_counter()
 
     def images(bar: tqdm) -> Iterator[Encoded]:
         nonlocal stored_bytes, tiled_area, tiles_cut
-        for item, label, result in _encode_ahead(split, storage, processes):
+        for number, result in enumerate(_encode_ahead(split, storage, processes)):
             bar.update()
             if isinstance(result, str):
-                rejects.append(f"{item}: {result}")
+                rejects.append(f"{split.items[number]}: {result}")
                 if len(rejects) <= _REJECTS_SHOWN:
-                    bar.write(f"left out: {_printable(rejects[-1])}", file=sys.stderr)
+                    bar.write(f"left out: {printable(rejects[-1])}", file=sys.stderr)
                 continue
             stored_bytes += len(result.data)
             grid = 0 if storage.kind == "raw" else tiles.layout(np.frombuffer(result.data, np.uint8)).tiles
             tiles_cut += grid
             tiled_area += result.height * result.width if grid else 0
-            yield result._replace(label=label)
+            if split.names is not None:
+                names.append(split.names[number])
+            yield result._replace(label=int(split.labels[number]))
 
     with images_bar(len(split.items), f"convert {name}") as bar:
         count = write_beton(folder / f"{name}.beton", images(bar), at_most=len(split.items))
     if not count:
-        raise DataError(
-            f"{name}: none of its {len(split.items)} images could be read (first: {_printable(rejects[0])})"
-        )
+        raise DataError(f"{name}: none of its {len(split.items)} images could be read (first: {printable(rejects[0])})")
+    if split.names is not None:
+        names_file(folder, name).write_text(json.dumps(names, indent=0) + "\n")
     rate = count / (time.perf_counter() - started)
     print(
         f"{name}: {count} images at {rate:.0f} images/s, {stored_bytes / 1e6:.1f} MB "
@@ -181,34 +185,24 @@ def _convert_split(split: Split, name: str, folder: Path, storage: Storage, proc
     return rejects
 
 
-def _printable(text: str) -> str:
-    """File names may hold bytes that are no text; a terminal is shown a mark in their place."""
-    return text.encode(errors="surrogateescape").decode(errors="replace")
-
-
-def _encode_ahead(split: Split, storage: Storage, processes: int) -> Iterator[tuple[Any, int, Encoded | str]]:
-    """Each item with its label and its encoding (or why it has none), in order, encoded by all processes ahead."""
+def _encode_ahead(split: Split, storage: Storage, processes: int) -> Iterator[Encoded | str]:
+    """Each image's encoding (or why it has none), in order, encoded by all processes ahead."""
     # A fresh server process: forking one that runs PyTorch's threads can deadlock. It imports once for all.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data.tiles", "data.pixels"])
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interrupts) as pool:
-        waiting: deque[tuple[int, Future]] = deque()
+        waiting: deque[Future[list[Encoded | str]]] = deque()
         try:
             for start in range(0, len(split.items), _CHUNK):
                 chunk = [split.items[i] for i in range(start, min(start + _CHUNK, len(split.items)))]
-                waiting.append((start, pool.submit(_encode_chunk, split.read, chunk, storage)))
+                waiting.append(pool.submit(_encode_chunk, split.read, chunk, storage))
                 if len(waiting) > 4 * processes:
-                    yield from _labelled(split, *waiting.popleft())
+                    yield from waiting.popleft().result()
             while waiting:
-                yield from _labelled(split, *waiting.popleft())
+                yield from waiting.popleft().result()
         finally:
             # Waited for: a worker whose parent is gone would have its own last words below the one line of an error.
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _labelled(split: Split, start: int, future: Future) -> Iterator[tuple[Any, int, Encoded | str]]:
-    for i, result in enumerate(future.result(), start):
-        yield split.items[i], int(split.labels[i]), result
 
 
 def _ignore_interrupts() -> None:

@@ -1,8 +1,8 @@
 """Converted sets as they lie on disk: what is in one, and which one belongs to what the user gave as DATA.
 
 A converted set is a folder: `train.beton` and `val.beton` (baseline 4:2:0 JPEGs with a restart grid, see data/tiles.py,
-or raw pixels), `set.json` (class names in order, resolution and crop rule, how it was made), `rejects.txt` (what could
-not be read).
+or raw pixels), `train.names.json` and `val.names.json` (the images' file names, in order, where they come from files),
+`set.json` (class names in order, resolution and crop rule, how it was made), `rejects.txt` (what could not be read).
 """
 
 import contextlib
@@ -48,6 +48,32 @@ class ConvertedSet:
         both = "".join(Beton(self.beton(split)).fingerprint for split in ("train", "val"))
         return hashlib.sha256(both.encode()).hexdigest()
 
+    def image_names(self, split: str) -> list[str]:
+        """The file names of a split's stored images, in their order, as CLASS/FILE below the split's folder.
+
+        Bytes that are no text are escaped as os.fsdecode does. Raises DataError for a set without file names (of
+        cifar10, svhn or scenes, or converted by an earlier version), and where they are damaged.
+        """
+        path = names_file(self.folder, split)
+        try:
+            names = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise DataError(
+                f"{self.folder}: holds no file names of its images; remove it and convert the folder or archive of "
+                "images again (cifar10, svhn and scenes have none)"
+            ) from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValueError:
+            names = None
+        if (
+            not isinstance(names, list)
+            or len(names) != Beton(self.beton(split)).num_samples
+            or not all(isinstance(name, str) for name in names)
+        ):
+            raise DataError(f"{path}: damaged; convert the set again")
+        return names
+
     def write(self) -> None:
         """Writes set.json into the folder."""
         described = {
@@ -87,6 +113,11 @@ def open_set(folder: str | Path) -> ConvertedSet:
         raise DataError(f"{path}: cannot be read ({error.strerror}); is {folder} a converted set?") from None
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{path}: damaged; convert the set again") from None
+
+
+def names_file(folder: Path, split: str) -> Path:
+    """Where a converted set keeps the file names of a split: a JSON list, in ASCII, one a line."""
+    return folder / f"{split}.names.json"
 
 
 def is_converted(data: str | Path) -> bool:

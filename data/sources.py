@@ -23,11 +23,16 @@ _HAS_SPLITS = "has images for training and others for validation; leave --split 
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one split: items[i] names image i, read(items[i]) opens it. labels: int64 [n]."""
+    """The images of one split: items[i] names image i, read(items[i]) opens it. labels: int64 [n].
+
+    names: of the image files, as CLASS/FILE below the split's folder; None where images come from no files. Bytes that
+    are no text are escaped as os.fsdecode does.
+    """
 
     items: Sequence[Any]
     labels: NDArray[np.int64]
     read: Callable[[Any], Image.Image]
+    names: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -247,8 +252,9 @@ def _split_of(
     classes: Mapping[str, Mapping[str, Any]], names: tuple[str, ...], read: Callable[[Any], Image.Image]
 ) -> Split:
     items = [item for name in names for item in classes.get(name, {}).values()]
+    files = [f"{name}/{path}" for name in names for path in classes.get(name, ())]
     counts = [len(classes.get(name, ())) for name in names]
-    return Split(items, np.repeat(np.arange(len(names), dtype=np.int64), counts), read)
+    return Split(items, np.repeat(np.arange(len(names), dtype=np.int64), counts), read, files)
 
 
 def _fingerprint(root: Path, splits: list[Split]) -> str:

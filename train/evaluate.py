@@ -176,8 +176,8 @@ def _image_files(data: str, split: str, *, labelled: bool) -> Source:
     """The image files of a set, whose val split is to be scored."""
     if is_converted(data):
         raise TrainError(
-            f"DATA={data}: is a converted set, which keeps no names of files; give the folder or archive that it "
-            "was made from"
+            f"DATA={data}: is a converted set, and this is scored on the files as they are; give the folder or archive "
+            "that it was made from"
         )
     source = open_source(data, whole=split == "all")
     if labelled and not are_imagenet(source.class_names):

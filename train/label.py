@@ -24,9 +24,10 @@ from train.config import Config, configure, parse_both
 from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
-from train.labels.refinery import RefineryLabels
+from train.labels.description import Description, data_part, refinery_part
+from train.labels.refinery import Refinery, RefineryLabels
 from train.labels.rows import Exact, Packed, Rows
-from train.labels.store import Description, Store, check_folder, create_store, in_units, open_store
+from train.labels.store import Store, check_asked, create_store, existing_store, in_units
 from train.step import COMPILER_OPTIONS, forget_compiled_steps, is_out_of_memory, reason
 from train.train import with_refinery
 
@@ -98,21 +99,18 @@ def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
 
 
 def _check(config: Config, options: LabelOptions) -> None:
-    if not config.refinery:
-        raise TrainError("REFINERY is missing: name the network that is to label, as in REFINERY=resnet50")
-    if not config.out:
-        raise TrainError("OUT is missing: name the folder for the labels, as in OUT=labels/resnet50")
+    check_asked(config.refinery, config.out, "labels")
     if config.labels.stored:
         raise TrainError("labels.stored are for training; they are labels already")
     if config.labels.per != "crop":
         raise TrainError(f"labels.per={config.labels.per}: only labels of crops are stored; leave it out")
-    check_folder(Path(config.out))
+    before = existing_store(Path(str(config.out)))
     if options.k is not None and options.k < 1:
         raise TrainError(f"k={options.k}: must be at least 1")
     if options.k is not None and options.format == "exact":
         raise TrainError(f"k={options.k}: is for packed labels; exact ones keep all classes")
-    if (Path(config.out) / "labels.json").is_file():
-        made = open_store(config.out).description
+    if before:
+        made = before.description
         k = None if options.format == "exact" else min(options.k or _USUAL_K, made.data["classes"])
         if (made.format, made.k) != (options.format, k):
             asked = options.format if k is None else f"top {k}"
@@ -148,6 +146,7 @@ class Labeller:
         if job.compiled:
             forget_compiled_steps(1)
         self._source = on_device(job.labels.open(job), job.device)
+        assert isinstance(self._source, Refinery)
         self.loader = job.open_crops(drop_last=False)
         if self.loader.num_samples < config.batch:
             raise TrainError(
@@ -162,19 +161,8 @@ class Labeller:
             self._compute = torch.compile(self._finite_rows, fullgraph=True, dynamic=False, options=COMPILER_OPTIONS)
         trained, crop = job.labels.trained, asdict(job.crop)
         self.description = Description(
-            data={
-                "name": job.data.name,
-                "fingerprint": job.data.fingerprint,
-                "images": self.loader.num_samples,
-                "classes": classes,
-            },
-            refinery={
-                "network": trained.name,
-                "weights": trained.digest,
-                "generation": trained.generation,
-                "bn": job.labels.given.bn,
-                "resolution": self._source.resolution,
-            },
+            data=data_part(job.data, self.loader.num_samples),
+            refinery=refinery_part(trained, bn=job.labels.given.bn, resolution=self._source.resolution),
             plan={
                 "seed": job.crop_seed,
                 "crop": {name: crop[name] for name in ("scale", "ratio", "flip")},

@@ -6,19 +6,20 @@ make train MODEL=mobilenet LABELS=maps/resnet50 DATA=images/
 """
 
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from command import exit_on_user_error, typed_command
+from command import exit_on_user_error, run_command, typed_command
 from data.loader import Pairing, open_loader
 from data.progress import images_bar
 from kernels.normalise import Normalise
-from kernels.pool_labels import MOST_CLASSES
 from models.cells import CellLogits
 from models.trained import Trained
 from train import TrainError
@@ -26,11 +27,15 @@ from train.config import Config, configure, parse_both
 from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
+from train.labels.description import Description, data_part, refinery_part
+from train.labels.maps import check_classes, existing_maps
 from train.labels.refinery import RefineryLabels
 from train.labels.rows import CellRows
-from train.labels.store import Description, Store, check_folder, create_store, in_units, open_store
+from train.labels.store import Store, check_asked, create_store, in_units
+from train.report.maps import show
 from train.step import is_out_of_memory
 from train.train import with_refinery
+from train.trees import export_maps, import_maps
 
 # Of each cell; as published.
 _KEPT = 5
@@ -52,11 +57,21 @@ class MapsOptions:
     map_resolution: int | None = None
 
 
+# Beside making maps; each is called with its options.
+_COMMANDS: dict[str, Callable[..., Any]] = {"import": import_maps, "export": export_maps, "show": show}
+
+
 def main() -> None:
+    command, *words = sys.argv[1:] or [""]
+    if command in _COMMANDS:
+        run_command(_COMMANDS[command], prog=f"python -m train.maps {command}", words=words)
+        return
     about = (
         "Writes the label map of every training image to the folder --out, for training with --labels.stored: the "
         "refinery's classifier at each cell of its last feature map, the likeliest 5 classes of each. A refinery that "
-        "is named by its network is trained first where it has no finished run."
+        "is named by its network is trained first where it has no finished run. The commands `import` and `export` "
+        "(python -m train.maps import --help) read and write maps in files as ReLabel published them, and `show` draws "
+        "some."
     )
     config, own = parse_both(sys.argv[1:], MapsOptions, prog="python -m train.maps", about=about)
     make_maps(config, own)
@@ -97,20 +112,13 @@ def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
 
 
 def _check(config: Config, options: MapsOptions) -> None:
-    if not config.refinery:
-        raise TrainError("REFINERY is missing: name the network that is to make the maps, as in REFINERY=resnet50")
-    if not config.out:
-        raise TrainError("OUT is missing: name the folder for the maps, as in OUT=maps/resnet50")
+    check_asked(config.refinery, config.out, "maps")
     given = [option for option in config.changed if option.startswith("labels.")]
     if given:
         raise TrainError(f"{', '.join(sorted(given))}: has no meaning for maps; leave it out")
     if options.map_resolution is not None and options.map_resolution < 1:
         raise TrainError(f"map_resolution={options.map_resolution}: must be at least 1")
-    check_folder(Path(config.out))
-    if (Path(config.out) / "labels.json").is_file():
-        made = open_store(config.out).description
-        if made.format != "map":
-            raise TrainError(f"OUT={config.out}: holds {made.kind} labels of crops and no maps; give another folder")
+    existing_maps(Path(str(config.out)))
 
 
 class Mapper:
@@ -137,8 +145,7 @@ class Mapper:
             **job.loading,
         )
         classes = len(job.data.class_names)
-        if classes > MOST_CLASSES:
-            raise TrainError(f"{job.data.folder}: has {classes} classes; maps are pooled of {MOST_CLASSES} at most")
+        check_classes(job.data)
         self._columns = trained.columns_of(job.data.class_names)
         first = self._cells(next(self._loader.epoch(0)).paired[self._whole])
         cells = first.shape[-1]
@@ -147,22 +154,9 @@ class Mapper:
                 f"REFINERY={job.config.refinery}: its feature map is not square, {list(first.shape[-2:])}; take another"
             )
         self._rows = CellRows(classes, _KEPT, cells)
-        # Logits that are left out count as 0. One constant for a cell's logits changes no softmax, pooled or not.
-        self._shift = self._rows.k < classes
         self.description = Description(
-            data={
-                "name": job.data.name,
-                "fingerprint": job.data.fingerprint,
-                "images": self._loader.num_samples,
-                "classes": classes,
-            },
-            refinery={
-                "network": trained.name,
-                "weights": trained.digest,
-                "generation": trained.generation,
-                "bn": "running",
-                "resolution": side,
-            },
+            data=data_part(job.data, self._loader.num_samples),
+            refinery=refinery_part(trained, bn="running", resolution=side),
             plan=None,
             resolution=side,
             precision=job.config.precision,
@@ -173,7 +167,8 @@ class Mapper:
             dtype="float16",
             bytes_per_crop=self._rows.width,
             cells=cells,
-            shift=self._shift,
+            # Logits that are left out count as 0. One constant for a cell's logits changes no softmax, pooled or not.
+            shift=self._rows.k < classes,
         )
 
     def fill(self, rows: NDArray[np.uint8], stop: Stop) -> None:
@@ -185,7 +180,7 @@ class Mapper:
         with images_bar(len(rows), "label maps") as bar:
             for batch in self._loader.epoch(0):
                 cells = self._cells(batch.paired[self._whole])
-                packed = self._rows.pack(self._shifted(cells) if self._shift else cells)
+                packed = self._rows.pack(self._shifted(cells) if self.description.shift else cells)
                 # As stored: float16 holds less than what the network computes in.
                 if not self._rows.unpack(packed)[0].isfinite().all():
                     raise TrainError(

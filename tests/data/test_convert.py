@@ -7,6 +7,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from data import DataError
 from data.beton import Beton
 from data.convert import Storage, convert_source, encode, ensure_converted
 from data.sets import Unconverted, find_set, open_set
-from data.sources import open_source
+from data.sources import Split, open_source
 from tests.pictures import photograph, write_class_folders
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +101,63 @@ def test_broken_images_are_left_out_by_name(tmp_path):
     assert "000.jpg" in done.stderr
     converted = open_set(tmp_path / "out")
     assert Beton(converted.beton("train")).num_samples + Beton(converted.beton("val")).num_samples == 11
+
+
+def test_the_names_of_stored_images_are_kept_in_their_order(tmp_path):
+    """Whatever bytes they have, without the images that were left out, and from an archive as from its folder."""
+    root = tmp_path / "set"
+    for part, seed in (("train", 0), ("val", 50)):
+        write_class_folders(root / part, 2, 4, seed=seed)
+    first = root / "train" / "class0"
+    os.rename(first / "000.jpg", os.fsencode(first) + b"/caf\xe9.jpg")
+    (first / "001.jpg").write_text("not an image")
+    (first / "002.jpg").rename(first / "two\nlines.jpg")
+    (first / "deeper").mkdir()
+    (first / "003.jpg").rename(first / "deeper" / "003.JPEG")
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(root, "set")
+    of_folder, of_archive = (
+        convert_source(open_source(str(path)), tmp_path / name, processes=1)
+        for path, name in ((root, "folder"), (tmp_path / "set.tar", "archive"))
+    )
+    names = of_folder.image_names("train")
+    assert names == [
+        *("class0/caf\udce9.jpg", "class0/deeper/003.JPEG", "class0/two\nlines.jpg"),
+        *(f"class1/{number:03}.jpg" for number in range(4)),
+    ]
+    assert of_archive.image_names("train") == names
+    assert of_archive.fingerprint == of_folder.fingerprint
+    assert of_folder.image_names("val")[0] == "class0/000.jpg"
+    beton = Beton(of_folder.beton("train"))
+    for index, name in enumerate(names):
+        with Image.open(root / "train" / name) as image:
+            assert beton.encoded(index).tobytes() == encode(image, Storage()).data
+
+
+def test_a_set_without_names_opens_and_says_that_it_has_none(converted, tmp_path):
+    """Of an earlier version, or of images that come from no files."""
+    shutil.copytree(converted.folder, tmp_path / "set")
+    (tmp_path / "set" / "train.names.json").unlink()
+    before = open_set(tmp_path / "set")
+    assert before.fingerprint == converted.fingerprint
+    with pytest.raises(DataError, match="set: holds no file names of its images; remove it and convert the folder"):
+        before.image_names("train")
+    assert before.image_names("val") == converted.image_names("val")
+    source = open_source("scenes")
+    few = Split(source.train.items[:2], source.train.labels[:2], source.train.read)
+    drawn = convert_source(replace(source, train=few, val=few), tmp_path / "scenes", processes=1)
+    assert sorted(os.listdir(drawn.folder)) == ["rejects.txt", "set.json", "train.beton", "val.beton"]
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda text: text[:-20], lambda text: '["class0/000.jpg"]', lambda text: f"{[1] * 48}"]
+)
+def test_damaged_names_are_refused(converted, tmp_path, harm):
+    shutil.copytree(converted.folder, tmp_path / "set")
+    path = tmp_path / "set" / "train.names.json"
+    path.write_text(harm(path.read_text()))
+    with pytest.raises(DataError, match=r"train.names.json: damaged; convert the set again"):
+        open_set(tmp_path / "set").image_names("train")
 
 
 def test_a_split_without_a_readable_image_is_refused(tmp_path):

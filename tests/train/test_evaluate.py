@@ -203,7 +203,7 @@ def test_what_cannot_be_scored_is_refused(wordnet_folder, image_folder, converte
     for file, data, says in [
         ("w", wordnet_folder, "none of its files is named as one that has ReaL labels"),
         ("three", image_folder, "is of other classes than ImageNet's"),
-        ("w", converted.folder, "is a converted set, which keeps no names of files; give the folder or archive"),
+        ("w", converted.folder, "is a converted set, and this is scored on the files as they are; give the folder"),
     ]:
         with pytest.raises(TrainError, match=f"^DATA={data}: {says}"):
             scores_of(f"{NAME}:{file}.pytar", data, real="real.json")

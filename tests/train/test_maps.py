@@ -24,6 +24,8 @@ from train.labels.rows import CellRows
 from train.labels.store import open_store
 from train.maps import Mapper, MapsOptions, make_maps
 
+POOLED = ["--labels.pooled", "probabilities"]
+
 
 @pytest.fixture
 def make(converted, refinery, tmp_path, monkeypatch):
@@ -83,6 +85,20 @@ def test_a_crops_label_is_the_map_pooled_over_its_box(make, converted, refinery)
     torch.testing.assert_close(said, reference(top.values, top.indices, shares, 3), rtol=1e-3, atol=1e-3)
     # Crops of one image differ, and so do their labels.
     assert said.unique(dim=0).shape[0] == len(said)
+
+
+def test_probabilities_can_be_pooled_in_place_of_logits(run, make, capsys):
+    store = make("maps")
+    published, other = (run("--labels.stored", "maps", "--epochs", "1", *words) for words in ([], POOLED))
+    assert "81 bytes an image, probabilities pooled\n" in capsys.readouterr().out
+    assert "pooled" not in published.identity["labels"]
+    assert other.identity["labels"]["pooled"] == "probabilities"
+    batch = next(open_loader(Path(make.data) / "train.beton", resolution=32, batch_size=6).epoch(0))
+    rows = torch.from_numpy(store.rows(0)[batch.indices.numpy()])
+    logits, ids = CellRows(3, 5, 3).unpack(rows)
+    shares = torch.cat([batch.boxes[:, :2], batch.boxes[:, :2] + batch.boxes[:, 2:]], dim=1) / batch.sizes.repeat(1, 2)
+    said = Maps(store, "probabilities")(replace(batch, labels_on_disk=rows)).probabilities
+    torch.testing.assert_close(said, reference(logits, ids, shares, 3, kind="probabilities"), rtol=1e-4, atol=1e-5)
 
 
 def resolve_online(converted, refinery, *words):
@@ -218,6 +234,13 @@ def test_damaged_maps_are_named(run, make):
 def test_what_cannot_be_mapped(make, words, side, says):
     with pytest.raises(TrainError, match=says):
         make("maps", *words, side=side)
+
+
+def test_more_classes_than_are_pooled_are_refused(make, monkeypatch):
+    monkeypatch.setattr("train.labels.maps.MOST_CLASSES", 2)
+    with pytest.raises(TrainError, match="set: has 3 classes; maps are pooled of 2 at most"):
+        make("maps")
+    assert not Path("maps").exists()
 
 
 def test_a_refinery_without_cells_is_refused(make):

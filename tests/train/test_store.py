@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from train import TrainError
-from train.labels.store import Description, Store, check_folder, create_store, in_units, open_store
+from train.labels.description import Description
+from train.labels.store import Store, check_folder, create_store, in_units, open_store
 
 ROOT = Path(__file__).parents[2]
 IMAGES, COPIES = 50, 2

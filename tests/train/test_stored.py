@@ -201,6 +201,8 @@ def test_epochs_that_run_out(run, make, converted):
         run(*words)
     with pytest.raises(TrainError, match=r"labels.cycle=3: LABELS=.* holds 2 epochs"):
         run(*words, "--labels.cycle", "3")
+    with pytest.raises(TrainError, match="labels.pooled=probabilities: is for maps, and LABELS=.* labels of crops"):
+        run(*words, "--epochs", "1", "--labels.pooled", "probabilities")
     again = run(*words, "--labels.cycle", "2")
     assert again.result["epochs"] == 3
     assert again.identity["labels"]["epochs"] == 2

@@ -1,10 +1,11 @@
 """Label maps: what a refinery said of each part of an image, of which a crop takes its own (ReLabel: Yun et al. 2021).
 
-train/maps.py makes them, kernels/pool_labels.py pools them over a crop's box.
+train/maps.py makes them, train/trees.py imports and exports them, kernels/pool_labels.py pools them over a crop's box.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,52 @@ from numpy.typing import NDArray
 
 from data.loader import CropBatch
 from data.sets import ConvertedSet
-from kernels.pool_labels import pool_labels
+from kernels.pool_labels import MOST_CLASSES, pool_labels
 from train import TrainError
 from train.labels.rows import CellRows
-from train.labels.source import Asked, Crops, Labels, LabelSource, Targets
-from train.labels.store import Store, StoredOptions, open_store
+from train.labels.source import Asked, Crops, LabelSource, Targets
+from train.labels.store import LabelsFromStore, Store, StoredOptions, existing_store, open_store
+
+
+def open_maps(folder: str | Path) -> Store:
+    """The finished label maps in a folder. Raises TrainError where there are none."""
+    store = open_store(folder)
+    if store.description.format != "map":
+        raise TrainError(f"LABELS={folder}: holds {store.description.kind} labels of crops and no maps")
+    store.check_sizes()
+    if not store.epochs:
+        raise TrainError(f"LABELS={folder}: its maps are not finished; make them with the same command")
+    return store
+
+
+def existing_maps(folder: Path) -> Store | None:
+    """The maps, finished or not, in a folder that is to hold some.
+
+    Raises TrainError where it holds anything else, or cannot be written.
+    """
+    store = existing_store(folder)
+    if store and store.description.format != "map":
+        raise TrainError(
+            f"OUT={folder}: holds {store.description.kind} labels of crops and no maps; give another folder"
+        )
+    return store
+
+
+def check_classes(data: ConvertedSet) -> None:
+    """Raises TrainError for data of more classes than maps are pooled of."""
+    if len(data.class_names) > MOST_CLASSES:
+        raise TrainError(
+            f"{data.folder}: has {len(data.class_names)} classes; maps are pooled of {MOST_CLASSES} at most"
+        )
 
 
 @dataclass(frozen=True)
-class MapLabels(Labels):
+class MapLabels(LabelsFromStore):
     """Label maps: what a refinery said of every part of each image, of which each crop takes its own (ReLabel)."""
 
-    store: Store
+    pooled: str
 
-    options = ("labels.stored", "refinery", "loss.kind")
-    elsewhere = "is for stored labels; give labels.stored too"
+    options = ("labels.stored", "labels.pooled", "refinery", "loss.kind")
 
     @classmethod
     def asked(cls, given: StoredOptions, config: Asked) -> bool:
@@ -39,7 +71,7 @@ class MapLabels(Labels):
 
     @classmethod
     def find(cls, given: StoredOptions, config: Asked, class_names: Sequence[str]) -> "MapLabels":
-        store = open_store(str(given.stored))
+        store = open_maps(str(given.stored))
         if given.cycle is not None:
             raise TrainError(f"labels.cycle={given.cycle}: maps label the crops of any epoch; leave it out")
         if config.loss.temperature != 1:
@@ -47,47 +79,38 @@ class MapLabels(Labels):
                 f"loss.temperature={config.loss.temperature:g}: labels from maps are probabilities at temperature 1; "
                 "leave it out"
             )
-        store.check_sizes()
-        if not store.epochs:
-            raise TrainError(f"LABELS={store.folder}: its maps are not finished; make them with the same command")
-        return cls(store)
+        return cls(store, given.pooled)
 
     @classmethod
     def origin(cls, identity: dict[str, Any]) -> str:
         return f"{identity['refinery']['network']}, maps"
 
     @property
-    def generation(self) -> int:
-        return int(self.store.description.refinery["generation"]) + 1
-
-    @property
-    def refinery(self) -> dict[str, str]:
-        return self.store.network
-
-    @property
     def identity(self) -> dict[str, Any]:
         made = self.store.description
-        return {"store": made.key, "bn": made.refinery["bn"], "resolution": None}
-
-    def check_data(self, data: ConvertedSet) -> None:
-        self.store.check_data(data)
+        identity = {"store": made.key, "bn": made.refinery["bn"], "resolution": None}
+        return identity | ({"pooled": self.pooled} if self.pooled != "logits" else {})
 
     def describe(self) -> str:
         made = self.store.description
-        return (
-            f"{made.kind}, in {self.store.folder}: {made.refinery['network']} at {made.resolution} px, "
-            f"{made.bytes_per_crop} bytes an image"
-        )
+        side = f" at {made.resolution} px" if made.resolution else ""
+        size = f"{made.bytes_per_crop} bytes an image"
+        pooled = f", {self.pooled} pooled" if self.pooled != "logits" else ""
+        return f"{made.kind}, in {self.store.folder}: {made.refinery['network']}{side}, {size}{pooled}"
 
     def open(self, crops: Crops) -> LabelSource:
-        return Maps(self.store)
+        return Maps(self.store, self.pooled)
 
 
 class Maps(LabelSource):
-    """The label maps of images, pooled over each crop's box. Raises TrainError, when first used, for damage."""
+    """The label maps of images, pooled over each crop's box. Raises TrainError, when first used, for damage.
 
-    def __init__(self, store: Store):
+    pooled: logits or probabilities; see kernels.pool_labels.
+    """
+
+    def __init__(self, store: Store, pooled: str = "logits"):
         super().__init__()
+        self._pooled = pooled
         made = store.description
         assert made.k
         assert made.cells
@@ -107,4 +130,4 @@ class Maps(LabelSource):
         logits, ids = self._format.unpack(batch.labels_on_disk)
         corners = torch.cat([batch.boxes[:, :2], batch.boxes[:, :2] + batch.boxes[:, 2:]], dim=1)
         shares = corners.float() / batch.sizes.repeat(1, 2)
-        return Targets(probabilities=pool_labels(logits, ids, shares, self._classes))
+        return Targets(probabilities=pool_labels(logits, ids, shares, self._classes, kind=self._pooled))

@@ -142,7 +142,11 @@ class CellRows(nn.Module):
     def pack(self, cells: Tensor) -> Tensor:
         """The logits of every cell and class, [B, C, side, side], as rows, uint8 [B, width]."""
         top = cells.movedim(1, -1).float().topk(self.k, dim=3)
-        parts = top.values.half(), top.indices.to(self._ids)
+        return self.pack_kept(top.values, top.indices)
+
+    def pack_kept(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """The logits of k classes of every cell and their ids, of any types [B, side, side, k], as rows."""
+        parts = logits.half(), ids.to(self._ids)
         return torch.cat([part.flatten(1).contiguous().view(torch.uint8) for part in parts], dim=1)
 
     def unpack(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,23 +14,25 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.plan import CropRule
 from data.sets import ConvertedSet
 from models.trained import load_trained, names_network_alone
 from train import TrainError
-from train.labels.rows import Rows, build_rows
-from train.runs import key_of
-
-_VERSION = 1
-# What is being written.
-_PARTIAL = ".partial"
+from train.labels.description import (
+    PARTIAL,
+    Description,
+    description_file,
+    differences,
+    read_description,
+    short,
+    write_description,
+)
+from train.labels.source import Labels
 
 
 @dataclass(frozen=True)
@@ -40,87 +42,12 @@ class StoredOptions:
     Args:
         stored: a folder of labels that a refinery gave to every crop (python -m train.label), in place of the refinery
         cycle: take the first so many stored epochs again and again, in a run of more epochs than are stored
+        pooled: what of the cells of a label map is averaged over a crop: logits, as published, or probabilities
     """
 
     stored: str | None = None
     cycle: int | None = None
-
-
-@dataclass(frozen=True)
-class Description:
-    """What stored labels are of, and how they were made.
-
-    data: name, fingerprint, images and classes of the set. refinery: its network, the digest of its weights, its
-    generation, whose batch statistics it used and the resolution it saw crops at (None: as they are). plan: seed, crop
-    rule and copies of an epoch, of which the crops are a function. resolution: pixels a side of the crops. precision,
-    batch, order: what labels depend on by rounding, or with the batch's statistics. format, k, dtype: see
-    train.labels.rows.build_rows. bytes_per_crop: of a row.
-
-    Of label maps (format map) there is one row an image, no plan, and one file. resolution: pixels a side of the
-    pictures, squashed to squares. cells: a side of a map. shift: whether the logits were moved, cell by cell, so that
-    those which were left out are 0 on average.
-    """
-
-    data: dict[str, Any]
-    refinery: dict[str, Any]
-    plan: dict[str, Any] | None
-    resolution: int
-    precision: str
-    batch: int
-    order: str
-    format: str
-    k: int | None
-    dtype: str | None
-    bytes_per_crop: int
-    cells: int | None = None
-    shift: bool | None = None
-
-    @property
-    def seed(self) -> int:
-        assert self.plan
-        return int(self.plan["seed"])
-
-    @property
-    def copies(self) -> int:
-        return int(self.plan["copies"]) if self.plan else 1
-
-    @cached_property
-    def crop(self) -> CropRule:
-        assert self.plan
-        rule = self.plan["crop"]
-        return CropRule(**rule | {name: tuple(rule[name]) for name in ("scale", "ratio")})
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of an epoch's rows."""
-        return self.data["images"] * self.copies, self.bytes_per_crop
-
-    @property
-    def bytes_per_epoch(self) -> int:
-        rows, width = self.shape
-        return rows * width
-
-    @property
-    def key(self) -> str:
-        """Names all of it, in eight hex digits."""
-        # What only maps have is no part of the name of other labels.
-        return key_of(
-            {name: value for name, value in asdict(self).items() if value is not None or name in ("k", "dtype")}
-        )
-
-    @property
-    def kind(self) -> str:
-        """The format of the rows, in a few words."""
-        if self.format == "map":
-            return f"maps of {self.cells}x{self.cells} cells, top {self.k}"
-        return self.format if self.k is None else f"top {self.k}"
-
-    def file_name(self, epoch: int) -> str:
-        return "train.maps" if self.format == "map" else f"epoch-{epoch:04d}.labels"
-
-    def build_rows(self) -> Rows:
-        """The format of the rows."""
-        return build_rows(self.format, self.data["classes"], k=self.k, dtype=self.dtype)
+    pooled: Literal["logits", "probabilities"] = "logits"
 
 
 class Store:
@@ -132,7 +59,7 @@ class Store:
     @property
     def finished(self) -> dict[int, dict[str, Any]]:
         """Of each epoch (0, 1, ...) that is labelled: crc32 of its file, and the seconds it took."""
-        done, size = _read(self.folder)[1], self.description.bytes_per_epoch
+        done, size = read_description(self.folder)[1], self.description.bytes_per_epoch
         return {epoch: made for epoch, made in done.items() if _size_of(self._file(epoch)) == size}
 
     @property
@@ -143,14 +70,16 @@ class Store:
 
     def check_sizes(self) -> None:
         """Raises TrainError for the file of a finished epoch that no longer has the size it was written with."""
-        size = self.description.bytes_per_epoch
-        for epoch in _read(self.folder)[1]:
-            found = _size_of(self._file(epoch))
-            if found not in (None, size):
-                raise TrainError(
-                    f"{self._file(epoch)}: has {found} bytes and should have {size}; label again with the same "
-                    "command, which writes it again"
-                )
+        for epoch in read_description(self.folder)[1]:
+            self._check_size(epoch)
+
+    def _check_size(self, epoch: int) -> None:
+        found, size = _size_of(self._file(epoch)), self.description.bytes_per_epoch
+        if found not in (None, size):
+            raise TrainError(
+                f"{self._file(epoch)}: has {found} bytes and should have {size}; label again with the same "
+                "command, which writes it again"
+            )
 
     @property
     def network(self) -> dict[str, str]:
@@ -162,8 +91,8 @@ class Store:
         there = self.description.data["fingerprint"]
         if data.fingerprint != there:
             raise TrainError(
-                f"LABELS={self.folder}: are of other data, with fingerprint {_short(there)} and not "
-                f"{_short(data.fingerprint)} as {data.folder}"
+                f"LABELS={self.folder}: are of other data, with fingerprint {short(there)} and not "
+                f"{short(data.fingerprint)} as {data.folder}"
             )
 
     def check_refinery(self, asked: str, class_names: Sequence[str]) -> None:
@@ -174,19 +103,19 @@ class Store:
             found, there = load_trained(asked, class_names=class_names).digest, self.network["weights"]
         if found != there:
             raise TrainError(
-                f"REFINERY={asked}: LABELS={self.folder} were made by another one, {_short(there)} and not "
-                f"{_short(found)}; leave one of them out"
+                f"REFINERY={asked}: LABELS={self.folder} were made by another one, {short(there)} and not "
+                f"{short(found)}; leave one of them out"
             )
 
     def rows(self, epoch: int) -> NDArray[np.uint8]:
         """The rows of an epoch, [crops, bytes_per_crop], mapped from its file. Raises TrainError for damage."""
         path = self._file(epoch)
-        self.check_sizes()
+        self._check_size(epoch)
         try:
             mapped = np.memmap(path, np.uint8, "r", shape=self.description.shape)
         except OSError as error:
             raise TrainError(f"{path}: cannot be read ({error.strerror}); label again with the same command") from None
-        if zlib.crc32(mapped.data) != self.finished[epoch]["crc32"]:
+        if zlib.crc32(mapped.data) != read_description(self.folder)[1][epoch]["crc32"]:
             raise TrainError(
                 f"{path}: is damaged (its checksum is not that in labels.json); remove the file and label again with "
                 "the same command, which writes what is missing"
@@ -200,11 +129,16 @@ class Store:
         given = sum(_size_of(self._partial(epoch)) or 0 for epoch in missing)
         needed, free = len(missing) * self.description.bytes_per_epoch - given, shutil.disk_usage(self.folder).free
         if needed > free:
-            smaller = {"packed": "fewer EPOCHS or a smaller --k", "exact": "fewer EPOCHS or --format packed"}
+            smaller = {
+                "packed": "fewer EPOCHS or a smaller --k",
+                "exact": "fewer EPOCHS or --format packed",
+                "map": "a smaller --map_resolution",
+            }
+            imported = self.description.resolution is None
             what = "the maps" if self.description.format == "map" else f"{len(missing)} epochs of labels"
             raise TrainError(
-                f"OUT={self.folder}: {what} take {in_units(needed)}, and {in_units(free)} are free; take another disk, "
-                f"or {smaller.get(self.description.format, 'a smaller --map_resolution')}"
+                f"OUT={self.folder}: {what} take {in_units(needed)}, and {in_units(free)} are free; take another disk"
+                f"{'' if imported else f', or {smaller[self.description.format]}'}"
             )
 
     @contextmanager
@@ -261,7 +195,7 @@ class Store:
 
     def _add(self, epoch: int, made: dict[str, Any]) -> None:
         with _locked(self.folder):
-            _write(self.folder, self.description, _read(self.folder)[1] | {epoch: made})
+            write_description(self.folder, self.description, read_description(self.folder)[1] | {epoch: made})
 
     @contextmanager
     def _cannot_write(self, path: Path) -> Iterator[None]:
@@ -277,28 +211,62 @@ class Store:
         return self.folder / self.description.file_name(epoch)
 
     def _partial(self, epoch: int) -> Path:
-        return self.folder / f".{self._file(epoch).stem}{_PARTIAL}"
+        return self.folder / f".{self._file(epoch).stem}{PARTIAL}"
+
+
+@dataclass(frozen=True)
+class LabelsFromStore(Labels):
+    """Labels from files, of whichever kind: what they say of the refinery that gave them, and of the data."""
+
+    store: Store
+
+    elsewhere = "is for stored labels; give labels.stored too"
+
+    @property
+    def generation(self) -> int:
+        return int(self.store.description.refinery["generation"]) + 1
+
+    @property
+    def refinery(self) -> dict[str, str]:
+        return self.store.network
+
+    def check_data(self, data: ConvertedSet) -> None:
+        self.store.check_data(data)
 
 
 def open_store(folder: str | Path) -> Store:
     """The labels in a folder. Raises TrainError where there are none, or where their description is damaged."""
-    return Store(Path(folder), _read(Path(folder))[0])
+    return Store(Path(folder), read_description(Path(folder))[0])
 
 
 def check_folder(folder: Path) -> None:
     """Raises TrainError where labels could not be written to a folder that may not be there yet. Nothing is written."""
     try:
-        if _described(folder).is_file():
+        if description_file(folder).is_file():
             return
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         writable = existing.is_dir() and os.access(existing, os.W_OK)
-        others = writable and existing == folder and any(not path.name.endswith(_PARTIAL) for path in folder.iterdir())
+        others = writable and existing == folder and any(not path.name.endswith(PARTIAL) for path in folder.iterdir())
     except OSError as error:
         raise TrainError(f"OUT={folder}: labels cannot be written there ({error.strerror})") from None
     if not writable:
         raise TrainError(f"OUT={folder}: labels cannot be written there ({existing} is no folder that can be written)")
     if others:
         raise TrainError(f"OUT={folder}: holds other files; give a new folder, or one of such labels")
+
+
+def existing_store(folder: Path) -> Store | None:
+    """The labels, finished or not, in a folder that is to hold some. Raises TrainError as check_folder, open_store."""
+    check_folder(folder)
+    return open_store(folder) if description_file(folder).is_file() else None
+
+
+def check_asked(refinery: str | None, out: str | None, what: str) -> None:
+    """Raises TrainError unless a refinery and a folder are named. what: it is to make, labels or maps, for messages."""
+    if not refinery:
+        raise TrainError(f"REFINERY is missing: name the network that is to make the {what}, as in REFINERY=resnet50")
+    if not out:
+        raise TrainError(f"OUT is missing: name the folder for the {what}, as in OUT={what}/resnet50")
 
 
 def create_store(folder: Path, description: Description) -> Store:
@@ -312,8 +280,8 @@ def create_store(folder: Path, description: Description) -> Store:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             check_folder(folder)
-            if not _described(folder).is_file():
-                _write(folder, description, {})
+            if not description_file(folder).is_file():
+                write_description(folder, description, {})
     except OSError as error:
         raise TrainError(f"OUT={folder}: labels cannot be written there ({error.strerror})") from None
     store = open_store(folder)
@@ -321,16 +289,6 @@ def create_store(folder: Path, description: Description) -> Store:
     if others:
         raise TrainError(f"OUT={folder}: holds other labels ({'; '.join(others)}); give another folder")
     return store
-
-
-def differences(asked: Description, found: Description) -> list[str]:
-    """In what two descriptions differ, as phrases."""
-    here, there = _flat(asdict(asked)), _flat(asdict(found))
-    return [
-        f"{name} is {_short(there.get(name))} there and {_short(here.get(name))} here"
-        for name in here | there
-        if here.get(name) != there.get(name)
-    ]
 
 
 def in_units(size: int) -> str:
@@ -341,61 +299,12 @@ def in_units(size: int) -> str:
     return f"{value:.3g} {units[0]}"
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {name: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{name}.{key}" if name else key)
-    return flat
-
-
-def _short(value: Any) -> str:
-    """A value as messages show it: of a digest, what tells two apart."""
-    return value[:16] if isinstance(value, str) and len(value) == 64 else str(value)
-
-
-def _described(folder: Path) -> Path:
-    return folder / "labels.json"
-
-
 def _size_of(path: Path) -> int | None:
     """Bytes of a file, or None where there is none."""
     try:
         return path.stat().st_size
     except OSError:
         return None
-
-
-def _read(folder: Path) -> tuple[Description, dict[int, dict[str, Any]]]:
-    """What labels.json says: the description, and the epochs that were finished."""
-    path = _described(folder)
-    try:
-        said = json.loads(path.read_text())
-        if said["version"] != _VERSION:
-            raise TrainError(f"{path}: written by another version of this program; label again")
-        if said.pop("checksum") != key_of(said):
-            raise ValueError
-        epochs = {int(epoch): made for epoch, made in said.pop("epochs").items()}
-        return Description(**{name: value for name, value in said.items() if name != "version"}), epochs
-    except TrainError:
-        raise
-    except OSError as error:
-        raise TrainError(f"{path}: cannot be read ({error.strerror}); is {folder} a folder of stored labels?") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise TrainError(f"{path}: is damaged; label again, into another folder") from None
-
-
-def _write(folder: Path, description: Description, epochs: dict[int, dict[str, Any]]) -> None:
-    path = _described(folder)
-    partial = path.with_suffix(_PARTIAL)
-    numbered = {str(epoch): made for epoch, made in sorted(epochs.items())}
-    said = {"version": _VERSION} | asdict(description) | {"epochs": numbered}
-    with open(partial, "w") as file:
-        file.write(json.dumps(said | {"checksum": key_of(said)}, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 @contextmanager

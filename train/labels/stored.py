@@ -12,22 +12,19 @@ import torch
 from numpy.typing import NDArray
 
 from data.loader import CropBatch
-from data.sets import ConvertedSet
 from train import TrainError
 from train.labels.maps import MapLabels
 from train.labels.source import Asked, Crops, Labels, LabelSource, Plan, Targets
-from train.labels.store import Store, StoredOptions, open_store
+from train.labels.store import LabelsFromStore, Store, StoredOptions, open_store
 
 
 @dataclass(frozen=True)
-class StoredLabels(Labels):
+class StoredLabels(LabelsFromStore):
     """What a refinery said of planned crops. epochs: how many different ones the run sees."""
 
-    store: Store
     epochs: int
 
-    options = ("labels.stored", "labels.cycle", "refinery", "loss.kind", "loss.temperature")
-    elsewhere = "is for stored labels; give labels.stored too"
+    options = ("labels.stored", "labels.cycle", "labels.pooled", "refinery", "loss.kind", "loss.temperature")
 
     @classmethod
     def asked(cls, given: StoredOptions, config: Asked) -> bool:
@@ -53,6 +50,10 @@ class StoredLabels(Labels):
             store.check_refinery(config.refinery, class_names)
         if made.format == "map":
             return MapLabels.find(given, config, class_names)
+        if given.pooled != "logits":
+            raise TrainError(
+                f"labels.pooled={given.pooled}: is for maps, and LABELS={store.folder} holds labels of crops"
+            )
         if config.loss.temperature != 1 and made.format == "packed":
             raise TrainError(
                 f"loss.temperature={config.loss.temperature:g}: packed labels hold probabilities at temperature 1; "
@@ -86,16 +87,9 @@ class StoredLabels(Labels):
         return f"{identity['refinery']['network']}, stored"
 
     @property
-    def generation(self) -> int:
-        return int(self.store.description.refinery["generation"]) + 1
-
-    @property
-    def refinery(self) -> dict[str, str]:
-        return self.store.network
-
-    @property
     def plan(self) -> Plan:
         made = self.store.description
+        assert made.resolution
         return Plan(made.seed, made.crop, made.copies, made.resolution, self.epochs)
 
     @property
@@ -103,9 +97,6 @@ class StoredLabels(Labels):
         made = self.store.description
         how = {name: made.refinery[name] for name in ("bn", "resolution")}
         return how | {"store": made.key, "crop_seed": made.seed, "epochs": self.epochs}
-
-    def check_data(self, data: ConvertedSet) -> None:
-        self.store.check_data(data)
 
     def describe(self) -> str:
         made = self.store.description
