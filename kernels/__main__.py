@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from command import UserError, exit_on_user_error
-from kernels import binarise, pool_labels, refinery_loss
+from kernels import binarise, pool_labels, refinery_loss, sample_blocks
 
 # The kernels' arguments; those in capitals are constants, all others int32.
 _TYPES = {
@@ -34,6 +34,10 @@ _TYPES = {
     "signs_ptr": "*bf16",
     "passes_ptr": "*i1",
     "result_ptr": "*bf16",
+    "blocks_ptr": "*i64",
+    "offsets_ptr": "*i64",
+    "places_ptr": "*i32",
+    "crops_ptr": "*u8",
 }
 
 
@@ -82,6 +86,8 @@ def versions() -> list[Version]:
         block, warps = pool_labels.tile(classes)
         constants = {"ENTRIES": pool_labels.ENTRIES, "BLOCK": block}
         found.append(Version(pool_labels._sum_kernel, f"C={classes}", constants, warps))
+    constants = {name: getattr(sample_blocks, name) for name in ("TILE", "ROWS", "COLUMNS")}
+    found.append(Version(sample_blocks._sample_kernel, "any", constants, sample_blocks.WARPS))
     return found
 
 

@@ -62,3 +62,21 @@ def activations(device: str) -> list[Tensor]:
         x[:0],
         x[0, 0],
     ]
+
+
+def block_images() -> tuple[Tensor, ...]:
+    """Arguments of sample_blocks except the resolution: images of awkward sizes, boxes at their edges, some flipped."""
+    sizes = [(37, 50), (1, 1), (64, 64), (5, 90), (120, 77), (200, 111)]
+    boxes = [(3, 5, 30, 41), (0, 0, 1, 1), (0, 0, 64, 64), (1, 80, 3, 10), (119, 0, 1, 77), (0, 0, 200, 111)]
+    generator = torch.Generator().manual_seed(3)
+    offsets, blocks = [], 2
+    for height, width in sizes:
+        offsets.append(blocks)
+        halves = ((height + 7) // 8) * ((width + 7) // 8)
+        blocks += ((height + 3) // 4) * ((width + 3) // 4) + 2 * halves
+    ends = torch.randint(0, 256, (2, blocks), generator=generator).sort(dim=0, descending=True).values
+    codes = torch.randint(0, 2**24, (2, blocks), generator=generator)
+    words = ends[0] | ends[1] << 8 | codes[0] << 16 | codes[1] << 40
+    flips = torch.tensor([False, False, True, False, True, False])
+    places = (torch.tensor(part, dtype=torch.int32) for part in (sizes, boxes))
+    return words, torch.tensor(offsets), *places, flips

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels import binarise, pool_labels, refinery_loss
+from kernels import binarise, pool_labels, refinery_loss, sample_blocks
 from kernels.refinery_loss import KINDS
-from tests.kernels.cases import activations, check, defined, dense, sparse
+from tests.kernels.cases import activations, block_images, check, defined, dense, sparse
 
 CASES = [(10, torch.float32, 1.0), (37, torch.bfloat16, 3.0), (1000, torch.float16, 2.0)]
 
@@ -76,3 +76,15 @@ def test_sum_by_class():
             pool_labels.launch(values, ids, classes), pool_labels._sum_by_class(values, ids, classes)
         )
     assert pool_labels.launch(torch.empty(0, 5), torch.empty(0, 5, dtype=torch.int64), 7).shape == (0, 7)
+
+
+@pytest.mark.parametrize("resolution", [1, 20, 37])
+def test_sample_blocks(resolution):
+    """Within rounding, which happens for some of a hundred values of such noise."""
+    images = block_images()
+    crops = sample_blocks.launch(*images, resolution)
+    assert crops.is_contiguous(memory_format=torch.channels_last)
+    off = (crops.int() - sample_blocks.reference(*images, resolution).int()).abs()
+    assert off.max() <= 1
+    assert off.float().mean() < 0.05
+    assert sample_blocks.launch(images[0], *(part[:0] for part in images[1:]), 8).shape == (0, 3, 8, 8)

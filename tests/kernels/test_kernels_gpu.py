@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels import binarise, pool_labels, refinery_loss
+from kernels import binarise, pool_labels, refinery_loss, sample_blocks
 from kernels.refinery_loss import KINDS
-from tests.kernels.cases import activations, check, defined, dense, sparse
+from tests.kernels.cases import activations, block_images, check, defined, dense, sparse
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,3 +73,13 @@ def test_labels_are_pooled_as_on_the_cpu(classes, kind):
     expected = pool_labels.reference(logits, ids, boxes, classes, kind=kind)
     found = pool_labels.pool_labels(logits.cuda(), ids.cuda(), boxes.cuda(), classes, kind=kind)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("resolution", [1, 20, 64, 224])
+def test_crops_of_blocks_follow_their_reference(resolution):
+    images = block_images()
+    crops = sample_blocks.sample_blocks(*(part.cuda() for part in images), resolution)
+    off = (crops.cpu().int() - sample_blocks.reference(*images, resolution).int()).abs()
+    assert off.max() <= 1
+    assert off.float().mean() < 0.05
+    torch.library.opcheck(sample_blocks._sample_blocks, (*(part.cuda() for part in images), resolution))

@@ -1,0 +1,80 @@
+"""Crops from blocks: the reference against Pillow, and what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kernels.sample_blocks import planes, reference, sample_blocks
+from tests.kernels.cases import block_images
+
+WHITE, BLACK = 255, 1
+
+
+def flat(red: int, blue: int, height: int, width: int) -> torch.Tensor:
+    """The blocks of an image of one colour: Y 128 and this Cr and Cb."""
+    whole, half = ((height + 3) // 4) * ((width + 3) // 4), ((height + 7) // 8) * ((width + 7) // 8)
+    return torch.tensor([128] * whole + [blue] * half + [red] * half)
+
+
+def test_codes_are_the_standards():
+    """Endpoints 254 and 2, the 16 codes in turn: code 0 and 1 are the endpoints, 2 to 7 lie evenly between."""
+    codes = sum((place % 8) << (16 + 3 * place) for place in range(16))
+    word = 254 | 2 << 8 | codes
+    word = word - 2**64 if word >= 2**63 else word
+    (luma, *_) = planes(torch.tensor([word, 0, 0]), 4, 4)
+    assert luma.flatten().tolist() == [254, 2, 218, 182, 146, 110, 74, 38] * 2
+
+
+@pytest.mark.parametrize("resolution", [7, 20, 100])
+def test_crops_are_resized_as_by_pillow(resolution):
+    """Gray, so that Pillow's resize of the luma plane is all there is to it."""
+    blocks, offsets, sizes, boxes, flips = block_images()
+    for number, (height, width) in enumerate(sizes.tolist()):
+        luma = planes(blocks[offsets[number] :], height, width)[0].byte().numpy()
+        top, left, tall, wide = boxes[number].tolist()
+        box = np.ascontiguousarray(luma[top : top + tall, left : left + wide])
+        wanted = np.asarray(Image.fromarray(box).resize((resolution, resolution), Image.Resampling.BILINEAR)).astype(
+            int
+        )
+        gray = blocks[offsets[number] :].clone()
+        gray[((height + 3) // 4) * ((width + 3) // 4) :] = 128  # both endpoints of chroma, whose code is 0
+        place = (part[number : number + 1] for part in (sizes, boxes, flips))
+        crop = sample_blocks(gray, torch.tensor([0]), *place, resolution)
+        assert (crop[0] == crop[0, :1]).all()
+        wanted = wanted[:, ::-1] if flips[number] else wanted
+        assert np.abs(crop[0, 0].numpy().astype(int) - wanted).max() <= 1
+
+
+def test_colours_are_jfifs():
+    for red, blue in ((200, 90), (20, 240), (128, 128)):
+        blocks = flat(red, blue, 9, 11)
+        box = torch.tensor([[2, 3, 5, 6]], dtype=torch.int32)
+        size = torch.tensor([[9, 11]], dtype=torch.int32)
+        crop = sample_blocks(blocks, torch.tensor([0]), size, box, torch.tensor([False]), 4)
+        wanted = Image.new("YCbCr", (1, 1), (128, blue, red)).convert("RGB").getpixel((0, 0))
+        assert (crop[0].permute(1, 2, 0).int() - torch.tensor(wanted)).abs().max() <= 1
+
+
+def test_chroma_is_enlarged_as_by_libjpeg():
+    """Cr of 4 columns of pixels, enlarged to 7: three quarters of the nearer, one of the further; ends are repeated."""
+    step = (
+        240 | 20 << 8 | sum(code << 16 + 3 * (4 * row + x) for row in range(4) for x, code in enumerate((0, 0, 1, 1)))
+    )
+    blocks = torch.tensor([128, 128, 128, step])
+    place = torch.tensor([[4, 7]], dtype=torch.int32), torch.tensor([[0, 0, 4, 7]], dtype=torch.int32)
+    crop = reference(blocks, torch.tensor([0]), *place, torch.tensor([False]), 28)
+    # Enlarged by whole numbers; the middle of each pixel keeps its value.
+    red = crop[0, 0, 14, 2::4].float()
+    samples = torch.tensor([240.0, 240, 240, 185, 75, 20, 20])
+    torch.testing.assert_close(red, (128 + 1.402 * (samples - 128)).clamp(0, 255), atol=25, rtol=0)
+    assert red.tolist() == sorted(red.tolist(), reverse=True)
+
+
+def test_what_does_not_match_is_refused():
+    images = block_images()
+    with pytest.raises(ValueError, match=r"boxes must be \[6, 4\], not \[6, 2\]"):
+        sample_blocks(*images[:3], images[2], images[4], 8)
+    with pytest.raises(ValueError, match="blocks must be int64"):
+        sample_blocks(images[0].float(), *images[1:], 8)
+    torch.library.opcheck(torch.ops.label_refinery.sample_blocks, (*images, 8))
