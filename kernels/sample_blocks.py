@@ -1,4 +1,4 @@
-"""Crops straight from block storage: blocks are expanded where the resize reads them, and nothing is written in between.
+"""Crops straight from block storage: blocks are expanded where the resize reads them, and nothing is written between.
 
 An image is three planes of 4x4 blocks (data/blocks.py): Y, and Cb and Cr halved both ways. A crop is its box resized by
 the triangle filter (Pillow's BILINEAR), chroma by that filter after libjpeg's "fancy" upsampling, and then made RGB, as
@@ -43,7 +43,7 @@ def sample_blocks(
 
 
 def planes(blocks: Tensor, height: int, width: int) -> list[Tensor]:
-    """Y float32 [height, width], Cb and Cr, both halved and rounded up, of the image whose blocks, int64, come first."""
+    """Y float32 [height, width], Cb and Cr, halved and rounded up, of the image whose blocks, int64 [N], come first."""
     made = []
     for rows, columns in [(height, width)] + 2 * [((height + 1) // 2, (width + 1) // 2)]:
         down, across = (rows + 3) // 4, (columns + 3) // 4
@@ -145,7 +145,7 @@ def _triangle(pixel, centers, support, start, end):
 
 @triton.jit
 def _weights(samples, centers, support, start, end, size, HALF: tl.constexpr):
-    """The unnormalised weights of a plane's samples; of a halved plane, those of the pixels that each of them becomes."""
+    """The unnormalised weights of a plane's samples; of a halved plane, those of the pixels that they become."""
     if not HALF:
         return _triangle(samples, centers, support, start, end)
     first = samples * 2
@@ -173,7 +173,7 @@ def _plane(
     blocks_ptr, height, width, rows, columns, row_scale, column_scale, tall, wide, box,
     HALF: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a plane, resized: float32 [TILE, TILE]. rows, columns: centres of its outputs, in pixels of the image."""
+    """A tile of a plane, resized: float32 [TILE, TILE]. rows, columns: its outputs' centres, in the image's pixels."""
     top, left, bottom, right = box
     down = height
     along = width
