@@ -11,9 +11,13 @@ are exact and weights are off by 1/2048 of themselves at most.
 The Triton version has not yet been measured on a GPU.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Pixels a side of what a program makes of a crop, and rows and columns of what it expands at a time. Weights of columns
@@ -27,27 +31,42 @@ def sample_blocks(
 ) -> Tensor:
     """Crops of images in block storage: uint8 [B, 3, R, R], channels-last.
 
-    blocks: int64 [N], each one block of 8 bytes, little-endian. offsets: int64 [B], where each image begins among them.
+    blocks: int64 [N], each one block of 8 bytes, little-endian. offsets: int64 [B, 3], where the first block of each
+    plane lies among them, or would lie: only blocks of rows that `rows_read` says have to be there.
     sizes: int32 [B, 2] (height, width) of the images in pixels. boxes: int32 [B, 4] (top, left, height, width) in
     pixels, within the images. flips: bool [B], mirrored crops. All on one device.
     Raises ValueError for shapes that do not match; boxes and offsets are not checked.
     """
     count = len(offsets)
-    shapes = {"sizes": (sizes, (count, 2)), "boxes": (boxes, (count, 4)), "flips": (flips, (count,))}
-    for name, (tensor, shape) in shapes.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)}, not {list(tensor.shape)}")
+    columns = {"offsets": (offsets, [3]), "sizes": (sizes, [2]), "boxes": (boxes, [4]), "flips": (flips, [])}
+    for name, (tensor, row) in columns.items():
+        if list(tensor.shape) != [count, *row]:
+            raise ValueError(f"{name} must be {[count, *row]}, not {list(tensor.shape)}")
     if blocks.ndim != 1 or blocks.dtype != torch.int64:
         raise ValueError(f"blocks must be int64 [N], not {blocks.dtype} {list(blocks.shape)}")
     return _sample_blocks(blocks, offsets, sizes, boxes, flips, resolution)
 
 
-def planes(blocks: Tensor, height: int, width: int) -> list[Tensor]:
-    """Y float32 [height, width], Cb and Cr, halved and rounded up, of the image whose blocks, int64 [N], come first."""
+def rows_read(boxes: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows of blocks of Y, and of Cb and Cr, that crops of boxes are made from: first, and one more than the last.
+
+    boxes: int32 [n, 4] (top, left, height, width) in pixels. Returns two int64 [n, 2]; the plane may end before.
+    """
+    tops, bottoms = boxes[:, 0].astype(np.int64), (boxes[:, 0] + boxes[:, 2]).astype(np.int64)
+    # Of chroma, one sample more on either side.
+    firsts = np.stack([tops // 4, np.maximum(tops // 2 - 1, 0) // 4], axis=1)
+    return firsts, np.stack([(bottoms + 3) // 4, ((bottoms + 1) // 2 + 1 + 3) // 4], axis=1)
+
+
+def planes(blocks: Tensor, offsets: Sequence[int], height: int, width: int) -> list[Tensor]:
+    """Y float32 [height, width], Cb and Cr, halved and rounded up, of an image; see sample_blocks."""
     made = []
-    for rows, columns in [(height, width)] + 2 * [((height + 1) // 2, (width + 1) // 2)]:
+    shapes = [(height, width)] + 2 * [((height + 1) // 2, (width + 1) // 2)]
+    for offset, (rows, columns) in zip(offsets, shapes, strict=True):
         down, across = (rows + 3) // 4, (columns + 3) // 4
-        words, blocks = blocks[: down * across].view(down, across), blocks[down * across :]
+        # Blocks that are not there count nothing, whatever stands in their place.
+        places = torch.arange(offset, offset + down * across, device=blocks.device).clamp(0, len(blocks) - 1)
+        words = blocks[places].view(down, across)
         bits = torch.arange(16, 64, 3, device=words.device)
         codes = words[:, :, None] >> bits & 7
         steps = torch.where(codes == 0, 0, torch.where(codes == 1, 7, codes - 1))
@@ -60,10 +79,9 @@ def planes(blocks: Tensor, height: int, width: int) -> list[Tensor]:
 def reference(blocks: Tensor, offsets: Tensor, sizes: Tensor, boxes: Tensor, flips: Tensor, resolution: int) -> Tensor:
     """What defines sample_blocks: image by image, chroma enlarged to full size, the filter as matrices."""
     crops = []
-    for offset, (height, width), box, flip in zip(
-        offsets.tolist(), sizes.tolist(), boxes.tolist(), flips.tolist(), strict=True
-    ):
-        luma, *halves = planes(blocks[offset:], height, width)
+    places = zip(offsets.tolist(), sizes.tolist(), boxes.tolist(), flips.tolist(), strict=True)
+    for starts, (height, width), box, flip in places:
+        luma, *halves = planes(blocks, starts, height, width)
         rows = _filter(height, box[0], box[2], resolution).to(luma)
         columns = _filter(width, box[1], box[3], resolution).to(luma)
         columns = columns.flip(0) if flip else columns
@@ -159,13 +177,14 @@ def _weights(samples, centers, support, start, end, size, HALF: tl.constexpr):
 
 
 @triton.jit
-def _span(centers, support, HALF: tl.constexpr):
-    """The first sample that outputs with these centres may read, a multiple of 4, and one more than the last."""
-    first = tl.maximum((tl.min(centers, 0) - support).to(tl.int32) - 2, 0)
-    last = (tl.max(centers, 0) + support).to(tl.int32) + 3
+def _span(centers, support, start, end, size, HALF: tl.constexpr):
+    """The first sample that outputs with these centres may read, and one more than the last; see rows_read."""
+    first = tl.maximum((tl.min(centers, 0) - support).to(tl.int32) - 1, start)
+    last = tl.minimum((tl.max(centers, 0) + support).to(tl.int32) + 2, end)
     if HALF:
-        first, last = first // 2, last // 2 + 1
-    return first // 4 * 4, last
+        first = tl.maximum(first // 2 - 1, 0)
+        last = tl.minimum((last + 1) // 2 + 1, (size + 1) // 2)
+    return first, last
 
 
 @triton.jit
@@ -175,22 +194,18 @@ def _plane(
 ):  # fmt: skip
     """A tile of a plane, resized: float32 [TILE, TILE]. rows, columns: its outputs' centres, in the image's pixels."""
     top, left, bottom, right = box
-    down = height
-    along = width
+    across = (width + 3) // 4
     if HALF:
-        down = (height + 1) // 2
-        along = (width + 1) // 2
-    across = (along + 3) // 4
-    first_row, last_row = _span(rows, tall, HALF)
-    first_column, last_column = _span(columns, wide, HALF)
-    last_row, last_column = tl.minimum(last_row, down), tl.minimum(last_column, along)
+        across = ((width + 1) // 2 + 3) // 4
+    first_row, last_row = _span(rows, tall, top, bottom, height, HALF)
+    first_column, last_column = _span(columns, wide, left, right, width, HALF)
     sums = tl.zeros((TILE, TILE), dtype=tl.float32)
     for row in range(first_row, last_row, ROWS):
         y = row + tl.arange(0, ROWS)
         partial = tl.zeros((ROWS, TILE), dtype=tl.float32)
         for column in range(first_column, last_column, COLUMNS):
             x = column + tl.arange(0, COLUMNS)
-            inside = (y < down)[:, None] & (x < along)[None, :]
+            inside = (y < last_row)[:, None] & (x < last_column)[None, :]
             word = tl.load(blocks_ptr + (y // 4 * across)[:, None] + (x // 4)[None, :], mask=inside, other=0)
             place = (y % 4 * 12)[:, None] + (x % 4 * 3)[None, :] + 16
             code = (word >> place).to(tl.int32) & 7
@@ -209,9 +224,9 @@ def _plane(
 @triton.jit
 def _totals(centers, support, start, end, CHUNK: tl.constexpr):
     """1 over the sum of the weights of each output."""
-    first, last = _span(centers, support, False)
+    first, last = _span(centers, support, start, end, end, False)
     total = tl.zeros_like(centers)
-    for pixel in range(first, tl.minimum(last, end), CHUNK):
+    for pixel in range(first, last, CHUNK):
         at = pixel + tl.arange(0, CHUNK)
         total += tl.sum(_triangle(at[None, :], centers[:, None], support, start, end), 1)
     return 1 / tl.maximum(total, 1e-6)
@@ -240,9 +255,9 @@ def _sample_kernel(
     tall, wide = tl.maximum(down, 1.0), tl.maximum(along, 1.0)
     row_scale, column_scale = _totals(rows, tall, top, bottom, COLUMNS), _totals(columns, wide, left, right, COLUMNS)
     box = (top, left, bottom, right)
-    luma_ptr = blocks_ptr + tl.load(offsets_ptr + crop)
-    cb_ptr = luma_ptr + ((height + 3) // 4) * ((width + 3) // 4)
-    cr_ptr = cb_ptr + (((height + 1) // 2 + 3) // 4) * (((width + 1) // 2 + 3) // 4)
+    luma_ptr = blocks_ptr + tl.load(offsets_ptr + crop * 3)
+    cb_ptr = blocks_ptr + tl.load(offsets_ptr + crop * 3 + 1)
+    cr_ptr = blocks_ptr + tl.load(offsets_ptr + crop * 3 + 2)
     luma = _plane(
         luma_ptr, height, width, rows, columns, row_scale, column_scale, tall, wide, box, False, TILE, ROWS, COLUMNS
     )

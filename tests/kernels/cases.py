@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kernels.sample_blocks import rows_read
+
 # How far a gradient may lie from the float32 one: a step between a dtype's numbers, for Triton's interpreter cuts off.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
@@ -71,12 +73,24 @@ def block_images() -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(3)
     offsets, blocks = [], 2
     for height, width in sizes:
-        offsets.append(blocks)
-        halves = ((height + 7) // 8) * ((width + 7) // 8)
-        blocks += ((height + 3) // 4) * ((width + 3) // 4) + 2 * halves
+        whole, half = ((height + 3) // 4) * ((width + 3) // 4), ((height + 7) // 8) * ((width + 7) // 8)
+        offsets.append((blocks, blocks + whole, blocks + whole + half))
+        blocks += whole + 2 * half
     ends = torch.randint(0, 256, (2, blocks), generator=generator).sort(dim=0, descending=True).values
     codes = torch.randint(0, 2**24, (2, blocks), generator=generator)
     words = ends[0] | ends[1] << 8 | codes[0] << 16 | codes[1] << 40
     flips = torch.tensor([False, False, True, False, True, False])
     places = (torch.tensor(part, dtype=torch.int32) for part in (sizes, boxes))
     return words, torch.tensor(offsets), *places, flips
+
+
+def read_blocks(blocks: Tensor, offsets: Tensor, sizes: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
+    """Which blocks have to be there for sample_blocks: bool [N]."""
+    there = torch.zeros(len(blocks), dtype=torch.bool)
+    firsts, lasts = rows_read(boxes.numpy())
+    for starts, size, first, last in zip(offsets.tolist(), sizes.tolist(), firsts, lasts, strict=True):
+        for plane, start in enumerate(starts):
+            down, across = (-(-pixels // (8 if plane else 4)) for pixels in size)
+            kind = min(plane, 1)
+            there[start + first[kind] * across : start + min(last[kind], down) * across] = True
+    return there

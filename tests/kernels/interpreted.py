@@ -5,7 +5,7 @@ import torch
 
 from kernels import binarise, pool_labels, refinery_loss, sample_blocks
 from kernels.refinery_loss import KINDS
-from tests.kernels.cases import activations, block_images, check, defined, dense, sparse
+from tests.kernels.cases import activations, block_images, check, defined, dense, read_blocks, sparse
 
 CASES = [(10, torch.float32, 1.0), (37, torch.bfloat16, 3.0), (1000, torch.float16, 2.0)]
 
@@ -87,4 +87,7 @@ def test_sample_blocks(resolution):
     off = (crops.int() - sample_blocks.reference(*images, resolution).int()).abs()
     assert off.max() <= 1
     assert off.float().mean() < 0.05
+    # What it reads is what has to be there.
+    broken = torch.where(read_blocks(*images), images[0], -1)
+    assert torch.equal(sample_blocks.launch(broken, *images[1:], resolution), crops)
     assert sample_blocks.launch(images[0], *(part[:0] for part in images[1:]), 8).shape == (0, 3, 8, 8)

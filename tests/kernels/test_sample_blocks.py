@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from kernels.sample_blocks import planes, reference, sample_blocks
-from tests.kernels.cases import block_images
+from tests.kernels.cases import block_images, read_blocks
 
 
 def flat(red: int, blue: int, height: int, width: int) -> torch.Tensor:
@@ -20,7 +20,7 @@ def test_codes_are_the_standards():
     codes = sum((place % 8) << (16 + 3 * place) for place in range(16))
     word = 254 | 2 << 8 | codes
     word = word - 2**64 if word >= 2**63 else word
-    (luma, *_) = planes(torch.tensor([word, 0, 0]), 4, 4)
+    (luma, *_) = planes(torch.tensor([word, 0, 0]), (0, 1, 2), 4, 4)
     assert luma.flatten().tolist() == [254, 2, 218, 182, 146, 110, 74, 38] * 2
 
 
@@ -29,16 +29,16 @@ def test_crops_are_resized_as_by_pillow(resolution):
     """Gray, so that Pillow's resize of the luma plane is all there is to it."""
     blocks, offsets, sizes, boxes, flips = block_images()
     for number, (height, width) in enumerate(sizes.tolist()):
-        luma = planes(blocks[offsets[number] :], height, width)[0].byte().numpy()
+        luma = planes(blocks, offsets[number].tolist(), height, width)[0].byte().numpy()
         top, left, tall, wide = boxes[number].tolist()
         box = np.ascontiguousarray(luma[top : top + tall, left : left + wide])
         wanted = np.asarray(Image.fromarray(box).resize((resolution, resolution), Image.Resampling.BILINEAR)).astype(
             int
         )
-        gray = blocks[offsets[number] :].clone()
-        gray[((height + 3) // 4) * ((width + 3) // 4) :] = 128  # both endpoints of chroma, whose code is 0
-        place = (part[number : number + 1] for part in (sizes, boxes, flips))
-        crop = sample_blocks(gray, torch.tensor([0]), *place, resolution)
+        gray = blocks.clone()
+        gray[offsets[number, 1] :] = 128  # endpoint 0 of chroma, and all its codes are 0
+        place = (part[number : number + 1] for part in (offsets, sizes, boxes, flips))
+        crop = sample_blocks(gray, *place, resolution)
         assert (crop[0] == crop[0, :1]).all()
         wanted = wanted[:, ::-1] if flips[number] else wanted
         assert np.abs(crop[0, 0].numpy().astype(int) - wanted).max() <= 1
@@ -49,7 +49,7 @@ def test_colours_are_jfifs():
         blocks = flat(red, blue, 9, 11)
         box = torch.tensor([[2, 3, 5, 6]], dtype=torch.int32)
         size = torch.tensor([[9, 11]], dtype=torch.int32)
-        crop = sample_blocks(blocks, torch.tensor([0]), size, box, torch.tensor([False]), 4)
+        crop = sample_blocks(blocks, torch.tensor([[0, 9, 13]]), size, box, torch.tensor([False]), 4)
         wanted = Image.new("YCbCr", (1, 1), (128, blue, red)).convert("RGB").getpixel((0, 0))
         assert (crop[0].permute(1, 2, 0).int() - torch.tensor(wanted)).abs().max() <= 1
 
@@ -60,10 +60,17 @@ def test_chroma_is_enlarged_as_by_libjpeg():
     blocks = torch.tensor([128] * 5 + [240 | 20 << 8 | codes])
     place = torch.tensor([[7, 7]], dtype=torch.int32), torch.tensor([[0, 0, 7, 7]], dtype=torch.int32)
     # At its own size the filter changes nothing.
-    crop = reference(blocks, torch.tensor([0]), *place, torch.tensor([False]), 7)
+    crop = reference(blocks, torch.tensor([[0, 4, 5]]), *place, torch.tensor([False]), 7)
     samples = torch.tensor([240.0, 240, 240, 185, 75, 20, 20])
     wanted = (128 + 1.402 * (samples - 128)).round().clamp(0, 255)
     assert torch.equal(crop[0, 0], wanted.byte().expand(7, 7))
+
+
+def test_only_the_rows_that_are_read_have_to_be_there():
+    blocks, *places = block_images()
+    there = read_blocks(blocks, *places)
+    assert not there[2:].all()
+    assert torch.equal(sample_blocks(torch.where(there, blocks, -1), *places, 20), sample_blocks(blocks, *places, 20))
 
 
 def test_what_does_not_match_is_refused():
