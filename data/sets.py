@@ -1,8 +1,8 @@
 """Converted sets as they lie on disk: what is in one, and which one belongs to what the user gave as DATA.
 
-A converted set is a folder: `train.beton` and `val.beton` (baseline 4:2:0 JPEGs with a restart grid, see data/tiles.py,
-or raw pixels), `set.json` (class names in order, resolution and crop rule, how it was made), `rejects.txt` (what could
-not be read).
+A converted set is a folder: `train.beton` and `val.beton` (baseline 4:2:0 JPEGs with a restart grid, see data/tiles.py;
+or blocks, see data/blocks.py; or raw pixels), `set.json` (class names in order, resolution and crop rule, how it was
+made), `rejects.txt` (what could not be read).
 """
 
 import contextlib
