@@ -56,8 +56,8 @@ def described(data: str | None, count: int) -> str:
 
 def _extracted(path: Path, folder: Path, most: int) -> list[str]:
     beton = Beton(path)
-    if beton.raw.any():
-        raise BenchError(f"DATA={path.parent}: stores raw pixels, no image files; give a folder of images")
+    if beton.raw.any() or beton.in_blocks:
+        raise BenchError(f"DATA={path.parent}: stores pixels or blocks, no image files; give a folder of images")
     files = []
     for place in range(min(beton.num_samples, most)):
         index = place * beton.num_samples // min(beton.num_samples, most)

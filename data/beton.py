@@ -2,7 +2,9 @@
 
 Layout: header, field descriptors, one metadata row an image, then pages of encoded bytes (an image never crosses a
 page), and at the very end the allocation table with place and length of each image's bytes. Ours hold the two fields
-`image` (RGBImageField, type 2) and `label` (IntField, type 1), which is what stock FFCV image loaders expect.
+`image` (RGBImageField, type 2) and `label` (IntField, type 1), which is what stock FFCV image loaders expect. Those of
+block storage (data/blocks.py) hold `bytes` (BytesField, type 3), `height`, `width` and `label` (IntField): stock FFCV
+opens them too, and never takes blocks for pixels.
 
 Files written here carry a seal as well, where stock FFCV does not look: a CRC-32 of every image's bytes, and a digest
 of the index and of these. A damaged file is refused by name instead of training on garbage: the index when the file is
@@ -16,12 +18,12 @@ import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data import DataError
+from data import DataError, blocks
 
 _VERSION = 2
 PAGE_SIZE = 8 << 20
@@ -38,11 +40,16 @@ _HEADER = np.dtype(
 _FIELD = np.dtype([("type_id", "<u1"), ("name", "S16"), ("arguments", ("<u1", (1024,)))], align=True)
 _ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 _IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
-_FLOAT_FIELD, _INT_FIELD, _IMAGE_FIELD = 0, 1, 2
+_BYTES = np.dtype([("data_ptr", "<u8"), ("size", "<u8")])
+_FLOAT_FIELD, _INT_FIELD, _IMAGE_FIELD, _BYTES_FIELD = 0, 1, 2, 3
 # Fields whose metadata row has a fixed type; a file with any other kind of field is not one of ours to read.
-_ROW_TYPES = {_FLOAT_FIELD: np.dtype("<f8"), _INT_FIELD: np.dtype("<i8"), _IMAGE_FIELD: _IMAGE}
+_ROW_TYPES = {_FLOAT_FIELD: np.dtype("<f8"), _INT_FIELD: np.dtype("<i8"), _IMAGE_FIELD: _IMAGE, _BYTES_FIELD: _BYTES}
 _JPEG, _RAW = 0, 1
-# In the image field's arguments, which stock FFCV leaves empty and ignores. The version is ours.
+# Name and type of the fields, in order, of images and of block storage.
+_IMAGES = ((b"image", _IMAGE_FIELD), (b"label", _INT_FIELD))
+_BLOCKS = ((b"bytes", _BYTES_FIELD), (b"height", _INT_FIELD), (b"width", _INT_FIELD), (b"label", _INT_FIELD))
+_MOST_PIXELS = 65535
+# In the arguments of the image or bytes field, which stock FFCV leaves empty and ignores. The version is ours.
 _SEAL = np.dtype([("name", "S16"), ("checksums_ptr", "<u8"), ("digest", ("<u1", (32,)))])
 _SEAL_NAME, _SEAL_START = b"label-refinery 1", b"label-refinery"
 
@@ -50,7 +57,7 @@ _SEAL_NAME, _SEAL_START = b"label-refinery 1", b"label-refinery"
 class Encoded(NamedTuple):
     """One image to be written: its bytes, height and width in pixels, and class id.
 
-    data: a JPEG, or if raw the RGB pixels row by row, height * width * 3 bytes.
+    data: a JPEG, or blocks, or if raw the RGB pixels row by row, height * width * 3 bytes.
     """
 
     data: bytes
@@ -64,6 +71,7 @@ class Beton:
     """A `.beton` opened for reading: sizes, labels and encoded bytes, without decoding anything.
 
     sizes: int32 [n, 2], height and width of each image in pixels. labels: int64 [n]. raw: bool [n], pixels, no JPEG.
+    in_blocks: all images are stored as blocks (data/blocks.py).
     starts, lengths: int64 [n], place of each image's bytes. pages: int64 [n], the file page that holds each image.
     bytes: uint8, the whole file, mapped. fingerprint: hex digest of index and contents; of the index alone where the
     file has no seal, which still differs whenever an image was added, dropped, moved or encoded to another length.
@@ -74,7 +82,7 @@ class Beton:
         self.path = Path(path)
         try:
             file_size = os.path.getsize(self.path)
-            header, (image, label), allocations, seal, sealed = self._read_index(file_size)
+            header, (image, label), self.in_blocks, allocations, seal, sealed = self._read_index(file_size)
             with open(self.path, "rb") as file:
                 # Private: decoders that insist on writable buffers take its views as they are, and nothing reaches the
                 # file. Nothing is reserved for writes that never come, so that it may be larger than memory.
@@ -83,11 +91,13 @@ class Beton:
         except OSError as error:
             raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from None
         self.num_samples = len(label)
+        if self.num_samples and max(image["height"].max(), image["width"].max()) > _MOST_PIXELS:
+            raise self._broken(f"an image of more than {_MOST_PIXELS} pixels a side")
         self.sizes = np.stack([image["height"], image["width"]], axis=1).astype(np.int32)
         self.labels = label.astype(np.int64)
         if self.num_samples and (self.sizes.min() < 1 or self.labels.min() < 0):
             raise self._broken("an image without pixels or a negative class id")
-        if self.num_samples and image["mode"].max() > _RAW:
+        if self.num_samples and not self.in_blocks and image["mode"].max() > _RAW:
             raise self._broken("an image stored in an unknown way")
 
         allocations = allocations[np.argsort(allocations["ptr"], kind="stable")]
@@ -102,9 +112,11 @@ class Beton:
                 raise self._broken("an image's bytes lie outside the file")
         self.starts = image["data_ptr"].astype(np.int64)
         self.lengths = allocations["size"][slots].astype(np.int64)
-        self.raw = image["mode"] == _RAW
+        self.raw = np.zeros(self.num_samples, np.bool_) if self.in_blocks else image["mode"] == _RAW
         if (self.lengths != self.sizes.prod(axis=1, dtype=np.int64) * 3)[self.raw].any():
             raise self._broken("a raw image of another size than the index says")
+        if self.in_blocks and (self.lengths != blocks.size(*self.sizes.T.astype(np.int64))).any():
+            raise self._broken("an image of another number of blocks than its size needs")
         self.pages = self.starts // int(header["page_size"])
         self.bytes = np.frombuffer(mapped, dtype=np.uint8)
         if seal is None:
@@ -153,8 +165,10 @@ class Beton:
             if fields is None or not header["page_size"] > 0:
                 raise self._broken("its header is damaged or cut short")
             types = [int(field["type_id"]) for field in fields]
-            if not set(types) <= set(_ROW_TYPES) or _IMAGE_FIELD not in types or _INT_FIELD not in types:
-                raise DataError(f"{self.path}: its fields are not one RGB image and one integer label")
+            in_blocks = tuple(zip(fields["name"].tolist(), types, strict=True)) == _BLOCKS
+            of_images = set(types) <= {*_ROW_TYPES} - {_BYTES_FIELD} and {_IMAGE_FIELD, _INT_FIELD} <= set(types)
+            if not of_images and not in_blocks:
+                raise DataError(f"{self.path}: its fields are not one RGB image and one integer label, and no blocks")
             row_type = np.dtype([("", _ROW_TYPES[type_id]) for type_id in types], align=True)
             n, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
             # Checked before reading, so that a damaged count never becomes a huge allocation.
@@ -167,14 +181,19 @@ class Beton:
             allocations = _read(file, _ALLOCATION, (file_size - table) // _ALLOCATION.itemsize)
             if allocations is None:
                 raise self._broken("it is cut short")
-        seal = fields["arguments"][types.index(_IMAGE_FIELD)][: _SEAL.itemsize].copy().view(_SEAL)[0]
+        place = types.index(_BYTES_FIELD if in_blocks else _IMAGE_FIELD)
+        seal = fields["arguments"][place][: _SEAL.itemsize].copy().view(_SEAL)[0]
         if seal["name"] != _SEAL_NAME:
             if seal["name"].startswith(_SEAL_START):
                 raise DataError(f"{self.path}: written by another version of label-refinery; convert the set again")
             seal = None
         names = row_type.names or ()
-        image, label = (rows[names[types.index(kind)]] for kind in (_IMAGE_FIELD, _INT_FIELD))
-        return header, (image, label), allocations, seal, (header, rows, allocations)
+        if in_blocks:
+            stored, height, width, label = (rows[name] for name in names)
+            image: Any = {"data_ptr": stored["data_ptr"], "height": height, "width": width}
+        else:
+            image, label = (rows[names[types.index(kind)]] for kind in (_IMAGE_FIELD, _INT_FIELD))
+        return header, (image, label), in_blocks, allocations, seal, (header, rows, allocations)
 
     def _broken(self, what: str) -> DataError:
         return DataError(f"{self.path}: {what}; convert the set again")
@@ -193,19 +212,20 @@ def _digest(*arrays: NDArray) -> bytes:
     return digest.digest()
 
 
-def write_beton(path: str | Path, images: Iterable[Encoded], *, at_most: int) -> int:
+def write_beton(path: str | Path, images: Iterable[Encoded], *, at_most: int, in_blocks: bool = False) -> int:
     """Writes images in the order given; the same images always give the same bytes. Returns how many there were.
 
-    at_most: an upper bound of their number, which reserves the room for the metadata in front of them.
+    at_most: an upper bound of their number, which reserves the room for the metadata in front of them. in_blocks: their
+    data are blocks (data/blocks.py).
     Raises DataError when an image is larger than a page. On any error the half-written file is removed.
     """
-    row_type = np.dtype([("", _IMAGE), ("", "<i8")], align=True)
+    kinds = _BLOCKS if in_blocks else _IMAGES
+    row_type = np.dtype([("", _ROW_TYPES[type_id]) for _, type_id in kinds], align=True)
     rows = np.zeros(at_most, dtype=row_type)
     allocations = np.zeros(at_most, dtype=_ALLOCATION)
     checksums = np.zeros(at_most, dtype="<u4")
-    fields = np.zeros(2, dtype=_FIELD)
-    fields["type_id"] = _IMAGE_FIELD, _INT_FIELD
-    fields["name"] = b"image", b"label"
+    fields = np.zeros(len(kinds), dtype=_FIELD)
+    fields["name"], fields["type_id"] = zip(*kinds, strict=True)
     rows_start = _HEADER.itemsize + fields.nbytes
     place = _next_page(rows_start + rows.nbytes)
     count = 0
@@ -219,7 +239,10 @@ def write_beton(path: str | Path, images: Iterable[Encoded], *, at_most: int) ->
                     place = _next_page(place)
                 file.seek(place)
                 file.write(image.data)
-                rows[count] = (_RAW if image.raw else _JPEG, image.width, image.height, place), image.label
+                if in_blocks:
+                    rows[count] = (place, size), image.height, image.width, image.label
+                else:
+                    rows[count] = (_RAW if image.raw else _JPEG, image.width, image.height, place), image.label
                 allocations[count] = count, place, size
                 checksums[count] = zlib.crc32(image.data)
                 place += size

@@ -141,7 +141,7 @@ class Loader:
             )
         views = [View(self._copies, resolution)]
         views += [View(self._copies if pairing.box == "same" else 1, pairing.resolution) for pairing in paired]
-        self.decoder = choose(decoder, self._device)
+        self.decoder = choose(decoder, self._device, in_blocks=beton.in_blocks)
         self._decoder = build_decoder(
             self.decoder,
             beton,

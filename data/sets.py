@@ -1,8 +1,9 @@
 """Converted sets as they lie on disk: what is in one, and which one belongs to what the user gave as DATA.
 
 A converted set is a folder: `train.beton` and `val.beton` (baseline 4:2:0 JPEGs with a restart grid, see data/tiles.py,
-or raw pixels), `train.names.json` and `val.names.json` (the images' file names, in order, where they come from files),
-`set.json` (class names in order, resolution and crop rule, how it was made), `rejects.txt` (what could not be read).
+blocks, see data/blocks.py, or raw pixels), `train.names.json` and `val.names.json` (the images' file names, in order,
+where they come from files), `set.json` (class names in order, resolution and crop rule, how it was made), `rejects.txt`
+(what could not be read).
 """
 
 import contextlib

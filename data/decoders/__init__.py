@@ -56,13 +56,18 @@ class Decoder(Protocol):
         ...
 
 
-def choose(name: str, device: torch.device) -> str:
+def choose(name: str, device: torch.device, *, in_blocks: bool = False) -> str:
     """The decoder meant: `auto` is DALI on a GPU and FFCV on a CPU, or the next best that is installed.
 
-    Raises DataError for an unknown name and for one whose package is missing.
+    in_blocks: the set is stored as blocks, which FFCV's path alone reads, on any device.
+    Raises DataError for an unknown name, for one whose package is missing and for one that cannot read blocks.
     """
     if name not in NAMES:
         raise DataError(f"decoder={name}: unknown; choose one of {', '.join(NAMES)}")
+    if in_blocks and name == "auto":
+        name = "ffcv"
+    if in_blocks and name != "ffcv":
+        raise DataError(f"decoder={name}: cannot read a set stored as blocks; use decoder=auto")
     if name == "auto":
         order = ("dali", "ffcv", "torchvision") if device.type == "cuda" else tuple(_NEEDS)
         return next(candidate for candidate in order if _installed(candidate))
@@ -75,7 +80,7 @@ def build_decoder(
     name: str, beton: Beton, *, views: tuple[View, ...], device: torch.device, threads: int, max_batch: int
 ) -> Decoder:
     """The decoder that `choose` names, for requests of at most max_batch images."""
-    module = importlib.import_module(f"data.decoders.{choose(name, device)}")
+    module = importlib.import_module(f"data.decoders.{choose(name, device, in_blocks=beton.in_blocks)}")
     return module.Decoder(beton, views=views, device=device, threads=threads, max_batch=max_batch)
 
 

@@ -2,7 +2,8 @@
 
 FFCV's own decoder always decodes whole images, and rounds coarsely (its fast DCT), so its library is used below that:
 of each JPEG the tiles that the crops need, decoded with the accurate DCT to YCbCr planes, which are resized before they
-become RGB. All of it is one compiled call for a few images, outside the interpreter lock.
+become RGB. Blocks are expanded into the same planes. All of it is one compiled call for a few images, outside the
+interpreter lock.
 """
 
 import ctypes
@@ -20,12 +21,13 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 
-from data import DataError, tiles
+from data import DataError, blocks, lanes, tiles
 from data.beton import Beton
-from data.decoders import BROKEN_TILES, NO_JPEG, Request, View, lanes, other_size, resize, undecodable, union
-from data.decoders.lanes import intrinsic
+from data.blocks import SIDE, around, expand_planes
+from data.decoders import BROKEN_TILES, NO_JPEG, Request, View, other_size, resize, undecodable, union
 from data.decoders.prefetch import Prefetcher
 from data.decoders.resize import crop_resize, crop_resize_planes
+from data.lanes import intrinsic
 from data.tiles import cut, layout
 
 
@@ -125,7 +127,9 @@ class Decoder:
         beton.check(indices)
         sizes, lengths = beton.sizes[indices], beton.lengths[indices]
         try:
-            worker.make_room(lengths.max(initial=0), (sizes + 1).prod(axis=1, dtype=np.int64).max(initial=0) * 3)
+            # Planes are padded, to whole blocks at most.
+            area = (sizes + blocks.PADDING).prod(axis=1, dtype=np.int64).max(initial=0)
+            worker.make_room(0 if beton.in_blocks else lengths.max(initial=0), area * 3)
         except MemoryError:
             largest = int(indices[sizes.prod(axis=1, dtype=np.int64).argmax()])
             raise undecodable(beton, largest, "no memory for an image of the size that the index says") from None
@@ -135,6 +139,7 @@ class Decoder:
             lengths,
             sizes,
             beton.raw[indices],
+            beton.in_blocks,
             union(boxes),
             boxes,
             request.flips[first:last],
@@ -184,6 +189,7 @@ def _compiled(sources: str):
         lengths,
         sizes,
         raw,
+        in_blocks,
         unions,
         boxes,
         flips,
@@ -210,6 +216,11 @@ def _compiled(sources: str):
             planes = False
             if raw[i]:
                 image = stored.reshape(height, width, 3)
+            elif in_blocks:
+                planes = True
+                part = around(height, width, unions[i, 0], unions[i, 1], unions[i, 2], unions[i, 3])
+                top, left = part.luma.row * SIDE, part.luma.column * SIDE
+                luma, cb, cr = expand_planes(stored, height, width, part, pixel_room)
             else:
                 found = layout(stored)
                 if found.frame == 0:
@@ -281,5 +292,7 @@ def _compiled(sources: str):
 
 
 _fill = _compiled(
-    hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in (tiles, lanes, resize))).hexdigest()
+    hashlib.sha256(
+        b"".join(Path(str(module.__file__)).read_bytes() for module in (tiles, blocks, lanes, resize))
+    ).hexdigest()
 )

@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from data.decoders.lanes import LANES, colour, join, mix, weave
+from data.lanes import LANES, colour, join, mix, weave
 
 # Weights have 14 bits after the point, what lies between the two passes has 6: products stay within 32 bits.
 _ONE = 1 << 14

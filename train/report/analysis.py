@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from data import decoders, plan
+from data import blocks, decoders, plan
 from data.beton import Beton
 from data.decoders import Request, View, build_decoder
 from data.loader import CropBatch, open_loader
@@ -333,6 +333,8 @@ def picture(beton: Beton, index: int) -> NDArray[np.uint8]:
     data = beton.encoded(index)
     if beton.raw[index]:
         return data.reshape(*beton.sizes[index], 3)
+    if beton.in_blocks:
+        return blocks.decode(data, *map(int, beton.sizes[index]))
     return np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
 
 

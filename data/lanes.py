@@ -1,0 +1,361 @@
+"""Operations on 32 neighbouring numbers at once, for compiled code whose loops must not depend on a vectoriser's luck.
+
+Written as LLVM vectors of 32 lanes, which every processor's compiler breaks down to what it has (two registers with
+AVX-512, four with AVX2), with the same results everywhere. Nothing is checked: the callers keep within the arrays.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic as _intrinsic
+
+# Its type hints take the typing context for an argument of the call.
+intrinsic: Any = _intrinsic
+
+LANES = 32
+
+# Blocks that expand_blocks and fit_blocks take at a time, and how often the second moves their endpoints.
+EXPANDED, FITTED = 8, 16
+_ROUNDS = 3
+
+_byte, _short, _int, _long = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_ints = ir.VectorType(_int, LANES)
+
+
+def _all(value: int) -> ir.Constant:
+    return ir.Constant(_ints, [value] * LANES)
+
+
+def _splat(builder, scalar):
+    vector = builder.insert_element(ir.Constant(_ints, ir.Undefined), scalar, ir.Constant(_int, 0))
+    return builder.shuffle_vector(vector, vector, _all(0))
+
+
+def _lanes_at(builder, pointer, index, element):
+    """A pointer to LANES elements from index on."""
+    return builder.bitcast(builder.gep(pointer, [index]), ir.VectorType(element, LANES).as_pointer())
+
+
+def _load(builder, pointer, index, element):
+    load = builder.load(_lanes_at(builder, pointer, index, element))
+    load.align = element.width // 8
+    return load
+
+
+def _store(builder, vector, pointer, index, element) -> None:
+    store = builder.store(vector, _lanes_at(builder, pointer, index, element))
+    store.align = element.width // 8
+
+
+def _data(context, builder, array_type, array):
+    return context.make_array(array_type)(context, builder, array).data
+
+
+@intrinsic
+def mix(typingctx, source, start, step, count, weights, weights_start, shift, out, out_start):
+    """out[out_start + i] = sum over k < count of source[start + k * step + i] * weights[weights_start + k], >> shift.
+
+    For i < LANES, rounded. source: uint8 or int16, not negative. weights, out: int16. Arrays are flat, count >= 1.
+    """
+    signature = types.void(
+        source, types.int64, types.int64, types.int64, weights, types.int64, types.int64, out, types.int64
+    )
+    element = _byte if source.dtype == types.uint8 else _short
+
+    def generate(context, builder, signature, arguments):
+        source, start, step, count, weights, weights_start, shift, out, out_start = arguments
+        pixels = _data(context, builder, signature.args[0], source)
+        factors = _data(context, builder, signature.args[4], weights)
+        shift = builder.trunc(shift, _int)
+        half = builder.shl(ir.Constant(_int, 1), builder.sub(shift, ir.Constant(_int, 1)))
+        before = builder.block
+        loop = builder.append_basic_block("taps")
+        after = builder.append_basic_block("mixed")
+        first_sum = _splat(builder, half)
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        k = builder.phi(_long)
+        total = builder.phi(_ints)
+        k.add_incoming(ir.Constant(_long, 0), before)
+        total.add_incoming(first_sum, before)
+        place = builder.add(start, builder.mul(k, step))
+        values = builder.zext(_load(builder, pixels, place, element), _ints)
+        if element is _short:
+            # Says that they are not negative: products of two 15-bit numbers have an instruction of their own.
+            values = builder.and_(values, _all(0x7FFF))
+        weight = builder.load(builder.gep(factors, [builder.add(weights_start, k)]))
+        product = builder.mul(values, _splat(builder, builder.sext(weight, _int)))
+        grown = builder.add(total, product)
+        following = builder.add(k, ir.Constant(_long, 1))
+        k.add_incoming(following, loop)
+        total.add_incoming(grown, loop)
+        builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
+        builder.position_at_end(after)
+        mixed = builder.trunc(builder.ashr(grown, _splat(builder, shift)), ir.VectorType(_short, LANES))
+        _store(builder, mixed, _data(context, builder, signature.args[7], out), out_start, _short)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def colour(typingctx, luma, cb, cr, factors, out, out_start):
+    """out[out_start + i] = the RGB pixel of luma, cb and cr [i], red in the lowest byte, for i < LANES.
+
+    luma, cb, cr: int16 with 6 bits after the point. factors: four ints with 14 bits after the point, what of cr goes to
+    red, what of cb and of cr is taken from green, what of cb goes to blue. out: int32. Arrays are flat.
+    """
+    signature = types.void(luma, cb, cr, factors, out, types.int64)
+
+    def generate(context, builder, signature, arguments):
+        luma, cb, cr, factors, out, out_start = arguments
+        planes = [
+            builder.sext(_load(builder, _data(context, builder, kind, plane), ir.Constant(_long, 0), _short), _ints)
+            for kind, plane in zip(signature.args, (luma, cb, cr), strict=False)
+        ]
+        grey = builder.add(builder.shl(planes[0], _all(14)), _all(1 << 19))
+        # Neutral chroma is 128.
+        blue_difference, red_difference = (builder.sub(plane, _all(128 << 6)) for plane in planes[1:])
+        cr_to_red, cb_to_green, cr_to_green, cb_to_blue = (
+            _splat(builder, builder.trunc(factor, _int)) for factor in cgutils.unpack_tuple(builder, factors, 4)
+        )
+        red = builder.add(grey, builder.mul(red_difference, cr_to_red))
+        green = builder.sub(grey, builder.mul(blue_difference, cb_to_green))
+        green = builder.sub(green, builder.mul(red_difference, cr_to_green))
+        blue = builder.add(grey, builder.mul(blue_difference, cb_to_blue))
+        red, green, blue = (_to_byte(builder, value) for value in (red, green, blue))
+        pixel = builder.or_(red, builder.or_(builder.shl(green, _all(8)), builder.shl(blue, _all(16))))
+        _store(builder, pixel, _data(context, builder, signature.args[4], out), out_start, _int)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _to_byte(builder, value):
+    """Drops 20 bits after the point and clips to 0..255."""
+    value = builder.ashr(value, _all(20))
+    value = builder.select(builder.icmp_signed("<", value, _all(0)), _all(0), value)
+    return builder.select(builder.icmp_signed(">", value, _all(255)), _all(255), value)
+
+
+@intrinsic
+def weave(typingctx, columns, words):
+    """Packs LANES rows of eight RGB pixels into three 64-bit words each: words[j * LANES + i], j < 3, i < LANES.
+
+    columns: int32 [8 * LANES], pixel j of row i at j * LANES + i, red in the lowest byte. words: int64. Both flat.
+    """
+    signature = types.void(columns, words)
+    # Eight rows at a time: what 32 rows need would not fit the registers.
+    few = 8
+    ints, longs = ir.VectorType(_int, few), ir.VectorType(_long, few)
+
+    def generate(context, builder, signature, arguments):
+        pixels, target = (
+            _data(context, builder, kind, array) for kind, array in zip(signature.args, arguments, strict=True)
+        )
+        for first in range(0, LANES, few):
+            totals: list = [None] * 3
+            for j in range(8):
+                pointer = builder.gep(pixels, [ir.Constant(_long, j * LANES + first)])
+                load = builder.load(builder.bitcast(pointer, ints.as_pointer()))
+                load.align = 4
+                column = builder.zext(load, longs)
+                for word in range(3):
+                    # Pixel j fills bits 24 j to 24 j + 23 of the three words.
+                    shift = 24 * j - 64 * word
+                    if -24 < shift < 64:
+                        amount = ir.Constant(longs, [abs(shift)] * few)
+                        moved = builder.shl(column, amount) if shift >= 0 else builder.lshr(column, amount)
+                        totals[word] = moved if totals[word] is None else builder.or_(totals[word], moved)
+            for word, total in enumerate(totals):
+                pointer = builder.gep(target, [ir.Constant(_long, word * LANES + first)])
+                builder.store(total, builder.bitcast(pointer, longs.as_pointer())).align = 8
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def join(typingctx, colours, out, out_start):
+    """out[out_start + i] = red | green << 8 | blue << 16 for i < LANES.
+
+    colours: int16 [3 * LANES], 0..255, first the reds. out: int32. Arrays are flat.
+    """
+    signature = types.void(colours, out, types.int64)
+
+    def generate(context, builder, signature, arguments):
+        source, target = (
+            _data(context, builder, kind, array) for kind, array in zip(signature.args, arguments[:2], strict=False)
+        )
+        red, green, blue = (
+            builder.zext(_load(builder, source, ir.Constant(_long, c * LANES), _short), _ints) for c in range(3)
+        )
+        pixel = builder.or_(red, builder.or_(builder.shl(green, _all(8)), builder.shl(blue, _all(16))))
+        _store(builder, pixel, target, arguments[2], _int)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def expand_blocks(typingctx, blocks, start, out, out_start, stride):
+    """EXPANDED BC4 blocks side by side, from blocks[start] on, as 4 rows of pixels, at out[out_start + y * stride].
+
+    A pixel is the integer nearest to its step between the endpoints. blocks, out: uint8. Arrays are flat.
+    """
+    signature = types.void(blocks, types.int64, out, types.int64, types.int64)
+    few = EXPANDED
+    words, shorts = ir.VectorType(_long, few), ir.VectorType(_short, few)
+    wide = ir.VectorType(_short, LANES)
+    # One bit of each code.
+    ones = sum(1 << 3 * i for i in range(16))
+
+    def generate(context, builder, signature, arguments):
+        blocks, start, out, out_start, stride = arguments
+        source = builder.gep(_data(context, builder, signature.args[0], blocks), [start])
+        load = builder.load(builder.bitcast(source, words.as_pointer()))
+        load.align = 1
+
+        def constant(value: int):
+            return ir.Constant(words, [value] * few)
+
+        def shifted(vector, amount: int):
+            return builder.lshr(vector, constant(amount)) if amount >= 0 else builder.shl(vector, constant(-amount))
+
+        def spread(vector):
+            """Each block's number, for its four pixels of a row."""
+            few_shorts = builder.trunc(vector, shorts)
+            mask = ir.Constant(_ints, [i // 4 for i in range(LANES)])
+            return builder.shuffle_vector(few_shorts, few_shorts, mask)
+
+        # The codes as steps 0 to 7 from endpoint 0 to endpoint 1, all 16 of a block at once: code 0 stays, code 1
+        # becomes 7 and the others are one less.
+        low, middle, high = (builder.and_(shifted(load, 16 + bit), constant(ones)) for bit in range(3))
+        borrow = builder.xor(low, constant(ones))
+        borrow_on = builder.and_(borrow, builder.xor(middle, constant(ones)))
+        turned = builder.xor(builder.or_(middle, high), constant(ones))
+        bits = [builder.xor(bit, turned) for bit in (borrow, builder.xor(middle, borrow), builder.xor(high, borrow_on))]
+        steps = builder.or_(bits[0], builder.or_(shifted(bits[1], -1), shifted(bits[2], -2)))
+
+        # With 7 bits after the point, which 16 bits hold: a seventh, 4681 / 2^15, is near enough to round right.
+        first, second = builder.and_(load, constant(255)), builder.and_(shifted(load, 8), constant(255))
+        seventh = builder.mul(builder.sub(first, second), constant(4681))
+        seventh = spread(builder.ashr(builder.add(seventh, constant(128)), constant(8)))
+        begin = spread(builder.add(shifted(first, -7), constant(64)))
+        pixels = _data(context, builder, signature.args[2], out)
+        # A multiplication moves each pixel's code to the same place, where processors cannot shift lanes by lanes.
+        places = ir.Constant(wide, [1 << 9 - 3 * (i % 4) for i in range(LANES)])
+        for row in range(4):
+            codes = builder.mul(spread(shifted(steps, 12 * row)), places)
+            codes = builder.and_(builder.lshr(codes, ir.Constant(wide, [9] * LANES)), ir.Constant(wide, [7] * LANES))
+            value = builder.sub(begin, builder.mul(codes, seventh))
+            value = builder.trunc(builder.lshr(value, ir.Constant(wide, [7] * LANES)), ir.VectorType(_byte, LANES))
+            place = builder.add(out_start, builder.mul(stride, ir.Constant(_long, row)))
+            _store(builder, value, pixels, place, _byte)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def fit_blocks(typingctx, pixels, start, stride, words, words_start):
+    """FITTED BC4 blocks side by side, as words[words_start + i], from 4 rows of pixels, at pixels[start + y * stride].
+
+    The endpoints begin at a block's extremes and are moved three times to where they fit its codes best, by least
+    squares; the best of the four pairs is taken. pixels: uint8. words: uint64. Arrays are flat.
+    """
+    signature = types.void(pixels, types.int64, types.int64, words, types.int64)
+    floats, ints, longs = (ir.VectorType(element, FITTED) for element in (ir.FloatType(), _int, _long))
+    row_of_bytes = ir.VectorType(_byte, 4 * FITTED)
+
+    def generate(context, builder, signature, arguments):
+        pixels, start, stride, words, words_start = arguments
+        source = _data(context, builder, signature.args[0], pixels)
+
+        def constant(value: float):
+            return ir.Constant(floats, [value] * FITTED)
+
+        def largest(a, b):
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+        def smallest(a, b):
+            return builder.select(builder.fcmp_ordered("<", a, b), a, b)
+
+        def rounded_down(a):
+            """Of numbers that are not negative."""
+            return builder.sitofp(builder.fptosi(a, ints), floats)
+
+        def within(a, low: float, high: float):
+            """Rounded and clipped."""
+            a = builder.fadd(a, constant(0.5))
+            return rounded_down(smallest(largest(a, constant(low)), constant(high)))
+
+        def per_level(high, low):
+            return builder.fdiv(constant(7), builder.fsub(high, low))
+
+        def step_of(value, high, scale):
+            """The nearest of the eight steps from endpoint 0 to endpoint 1."""
+            return within(builder.fmul(builder.fsub(high, value), scale), 0, 7)
+
+        values = []
+        for y in range(4):
+            place = builder.gep(source, [builder.add(start, builder.mul(stride, ir.Constant(_long, y)))])
+            row = builder.load(builder.bitcast(place, row_of_bytes.as_pointer()))
+            row.align = 1
+            for x in range(4):
+                mask = ir.Constant(ints, [4 * i + x for i in range(FITTED)])
+                values.append(builder.uitofp(builder.shuffle_vector(row, row, mask), floats))
+        high = low = total = values[0]
+        for value in values[1:]:
+            high, low, total = largest(high, value), smallest(low, value), builder.fadd(total, value)
+        # Endpoints are never equal: a flat block uses one of the two.
+        high = largest(high, constant(1))
+        low = smallest(low, builder.fsub(high, constant(1)))
+
+        best_high, best_low, best_error = high, low, constant(float("inf"))
+        for fit in range(1 + _ROUNDS):
+            scale, span = per_level(high, low), builder.fsub(high, low)
+            error = steps = squares = products = constant(0)
+            for value in values:
+                step = step_of(value, high, scale)
+                sevenths = builder.fsub(builder.fmul(constant(7), high), builder.fmul(step, span))
+                # As expand_blocks rounds.
+                shown = rounded_down(builder.fmul(builder.fadd(sevenths, constant(3.5)), constant(1 / 7)))
+                off = builder.fsub(shown, value)
+                error = builder.fadd(error, builder.fmul(off, off))
+                steps = builder.fadd(steps, step)
+                squares = builder.fadd(squares, builder.fmul(step, step))
+                products = builder.fadd(products, builder.fmul(step, value))
+            better = builder.fcmp_ordered("<", error, best_error)
+            best_error, best_high, best_low = (
+                builder.select(better, new, old)
+                for new, old in ((error, best_error), (high, best_high), (low, best_low))
+            )
+            if fit < _ROUNDS:
+                # The line through the pixels over their steps; level where all have the same step.
+                spread = builder.fsub(builder.fmul(constant(16), squares), builder.fmul(steps, steps))
+                slope = builder.fsub(builder.fmul(constant(16), products), builder.fmul(steps, total))
+                slope = builder.fdiv(slope, largest(spread, constant(1)))
+                begin = builder.fmul(builder.fsub(total, builder.fmul(slope, steps)), constant(1 / 16))
+                high = within(begin, 1, 255)
+                low = within(builder.fadd(begin, builder.fmul(constant(7), slope)), 0, 255)
+                low = smallest(low, builder.fsub(high, constant(1)))
+
+        word = builder.fptoui(best_high, longs)
+        word = builder.or_(word, builder.shl(builder.fptoui(best_low, longs), ir.Constant(longs, [8] * FITTED)))
+        scale = per_level(best_high, best_low)
+        for number, value in enumerate(values):
+            step = builder.fptosi(step_of(value, best_high, scale), ints)
+            code = builder.add(step, ir.Constant(ints, [1] * FITTED))
+            for is_step, becomes in ((0, 0), (7, 1)):
+                hit = builder.icmp_signed("==", step, ir.Constant(ints, [is_step] * FITTED))
+                code = builder.select(hit, ir.Constant(ints, [becomes] * FITTED), code)
+            places = ir.Constant(longs, [16 + 3 * number] * FITTED)
+            word = builder.or_(word, builder.shl(builder.zext(code, longs), places))
+        target = builder.gep(_data(context, builder, signature.args[3], words), [words_start])
+        builder.store(word, builder.bitcast(target, longs.as_pointer())).align = 8
+        return context.get_dummy_value()
+
+    return signature, generate
