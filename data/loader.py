@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data import DataError, plan
 from data.beton import Beton
-from data.decoders import Request, View, build_decoder, choose
+from data.decoders import Request, View, build_decoder, choose, delivered
 from data.decoders.prefetch import default_threads
 from data.plan import CropRule
 from data.sets import is_converted, open_set
@@ -83,6 +83,7 @@ class Loader:
     batch that is not full (default: in training, where every rank then has the same number of steps).
     paired: further crops of the same images. fetch: the host half of a label source,
     `(indices int64 [B], copies int64 [B], epoch) -> a host tensor [B, ...] or None`; the tensor travels to the device.
+    resident: on a GPU, the share of its free memory that a set stored as blocks may take, 0 to 1.
 
     num_samples: images in the file. num_classes and class_names: from the set's `set.json`, else counted and numbered.
     steps: batches an epoch on this rank. decoder: the name of the decoder at work.
@@ -110,6 +111,7 @@ class Loader:
         drop_last: bool | None = None,
         paired: tuple[Pairing, ...] = (),
         fetch: Fetch | None = None,
+        resident: float = 0.5,
     ):
         if order not in _ORDERS:
             raise DataError(f"order={order}: unknown; choose one of {', '.join(_ORDERS)}")
@@ -149,6 +151,7 @@ class Loader:
             device=self._device,
             threads=threads or default_threads(),
             max_batch=batch_size,
+            resident=resident,
         )
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
@@ -224,11 +227,6 @@ class Loader:
             },
             labels_on_disk=None if fetched is None else delivered(fetched, self._device),
         )
-
-
-def delivered(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on the device; the host does not wait for it to arrive."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _class_names(beton: Beton) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.loader import delivered
+from data.decoders import delivered
 from data.plan import random_colours, random_mixing
 from kernels.colour import change_colours
 from kernels.mix import mix

@@ -171,6 +171,8 @@ class Config:
         device: auto, cpu, cuda or cuda:N
         decoder: auto, ffcv, dali or torchvision
         threads: decoding threads (default: one per processor)
+        resident: on a GPU, the share of its free memory that a set stored as blocks may take; of a larger one the host
+            reads the blocks
         precision: bf16 or fp16 autocast, tf32 or fp32; what the device has no units for is replaced by what it has
             (auto: the first of bf16, fp16 and fp32 that it has)
         compile: compiles the step; auto does so on CUDA only (on a CPU it costs a minute or two first and seldom pays)
@@ -205,6 +207,7 @@ class Config:
     device: str = "auto"
     decoder: str = "auto"
     threads: int | None = None
+    resident: float = 0.5
     precision: Precision = "auto"
     compile: Literal["auto", "always", "never"] = "auto"
     cuda_graphs: bool = False
@@ -226,6 +229,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TrainError(f"{name}={value}: must be at least 1")
+        if not 0 <= self.resident <= 1:
+            raise TrainError(f"resident={self.resident:g}: give a share of the device's memory, 0 to 1")
         if not 0 <= self.ema < 1:
             raise TrainError(f"ema={self.ema}: give a decay from 0 to below 1, as 0.999")
         if not 0 < self.resolution_from <= 1:

@@ -95,7 +95,9 @@ class Job:
     @property
     def loading(self) -> dict[str, Any]:
         """What all loaders of the run have in common."""
-        return {"decoder": self.config.decoder, "device": self.device, "threads": self.config.threads}
+        return {name: getattr(self.config, name) for name in ("decoder", "threads", "resident")} | {
+            "device": self.device
+        }
 
     def open_crops(
         self, labels: LabelSource | None = None, *, resolution: int | None = None, drop_last: bool = True

@@ -27,6 +27,8 @@ BROKEN_TILES = "its tiles are not where its table says"
 # The package that each decoder needs, in the order in which `auto` tries them on a CPU.
 _NEEDS = {"ffcv": "ffcv", "dali": "nvidia.dali", "torchvision": "torchvision"}
 NAMES = ("auto", *_NEEDS)
+# Of sets stored as blocks alone, and on a GPU what `auto` means for these.
+_OF_BLOCKS = "blocks"
 
 
 class View(NamedTuple):
@@ -59,12 +61,16 @@ class Decoder(Protocol):
 def choose(name: str, device: torch.device, *, in_blocks: bool = False) -> str:
     """The decoder meant: `auto` is DALI on a GPU and FFCV on a CPU, or the next best that is installed.
 
-    in_blocks: the set is stored as blocks, which FFCV's path alone reads, on any device.
+    in_blocks: the set is stored as blocks, for which `auto` is a kernel on a GPU, and on a CPU what is called FFCV.
     Raises DataError for an unknown name, for one whose package is missing and for one that cannot read blocks.
     """
+    if in_blocks and name == _OF_BLOCKS:
+        return name
     if name not in NAMES:
         raise DataError(f"decoder={name}: unknown; choose one of {', '.join(NAMES)}")
     if in_blocks and name == "auto":
+        if device.type == "cuda":
+            return _OF_BLOCKS
         name = "ffcv"
     if in_blocks and name != "ffcv":
         raise DataError(f"decoder={name}: cannot read a set stored as blocks; use decoder=auto")
@@ -77,11 +83,25 @@ def choose(name: str, device: torch.device, *, in_blocks: bool = False) -> str:
 
 
 def build_decoder(
-    name: str, beton: Beton, *, views: tuple[View, ...], device: torch.device, threads: int, max_batch: int
+    name: str,
+    beton: Beton,
+    *,
+    views: tuple[View, ...],
+    device: torch.device,
+    threads: int,
+    max_batch: int,
+    resident: float = 0.0,
 ) -> Decoder:
-    """The decoder that `choose` names, for requests of at most max_batch images."""
-    module = importlib.import_module(f"data.decoders.{choose(name, device, in_blocks=beton.in_blocks)}")
-    return module.Decoder(beton, views=views, device=device, threads=threads, max_batch=max_batch)
+    """The decoder that `choose` names, for requests of at most max_batch images. resident: see data.decoders.blocks."""
+    chosen = choose(name, device, in_blocks=beton.in_blocks)
+    module = importlib.import_module(f"data.decoders.{chosen}")
+    own = {"resident": resident} if chosen == _OF_BLOCKS else {}
+    return module.Decoder(beton, views=views, device=device, threads=threads, max_batch=max_batch, **own)
+
+
+def delivered(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device; the host does not wait for it to arrive."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def union(boxes: NDArray[np.int32]) -> NDArray[np.int32]:
