@@ -24,12 +24,13 @@ def test_its_options_are_those_that_other_programs_give():
     options = list(inspect.signature(open_loader).parameters.values())
     assert [option.name for option in options] == [
         *("beton_path", "resolution", "batch_size", "decoder", "train", "seed", "device", "copies", "rank", "world"),
-        *("threads", "crop", "order", "drop_last", "paired", "fetch"),
+        *("threads", "crop", "order", "drop_last", "paired", "fetch", "resident"),
     ]
     assert all(option.kind is option.KEYWORD_ONLY for option in options[1:])
     assert {option.name: option.default for option in options[3:]} == {
         **{"decoder": "auto", "train": True, "seed": 0, "device": "cpu", "copies": 1, "rank": 0, "world": 1},
         **{"threads": None, "crop": CropRule(), "order": "random", "drop_last": None, "paired": (), "fetch": None},
+        "resident": 0.5,
     }
 
 

@@ -95,7 +95,7 @@ class Tables:
         """In what rows with CutMix differ: as in the paper in the optimizer too, where all else is the paper's."""
         if self._setting.config.recipe == "relabel":
             return {"recipe": "relabel-cutmix"}
-        return {"augment.cutmix": 1, "augment.unmixed": 1 / 60}
+        return {"augment.cutmix": 1, "augment.unmixed": 0.0167}
 
     def _maps(self) -> dict[str, Any]:
         """The option that takes the label maps of the refinery, which are made where they are missing."""
