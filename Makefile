@@ -172,7 +172,7 @@ Variables (typed on make's command line; the environment does not count)
   ONLY        parts of the bench, with commas: machine, loaders, networks, loop, refinery_cost,
               pooling
   QUICK       1: the bench in three minutes       PROFILE     1: trace one step instead
-  PAIRS       resnet50:mobilenet,...              THREADS     that decode (bench)
+  PAIRS       resnet50:mobilenet,...              THREADS     that decode (bench): 4, or 1,2,4
   A, B        results of the bench to compare
   ARGS        any other options, as raw words: ARGS='--print_config', ARGS='-k plan'
   PYTHON      an interpreter that has the packages: used as it is; no .venv, no set-up

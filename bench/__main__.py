@@ -36,7 +36,7 @@ def run(
     resolution: int | None = None,
     batch: int | None = None,
     epochs: int | None = None,
-    threads: int | None = None,
+    threads: str | None = None,
     crops: int | None = None,
     steps: int | None = None,
     contenders: str | None = None,
@@ -59,7 +59,7 @@ def run(
         batch: crops a batch (default: 256 on a GPU, 64 on a CPU)
         epochs: timed turns of each contender, epochs of loaders and loops; work that is over in less than a second is
             repeated within a turn (default: 5)
-        threads: decoding threads (default: all processors; loaders also with 2)
+        threads: decoding threads, as in 4 or, for loaders, 1,2,4 (default: all processors; loaders also with 2)
         crops: crops an epoch of a loader, about (default: 2048); of more images, as many are taken, and fewer are
             repeated
         steps: steps an epoch of the training loop (default: 40 on a GPU, 4 on a CPU)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from bench.ceilings import Copying, Decoding, Resizing
+from bench.peers import PEERS
 from bench.task import Entry, Loader, Task
 from data import plan
 from data.beton import Beton
@@ -246,6 +247,7 @@ REFERENCE = "ffcv"
 CONTENDERS = {
     "pillow": Entry(_pillow, "files", "DataLoader, Pillow"),
     "torchvision": Entry(_torchvision, "files", "DataLoader, decode_jpeg, transforms v2"),
+    **PEERS,
     "dali": Entry(Dali, "files", "readers.file, decoders.image_random_crop, resize"),
     "dali slice": Entry(DaliSlice, "plain", "decoders.image_slice with our boxes, resize"),
     "ffcv": Entry(Ffcv, "plain", "stock loader"),

@@ -14,7 +14,19 @@ import torch
 from PIL import features
 
 _ROOT = Path(__file__).parents[1]
-_PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "ffcv", "numba", "numpy", "Pillow")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "torchcodec",
+    "spdl-io",
+    "triton",
+    "nvidia-dali-cuda130",
+    "nvidia-nvimgcodec-cu13",
+    "ffcv",
+    "numba",
+    "numpy",
+    "Pillow",
+)
 # The units that decoding, resizing and networks have been written for.
 _SIMD = ("sse4_1", "avx2", "avx512f", "avx512bw", "avx512_vbmi", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd")
 

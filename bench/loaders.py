@@ -1,9 +1,11 @@
 """Crops a second of the loaders, ours and others, on the same images, from the page cache."""
 
 import itertools
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ from typing import Any
 import torch
 
 from bench import BenchError, images
+from bench.chart import by_storage
 from bench.contenders import CONTENDERS, COPIES, REFERENCE
 from bench.process import CallFailed, Process
-from bench.record import MEMORY, Column, Record, optional, rate_columns
+from bench.record import MEMORY, Column, Record, figure, optional, rate_columns
 from bench.settings import Settings
 from bench.task import Task
 from bench.turns import Contender, Runner, Work, in_turns
+from data.beton import Beton
 
 # How the stored sets that contenders read are made, and what the table calls them.
 _STORED: dict[str, tuple[Callable[[Path, list[str]], None], str]] = {
@@ -25,6 +29,11 @@ _STORED: dict[str, tuple[Callable[[Path, list[str]], None], str]] = {
     "raw": (images.write_raw, f"{images.RAW.max_resolution} px, raw"),
     "converted raw": (partial(images.write_converted, storage=images.RAW), f"{images.RAW.max_resolution} px, raw"),
 }
+
+# FFCV's own writer does it in one process, to keep the order: no measure of what conversion takes.
+_UNTIMED = {"raw"}
+# Images of ImageNet's training set, which conversion is counted for.
+_IMAGENET = 1_281_167
 
 _IDENTITY = (
     Column("loader", lambda row: row["name"]),
@@ -36,8 +45,23 @@ _FIGURES = (
     optional("× ffcv", "times_ffcv", lambda times: f"{times:.2f}"),
     Column("cores", lambda row: f"{row['cores']:.2f}"),
     MEMORY,
-    Column("kB", lambda row: f"{row['bytes_per_crop'] / 1e3:.1f}"),
+    Column("kB read", lambda row: f"{row['bytes_per_crop'] / 1e3:.1f}"),
+    optional("kB stored", "stored_bytes", lambda value: f"{value / 1e3:.1f}"),
+    optional("convert min", "conversion_minutes", figure),
 )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Images as contenders read them. path: None where these are the files themselves.
+
+    bytes_per_image: encoded, on average. minutes: what conversion would take of as many as ImageNet has; None where
+    there is none, or where it was not timed.
+    """
+
+    path: Path | None
+    bytes_per_image: float
+    minutes: float | None
 
 
 def measure(settings: Settings) -> Record:
@@ -61,36 +85,10 @@ def measure(settings: Settings) -> Record:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         found = images.find(settings.data, Path(folder), most=batches * batch)
         files = images.spread(found, batches * batch)
-        stored, failures = _store({CONTENDERS[name].reads for name in names}, files, Path(folder))
+        stored = _store({CONTENDERS[name].reads for name in names}, files, Path(folder))
         for threads in settings.threads:
             rows += in_turns(
-                [
-                    Contender(
-                        partial(
-                            _Epochs,
-                            name,
-                            Task(
-                                files,
-                                stored.get(CONTENDERS[name].reads),
-                                settings.resolution,
-                                batch,
-                                batches,
-                                threads,
-                                settings.device,
-                            ),
-                        ),
-                        {
-                            "name": name,
-                            "group": f"{threads} threads",
-                            "unit": "images/s",
-                            "about": CONTENDERS[name].about,
-                            "reads": _reads(name),
-                            "threads": threads,
-                        },
-                        not_run=failures.get(CONTENDERS[name].reads, ""),
-                    )
-                    for name in names
-                ],
+                [_contender(name, files, stored[CONTENDERS[name].reads], batches, threads, settings) for name in names],
                 turns=settings.turns,
                 seconds=settings.seconds,
                 title=f"loaders, {threads} threads",
@@ -110,27 +108,74 @@ def measure(settings: Settings) -> Record:
         notes=_notes(settings, min(len(found), len(files)), batches * batch) + _shares_of_limit(rows),
         rows=_with_ratios(rows),
         identity=_IDENTITY,
-        figures=_FIGURES,
+        figures=_figures(settings.threads),
+        chart=by_storage,
     )
 
 
-def _store(kinds: set[str], files: list[str], folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """The stored sets of these kinds, and the reasons why some could not be made."""
-    stored, failures = {}, {}
+def _contender(
+    name: str, files: list[str], stored: Stored | str, batches: int, threads: int, settings: Settings
+) -> Contender:
+    """stored: what it reads, or why that could not be made."""
+    entry = CONTENDERS[name]
+    row: dict[str, Any] = {
+        "name": name,
+        "group": f"{threads} threads",
+        "unit": "images/s",
+        "about": entry.about,
+        "kind": "ours" if name.startswith("ours") else "limit" if name.startswith("limit") else "peer",
+        "reads": _reads(name),
+        "threads": threads,
+    }
+    path, not_run = None, ""
+    if isinstance(stored, Stored):
+        path = stored.path
+        row |= {"stored_bytes": stored.bytes_per_image, "conversion_minutes": stored.minutes}
+    else:
+        not_run = stored
+    if entry.needs_gpu and settings.device == "cpu":
+        not_run = "delivers to a GPU only"
+    task = Task(files, path, settings.resolution, settings.batch, batches, threads, settings.device)
+    return Contender(partial(_Epochs, name, task), row, not_run=not_run)
+
+
+def _store(kinds: set[str], files: list[str], folder: Path) -> dict[str, Stored | str]:
+    """The images stored in these ways, or the reason why they could not be."""
+    sizes = [os.path.getsize(file) for file in files]
+    stored: dict[str, Stored | str] = {"files": Stored(None, sum(sizes) / len(files), None)}
     for kind in sorted(kinds - {"files"}):
         write, about = _STORED[kind]
         path = folder / f"{kind.replace(' ', '-')}.beton"
-        started = time.perf_counter()
         try:
             with Process() as process:
-                process.call(write, path, files)
+                seconds, size = process.call(_write, write, path, files)
         except CallFailed as error:
-            failures[kind] = str(error)
+            stored[kind] = str(error)
             continue
-        stored[kind] = path
-        seconds = time.perf_counter() - started
-        print(f"{kind}: {about}, {path.stat().st_size / 1e6:.0f} MB, written in {seconds:.0f} s", flush=True)
-    return stored, failures
+        stored[kind] = Stored(path, size, None if kind in _UNTIMED else seconds * _IMAGENET / 60)
+        print(f"{kind}: {about}, {path.stat().st_size / 1e6:.0f} MB", flush=True)
+    return stored
+
+
+def _write(write: Callable[[Path, list[str]], None], path: Path, files: list[str]) -> tuple[float, float]:
+    """Stores the files. Returns the seconds that converting one takes, on all cores, and its bytes, on average."""
+    aside = path.with_name("aside.beton")
+    distinct = list(dict.fromkeys(files))
+    write(aside, distinct[:1])  # for the libraries it loads and the code it compiles
+    started = time.perf_counter()
+    write(aside, distinct)
+    seconds = time.perf_counter() - started
+    aside.unlink()
+    write(path, files)
+    return seconds / len(distinct), float(Beton(path).lengths.mean())
+
+
+def _figures(threads: tuple[int, ...]) -> tuple[Column, ...]:
+    """The columns of figures; of several numbers of threads also what the others gain over the fewest."""
+    if len(threads) == 1:
+        return _FIGURES
+    scaling = optional("scaling", "times_fewest", lambda times: f"{times:.2f}")
+    return (*_FIGURES[:3], scaling, *_FIGURES[3:])
 
 
 def _reads(name: str) -> str:
@@ -139,13 +184,16 @@ def _reads(name: str) -> str:
 
 
 def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, each with its rate relative to stock FFCV's at the same number of threads, where that was measured."""
-    reference = {
-        row["threads"]: row["rate"]["median"] for row in rows if row["name"] == REFERENCE and "not_run" not in row
-    }
+    """The rows, each with its rate relative to others, where these were measured.
+
+    times_ffcv: to stock FFCV's at the same number of threads. times_fewest: to its own with the fewest threads.
+    """
+    rates = {(row["name"], row["threads"]): row["rate"]["median"] for row in rows if "not_run" not in row}
+    fewest = min(row["threads"] for row in rows)
     for row in rows:
-        if "not_run" not in row and row["threads"] in reference:
-            row["times_ffcv"] = row["rate"]["median"] / reference[row["threads"]]
+        others = {"times_ffcv": (REFERENCE, row["threads"]), "times_fewest": (row["name"], fewest)}
+        if "not_run" not in row:
+            row |= {key: row["rate"]["median"] / rates[other] for key, other in others.items() if other in rates}
     return rows
 
 
@@ -157,7 +205,11 @@ def _notes(settings: Settings, found: int, crops: int) -> list[str]:
         f"{settings.turns} epochs of {crops} crops (several where they take less than {settings.seconds:g} s), "
         "in turns, after an untimed one each; files in the page cache.",
         "cores: processor time of the process and its workers by the clock's. memory: their peak in the untimed turn, "
-        "shared pages counted once, mapped files left out. kB: encoded bytes read for a crop.",
+        "shared pages counted once, mapped files left out.",
+        "kB read: encoded bytes read for a crop. kB stored: of an image. convert min: minutes that storing ImageNet's "
+        f"{_IMAGENET:,} training images in this way would take, at the rate of these on all cores.",
+        "files: the originals. Peers that are missing here come with `pip install -e '.[peers]'`.",
+        *([f"scaling: of the rate, from {settings.threads[0]} threads on."] if len(settings.threads) > 1 else []),
     ]
 
 

@@ -64,6 +64,7 @@ class Record:
     rows: one a measurement, as in_turns gives them; `name` and `group` are its own in the part. Those of what takes no
     time have neither `unit` nor `rate`.
     identity, figures: columns of the table: what is known of every row, and what only of those that ran.
+    chart: draws the figure into a file; called as chart(record, found, path). Default: bars, a colour for each group.
     """
 
     part: str
@@ -72,6 +73,7 @@ class Record:
     rows: list[Row]
     identity: tuple[Column, ...]
     figures: tuple[Column, ...]
+    chart: "Callable[[Record, dict[str, Any], Path], None] | None" = None
 
 
 def write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
@@ -105,7 +107,7 @@ def _write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
     }
     paths[0].write_text(json.dumps(described, indent=1) + "\n")
     paths[1].write_text(f"# {record.part}\n\n{table(record, found)}")
-    _chart(record, found, paths[2])
+    (record.chart or _bars)(record, found, paths[2])
     return paths
 
 
@@ -163,7 +165,12 @@ def _machine(found: dict[str, Any]) -> str:
     )
 
 
-def _chart(record: Record, found: dict[str, Any], path: Path) -> None:
+def title(record: Record, found: dict[str, Any]) -> str:
+    """What stands above a figure."""
+    return f"{record.part}: {found['device']}, {found['cpu']['cores']} cores, {found['date'][:10]}"
+
+
+def _bars(record: Record, found: dict[str, Any], path: Path) -> None:
     """Horizontal bars, a colour for each group: the median, with whiskers from the lowest to the highest."""
     from matplotlib.figure import Figure
 
@@ -194,9 +201,7 @@ def _chart(record: Record, found: dict[str, Any], path: Path) -> None:
         axes.margins(x=0.12)
         axes.set_xlabel(f"{unit} (median; whiskers: lowest and highest turn)")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_title(
-        f"{record.part}: {found['device']}, {found['cpu']['cores']} cores, {found['date'][:10]}", fontsize=10
-    )
+    panels[0].set_title(title(record, found), fontsize=10)
     if len(groups) > 1:
         panels[0].legend(frameon=False)
     sheet.savefig(path, dpi=120)

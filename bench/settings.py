@@ -97,10 +97,8 @@ def resolve(
     for name in ("resolution", "batch", "epochs", "crops", "steps"):
         if values[name] < 1:
             raise BenchError(f"{name}={values[name]}: must be at least 1")
-    threads, most = asked["threads"], default_threads()
-    if threads is not None and not 1 <= threads <= most:
-        raise BenchError(f"threads={threads}: give 1 to {most}, the processors there are")
-    counts = {threads} if threads else {most} if quick else {min(2, most), most}
+    most = default_threads()
+    counts = _thread_counts(asked["threads"], most) if asked["threads"] else {most} if quick else {min(2, most), most}
     pairs = tuple(_pair(words.strip()) for words in values["pairs"].split(","))
     return Settings(
         data=data,
@@ -118,6 +116,13 @@ def resolve(
         precision=precision_on(where, precision),
         compiled=values["compile"] == "always",
     )
+
+
+def _thread_counts(words: str, most: int) -> set[int]:
+    counts = [word.strip() for word in words.split(",")]
+    if not all(count.isdecimal() and 1 <= int(count) <= most for count in counts):
+        raise BenchError(f"threads={words}: give 1 to {most}, the processors there are, or several with commas")
+    return {int(count) for count in counts}
 
 
 def _pair(words: str) -> tuple[str, str]:

@@ -38,8 +38,12 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """build makes the loader. reads: `files`, or which of bench.images' stored sets. about: a few words for readers."""
+    """build makes the loader. reads: `files`, or which of bench.images' stored sets. about: a few words for readers.
+
+    needs_gpu: it cannot deliver to a CPU.
+    """
 
     build: Callable[[Task], Loader]
     reads: str
     about: str
+    needs_gpu: bool = False

@@ -4,6 +4,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from PIL import Image
 from bench import images
 from bench.__main__ import run
 from bench.contenders import CONTENDERS
-from bench.loaders import _shares_of_limit
+from bench.loaders import _figures, _shares_of_limit, _with_ratios, _write
 from bench.machine import DecodeTiles
+from bench.peers import PEERS
+from bench.settings import Settings, resolve
 from command import run_command
-from data.beton import Beton
+from data.beton import Beton, Encoded, write_beton
 from data.sources import image_files
 from tests.pictures import photograph
 
@@ -43,7 +46,9 @@ def folder(tmp_path):
 def test_the_record_is_consistent_and_a_failing_contender_does_not_end_it(folder, tmp_path):
     # torchvision reads no BMP; Pillow, which makes the converted set, does.
     photograph(12, 60, 90).save(folder / "12.bmp")
-    out, names = tmp_path / "results", "torchvision,ours torchvision,ours torchvision x4"
+    # Nor does TorchCodec, which may not even be installed; the other one needs a GPU.
+    refused = "torchvision,torchcodec,torchcodec cuda"
+    out, names = tmp_path / "results", f"{refused},ours torchvision,ours torchvision x4"
     done = bench("--data", str(folder), "--threads", "1", "--contenders", names, "--out", str(out))
 
     (record,) = (json.loads(path.read_text()) for path in out.glob("*-loaders-*.json"))
@@ -52,6 +57,8 @@ def test_the_record_is_consistent_and_a_failing_contender_does_not_end_it(folder
     rows = {row["name"]: row for row in record["rows"]}
     assert list(rows) == names.split(",")
     assert "nsupported image file" in rows.pop("torchvision")["not_run"]
+    assert rows.pop("torchcodec")["not_run"]
+    assert rows.pop("torchcodec cuda")["not_run"] == "delivers to a GPU only"
 
     stored = tmp_path / "stored.beton"
     images.write_converted(stored, images.spread(image_files(folder), 16))
@@ -62,6 +69,8 @@ def test_the_record_is_consistent_and_a_failing_contender_does_not_end_it(folder
     assert rows["ours torchvision"]["bytes_per_crop"] <= whole
     for row in rows.values():
         assert row["threads"] == 1
+        assert (row["kind"], row["stored_bytes"]) == ("ours", pytest.approx(whole))
+        assert row["conversion_minutes"] > 0
         assert row["peak_memory_bytes"] > 10e6
         assert len(row["turns"]) == 1
         for turn in row["turns"]:
@@ -100,6 +109,45 @@ def test_our_share_of_the_limit_is_that_of_decoding_and_resizing_one_after_the_o
     assert _shares_of_limit([*limits[1:], row("ours ffcv", 150)]) == []
 
 
+def test_ratios_to_ffcv_and_to_the_fewest_threads():
+    def row(name: str, threads: int, rate: float) -> dict:
+        return {"name": name, "threads": threads, "rate": {"median": rate}}
+
+    missing = {"name": "spdl", "threads": 1, "not_run": "not installed"}
+    rows = [row("ffcv", 1, 100), row("ours ffcv", 1, 300), missing, row("ours ffcv", 2, 450), row("pillow", 2, 90)]
+    ratios = [(row.get("times_ffcv"), row.get("times_fewest")) for row in _with_ratios(rows)]
+    assert ratios == [(1, 1), (3, 1), (None, None), (None, 1.5), (None, None)]
+    heads = [[column.head for column in _figures(threads)] for threads in ((2,), (1, 2))]
+    assert heads[1] == [*heads[0][:3], "scaling", *heads[0][3:]]
+
+
+def test_the_rate_of_conversion_counts_each_image_once(tmp_path):
+    calls: list[list[str]] = []
+
+    def write(path: Path, files: list[str]) -> None:
+        calls.append(files)
+        time.sleep(0.02 * len(files))
+        write_beton(path, (Encoded(file.encode(), 8, 8, 0) for file in files), at_most=len(files))
+
+    seconds, size = _write(write, tmp_path / "set.beton", ["a", "bcd", "bcd"])
+    assert calls == [["a"], ["a", "bcd"], ["a", "bcd", "bcd"]]
+    assert 0.02 <= seconds < 0.2
+    assert size == pytest.approx(7 / 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["set.beton"]
+
+
+@pytest.mark.parametrize(("words", "counts"), [("1", (1,)), ("2, 1", (1, 2)), ("1,1", (1,))])
+def test_threads_are_one_number_or_several(words, counts, monkeypatch):
+    monkeypatch.setattr("bench.settings.default_threads", lambda: 2)
+    assert _settings(threads=words).threads == counts
+
+
+def _settings(**options) -> Settings:
+    names = ("resolution", "batch", "epochs", "crops", "steps", "contenders", "pairs", "compile", "threads")
+    asked = dict.fromkeys(names) | options
+    return resolve(quick=True, device="cpu", precision="auto", data=None, refinery=None, **asked)
+
+
 def test_the_tiles_of_images_are_decoded_alone(folder):
     files = image_files(folder)
     assert DecodeTiles(files).run().amount == len(files) == 12
@@ -121,9 +169,10 @@ def test_every_contender_runs(folder, tmp_path):
     bench("--data", str(folder), "--threads", "2", "--contenders", "", "--out", str(tmp_path / "results"))
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json"))
     assert [row["name"] for row in record["rows"]] == list(CONTENDERS)
-    assert [row["not_run"] for row in record["rows"] if "not_run" in row] == []
-    rates = {row["name"]: row["rate"]["median"] for row in record["rows"]}
-    for row in record["rows"]:
+    assert {row["name"] for row in record["rows"] if "not_run" in row} <= set(PEERS)
+    rows = [row for row in record["rows"] if "not_run" not in row]
+    rates = {row["name"]: row["rate"]["median"] for row in rows}
+    for row in rows:
         assert row["times_ffcv"] == pytest.approx(rates[row["name"]] / rates["ffcv"])
 
 
@@ -137,6 +186,7 @@ def test_every_contender_runs(folder, tmp_path):
         (["--pairs", "resnet50"], "pairs=resnet50: give REFINERY:STUDENT"),
         (["--pairs", "resnet50:mobilnet"], "unknown network 'mobilnet'"),
         (["--threads", "4096"], "threads=4096: give 1 to"),
+        (["--threads", "1,two"], "threads=1,two: give 1 to"),
         (["--batch", "0"], "batch=0: must be at least 1"),
         (["--epochs", "many"], "epochs"),
     ],
