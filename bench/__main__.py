@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from bench import BenchError, loaders, loop, machine, networks, pooling, refinery_cost
+from bench import BenchError, cold, loaders, loop, machine, networks, pooling, refinery_cost
 from bench.environment import environment
 from bench.record import table, write, writing
 from bench.settings import resolve
@@ -20,6 +20,7 @@ from train.device import Precision
 _PARTS = {
     "machine": machine.measure,
     "loaders": loaders.measure,
+    "cold": cold.measure,
     "networks": networks.measure,
     "loop": loop.measure,
     "refinery_cost": refinery_cost.measure,
@@ -50,8 +51,8 @@ def run(
     """Measures, prints tables, and writes them with charts and all figures to `out`.
 
     Args:
-        only: the parts to measure, with commas between them: machine, loaders, networks, loop, refinery_cost, pooling
-            (default: all)
+        only: the parts to measure, with commas between them: machine, loaders, cold, networks, loop, refinery_cost,
+            pooling (default: all)
         quick: all in small, within three minutes on two cores; other options still count
         profile: nothing is measured, but one step of the first pair traced, and its costliest operators shown
         data: any folder of images, or a converted set (default: images drawn by code)
@@ -60,8 +61,8 @@ def run(
         epochs: timed turns of each contender, epochs of loaders and loops; work that is over in less than a second is
             repeated within a turn (default: 5)
         threads: decoding threads, as in 4 or, for loaders, 1,2,4 (default: all processors; loaders also with 2)
-        crops: crops an epoch of a loader, about (default: 2048); of more images, as many are taken, and fewer are
-            repeated
+        crops: crops an epoch of a loader, about (default: 2048; cold: eight times as many); of more images, as many
+            are taken, and fewer are repeated
         steps: steps an epoch of the training loop (default: 40 on a GPU, 4 on a CPU)
         contenders: only the loaders of these names, with commas between them, or with such a text in their names
         pairs: refineries and students, as in resnet50:mobilenet,resnet50:alexnet; networks takes all, the others the

@@ -1,4 +1,4 @@
-"""The figure of loaders: grouped by what they read, in the colours of ours, peers and limits."""
+"""The figure of loaders and files: grouped by what they read, in the colours of ours, peers and limits."""
 
 from pathlib import Path
 from typing import Any

@@ -131,7 +131,8 @@ def write_plain(path: Path, files: list[str]) -> None:
 
 def write_converted(path: Path, files: list[str], storage: Storage = JPEG) -> None:
     """A `.beton` as data.convert stores images."""
-    write_beton(path, _encoded(files, lambda image: encode(image, storage)), at_most=len(files))
+    stored = _encoded(files, lambda image: encode(image, storage))
+    write_beton(path, stored, at_most=len(files), in_blocks=storage.kind == "blocks")
 
 
 def write_raw(path: Path, files: list[str]) -> None:

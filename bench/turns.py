@@ -24,10 +24,14 @@ _SAMPLING_SECONDS = 0.05
 
 
 class Work(NamedTuple):
-    """A piece of work. amount: how much was done, in the unit of the row. waited_seconds: of it, for data."""
+    """A piece of work. amount: how much was done, in the unit of the row. waited_seconds: of it, for data.
+
+    untimed_seconds: what of it was preparation that does not count.
+    """
 
     amount: float
     waited_seconds: float = 0.0
+    untimed_seconds: float = 0.0
 
 
 class Runner:
@@ -180,13 +184,14 @@ def _warm_up(least: float) -> dict[str, Any]:
 def _turn(least: float) -> Turn:
     global _cpu_at_end
     started_cpu, started = cpu_seconds(), time.perf_counter()
-    amount, seconds, waited = 0.0, 0.0, 0.0
+    amount, seconds, waited, untimed = 0.0, 0.0, 0.0, 0.0
     while seconds < least:
         done = _runner.run()
         if _runner.device != "cpu":
             torch.cuda.synchronize()
         amount, waited = amount + done.amount, waited + done.waited_seconds
-        seconds = time.perf_counter() - started
+        untimed += done.untimed_seconds
+        seconds = time.perf_counter() - started - untimed
     ended_cpu = cpu_seconds()
     idle, _cpu_at_end = started_cpu - _cpu_at_end, ended_cpu
     return Turn(amount, seconds, waited, ended_cpu - started_cpu, idle)

@@ -21,7 +21,7 @@ _ORDER, _BOXES, _PAGES, _GENERATION, _COLOURS, _MIXING = 1, 2, 3, 4, 5, 6
 _TRIES = 10
 
 # Quasi-random order draws from this many file pages at a time: 64 pages of 8 MiB stay in any page cache.
-_PAGES_AT_ONCE = 64
+PAGES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def epoch_order(
         page_keys = _hash(_key(_PAGES, seed, epoch), page_ids.astype(np.uint64))
         place = np.empty(len(page_ids), dtype=np.int64)
         place[np.argsort(page_keys)] = np.arange(len(page_ids))
-        order = np.lexsort((keys, place[page_of] // _PAGES_AT_ONCE))
+        order = np.lexsort((keys, place[page_of] // PAGES_AT_ONCE))
     return order[rank::world].astype(np.int64, copy=False)
 
 

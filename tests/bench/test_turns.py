@@ -1,11 +1,13 @@
 """Taking turns: real contenders, a failing one among them."""
 
+import time
 from functools import partial
 
 import pytest
 
+from bench import turns
 from bench.machine import Copy, MatrixProduct
-from bench.turns import Contender, in_turns
+from bench.turns import Contender, Runner, Work, in_turns
 
 
 def contender(name: str, build, **more) -> Contender:
@@ -39,3 +41,19 @@ def test_all_take_turns_and_those_that_fail_say_why():
     # A product of 2048 x 2048 takes 17 GFLOP; its matrices 50 MB.
     assert rows[0]["turns"][0]["amount"] % 0.017179869184 == pytest.approx(0, abs=1e-9)
     assert rows[0]["peak_memory_bytes"] > 50e6
+
+
+def test_preparation_does_not_count(monkeypatch):
+    class Prepared(Runner):
+        def run(self) -> Work:
+            started = time.perf_counter()
+            time.sleep(0.05)
+            prepared = time.perf_counter() - started
+            time.sleep(0.01)
+            return Work(1, untimed_seconds=prepared)
+
+    monkeypatch.setattr(turns, "_runner", Prepared(), raising=False)
+    monkeypatch.setattr(turns, "_cpu_at_end", 0.0, raising=False)
+    turn = turns._turn(0.025)
+    assert 2 <= turn.amount <= 3
+    assert turn.seconds < 0.05 * turn.amount
