@@ -161,14 +161,12 @@ def _nvimagecodec(task: Task) -> DecodeBoxes:
     params = nvimgcodec.DecodeParams(apply_exif_orientation=False)
 
     def decode(files: list[bytes], boxes: NDArray[np.int32]) -> list[torch.Tensor]:
+        wholes = [nvimgcodec.CodeStream(file) for file in files]
         regions = [
             nvimgcodec.Region(top, left, top + height, left + width) for top, left, height, width in boxes.tolist()
         ]
-        streams = [
-            nvimgcodec.CodeStream(file).get_sub_code_stream(0, region)
-            for file, region in zip(files, regions, strict=True)
-        ]
-        images = decoder.decode(streams, params=params, cuda_stream=torch.cuda.current_stream().cuda_stream)
+        parts = [whole.get_sub_code_stream(0, region) for whole, region in zip(wholes, regions, strict=True)]
+        images = decoder.decode(parts, params=params, cuda_stream=torch.cuda.current_stream().cuda_stream)
         if any(image is None for image in images):
             raise BenchError("nvImageCodec: an image cannot be decoded")
         return [torch.from_dlpack(image).permute(2, 0, 1) for image in images]

@@ -65,7 +65,9 @@ def test_every_image_is_asked_for_once_and_before_its_batch(path, monkeypatch):
     beton = Beton(path)
     told = []
     wanted = []
-    for request in epochs(path, order="quasi-random", cold=False, ahead=True)._requests(0):
+    runner = epochs(path, order="quasi-random", cold=False, ahead=True)
+    for request in runner._requests(0):
+        runner._asking.submit(int).result()  # after what was submitted before
         told.append(len(asked))
         wanted += list(zip(beton.starts[request.indices], beton.lengths[request.indices], strict=True))
     assert told == [16, 24, 32, 40, 40]
