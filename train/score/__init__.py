@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -85,18 +86,7 @@ def validation_loader(
     resolution: int,
     crop: CropRule,
     batch: int,
-    decoder: str,
-    device: torch.device,
-    threads: int | None,
+    **loading: Any,
 ) -> Loader:
-    """The validation images of a set, each once."""
-    return open_loader(
-        data.beton("val"),
-        resolution=resolution,
-        batch_size=batch,
-        decoder=decoder,
-        train=False,
-        device=device,
-        threads=threads,
-        crop=crop,
-    )
+    """The validation images of a set, each once. loading: what else open_loader takes (decoder, device, threads ...)."""
+    return open_loader(data.beton("val"), resolution=resolution, batch_size=batch, train=False, crop=crop, **loading)
