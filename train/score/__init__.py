@@ -88,5 +88,5 @@ def validation_loader(
     batch: int,
     **loading: Any,
 ) -> Loader:
-    """The validation images of a set, each once. loading: what else open_loader takes (decoder, device, threads ...)."""
+    """The validation images of a set, each once. loading: what else open_loader takes (decoder, device ...)."""
     return open_loader(data.beton("val"), resolution=resolution, batch_size=batch, train=False, crop=crop, **loading)
