@@ -84,8 +84,8 @@ def build_decoder(
     return module.Decoder(beton, views=views, device=device, threads=threads, max_batch=max_batch)
 
 
-def union(boxes: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The smallest boxes int32 [n, 4] around the m boxes of each image, int32 [n, m, 4]."""
+def union(boxes: NDArray[np.integer]) -> NDArray[np.integer]:
+    """The smallest boxes int [n, 4] around the m boxes of each image, int [n, m, 4]."""
     corner = boxes[:, :, :2].min(axis=1)
     return np.concatenate([corner, (boxes[:, :, :2] + boxes[:, :, 2:]).max(axis=1) - corner], axis=1)
 
