@@ -14,7 +14,7 @@ training := MODEL REFINERY PRETRAINED DATA EPOCHS RESOLUTION BATCH DECODER RECIP
 
 about.train         := train a network
 runs.train          := train
-takes.train         := $(training) LABELS ARGS
+takes.train         := $(training) LABELS GPUS ARGS
 option.train.LABELS := --labels.stored
 about.label         := store what a refinery says of every crop
 runs.label          := train.label
@@ -164,6 +164,7 @@ Variables (typed on make's command line; the environment does not count)
   BATCH       crops a step                        DECODER     auto, ffcv, dali, torchvision
   RECIPE      quick, label-refinery, ...          SEED        fixes crops and first weights
   OUT         where the result goes
+  GPUS        devices of this machine that train together: GPUS=8
   MODELS      a chain's networks: "alexnet alexnet alexnet"
   TABLES      which tables of the papers: 1,4,relabel-labels
   RUNS        run folders: "runs/scenes/A runs/scenes/B"

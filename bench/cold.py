@@ -30,7 +30,7 @@ from data.beton import PAGE_SIZE, Beton
 from data.convert import Storage
 from data.decoders import Request, View, build_decoder
 
-_STORAGES = {"jpeg": images.JPEG, "blocks": Storage("blocks", images.JPEG.max_resolution)}
+_STORAGES = {"jpeg": images.JPEG, "blocks": images.BLOCKS}
 # Images of the file, in epochs of a loader: quasi-random order takes hundreds of megabytes at a time.
 _EPOCHS = 8
 # Batches whose bytes are asked for before they are decoded.

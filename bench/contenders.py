@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bench.ceilings import Copying, Decoding, Resizing
 from bench.peers import PEERS
 from bench.task import Entry, Loader, Task
-from data import plan
+from data import blocks, plan
 from data.beton import Beton
 from data.decoders import part_of, union
 from data.plan import CropRule
@@ -205,11 +205,12 @@ class Ffcv:
 class Ours:
     """This project's loader. With `copies` crops an image, only the last of so many parts of its epoch is made."""
 
-    def __init__(self, task: Task, *, decoder: str, copies: int):
+    def __init__(self, task: Task, *, decoder: str = "auto", copies: int = 1):
         from data.loader import open_loader
 
         assert task.beton is not None
-        self._loader = open_loader(
+        self._open = partial(
+            open_loader,
             task.beton,
             resolution=task.resolution,
             batch_size=task.batch,
@@ -219,6 +220,7 @@ class Ours:
             threads=task.threads,
             crop=CropRule(_SCALE, _RATIO),
         )
+        self._loader = self._open()
         self._first_step = self._loader.steps - task.batches
         self.bytes_per_crop = _mean_part(Beton(task.beton), copies)
 
@@ -226,17 +228,32 @@ class Ours:
         return (batch.crops for batch in self._loader.epoch(number, start_step=self._first_step))
 
 
+class OursOpened(Ours):
+    """The same, opened anew for every epoch, so that each is a first one, which compares all bytes with checksums."""
+
+    def epoch(self, number: int) -> Iterator[torch.Tensor]:
+        self._loader = self._open()
+        return super().epoch(number)
+
+
 def _mean_size(files: Iterable[str]) -> float:
     return float(np.mean([os.path.getsize(file) for file in files]))
 
 
 def _mean_part(beton: Beton, copies: int) -> float:
-    """Bytes that the crops of one epoch have read, for each: of the tiles, or raw pixels, around an image's crops."""
+    """Bytes that the crops of one epoch have read, for each: of the tiles, blocks or pixels around an image's crops."""
     indices = np.arange(beton.num_samples)
     boxes = [plan.random_boxes(indices, beton.sizes, seed=0, epoch=0, copy=copy)[0] for copy in range(copies)]
     around = union(np.stack(boxes, axis=1))
-    sizes = [part_of(beton, index, around[index]).data.nbytes for index in range(beton.num_samples)]
-    return float(np.mean(sizes)) / copies
+    return float(np.mean([_part_size(beton, index, around[index]) for index in range(beton.num_samples)])) / copies
+
+
+def _part_size(beton: Beton, index: int, box: NDArray[np.int32]) -> int:
+    if not beton.in_blocks:
+        return part_of(beton, index, box).data.nbytes
+    part = blocks.around(*map(int, beton.sizes[index]), *map(int, box))
+    count = part.luma.rows * part.luma.columns + 2 * part.chroma.rows * part.chroma.columns
+    return count * blocks.BLOCK_BYTES
 
 
 # The most crops of one image that a contender makes; an epoch's batches are a multiple of it.
@@ -262,6 +279,11 @@ CONTENDERS = {
         for raw in (False, True)
         for copies in (1, COPIES)
     },
+    "ours blocks": Entry(Ours, "converted blocks", "open_loader, 1 crops an image"),
+    f"ours blocks x{COPIES}": Entry(
+        partial(Ours, copies=COPIES), "converted blocks", f"open_loader, {COPIES} crops an image"
+    ),
+    "ours blocks first epoch": Entry(OursOpened, "converted blocks", "open_loader, all checksums compared"),
     **{
         f"limit: {part}{f' x{copies}' if copies > 1 else ''}": Entry(
             partial(build, copies=copies), "converted", f"what bounds ours ffcv: {part} alone"

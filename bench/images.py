@@ -22,6 +22,7 @@ from data.sources import image_files
 # What stock FFCV is given is of the same sizes and quality.
 JPEG = Storage("jpeg", max_resolution=512, quality=90)
 RAW = Storage("raw", max_resolution=256)
+BLOCKS = Storage("blocks", max_resolution=512)
 
 _DRAWN = 300
 # Height and width in pixels, as often as they come in ImageNet: mostly 500 on the longer side, some larger.
@@ -131,8 +132,8 @@ def write_plain(path: Path, files: list[str]) -> None:
 
 def write_converted(path: Path, files: list[str], storage: Storage = JPEG) -> None:
     """A `.beton` as data.convert stores images."""
-    stored = _encoded(files, lambda image: encode(image, storage))
-    write_beton(path, stored, at_most=len(files), in_blocks=storage.kind == "blocks")
+    in_blocks = storage.kind == "blocks"
+    write_beton(path, _encoded(files, lambda image: encode(image, storage)), at_most=len(files), in_blocks=in_blocks)
 
 
 def write_raw(path: Path, files: list[str]) -> None:

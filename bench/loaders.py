@@ -27,6 +27,10 @@ _STORED: dict[str, tuple[Callable[[Path, list[str]], None], str]] = {
     "plain": (images.write_plain, f"{images.JPEG.max_resolution} px, q{images.JPEG.quality}"),
     "converted": (images.write_converted, f"{images.JPEG.max_resolution} px, q{images.JPEG.quality}"),
     "raw": (images.write_raw, f"{images.RAW.max_resolution} px, raw"),
+    "converted blocks": (
+        partial(images.write_converted, storage=images.BLOCKS),
+        f"{images.BLOCKS.max_resolution} px, blocks",
+    ),
     "converted raw": (partial(images.write_converted, storage=images.RAW), f"{images.RAW.max_resolution} px, raw"),
 }
 

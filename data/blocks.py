@@ -7,6 +7,8 @@ endpoint 1, and codes 2 to 7 are the six steps from the first to the second. End
 codes 6 and 7 would stand for 0 and 255. Blocks that reach beyond a plane repeat its last row and column.
 """
 
+import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from numba import njit
 from numpy.typing import NDArray
 from PIL import Image
 
+from data import lanes
 from data.lanes import EXPANDED, FITTED, expand_blocks, fit_blocks
 
 SIDE = 4
@@ -43,7 +46,7 @@ def encode_plane(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A plane, uint8 [height, width], as blocks: uint8 [rows, columns * BLOCK_BYTES]."""
     height, width = plane.shape
     padding = ((0, -height % SIDE), (0, -width % (SIDE * FITTED)))
-    words = _encode(np.pad(plane, padding, mode="edge"))[:, : across(width)]
+    words = _encode(np.pad(plane, padding, mode="edge"))[:, : -(-width // SIDE)]
     return np.ascontiguousarray(words, "<u8").view(np.uint8)
 
 
@@ -136,12 +139,21 @@ def expand(blocks: NDArray[np.uint8], columns: int, window: Window, room: NDArra
     return used.reshape(window.rows * SIDE, stride)
 
 
-@njit(nogil=True)
-def _encode(plane: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """The blocks, as numbers, of a plane whose sizes are multiples of SIDE and of SIDE * FITTED."""
-    words = np.empty((plane.shape[0] // SIDE, plane.shape[1] // SIDE), np.uint64)
-    pixels, flat = plane.reshape(-1), words.reshape(-1)
-    for i in range(0, len(flat), FITTED):
-        row, column = i // words.shape[1], i % words.shape[1]
-        fit_blocks(pixels, row * SIDE * plane.shape[1] + column * SIDE, plane.shape[1], flat, i)
-    return words
+def _compiled(sources: str):
+    """The encoder, kept compiled on disk as long as `sources` and this file stay the same (as data.decoders.ffcv's)."""
+
+    @njit(nogil=True, cache=True)
+    def encode(plane):
+        """The blocks, uint64 [rows, columns], of a plane whose sizes are multiples of SIDE and of SIDE * FITTED."""
+        sources  # noqa: B018
+        words = np.empty((plane.shape[0] // SIDE, plane.shape[1] // SIDE), np.uint64)
+        pixels, flat = plane.reshape(-1), words.reshape(-1)
+        for i in range(0, len(flat), FITTED):
+            row, column = i // words.shape[1], i % words.shape[1]
+            fit_blocks(pixels, row * SIDE * plane.shape[1] + column * SIDE, plane.shape[1], flat, i)
+        return words
+
+    return encode
+
+
+_encode = _compiled(hashlib.sha256(Path(lanes.__file__).read_bytes()).hexdigest())

@@ -15,6 +15,8 @@ from numba.extending import intrinsic as _intrinsic
 intrinsic: Any = _intrinsic
 
 LANES = 32
+# Pixels each way that are written at a time.
+SQUARE = 16
 
 # Blocks that expand_blocks and fit_blocks take at a time, and how often the second moves their endpoints.
 EXPANDED, FITTED = 8, 16
@@ -54,18 +56,19 @@ def _data(context, builder, array_type, array):
 
 
 @intrinsic
-def mix(typingctx, source, start, step, count, weights, weights_start, shift, out, out_start):
-    """out[out_start + i] = sum over k < count of source[start + k * step + i] * weights[weights_start + k], >> shift.
+def mix(typingctx, source, start, step, count, weights, weights_start, weights_step, shift, out, out_start):
+    """out[out_start + i] = sum over k < count of source[start + k * step + i] * weights[w + k * weights_step].
 
-    For i < LANES, rounded. source: uint8 or int16, not negative. weights, out: int16. Arrays are flat, count >= 1.
+    For i < LANES, with w weights_start; shifted right by `shift`, and rounded. source: uint8 or int16, not negative.
+    weights, out: int16. Arrays are flat, count >= 1.
     """
     signature = types.void(
-        source, types.int64, types.int64, types.int64, weights, types.int64, types.int64, out, types.int64
+        source, types.int64, types.int64, types.int64, weights, types.int64, types.int64, types.int64, out, types.int64
     )
     element = _byte if source.dtype == types.uint8 else _short
 
     def generate(context, builder, signature, arguments):
-        source, start, step, count, weights, weights_start, shift, out, out_start = arguments
+        source, start, step, count, weights, weights_start, weights_step, shift, out, out_start = arguments
         pixels = _data(context, builder, signature.args[0], source)
         factors = _data(context, builder, signature.args[4], weights)
         shift = builder.trunc(shift, _int)
@@ -85,7 +88,7 @@ def mix(typingctx, source, start, step, count, weights, weights_start, shift, ou
         if element is _short:
             # Says that they are not negative: products of two 15-bit numbers have an instruction of their own.
             values = builder.and_(values, _all(0x7FFF))
-        weight = builder.load(builder.gep(factors, [builder.add(weights_start, k)]))
+        weight = builder.load(builder.gep(factors, [builder.add(weights_start, builder.mul(k, weights_step))]))
         product = builder.mul(values, _splat(builder, builder.sext(weight, _int)))
         grown = builder.add(total, product)
         following = builder.add(k, ir.Constant(_long, 1))
@@ -94,7 +97,26 @@ def mix(typingctx, source, start, step, count, weights, weights_start, shift, ou
         builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
         builder.position_at_end(after)
         mixed = builder.trunc(builder.ashr(grown, _splat(builder, shift)), ir.VectorType(_short, LANES))
-        _store(builder, mixed, _data(context, builder, signature.args[7], out), out_start, _short)
+        _store(builder, mixed, _data(context, builder, signature.args[8], out), out_start, _short)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def transpose(typingctx, source, start, step, out, out_start):
+    """out[out_start + i * LANES + k] = source[start + k * step + i] for i, k < LANES. Both int16 and flat."""
+    signature = types.void(source, types.int64, types.int64, out, types.int64)
+
+    def generate(context, builder, signature, arguments):
+        source, start, step, out, out_start = arguments
+        shorts, target = (_data(context, builder, signature.args[i], array) for i, array in ((0, source), (3, out)))
+        rows = [
+            _load(builder, shorts, builder.add(start, builder.mul(step, ir.Constant(_long, k))), _short)
+            for k in range(LANES)
+        ]
+        for i, row in enumerate(_transposed(builder, rows)):
+            _store(builder, row, target, builder.add(out_start, ir.Constant(_long, i * LANES)), _short)
         return context.get_dummy_value()
 
     return signature, generate
@@ -141,40 +163,44 @@ def _to_byte(builder, value):
 
 
 @intrinsic
-def weave(typingctx, columns, words):
-    """Packs LANES rows of eight RGB pixels into three 64-bit words each: words[j * LANES + i], j < 3, i < LANES.
+def write_pixels(typingctx, columns, start, out, out_start, stride):
+    """Writes SQUARE rows of SQUARE RGB pixels, row i at out[out_start + i * stride].
 
-    columns: int32 [8 * LANES], pixel j of row i at j * LANES + i, red in the lowest byte. words: int64. Both flat.
+    columns: int32, pixel j of row i at start + j * LANES + i, red in the lowest byte. out: uint8. Both flat.
     """
-    signature = types.void(columns, words)
-    # Eight rows at a time: what 32 rows need would not fit the registers.
-    few = 8
-    ints, longs = ir.VectorType(_int, few), ir.VectorType(_long, few)
+    signature = types.void(columns, types.int64, out, types.int64, types.int64)
+    line, byte_line = ir.VectorType(_int, SQUARE), ir.VectorType(_byte, SQUARE * 4)
+    rgb_line = ir.VectorType(_byte, SQUARE * 3)
+    rgb = ir.Constant(ir.VectorType(_int, SQUARE * 3), [i // 3 * 4 + i % 3 for i in range(SQUARE * 3)])
 
     def generate(context, builder, signature, arguments):
-        pixels, target = (
-            _data(context, builder, kind, array) for kind, array in zip(signature.args, arguments, strict=True)
-        )
-        for first in range(0, LANES, few):
-            totals: list = [None] * 3
-            for j in range(8):
-                pointer = builder.gep(pixels, [ir.Constant(_long, j * LANES + first)])
-                load = builder.load(builder.bitcast(pointer, ints.as_pointer()))
-                load.align = 4
-                column = builder.zext(load, longs)
-                for word in range(3):
-                    # Pixel j fills bits 24 j to 24 j + 23 of the three words.
-                    shift = 24 * j - 64 * word
-                    if -24 < shift < 64:
-                        amount = ir.Constant(longs, [abs(shift)] * few)
-                        moved = builder.shl(column, amount) if shift >= 0 else builder.lshr(column, amount)
-                        totals[word] = moved if totals[word] is None else builder.or_(totals[word], moved)
-            for word, total in enumerate(totals):
-                pointer = builder.gep(target, [ir.Constant(_long, word * LANES + first)])
-                builder.store(total, builder.bitcast(pointer, longs.as_pointer())).align = 8
+        columns, start, out, out_start, stride = arguments
+        pixels, target = (_data(context, builder, signature.args[i], array) for i, array in ((0, columns), (2, out)))
+        rows = []
+        for j in range(SQUARE):
+            place = builder.gep(pixels, [builder.add(start, ir.Constant(_long, j * LANES))])
+            rows.append(builder.load(builder.bitcast(place, line.as_pointer())))
+            rows[-1].align = 4
+        for i, row in enumerate(_transposed(builder, rows)):
+            row = builder.bitcast(row, byte_line)
+            place = builder.gep(target, [builder.add(out_start, builder.mul(stride, ir.Constant(_long, i)))])
+            pointer = builder.bitcast(place, rgb_line.as_pointer())
+            builder.store(builder.shuffle_vector(row, row, rgb), pointer).align = 1
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def _transposed(builder, rows: list) -> list:
+    """n vectors of n elements, n a power of two: perfect shuffles, each of which moves a bit from row to column."""
+    n = len(rows)
+    halves = [
+        ir.Constant(ir.VectorType(_int, n), [first + i // 2 + i % 2 * n for i in range(n)]) for first in (0, n // 2)
+    ]
+    for _ in range(n.bit_length() - 1):
+        pairs = zip(rows[: n // 2], rows[n // 2 :], strict=True)
+        rows = [builder.shuffle_vector(a, b, half) for a, b in pairs for half in halves]
+    return rows
 
 
 @intrinsic

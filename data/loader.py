@@ -65,10 +65,24 @@ class CropBatch:
 
     def first(self, count: int) -> "CropBatch":
         """The first crops of the batch, with all that belongs to them."""
+        return self._taken(slice(count))
+
+    def part(self, number: int, parts: int) -> "CropBatch":
+        """Of the batch dealt out in turns to so many parts, one: crops `number`, `number` + `parts` and so on."""
+        return self if parts == 1 else self._taken(slice(number, None, parts))
+
+    def _taken(self, places: slice) -> "CropBatch":
         parts: dict[str, Any] = {
-            name: part[:count] for name, part in vars(self).items() if isinstance(part, torch.Tensor)
+            name: _laid_out(part[places]) for name, part in vars(self).items() if isinstance(part, torch.Tensor)
         }
-        return replace(self, **parts, paired={pairing: crops[:count] for pairing, crops in self.paired.items()})
+        return replace(
+            self, **parts, paired={pairing: _laid_out(crops[places]) for pairing, crops in self.paired.items()}
+        )
+
+
+def _laid_out(part: torch.Tensor) -> torch.Tensor:
+    """The same without gaps; crops stay channels-last."""
+    return part.contiguous(memory_format=torch.channels_last if part.ndim == 4 else torch.contiguous_format)
 
 
 class Loader:

@@ -15,7 +15,7 @@ _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
 # Separate streams: an image's place in the order says nothing about its crop.
-_ORDER, _BOXES, _PAGES, _GENERATION, _COLOURS, _MIXING = 1, 2, 3, 4, 5, 6
+_ORDER, _BOXES, _PAGES, _GENERATION, _COLOURS, _MIXING, _DROPOUT = 1, 2, 3, 4, 5, 6, 7
 
 # RandomResizedCrop gives up after this many proposals and takes the central crop.
 _TRIES = 10
@@ -166,15 +166,16 @@ def whole_boxes(sizes: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.bool_]]
 
 
 def random_colours(
-    count: int, *, seed: int, epoch: int, step: int, jitter: float, lighting: float
+    count: int, *, seed: int, epoch: int, step: int, part: int = 0, jitter: float, lighting: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """How the colours of a step's crops are changed, crop by crop (kernels/colour.py).
 
+    part: which of the parts of a step the crops are; they are drawn apart.
     jitter: brightness, contrast and saturation are each multiplied by a factor uniform in 1 - jitter to 1 + jitter.
     lighting: standard deviation of the shift along each principal component of ImageNet's colours.
     Returns the factors float32 [count, 3] and the shifts, in standard deviations of the component, float32 [count, 3].
     """
-    draws = _generator(_COLOURS, seed, epoch, step)
+    draws = _generator(_COLOURS, seed, epoch, step, part)
     factors = 1 + jitter * draws.uniform(-1, 1, (count, 3))
     shifts = lighting * draws.standard_normal((count, 3))
     return factors.astype(np.float32), shifts.astype(np.float32)
@@ -202,19 +203,20 @@ def random_mixing(
     seed: int,
     epoch: int,
     step: int,
+    part: int = 0,
     cutmix: float = 0.0,
     cutmix_beta: float = 1.0,
     mixup: float = 0.0,
     mixup_beta: float = 0.2,
 ) -> Mixing:
-    """How a step's `count` crops of `resolution` px a side are mixed: one box and one share for all of them.
+    """How the `count` crops of a step's part, `resolution` px a side, are mixed: one box and one share for all of them.
 
     cutmix, mixup: the probability of each, in sum at most 1. CutMix (Yun et al. 2019, section 3.2) puts a box of the
     partner into the crop: with l ~ Beta(cutmix_beta, cutmix_beta) its sides are those of the crop times sqrt(1 - l),
     its centre is uniform in the crop, and what lies outside is cut off, so that `kept` is counted from its pixels.
     Mixup (Zhang et al. 2018, section 2) takes l ~ Beta(mixup_beta, mixup_beta) of every pixel from the crop.
     """
-    draws = _generator(_MIXING, seed, epoch, step)
+    draws = _generator(_MIXING, seed, epoch, step, part)
     kind = draws.uniform()
     # Drawn in any case, so that one option changes nothing else.
     partners = draws.permutation(count)
@@ -229,6 +231,11 @@ def random_mixing(
         share = float(draws.beta(mixup_beta, mixup_beta))
         return Mixing(partners, (0, 0, resolution, resolution), share, share)
     return Mixing(partners, (0, 0, 0, 0), 1.0, 1.0)
+
+
+def seed_of_part(*, seed: int, epoch: int, step: int, part: int) -> int:
+    """The seed of what networks draw themselves (dropout) in one of the parts of a step. Returns 0 to 2**64 - 1."""
+    return _key(_DROPOUT, seed, epoch, step, part)
 
 
 def seed_of_generation(seed: int, generation: int) -> int:

@@ -4,6 +4,14 @@ import sys
 
 from tqdm import tqdm
 
+_silent = False
+
+
+def silence() -> None:
+    """Shows no bars from now on: of several processes one speaks."""
+    global _silent
+    _silent = True
+
 
 def images_bar(total: int, name: str, *, done: int = 0, leave: bool = True) -> tqdm:
     """A bar over `total` images, `done` of them before it began; in a log file it prints a line every 30 s."""
@@ -15,4 +23,5 @@ def images_bar(total: int, name: str, *, done: int = 0, leave: bool = True) -> t
         leave=leave,
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
         dynamic_ncols=True,
+        disable=_silent,
     )

@@ -47,10 +47,10 @@ def sample_blocks(
     return _sample_blocks(blocks, offsets, sizes, boxes, flips, resolution)
 
 
-def rows_read(boxes: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def rows_read(boxes: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The rows of blocks of Y, and of Cb and Cr, that crops of boxes are made from: first, and one more than the last.
 
-    boxes: int32 [n, 4] (top, left, height, width) in pixels. Returns two int64 [n, 2]; the plane may end before.
+    boxes: int [n, 4] (top, left, height, width) in pixels. Returns two int64 [n, 2]; the plane may end before.
     """
     tops, bottoms = boxes[:, 0].astype(np.int64), (boxes[:, 0] + boxes[:, 2]).astype(np.int64)
     # Of chroma, one sample more on either side.

@@ -5,7 +5,13 @@ if __name__ == "__main__":
     import sys
 
     from command import exit_on_user_error
-    from train.config import parse
+    from train.config import Config, parse
+    from train.distributed import joined
+    from train.launch import on_devices
     from train.train import train
 
-    exit_on_user_error(lambda: train(parse(sys.argv[1:])))
+    def work(config: Config) -> None:
+        with joined(config.device):
+            train(config)
+
+    exit_on_user_error(lambda: on_devices("train", sys.argv[1:], parse, work))

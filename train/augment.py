@@ -84,15 +84,21 @@ class Augment:
         self._config, self._seed, self._device = config, seed, device
         self._mixed_epochs = epochs - round(config.unmixed * epochs)
 
-    def draw(self, count: int, resolution: int, *, epoch: int, step: int) -> Tensor:
-        """What happens to each of a step's `count` crops of `resolution` px: float32 [count, 13] on the device.
+    def draw(self, count: int, resolution: int, *, epoch: int, step: int, part: int = 0) -> Tensor:
+        """What happens to each of the `count` crops of a step's part: float32 [count, 13] on the device.
 
         Columns: see `colour` and `mix`. It is one tensor, which reaches the device in one copy, and it never has other
         values' place taken by a Python number, for which a compiled graph would be compiled anew.
         """
         config, mixing = self._config, epoch < self._mixed_epochs
         factors, shifts = random_colours(
-            count, seed=self._seed, epoch=epoch, step=step, jitter=config.color_jitter, lighting=config.lighting
+            count,
+            seed=self._seed,
+            epoch=epoch,
+            step=step,
+            part=part,
+            jitter=config.color_jitter,
+            lighting=config.lighting,
         )
         mixed = random_mixing(
             count,
@@ -100,6 +106,7 @@ class Augment:
             seed=self._seed,
             epoch=epoch,
             step=step,
+            part=part,
             cutmix=config.cutmix if mixing else 0,
             cutmix_beta=config.cutmix_beta,
             mixup=config.mixup if mixing else 0,

@@ -23,6 +23,7 @@ from train import TrainError
 from train import labels as kinds
 from train.augment import AugmentConfig
 from train.device import Precision
+from train.distributed import Reduce
 from train.labels import LabelsConfig
 from train.labels.ground_truth import GroundTruthLabels
 from train.labels.refinery import RefineryLabels
@@ -178,6 +179,10 @@ class Config:
         compile: compiles the step; auto does so on CUDA only (on a CPU it costs a minute or two first and seldom pays)
         cuda_graphs: record the compiled step as CUDA graphs, for networks so small that launching kernels takes longer
             than running them
+        replicas: parts of a batch, each with batch statistics of its own, as on a GPU of its own; what several devices
+            (--gpus N) share among them (default: as many as there are devices)
+        reduce: how the gradients of several devices are added: sum; bf16, rounded on their way, which halves it; tree,
+            in an order that makes the weights the same, bit for bit, for any number of devices
         optimizer: how weights move
         schedule: how the learning rate falls
         labels: what the labels are made of
@@ -211,6 +216,8 @@ class Config:
     precision: Precision = "auto"
     compile: Literal["auto", "always", "never"] = "auto"
     cuda_graphs: bool = False
+    replicas: int | None = None
+    reduce: Reduce = "sum"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
@@ -225,10 +232,12 @@ class Config:
         for option, value in _dotted(asdict(self)).items():
             if value == "":
                 raise TrainError(f"{option} is empty: give it a value or leave it out")
-        for name in ("epochs", "resolution", "batch", "copies", "threads"):
+        for name in ("epochs", "resolution", "batch", "copies", "threads", "replicas"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TrainError(f"{name}={value}: must be at least 1")
+        if self.batch % (self.replicas or 1):
+            raise TrainError(f"batch={self.batch}: is not divided by replicas={self.replicas}; take a multiple of it")
         if not 0 <= self.resident <= 1:
             raise TrainError(f"resident={self.resident:g}: give a share of the device's memory, 0 to 1")
         if not 0 <= self.ema < 1:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from train import TrainError
+from train.distributed import group
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -23,8 +24,11 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def device_named(name: str) -> torch.device:
     """`auto` (a CUDA device where there is one), `cpu`, `cuda` or `cuda:N`. Raises TrainError for any other."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        # Of several processes on a machine, each has been given one.
+        return torch.device("cuda", torch.cuda.current_device()) if group().world > 1 else torch.device("cuda")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -21,6 +21,7 @@ from train import labels as kinds
 from train.augment import Augment
 from train.config import Config, CropConfig, OptimizerConfig, ScheduleConfig
 from train.device import autocast_type, device_named, precision_on
+from train.distributed import Group, group
 from train.labels.refinery import RefineryLabels
 from train.labels.source import Labels, LabelSource
 from train.runs import Run, folder_name, read_run
@@ -47,6 +48,7 @@ class Job:
     device: torch.device
     seed: int
     crop_seed: int
+    group: Group
     identity: dict[str, Any]
     folder: Path
 
@@ -72,8 +74,14 @@ class Job:
 
     @property
     def batch(self) -> int:
-        """Crops in a step."""
+        """Crops in a step, of all devices."""
         return self.config.batch
+
+    @property
+    def replicas(self) -> int:
+        """Parts of a batch, each with its own batch statistics."""
+        assert self.config.replicas
+        return self.config.replicas
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -109,10 +117,12 @@ class Job:
         return open_loader(
             self.data.beton("train"),
             resolution=resolution or self.resolution,
-            batch_size=self.batch,
+            batch_size=self.batch // self.group.world,
             seed=self.crop_seed,
             copies=self.config.copies,
             order=self.config.order,
+            rank=self.group.rank,
+            world=self.group.world,
             crop=self.crop,
             drop_last=drop_last,
             paired=labels.pairings if labels else (),
@@ -142,8 +152,8 @@ def check(configs: Sequence[Config]) -> tuple[ConvertedSet, list[Labels]]:
         _check_network(config)
     found = find_set(configs[0].data)
     labels = find_labels([config for config in configs if not needs_refinery(config)], found.class_names)
-    data = ensure_converted(found)
-    del found  # and with it what an archive was unpacked to
+    # By one process, where there are several; the others find it done.
+    data = group().in_turn(lambda: ensure_converted(find_set(configs[0].data) if group().rank else found))
     known = iter(labels)
     for config in configs:
         its = None if needs_refinery(config) else next(known)
@@ -185,8 +195,12 @@ def resolve(config: Config, data: ConvertedSet, labels: Labels) -> Job:
     usual = replace(plan.crop, center_ratio=data.crop.center_ratio) if plan else data.crop
     crop = replace(usual, **asked)
     seed = seed_of_generation(config.seed, labels.generation)
+    together = group()
+    replicas = config.replicas or together.world
+    _check_replicas(config, replicas, together)
     filled = replace(
         config,
+        replicas=replicas,
         resolution=_resolution(config, data, labels),
         crop=CropConfig(**asdict(crop)),
         precision=precision_on(device, config.precision),
@@ -202,6 +216,7 @@ def resolve(config: Config, data: ConvertedSet, labels: Labels) -> Job:
         device=device,
         seed=seed,
         crop_seed=plan.seed if plan else seed,
+        group=together,
         identity=identity,
         folder=folder,
     )
@@ -247,6 +262,8 @@ def _identity(config: Config, data: ConvertedSet, crop: CropRule, labels: Labels
     if not (config.augment.colours or config.augment.mixes):
         # So that runs from before there was any keep their identity.
         del identity["augment"]
+    if config.replicas and config.replicas > 1:
+        identity |= {"replicas": config.replicas, "reduced": "bf16" if config.reduce == "bf16" else "fp32"}
     # As JSON gives it back, so that it compares equal with what was read from a run's folder.
     return json.loads(json.dumps(identity))
 
@@ -266,6 +283,15 @@ def growing_resolution(epoch: int, epochs: int, share: float, last: int) -> int:
 def _resolutions(config: Config, last: int) -> list[int]:
     share, epochs = config.resolution_from, config.epochs
     return sorted({growing_resolution(epoch, epochs, share, last) for epoch in range(epochs)})
+
+
+def _check_replicas(config: Config, replicas: int, together: Group) -> None:
+    if replicas % together.world:
+        raise TrainError(
+            f"replicas={replicas}: cannot be dealt out to {together.world} devices evenly; take a multiple of these"
+        )
+    if config.batch % replicas:
+        raise TrainError(f"batch={config.batch}: is not divided by the {replicas} replicas; take a multiple of these")
 
 
 def _check_network(config: Config) -> None:

@@ -25,6 +25,8 @@ from train.waiting import Waiting
 # How often the sums are read from the device (which waits for it), and saved within a long epoch.
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_BETWEEN_SAVES = 600.0
+# How often several processes ask each other whether one of them is to stop.
+_SECONDS_BETWEEN_AGREEMENTS = 0.5
 
 
 @dataclass
@@ -71,15 +73,27 @@ class Trainer:
             compiled=job.compiled,
             strict=config.compile == "always",
             cuda_graphs=config.cuda_graphs,
+            replicas=job.replicas,
+            together=job.group,
+            reduce=config.reduce,
+            seed=job.seed,
         )
         self._loaders: dict[int, Loader] = {}
         self.loader = self.loader_at(job.resolution)
         self.validation = validation_loader(
-            job.data, resolution=job.resolution, crop=job.crop, batch=config.batch, **job.loading
+            job.data,
+            resolution=job.resolution,
+            crop=job.crop,
+            batch=config.batch // job.group.world,
+            rank=job.group.rank,
+            world=job.group.world,
+            **job.loading,
         )
         self.progress = Progress()
         self._waiting = Waiting(job.device)
         self._stop = Stop()
+        # Steps from one agreement of all processes on what to do to the next.
+        self._apart = 1
 
     def run(self) -> list[dict[str, Any]]:
         """Trains to the last epoch and returns each job's result.
@@ -97,14 +111,15 @@ class Trainer:
             while self.progress.epoch < epochs:
                 self.train_epoch()
                 self.validate()
-                if self._stop.requested and self.progress.epoch < epochs:
+                (stop,) = self.job.group.largest([self._stop.requested])
+                if stop and self.progress.epoch < epochs:
                     raise self._interrupted()
         return [student.record.result(best=student.best, seconds=self.progress.seconds) for student in self.students]
 
     @property
     def stopped(self) -> bool:
         """Whether the user asked for a stop; the last epoch is finished all the same."""
-        return self._stop.requested
+        return bool(self.job.group.largest([self._stop.requested])[0])
 
     def train_epoch(self) -> None:
         """The steps of the present epoch that are still to be done. Raises as run().
@@ -114,7 +129,7 @@ class Trainer:
         job, progress = self.job, self.progress
         loader = self.loader_at(job.resolution_in(progress.epoch))
         name = f"epoch {progress.epoch + 1}/{job.config.epochs}"
-        batch_size = job.config.batch
+        batch_size = job.batch
         with images_bar(loader.steps * batch_size, name, done=progress.step * batch_size) as bar:
             mark = looked = saved = time.perf_counter()
             for batch in self._fetched(loader.epoch(job.plan_epoch(progress.epoch), progress.step)):
@@ -123,18 +138,19 @@ class Trainer:
                 progress.step += 1
                 for student in self.students:
                     student.average(progress.epoch * loader.steps + progress.step)
-                bar.update(len(batch.labels))
+                bar.update(batch_size)
                 now = time.perf_counter()
                 progress.train_seconds += now - mark
-                mark = now
-                if self._stop.requested or now - saved > _SECONDS_BETWEEN_SAVES:
+                took, mark = now - mark, now
+                stop, save, look = self._agreed(now - saved, now - looked, took)
+                if stop or save:
                     self._save()
                     saved = time.perf_counter()
-                if self._stop.requested:
+                if stop:
                     raise self._interrupted()
-                if now - looked > _SECONDS_BETWEEN_LOOKS:
+                if look:
                     self._check_losses()
-                    sums = self.students[0].sums.tolist()
+                    sums = job.group.sum(self.students[0].sums).tolist()
                     said = f"loss {sums[LOSS] / sums[CROPS]:.3f}, top-1 {100 * sums[TOP1] / sums[CROPS]:.1f} %"
                     bar.set_postfix_str(said, refresh=False)
                     looked = time.perf_counter()
@@ -142,12 +158,30 @@ class Trainer:
             self._check_losses()
             progress.train_seconds += time.perf_counter() - mark
 
+    def _agreed(self, since_save: float, since_look: float, took: float) -> tuple[bool, bool, bool]:
+        """Whether to stop, to save and to look at the losses now: the same in all processes, by the first one's clock.
+
+        since_save, since_look, took: seconds since then, and that the last step took. Several processes ask each other
+        only now and then: it makes them wait for the slowest.
+        """
+        group = self.job.group
+        if group.world > 1 and self.progress.step % self._apart:
+            return False, False, False
+        own = [self._stop.requested, 0.0, 0.0, 0.0]
+        if group.first:
+            apart = max(_SECONDS_BETWEEN_AGREEMENTS // max(took, 1e-6), 1)
+            own[1:] = [since_save > _SECONDS_BETWEEN_SAVES, since_look > _SECONDS_BETWEEN_LOOKS, apart]
+        stop, save, look, apart = group.largest(own)
+        self._apart = int(apart)
+        return bool(stop), bool(save), bool(look)
+
     def validate(self) -> None:
         """Scores the students and ends the epoch: its metrics are kept, and checkpoints written."""
         self._check_weights()
         done, started = self.progress, time.perf_counter()
         for student in self.students:
-            student.score(self.validation)
+            self.job.group.share_buffers({student.network, student.scored})
+            student.score(self.validation, self.job.group)
         seconds = done.seconds + done.train_seconds + time.perf_counter() - started
         for student in self.students:
             student.record.write(self._metrics(student), name=student.name if len(self.students) > 1 else None)
@@ -170,6 +204,7 @@ class Trainer:
             "decoder": self.loader.decoder,
             "compiled": job.compiled,
             "threads": torch.get_num_threads(),
+            "devices": job.group.world,
             "torch": torch.__version__,
         }
         (changes, *_) = [student.record.begin(start, progress.epoch, progress.step) for student in self.students]
@@ -203,6 +238,12 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
         # Here, the failed step's tensors are gone with its exception.
+        if self.job.group.world > 1:
+            # The others wait in their part of the step, and cannot try smaller ones.
+            raise TrainError(
+                f"batch={self.job.batch}: a step at {batch.crops.shape[-1]} px, of which each device computes "
+                f"{len(batch.labels)} crops, does not fit in {_memory_of(self.job.device)}; take a smaller batch"
+            )
         fitting = self._fitting_batch(batch)
         raise TrainError(
             f"batch={len(batch.labels)}: a step at {batch.crops.shape[-1]} px does not fit in "
@@ -231,7 +272,7 @@ class Trainer:
     def _check_losses(self) -> None:
         """Waits for the device; raises TrainError where a loss is not finite."""
         for student in self.students:
-            if not student.sums.isfinite().all():
+            if not self.job.group.sum(student.sums).isfinite().all():
                 raise self._diverged(student, "the loss is")
         self.progress.waited_seconds += self._waiting.taken()
 
@@ -249,7 +290,7 @@ class Trainer:
         )
 
     def _metrics(self, student: Student) -> dict[str, Any]:
-        progress, sums = self.progress, student.sums.tolist()
+        progress, sums = self.progress, self.job.group.sum(student.sums).tolist()
         crops = sums[CROPS]
         return {
             "epoch": progress.epoch + 1,
@@ -258,7 +299,7 @@ class Trainer:
             "train_top5": 100 * sums[TOP5] / crops,
             "top1": student.scores.top1,
             "top5": student.scores.top5,
-            "images_per_second_per_device": crops / progress.train_seconds,
+            "images_per_second_per_device": crops / progress.train_seconds / self.job.group.world,
             "waiting": progress.waited_seconds / progress.train_seconds,
             "lr": student.lr,
         }
@@ -268,17 +309,21 @@ class Trainer:
         self._check_losses()
         self._check_weights()
         for student in self.students:
+            self.job.group.share_buffers({student.network, student.scored})
             student.record.save(self._state(student))
 
     def _state(self, student: Student) -> dict[str, Any]:
         generators = checkpoint.generator_states(self.job.device)
-        return student.state() | {"generators": generators, "progress": asdict(self.progress)}
+        sums = self.job.group.sum(student.sums).cpu()
+        return student.state() | {"sums": sums, "generators": generators, "progress": asdict(self.progress)}
 
     def _restore(self) -> None:
         for student in self.students:
-            state = student.record.saved()
+            state = self.job.group.given(student.record.saved())
             if state:
                 student.restore(state)
+                if not self.job.group.first:
+                    student.sums.zero_()  # counted once, in the first process
                 checkpoint.restore_generators(state["generators"], self.job.device)
                 self.progress = Progress(**state["progress"])
 

@@ -3,7 +3,7 @@
 Nothing here waits for the device: the students' sums stay on it until they are read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from data.loader import CropBatch
+from data.plan import seed_of_part
 from kernels.normalise import Normalise
 from train import TrainError
 from train.augment import Augment, kept, partners
 from train.device import computing_in
+from train.distributed import ALONE, Group, Reduce
 from train.jitter import with_jittered
 from train.labels.source import LabelSource, Targets
 from train.student import Student
@@ -43,6 +45,9 @@ class Step:
     compiled: labels, students and losses as one compiled graph, made in the first step of each resolution. Where that
     fails, a notice is printed and the steps go on uncompiled, or under `strict` TrainError is raised. cuda_graphs: the
     compiled graph is recorded and replayed, kernels and all, as CUDA graphs.
+    replicas: parts of a step, of all devices, each with batch statistics of its own; the running ones are the first's.
+    together, reduce: who computes them, and how their gradients are added (train.distributed). seed: with several
+    parts, of what networks draw themselves.
     """
 
     def __init__(
@@ -59,11 +64,16 @@ class Step:
         compiled: bool,
         strict: bool = False,
         cuda_graphs: bool = False,
+        replicas: int = 1,
+        together: Group = ALONE,
+        reduce: Reduce = "sum",
+        seed: int = 0,
     ):
         self.students = students
         self.labels = labels
         self._loss, self._temperature, self._jitter, self._augment = loss, temperature, jitter, augment
         self._device, self._autocast = device, autocast
+        self._replicas, self._group, self._reduce, self._seed = replicas, together, reduce, seed
         self._normalise = [Normalise(student.normalisation).to(device) for student in students]
         self._compute: Callable[[CropBatch, Any], tuple[torch.Tensor, torch.Tensor]] = self._losses
         self._compiled, self._strict = compiled, strict
@@ -78,6 +88,27 @@ class Step:
         """epoch, step: where in the run it is (0, 1, ...), of which its augmentation is a function."""
         for student in self.students:
             student.network.train()
+        mine = self._replicas // self._group.world
+        counted: torch.Tensor | None = None
+        gradients: list[list[torch.Tensor]] = []
+        for number in range(mine):
+            # A batch deals the images of a step out in turns, as the plan does; so their part is a matter of the plan.
+            part = self._group.rank + number * self._group.world
+            more = self._part(batch.part(number, mine), epoch, step, part)
+            counted = more if counted is None else counted + more
+            if self._replicas > 1 and self._reduce == "tree":
+                gradients.append(self._taken_gradients())
+        if self._replicas > 1 and (self._group.world > 1 or self._reduce == "tree"):
+            self._put_gradients(self._group.reduce_gradients(gradients or [self._taken_gradients()], how=self._reduce))
+        assert counted is not None
+        for student, sums in zip(self.students, counted, strict=True):
+            student.move()
+            student.sums += sums
+
+    def _part(self, batch: CropBatch, epoch: int, step: int, part: int) -> torch.Tensor:
+        """Adds the gradients of a part of the step to the weights; returns what is to be added to the sums."""
+        if self._replicas > 1:
+            torch.manual_seed(seed_of_part(seed=self._seed, epoch=epoch, step=step, part=part))
         if self._jitter:
             (student,) = self.students
             batch = with_jittered(
@@ -90,14 +121,37 @@ class Step:
             )
         draws = None
         if self._augment:
-            draws = self._augment.draw(len(batch.crops), batch.crops.shape[-1], epoch=epoch, step=step)
+            size = batch.crops.shape[-1]
+            draws = self._augment.draw(len(batch.crops), size, epoch=epoch, step=step, part=part)
             # The graph copies the batch, and would be compiled anew for the number of each epoch.
             batch = replace(batch, epoch=0)
         untried = self._compiled and batch.crops.shape not in self._tried
+        # The first part alone counts in the running statistics.
+        kept = [(buffer, buffer.clone()) for buffer in self._buffers()] if part else []
         counted = self._first_gradients(batch, draws) if untried else self._gradients(batch, draws)
-        for student, sums in zip(self.students, counted, strict=True):
-            student.move()
-            student.sums += sums
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
+        return counted
+
+    def _buffers(self) -> Iterator[torch.Tensor]:
+        return (buffer for student in self.students for buffer in student.network.buffers())
+
+    def _weights(self) -> list[torch.Tensor]:
+        """All that is trained, and has a gradient in every step."""
+        return [weight for student in self.students for weight in student.network.parameters() if weight.requires_grad]
+
+    def _taken_gradients(self) -> list[torch.Tensor]:
+        """The gradients of all weights, which are then gone; 0 where a step has none."""
+        found = []
+        for weight in self._weights():
+            found.append(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+            weight.grad = None
+        return found
+
+    def _put_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
+        for weight, gradient in zip(self._weights(), gradients, strict=True):
+            weight.grad = gradient
 
     def use_eager(self) -> None:
         """Runs the steps from now on without the compiled graph."""
@@ -107,13 +161,13 @@ class Step:
         """Adds the gradients of a batch to the weights; returns what is to be added to the sums, [students, 4]."""
         losses, counted = self._compute(batch, draws)
         scaled = [student.scaled(loss) for student, loss in zip(self.students, losses, strict=True)]
-        torch.stack(scaled).sum().backward()
+        (torch.stack(scaled).sum() / self._replicas).backward()
         return counted
 
     def _first_gradients(self, batch: CropBatch, draws: torch.Tensor | None) -> torch.Tensor:
         """As _gradients, where forward and backward have yet to be compiled for crops of this shape."""
         self._tried.add(batch.crops.shape)
-        buffers = [(buffer, buffer.clone()) for student in self.students for buffer in student.network.buffers()]
+        buffers = [(buffer, buffer.clone()) for buffer in self._buffers()]
         try:
             return self._gradients(batch, draws)
         except Exception as error:  # a compiler fails in as many ways as it has parts

@@ -11,8 +11,9 @@ from kernels.normalise import Normalisation
 from models.weights import load_into, load_weights
 from train.config import OptimizerConfig
 from train.device import on_device
+from train.distributed import ALONE, Group
 from train.job import Job
-from train.runs.record import Record
+from train.runs.record import Record, Silent
 from train.score import Scores, score
 
 # What the sums hold, in order.
@@ -73,7 +74,8 @@ class Student:
             ema=config.ema,
             autocast=job.autocast,
         )
-        student.job, student.record = job, Record(job.folder, config, job.identity)
+        kind = Record if job.group.first else Silent
+        student.job, student.record = job, kind(job.folder, config, job.identity)
         return student
 
     @property
@@ -110,9 +112,16 @@ class Student:
     def has_finite_weights(self) -> bool:
         return all(bool(weight.isfinite().all()) for weight in self.network.parameters())
 
-    def score(self, loader: Loader) -> None:
-        """Finds its `scores` on the loader's images."""
-        self.scores = score(self.scored, loader, self.normalisation, device=self._device, autocast=self._autocast)
+    def score(self, loader: Loader, together: Group = ALONE) -> None:
+        """Finds its `scores` on the images of the loaders of all processes."""
+        self.scores = score(
+            self.scored,
+            loader,
+            self.normalisation,
+            device=self._device,
+            autocast=self._autocast,
+            together=together,
+        )
         self.best = max(self.best, self.scores.top1)
 
     @property

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from command import typed_command
 from data.sources import scenes_fingerprint
 from train import TrainError
@@ -90,6 +92,7 @@ def _train_jobs(jobs: Sequence[Job]) -> list[Run]:
     """Trains networks in their run folders, or continues them, or finds them finished; returns their runs in order."""
     runs: dict[str, Run] = {}
     unfinished: dict[object, list[Job]] = {}
+    jobs[0].group.check_same(f"{torch.__version__} {[job.identity for job in jobs]}", "PyTorch, data or configuration")
     for job in jobs:
         run = job.saved_run()
         if run and run.result:
@@ -104,13 +107,17 @@ def _train_jobs(jobs: Sequence[Job]) -> list[Run]:
     for together in unfinished.values():
         trainer = Trainer(together)
         announce(trainer)
-        for student, result in zip(trainer.students, trainer.run(), strict=True):
+        # Of several processes, the first one's words are all's.
+        results = trainer.run()
+        for student, result in zip(trainer.students, trainer.job.group.given(results), strict=True):
             if student.job.data.source_fingerprint == scenes_fingerprint():
                 result["crop_labels"] = label_quality(
                     trainer.loader, trainer.labels, device=student.job.device, autocast=student.job.autocast
                 )
             runs[student.name] = student.record.finish(result)
             announce_result(result, student.job)
+        # What one process wrote, the others may read now.
+        trainer.job.group.wait()
         if trainer.stopped:
             raise Interrupted(f"stopped after a finished run; to go on, type again:\n  {typed_command()}")
     return [runs[job.config.model] for job in jobs]

@@ -104,8 +104,8 @@ def delivered(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def union(boxes: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The smallest boxes int32 [n, 4] around the m boxes of each image, int32 [n, m, 4]."""
+def union(boxes: NDArray[np.integer]) -> NDArray[np.integer]:
+    """The smallest boxes int [n, 4] around the m boxes of each image, int [n, m, 4]."""
     corner = boxes[:, :, :2].min(axis=1)
     return np.concatenate([corner, (boxes[:, :, :2] + boxes[:, :, 2:]).max(axis=1) - corner], axis=1)
 

@@ -123,7 +123,8 @@ class Decoder:
         if not hasattr(self._thread, "worker"):
             self._thread.worker = _Worker()
         worker: _Worker = self._thread.worker
-        beton, indices, boxes = self._beton, request.indices[first:last], request.boxes[first:last]
+        beton, indices = self._beton, request.indices[first:last]
+        boxes = request.boxes[first:last].astype(np.int64)
         beton.check(indices)
         sizes, lengths = beton.sizes[indices], beton.lengths[indices]
         try:

@@ -5,19 +5,20 @@ step works on 32 neighbouring numbers. A JPEG's planes are resized before they b
 to convert, and chroma is never enlarged to full size: its weights are the triangle filter's after those of libjpeg's
 "fancy" chroma upsampling (3/4 of the nearer sample, 1/4 of the further one), two linear maps in one.
 
-All arithmetic is in integers, so the same bytes come out on every machine; weights of 14 bits do for reductions up to
-some hundredfold. Against Pillow on the decoded image, which
-rounds to bytes between its two passes and where libjpeg converts to RGB, values differ by 1 now and then; in
-saturated colours, which libjpeg clips before the resize and this after it, they can differ by more.
+All arithmetic on pixels is in integers, so the same bytes come out on every machine; weights of 14 bits do for
+reductions up to some hundredfold. Against Pillow on the decoded image, which rounds to bytes between its two passes and
+where libjpeg converts to RGB, values differ by 1 now and then; in saturated colours, which libjpeg clips before the
+resize and this after it, they can differ by more.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from data.lanes import LANES, colour, join, mix, weave
+from data.lanes import LANES, SQUARE, colour, join, mix, transpose, write_pixels
 
 # Weights have 14 bits after the point, what lies between the two passes has 6: products stay within 32 bits.
 _ONE = 1 << 14
@@ -26,105 +27,144 @@ _ONE = 1 << 14
 _FACTORS = (22970, 5638, 11700, 29032)
 
 
-@njit(nogil=True)
-def _taps(size: int, resolution: int, flip: bool):
-    """The triangle filter from `size` inputs to `resolution` outputs: first input, number, weights of each output.
+class Triangle(NamedTuple):
+    """The triangle filter from `size` inputs to R outputs, as functions of an input's place: see `_weight`.
 
-    firsts, counts: int64 [R]. weights: float64 [R, most], summing to 1. flip reverses the outputs.
+    firsts: float64 [R], each output's first input; inputs: how many it has. centers: float64 [R], where outputs lie, in
+    inputs. slope: of the triangle. scales: float64 [R], what makes an output's weights sum to 1.
     """
+
+    size: int
+    inputs: int
+    slope: float
+    firsts: NDArray[np.float64]
+    centers: NDArray[np.float64]
+    scales: NDArray[np.float64]
+
+
+class Taps(NamedTuple):
+    """What R outputs are sums of. firsts: int64 [R], each one's first input. weights: int16 [inputs * R], input major.
+
+    All outputs have the same number of inputs, which keeps loops over them predictable; some weights are 0.
+    """
+
+    firsts: NDArray[np.int64]
+    inputs: int
+    weights: NDArray[np.int16]
+
+
+@njit(nogil=True, inline="always")
+def _weight(place, size, center, slope):
+    """Of the input at this place (float64), not yet scaled; nothing outside 0..size-1 has any."""
+    weight = 1.0 - abs(place - center) * slope
+    weight = weight if weight > 0.0 else 0.0
+    return weight if (place >= 0.0) & (place < size) else 0.0
+
+
+# These loops are over outputs and do one thing each, so that they vectorise.
+
+
+@njit(nogil=True, error_model="numpy")
+def _triangle(size: int, resolution: int, flip: bool) -> Triangle:
+    """flip reverses the outputs."""
     step = size / resolution
     support = max(step, 1.0)
-    most = math.ceil(support) * 2 + 1
-    firsts = np.empty(resolution, np.int64)
-    counts = np.empty(resolution, np.int64)
-    weights = np.zeros((resolution, most), np.float64)
-    for output in range(resolution):
-        i = resolution - 1 - output if flip else output
-        center = (output + 0.5) * step
-        first = max(int(center - support + 0.5), 0)
-        last = min(int(center + support + 0.5), size)
-        total = 0.0
-        for k in range(last - first):
-            weight = max(1.0 - abs((k + first - center + 0.5) / support), 0.0)
-            weights[i, k] = weight
-            total += weight
-        for k in range(last - first):
-            weights[i, k] /= total
-        firsts[i] = first
-        counts[i] = last - first
-    return firsts, counts, weights
+    slope = 1 / support
+    count = min(math.ceil(2 * support), size)
+    firsts = np.empty(resolution, np.float64)
+    centers = np.empty(resolution, np.float64)
+    scales = np.zeros(resolution, np.float64)
+    begin, step = (size - 0.5 * step - 0.5, -step) if flip else (0.5 * step - 0.5, step)
+    last = float(size - count)
+    for i in range(resolution):
+        centers[i] = begin + step * i
+        first = math.floor(centers[i] - support + 1)
+        first = first if first > 0.0 else 0.0
+        firsts[i] = first if first < last else last
+    for k in range(count):
+        for i in range(resolution):
+            scales[i] += _weight(firsts[i] + k, size, centers[i], slope)
+    for i in range(resolution):
+        scales[i] = 1 / scales[i]
+    return Triangle(size, count, slope, firsts, centers, scales)
 
 
 @njit(nogil=True)
-def _chroma_taps(firsts, counts, weights, start: int, origin: int, length: int):
-    """The same filter over a plane of half the size: the taps composed with libjpeg's upsampling.
+def _taps(triangle: Triangle, origin: int) -> Taps:
+    """The filter over an array in which its first input is at `origin`."""
+    resolution = len(triangle.firsts)
+    firsts, centers, scales = triangle.firsts, triangle.centers, triangle.scales
+    weights = np.empty(triangle.inputs * resolution, np.float64)
+    for k in range(triangle.inputs):
+        of = weights[k * resolution : (k + 1) * resolution]
+        for i in range(resolution):
+            of[i] = _weight(firsts[i] + k, triangle.size, centers[i], triangle.slope) * scales[i]
+    return Taps(firsts.astype(np.int64) + origin, triangle.inputs, _in_integers(weights, resolution))
 
-    start: where the box begins, in full-size pixels of the image. origin: where the plane at hand begins, in its own
+
+@njit(nogil=True)
+def _chroma_taps(triangle: Triangle, start: int, origin: int, length: int) -> Taps:
+    """The same filter over a plane of half the size: composed with libjpeg's upsampling.
+
+    start: where the box begins, in full-size pixels of the image. origin: where the array at hand begins, in its own
     pixels. length: pixels of the whole image's plane, beyond whose ends the last one is repeated.
     """
-    chroma_firsts = np.empty_like(firsts)
-    chroma_counts = np.empty_like(counts)
-    chroma_weights = np.zeros((len(firsts), weights.shape[1] // 2 + 3), np.float64)
-    for i in range(len(firsts)):
-        lowest = max((start + firsts[i] - 1) >> 1, 0)
-        highest = lowest
-        for k in range(counts[i]):
-            pixel = start + firsts[i] + k
-            near = pixel >> 1
-            far = min(max(near + (1 if pixel & 1 else -1), 0), length - 1)
-            chroma_weights[i, near - lowest] += 0.75 * weights[i, k]
-            chroma_weights[i, far - lowest] += 0.25 * weights[i, k]
-            highest = max(highest, near, far)
-        chroma_firsts[i] = lowest - origin
-        chroma_counts[i] = highest - lowest + 1
-    return chroma_firsts, chroma_counts, chroma_weights
+    resolution = len(triangle.firsts)
+    centers, scales, slope, size = triangle.centers, triangle.scales, triangle.slope, triangle.size
+    lowest = max((start - 1) >> 1, 0)
+    highest = min((start + size) >> 1, length - 1)
+    count = min((triangle.inputs + 2) // 2 + 1, highest - lowest + 1)
+    firsts = np.empty(resolution, np.float64)
+    for i in range(resolution):
+        first = math.floor((start + triangle.firsts[i] - 1) * 0.5)
+        first = first if first > lowest else float(lowest)
+        firsts[i] = first if first < highest - count + 1 else float(highest - count + 1)
+    weights = np.empty(count * resolution, np.float64)
+    for k in range(count):
+        of = weights[k * resolution : (k + 1) * resolution]
+        for i in range(resolution):
+            # A sample is the nearer one of two pixels, and the further one of those beside them or, at an end, of one
+            # of the two again.
+            pixel = 2 * (firsts[i] + k)
+            before = pixel - 1 if pixel > 0.0 else 0.0
+            after = pixel + 2 if pixel + 2 < 2.0 * length else 2.0 * length - 1
+            near = _weight(pixel - start, size, centers[i], slope) + _weight(pixel + 1 - start, size, centers[i], slope)
+            far = _weight(before - start, size, centers[i], slope) + _weight(after - start, size, centers[i], slope)
+            of[i] = (0.75 * near + 0.25 * far) * scales[i]
+    return Taps(firsts.astype(np.int64) - origin, count, _in_integers(weights, resolution))
 
 
 @njit(nogil=True)
-def _in_integers(counts, weights):
-    """Weights int16 [R, most] of which each row sums to exactly _ONE: a flat colour stays what it is."""
-    rounded = np.zeros(weights.shape, np.int16)
-    for i in range(len(counts)):
-        total, largest = 0, 0
-        for k in range(counts[i]):
-            weight = int(weights[i, k] * _ONE + 0.5)
-            rounded[i, k] = weight
-            total += weight
-            if weight > rounded[i, largest]:
-                largest = k
-        rounded[i, largest] += _ONE - total
+def _in_integers(weights, resolution: int):
+    """Weights int16 [inputs * R] that sum to exactly _ONE for each output: a flat colour stays what it is."""
+    # Of the sums up to each input what is rounded are differences, so that no remainder is left over.
+    for i in range(resolution, len(weights)):
+        weights[i] += weights[i - resolution]
+    rounded = np.empty(len(weights), np.int16)
+    for i in range(resolution):
+        rounded[i] = np.int32(math.floor(weights[i] * _ONE + 0.5))
+    later, upto, before = rounded[resolution:], weights[resolution:], weights[: len(weights) - resolution]
+    for i in range(len(later)):
+        later[i] = np.int32(math.floor(upto[i] * _ONE + 0.5) - math.floor(before[i] * _ONE + 0.5))
     return rounded
 
 
 @njit(nogil=True)
-def _resize_y(source, start: int, n: int, firsts, counts, weights, band: int, rows, words, transposed) -> None:
+def _resize_y(source, start: int, n: int, taps: Taps, band: int, tile, transposed) -> None:
     """Resizes columns start..start+n-1 of source uint8 [H, W] along y: LANES rows from row `band` on, transposed.
 
-    transposed: int16 [n * LANES], 6 bits after the point. rows: int16 and words: int64, room for what lies between.
+    transposed: int16 [max(n, LANES) * LANES], 6 bits after the point. tile: room for a part of it, [LANES * LANES].
     """
     stride = source.shape[1]
     flat = source.reshape(-1)
-    most = weights.shape[1]
-    flat_weights = weights.reshape(-1)
-    width = max(n, LANES)
-    for j in range(min(LANES, len(firsts) - band)):
-        y = band + j
-        place = firsts[y] * stride + start
-        for x in range(0, n, LANES):
-            # The last step begins earlier instead of reading beyond the end.
-            x = max(min(x, n - LANES), 0)
-            mix(flat, place + x, stride, counts[y], flat_weights, y * most, 8, rows, j * width + x)
-    # Four rows travel as one 64-bit word: a quarter of the scattered stores. Packed apart, which vectorises.
-    for four in range(LANES // 4):
-        a = rows[four * 4 * width :]
-        b, c, d = a[width:], a[2 * width :], a[3 * width :]
-        packed = words[four * n :]
-        for x in range(n):
-            packed[x] = a[x] | np.int64(b[x]) << 16 | np.int64(c[x]) << 32 | np.int64(d[x]) << 48
-    target = transposed.view(np.int64)
-    for x in range(n):
-        for four in range(LANES // 4):
-            target[x * (LANES // 4) + four] = words[four * n + x]
+    resolution = len(taps.firsts)
+    for x in range(0, n, LANES):
+        # The last step begins earlier instead of reading beyond the end.
+        x = max(min(x, n - LANES), 0)
+        for j in range(min(LANES, resolution)):
+            place = taps.firsts[band + j] * stride + start + x
+            mix(flat, place, stride, taps.inputs, taps.weights, band + j, resolution, 8, tile, j * LANES)
+        transpose(tile, 0, LANES, transposed, x * LANES)
 
 
 @njit(nogil=True)
@@ -133,34 +173,29 @@ def _wide_enough(source, start: int, n: int):
     if n >= LANES:
         return source, start
     wide = np.zeros((source.shape[0], LANES), np.uint8)
-    wide[:, :n] = source[:, start : start + n]
+    # In loops: compiling a slice assignment takes seconds.
+    for y in range(source.shape[0]):
+        for x in range(n):
+            wide[y, x] = source[y, start + x]
     return wide, 0
 
 
 @njit(nogil=True)
-def _write_pixels(columns, x: int, words, y: int, resolution: int, out_bytes, out_words) -> None:
-    """Rows y.. and columns x..x+7 of a crop, from columns int32 [8 * LANES], red in the lowest byte.
+def _write_pixels(columns, x: int, y: int, resolution: int, out) -> None:
+    """Rows y.. and columns x.. of a crop, up to LANES and SQUARE of them, from columns int32 [SQUARE * LANES].
 
-    out_bytes, out_words: the crop flat, as uint8 and as int64. words: room for int64 [3 * LANES].
+    columns: red in the lowest byte. out: the crop flat, uint8.
     """
-    rows = min(LANES, resolution - y)
-    if resolution % 8:
-        for j in range(min(8, resolution - x)):
-            for i in range(rows):
-                place = ((y + i) * resolution + x + j) * 3
-                out_bytes[place] = columns[j * LANES + i]
-                out_bytes[place + 1] = columns[j * LANES + i] >> 8
-                out_bytes[place + 2] = columns[j * LANES + i] >> 16
+    if resolution >= LANES:
+        for i in range(0, LANES, SQUARE):
+            write_pixels(columns, i, out, ((y + i) * resolution + x) * 3, resolution * 3)
         return
-    # Eight pixels are three 64-bit words, and a word costs no more to store than a byte.
-    weave(columns, words)
-    stride = resolution // 8 * 3
-    place = y * stride + x // 8 * 3
-    for i in range(rows):
-        out_words[place] = words[i]
-        out_words[place + 1] = words[LANES + i]
-        out_words[place + 2] = words[2 * LANES + i]
-        place += stride
+    for j in range(min(SQUARE, resolution)):
+        for i in range(resolution):
+            place = ((y + i) * resolution + x + j) * 3
+            out[place] = columns[j * LANES + i]
+            out[place + 1] = columns[j * LANES + i] >> 8
+            out[place + 2] = columns[j * LANES + i] >> 16
 
 
 @njit(nogil=True)
@@ -172,28 +207,38 @@ def crop_resize(
     The filter sees nothing outside the box. The box must lie within the image; both arrays are C-contiguous.
     """
     resolution = out.shape[0]
-    out_bytes = out.reshape(-1)
-    out_words = out_bytes[: len(out_bytes) // 8 * 8].view(np.int64)
-    y_firsts, y_counts, y_weights = _taps(height, resolution, False)
-    x_firsts, x_counts, x_weights = _taps(width, resolution, flip)
-    y_rounded, x_rounded = _in_integers(y_counts, y_weights), _in_integers(x_counts, x_weights)
-    flat_weights, most = x_rounded.reshape(-1), x_rounded.shape[1]
+    flat_out = out.reshape(-1)
+    y_taps = _taps(_triangle(height, resolution, False), 0)
+    x_taps = _taps(_triangle(width, resolution, flip), 0)
     n = width * 3
     lines, start = _wide_enough(image.reshape(image.shape[0], image.shape[1] * 3)[top : top + height], left * 3, n)
-    rows = np.zeros(LANES * max(n, LANES), np.int16)
-    words = np.empty(max(n * LANES // 4, 3 * LANES), np.int64)
-    transposed = np.empty(n * LANES, np.int16)
+    tile = np.zeros(LANES * LANES, np.int16)
+    transposed = np.empty(max(n, LANES) * LANES, np.int16)
     colours = np.empty(3 * LANES, np.int16)
-    columns = np.zeros(8 * LANES, np.int32)
-    for band in range(0, resolution, LANES):
-        _resize_y(lines, start, n, y_firsts, y_counts, y_rounded, band, rows, words, transposed)
-        for x in range(resolution):
-            for c in range(3):
-                place = (x_firsts[x] * 3 + c) * LANES
-                mix(transposed, place, 3 * LANES, x_counts[x], flat_weights, x * most, 20, colours, c * LANES)
-            join(colours, columns, x % 8 * LANES)
-            if x % 8 == 7 or x == resolution - 1:
-                _write_pixels(columns, x // 8 * 8, words, band, resolution, out_bytes, out_words)
+    columns = np.zeros(SQUARE * LANES, np.int32)
+    for y in range(0, resolution, LANES):
+        # The last bands and squares begin earlier instead of ending beyond the crop.
+        y = max(min(y, resolution - LANES), 0)
+        _resize_y(lines, start, n, y_taps, y, tile, transposed)
+        for x in range(0, resolution, SQUARE):
+            x = max(min(x, resolution - SQUARE), 0)
+            for j in range(min(SQUARE, resolution)):
+                for c in range(3):
+                    place = (x_taps.firsts[x + j] * 3 + c) * LANES
+                    mix(
+                        transposed,
+                        place,
+                        3 * LANES,
+                        x_taps.inputs,
+                        x_taps.weights,
+                        x + j,
+                        resolution,
+                        20,
+                        colours,
+                        c * LANES,
+                    )
+                join(colours, columns, j * LANES)
+            _write_pixels(columns, x, y, resolution, flat_out)
 
 
 @njit(nogil=True)
@@ -218,51 +263,45 @@ def crop_resize_planes(
     the image goes on, one pixel more on each side of it, for chroma's sake. All arrays are C-contiguous.
     """
     resolution = out.shape[0]
-    out_bytes = out.reshape(-1)
-    out_words = out_bytes[: len(out_bytes) // 8 * 8].view(np.int64)
+    flat_out = out.reshape(-1)
     half_height, half_width = (image_height + 1) // 2, (image_width + 1) // 2
     half_left = max((left - 1) // 2, 0)
     half_n = min((left + width) // 2, half_width - 1) - half_left + 1
 
-    y_firsts, y_counts, y_weights = _taps(height, resolution, False)
-    half_y_firsts, half_y_counts, half_y_weights = _chroma_taps(
-        y_firsts, y_counts, y_weights, top, origin_y // 2, half_height
-    )
-    y_firsts += top - origin_y
-    y_rounded, half_y_rounded = _in_integers(y_counts, y_weights), _in_integers(half_y_counts, half_y_weights)
-
-    x_firsts, x_counts, x_weights = _taps(width, resolution, flip)
-    half_x_firsts, half_x_counts, half_x_weights = _chroma_taps(
-        x_firsts, x_counts, x_weights, left, half_left, half_width
-    )
-    x_rounded, half_x_rounded = _in_integers(x_counts, x_weights), _in_integers(half_x_counts, half_x_weights)
-    flat_weights, most = x_rounded.reshape(-1), x_rounded.shape[1]
-    half_flat_weights, half_most = half_x_rounded.reshape(-1), half_x_rounded.shape[1]
+    y_triangle, x_triangle = _triangle(height, resolution, False), _triangle(width, resolution, flip)
+    y_taps, x_taps = _taps(y_triangle, top - origin_y), _taps(x_triangle, 0)
+    half_y_taps = _chroma_taps(y_triangle, top, origin_y // 2, half_height)
+    half_x_taps = _chroma_taps(x_triangle, left, half_left, half_width)
 
     luma, start = _wide_enough(luma, left - origin_x, width)
     cb, half_start = _wide_enough(cb, half_left - origin_x // 2, half_n)
     cr, half_start = _wide_enough(cr, half_left - origin_x // 2, half_n)
 
-    rows = np.zeros(LANES * max(width, half_n, LANES), np.int16)
-    words = np.empty(max(max(width, half_n) * LANES // 4, 3 * LANES), np.int64)
-    luma_t = np.empty(width * LANES, np.int16)
-    cb_t = np.empty(half_n * LANES, np.int16)
-    cr_t = np.empty(half_n * LANES, np.int16)
+    tile = np.zeros(LANES * LANES, np.int16)
+    luma_t = np.empty(max(width, LANES) * LANES, np.int16)
+    cb_t = np.empty(max(half_n, LANES) * LANES, np.int16)
+    cr_t = np.empty(max(half_n, LANES) * LANES, np.int16)
+    planes = (
+        (luma, start, width, y_taps, luma_t),
+        (cb, half_start, half_n, half_y_taps, cb_t),
+        (cr, half_start, half_n, half_y_taps, cr_t),
+    )
     light = np.empty(LANES, np.int16)
     blue_difference = np.empty(LANES, np.int16)
     red_difference = np.empty(LANES, np.int16)
-    columns = np.zeros(8 * LANES, np.int32)
-    for band in range(0, resolution, LANES):
-        _resize_y(luma, start, width, y_firsts, y_counts, y_rounded, band, rows, words, luma_t)
-        for plane, plane_t in ((cb, cb_t), (cr, cr_t)):
-            _resize_y(
-                plane, half_start, half_n, half_y_firsts, half_y_counts, half_y_rounded, band, rows, words, plane_t
-            )
-        for x in range(resolution):
-            place, count, weights = half_x_firsts[x] * LANES, half_x_counts[x], x * half_most
-            mix(luma_t, x_firsts[x] * LANES, LANES, x_counts[x], flat_weights, x * most, 14, light, 0)
-            mix(cb_t, place, LANES, count, half_flat_weights, weights, 14, blue_difference, 0)
-            mix(cr_t, place, LANES, count, half_flat_weights, weights, 14, red_difference, 0)
-            colour(light, blue_difference, red_difference, _FACTORS, columns, x % 8 * LANES)
-            if x % 8 == 7 or x == resolution - 1:
-                _write_pixels(columns, x // 8 * 8, words, band, resolution, out_bytes, out_words)
+    columns = np.zeros(SQUARE * LANES, np.int32)
+    for y in range(0, resolution, LANES):
+        y = max(min(y, resolution - LANES), 0)
+        for plane, first, n, taps, transposed in planes:
+            _resize_y(plane, first, n, taps, y, tile, transposed)
+        for x in range(0, resolution, SQUARE):
+            x = max(min(x, resolution - SQUARE), 0)
+            for j in range(min(SQUARE, resolution)):
+                i = x + j
+                place, weights = x_taps.firsts[i] * LANES, x_taps.weights
+                mix(luma_t, place, LANES, x_taps.inputs, weights, i, resolution, 14, light, 0)
+                place, weights, count = half_x_taps.firsts[i] * LANES, half_x_taps.weights, half_x_taps.inputs
+                mix(cb_t, place, LANES, count, weights, i, resolution, 14, blue_difference, 0)
+                mix(cr_t, place, LANES, count, weights, i, resolution, 14, red_difference, 0)
+                colour(light, blue_difference, red_difference, _FACTORS, columns, j * LANES)
+            _write_pixels(columns, x, y, resolution, flat_out)

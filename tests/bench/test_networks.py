@@ -34,7 +34,7 @@ SMALL = {
     "epochs": 1,
     "crops": 8,
     "steps": 2,
-    "threads": 1,
+    "threads": "1",
     "contenders": "ours torchvision x4",
     "pairs": "mobilenet0.25:mobilenet0.25",
 }

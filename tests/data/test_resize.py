@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.decoders.resize import crop_resize, crop_resize_planes
+from tests.pictures import photograph
 
 
 def pillow(image, top, left, height, width, flip, resolution):
@@ -87,6 +88,18 @@ def test_planes_become_what_their_upsampled_image_would(case, data):
     exact = np.stack([light + 1.402 * red, light - 0.344136 * blue - 0.714136 * red, light + 1.772 * blue], axis=2)
     exact = np.clip(exact[:, ::-1] if case["flip"] else exact, 0, 255)
     assert np.abs(out - exact).max() < 0.65
+
+
+@pytest.mark.parametrize(("size", "resolution"), [(1500, 40), (2000, 7), (3000, 33), (40, 300)])
+def test_far_from_the_original_size(size, resolution):
+    """Reductions by hundreds leave each input little weight: rounding it must not add up."""
+    image = photograph(size, size // 2 + 1, size)
+    pixels = np.array(image)
+    out = np.empty((resolution, resolution, 3), dtype=np.uint8)
+    crop_resize(pixels, 0, 0, *pixels.shape[:2], True, out)
+    exact = np.einsum("yi,ijc->yjc", triangle(pixels.shape[0], resolution), pixels.astype(float))
+    exact = np.einsum("yjc,xj->yxc", exact, triangle(size, resolution))[:, ::-1]
+    assert np.abs(out - exact).max() < 0.75
 
 
 @pytest.mark.parametrize("value", [0, 1, 127, 254, 255])

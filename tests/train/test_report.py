@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from command import run_command
-from data.beton import Beton
+from data.beton import Beton, write_beton
+from data.convert import Storage, encode
 from data.loader import open_loader
 from data.sets import open_set
 from kernels.normalise import Normalise
 from models.trained import load_trained
-from tests.pictures import write_class_folders
+from tests.pictures import photograph, write_class_folders
 from train import TrainError
 from train.config import parse
 from train.report import analysis
@@ -296,6 +297,14 @@ def test_pictures_are_the_stored_images(data):
     assert np.abs(resized - batch.crops[5].permute(1, 2, 0).numpy()).mean() < 1
     box = np.array([2, 3, 10, 20])
     assert (analysis.cut_out(image, box, True) == image[2:12, 3:23][:, ::-1]).all()
+
+
+def test_pictures_are_those_stored_as_blocks(tmp_path):
+    original = photograph(2, 74, 113)
+    write_beton(tmp_path / "blocks.beton", [encode(original, Storage("blocks"))], at_most=1, in_blocks=True)
+    image = analysis.picture(Beton(tmp_path / "blocks.beton"), 0)
+    assert image.shape == (74, 113, 3)
+    assert np.abs(image.astype(int) - np.asarray(original)).mean() < 6
 
 
 def test_images_are_chosen_by_the_seed_from_different_classes(data):

@@ -118,6 +118,31 @@ class Record:
         return replace(self._run, result=result)
 
 
+class Silent(Record):
+    """The record of a process that is not the first of its group: it writes and keeps nothing."""
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def begin(self, start: dict[str, Any], epochs: int, steps: int) -> list[str]:
+        return []
+
+    def write(self, metrics: dict[str, Any], *, name: str | None) -> None:
+        """Nothing."""
+
+    def save(self, state: dict[str, Any], *, best: bool = False) -> None:
+        """Nothing."""
+
+    def saved(self) -> dict[str, Any] | None:
+        return None
+
+    def result(self, *, best: float, seconds: float) -> dict[str, Any]:
+        return {}
+
+    def finish(self, result: dict[str, Any]) -> Run:
+        return replace(self._run, result=result)
+
+
 def _write_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from data.sets import ConvertedSet
 from kernels.normalise import Normalisation, Normalise
 from train import TrainError
 from train.device import computing_in
+from train.distributed import ALONE, Group
 
 
 @dataclass
@@ -39,12 +41,14 @@ def score(
     device: torch.device,
     autocast: torch.dtype | None,
     columns: Sequence[int] | None = None,
+    together: Group = ALONE,
 ) -> Scores:
     """Runs the network over the loader's images, in evaluation mode.
 
     columns: for each class of the loader the network's output that stands for it, or -1 where the network lacks it;
     None where the two are the same. The network chooses among the loader's classes alone, and images of classes that
-    it lacks are not scored. Raises TrainError where no image is left.
+    it lacks are not scored. together: the processes whose loaders have the set's images among them.
+    Raises TrainError where no image is left.
     """
     network.eval()
     normalise = Normalise(normalisation).to(device)
@@ -66,7 +70,8 @@ def score(
             for row, weights in enumerate((torch.isin(batch.labels, choices), hits[:, 0], hits.any(dim=1))):
                 counts[row].scatter_add_(0, batch.labels, weights.long())
             bar.update(len(batch.labels))
-    images, first, within5 = counts.cpu().tolist()
+    predicted = together.sum(predicted + 1) - 1
+    images, first, within5 = together.sum(counts).cpu().tolist()
     total = sum(images)
     if not total:
         raise TrainError("there is no image to score: none could be read that is of a class of the network")
@@ -85,18 +90,7 @@ def validation_loader(
     resolution: int,
     crop: CropRule,
     batch: int,
-    decoder: str,
-    device: torch.device,
-    threads: int | None,
+    **loading: Any,
 ) -> Loader:
-    """The validation images of a set, each once."""
-    return open_loader(
-        data.beton("val"),
-        resolution=resolution,
-        batch_size=batch,
-        decoder=decoder,
-        train=False,
-        device=device,
-        threads=threads,
-        crop=crop,
-    )
+    """The validation images of a set, each once. loading: what else open_loader takes (decoder, device ...)."""
+    return open_loader(data.beton("val"), resolution=resolution, batch_size=batch, train=False, crop=crop, **loading)

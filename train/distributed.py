@@ -1,0 +1,243 @@
+"""Several devices, one process each: who they are, what they exchange, and what they decide together.
+
+A step consists of R parts (replicas), each with batch statistics of its own, as on the paper's GPUs; N devices compute
+R / N parts each. Crops, labels and, up to the order of sums, weights are then the same for every N that divides R.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
+
+from command import UserError
+from data.progress import silence
+from train import TrainError
+
+Reduce = Literal["sum", "bf16", "tree"]
+
+# Numbers in a message: gradients are exchanged in pieces of this size.
+_BUCKET = 8 << 20
+# While the first process converts images or trains nothing yet, the others wait so long at most.
+_PATIENCE = timedelta(hours=12)
+# Seconds in which processes that fail for the same reason have all done so, and where they count themselves.
+_MOMENT = 3.0
+_FAILED = "label-refinery/failed"
+
+_Result = TypeVar("_Result")
+
+
+class PeerLost(SystemExit):
+    """Another process of the group has ended, and has said why: this one ends without a word."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a run. rank: this one's number. world: how many there are. local: its number on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def in_turn(self, work: Callable[[], _Result]) -> _Result:
+        """What `work`, which may write files, returns: first in process 0, then in the first of each machine."""
+        turn = 0 if self.rank == 0 else 1 if self.local == 0 else 2
+        for now in range(3):
+            if now == turn:
+                result = work()
+            self.wait()
+        return result
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self._exchanged(lambda: dist.monitored_barrier(_control(), _PATIENCE))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, as a new tensor on the same device."""
+        total = values.clone()
+        self._exchanged(lambda: dist.all_reduce(total))
+        return total
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """The largest of each number over all processes. Nothing waits for a device."""
+        found = torch.tensor(values, dtype=torch.float64)
+        self._exchanged(lambda: dist.all_reduce(found, dist.ReduceOp.MAX, _control()))
+        return found.tolist()
+
+    def given(self, value: Any) -> Any:
+        """The first process's value, in all of them."""
+        values = [value]
+        self._exchanged(lambda: dist.broadcast_object_list(values, 0, _control()))
+        return values[0]
+
+    def check_same(self, value: str, what: str) -> None:
+        """Raises TrainError, in all processes, unless all have the same value. what: it is, for the message."""
+        values: list[Any] = [None] * self.world
+        self._exchanged(lambda: dist.all_gather_object(values, value, _control()))
+        if self.world > 1:
+            others = [rank for rank, each in enumerate(values) if each != values[0]]
+            if others:
+                raise TrainError(
+                    f"rank {others[0]} has another {what} than rank 0 ({values[others[0]]} and not {values[0]}); all "
+                    "machines must have the same"
+                )
+
+    def reduce_gradients(self, parts: Sequence[Sequence[Tensor]], *, how: Reduce) -> list[Tensor]:
+        """The sum of gradients over all parts of a step: those of each weight, in new tensors.
+
+        parts: of each of this process's parts the gradients of all weights; with `sum` and `bf16` they may be added up
+        already, as one. how: sum; bf16, rounded to bfloat16 on their way; tree, gathered and added in pairs, part by
+        part, so that the bits are the same for any number of processes.
+        """
+        made: list[Tensor] = []
+        for bucket in _buckets(parts[0]):
+            flats = [torch.cat([part[i].reshape(-1) for i in bucket]) for part in parts]
+            if how == "tree":
+                total = _added_in_pairs(self._all_parts(flats))
+            else:
+                total = flats[0]
+                sent = total.bfloat16() if how == "bf16" else total
+                self._exchanged(lambda: dist.all_reduce(sent))  # noqa: B023
+                total = sent.to(total.dtype)
+            sizes = [parts[0][i].numel() for i in bucket]
+            # Laid out as the weights are, which a fused optimizer wants.
+            made += [
+                torch.empty_like(parts[0][i]).copy_(piece.view(parts[0][i].shape))
+                for i, piece in zip(bucket, total.split(sizes), strict=True)
+            ]
+        return made
+
+    def _all_parts(self, mine: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of all parts of a step, in order: part p is the (p // N)-th of process p mod N."""
+        stacked = torch.stack(list(mine))
+        gathered = [torch.empty_like(stacked) for _ in range(self.world)]
+        if self.world > 1:
+            self._exchanged(lambda: dist.all_gather(gathered, stacked))
+        else:
+            gathered = [stacked]
+        return [gathered[part % self.world][part // self.world] for part in range(self.world * len(mine))]
+
+    def share_buffers(self, modules: Iterable[nn.Module]) -> None:
+        """Gives all processes the first one's buffers: its first part alone keeps running statistics."""
+        if self.world > 1:
+            for module in modules:
+                for buffer in module.buffers():
+                    self._exchanged(lambda: dist.broadcast(buffer, 0))  # noqa: B023
+
+    def _exchanged(self, exchange: Callable[[], Any]) -> None:
+        """Raises PeerLost where another process is gone."""
+        if self.world == 1:
+            return
+        try:
+            exchange()
+        except (RuntimeError, ConnectionError) as error:
+            raise PeerLost from error
+
+
+ALONE = Group()
+_group = ALONE
+_control_group: Any = None
+
+
+def group() -> Group:
+    """The processes that this one works with; itself alone unless `joined`."""
+    return _group
+
+
+@contextmanager
+def joined(device: str):
+    """Makes this process one of a group, where torchrun or `--gpus` has started it as such.
+
+    device: auto, cpu or cuda, as in Config. Raises TrainError where a machine has fewer devices than processes.
+    """
+    global _group, _control_group
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield ALONE
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    on_cuda = device != "cpu" and torch.cuda.is_available()
+    if on_cuda:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        if here > torch.cuda.device_count():
+            raise TrainError(f"gpus={here}: this machine has {torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_PATIENCE)
+    _control_group = dist.new_group(backend="gloo", timeout=_PATIENCE) if on_cuda else dist.group.WORLD
+    _group = Group(dist.get_rank(), world, local)
+    if not _group.first:
+        # One of them speaks; errors are still told.
+        silence()
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        yield _group
+        dist.destroy_process_group()
+    except UserError:
+        if _all_failed() and not _group.first:
+            raise PeerLost from None
+        raise
+    except KeyboardInterrupt:
+        if not _group.first:
+            sys.exit(130)
+        raise
+    finally:
+        _group, _control_group = ALONE, None
+
+
+def _all_failed() -> bool:
+    """Whether all processes have come to the same end; then one line is enough."""
+    # Not by an exchange, in which one that still waits in another would never take part.
+    store = _get_default_store()
+    began = time.monotonic()
+    try:
+        store.add(_FAILED, 1)
+        while time.monotonic() - began < _MOMENT:
+            if store.add(_FAILED, 0) == dist.get_world_size():
+                return True
+            time.sleep(0.05)
+    except (RuntimeError, ConnectionError):
+        pass
+    return False
+
+
+def _control() -> Any:
+    """The group of what is decided on the host."""
+    return _control_group
+
+
+def _buckets(gradients: Sequence[Tensor]) -> list[list[int]]:
+    """Which gradients travel together: places of neighbours of one type, about _BUCKET numbers."""
+    found: list[list[int]] = []
+    size = 0
+    for i, gradient in enumerate(gradients):
+        if not found or size + gradient.numel() > _BUCKET or gradients[found[-1][0]].dtype != gradient.dtype:
+            found.append([])
+            size = 0
+        found[-1].append(i)
+        size += gradient.numel()
+    return found
+
+
+def _added_in_pairs(parts: Sequence[Tensor]) -> Tensor:
+    """The sum, in an order that depends on the number of parts alone."""
+    parts = list(parts)
+    while len(parts) > 1:
+        pairs = [parts[i] + parts[i + 1] for i in range(0, len(parts) - 1, 2)]
+        parts = pairs + parts[len(pairs) * 2 :]
+    return parts[0]

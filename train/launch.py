@@ -1,0 +1,81 @@
+"""Starts a command once for each device of this machine (torchrun's own launcher).
+
+python -m train --gpus 8 --model resnet50 --data imagenet
+make train MODEL=resnet50 DATA=imagenet GPUS=8
+
+On several machines, with a run folder that all of them see, torchrun itself is typed on each:
+
+torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST:29500 -m train --model resnet50 ...
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from command import typed_command, with_underscores
+from train import TrainError
+
+
+def on_devices(
+    module: str, words: Sequence[str], parse: Callable[[list[str]], Any], work: Callable[[Any], Any]
+) -> None:
+    """Calls work with what parse makes of the command line's words: here, or with --gpus N in N processes of `module`.
+
+    Raises TrainError, and what parse raises, before any process is started.
+    """
+    words = with_underscores(list(words))
+    gpus, rest = _taken(words)
+    parsed = parse(rest)
+    if gpus in (None, 1) or "WORLD_SIZE" in os.environ:
+        work(parsed)
+    else:
+        _launch(gpus, module, rest)
+
+
+def _taken(words: list[str]) -> tuple[int | None, list[str]]:
+    """The number behind --gpus, if it is there, and the other words. Raises TrainError for what is no number."""
+    for at, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--gpus":
+            value = value if equals else words[at + 1] if at + 1 < len(words) else ""
+            if not value.isdecimal() or int(value) < 1:
+                raise TrainError(f"gpus={value}: give the number of devices, at least 1")
+            return int(value), words[:at] + words[at + (1 if equals else 2) :]
+    return None, words
+
+
+def _launch(count: int, module: str, words: Sequence[str]) -> None:
+    # Loading the launcher takes a second, which a single process need not wait for.
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # What ended a process it has said itself, in one line.
+    os.environ.setdefault("TYPED_COMMAND", typed_command())
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", module, *words)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        # Of a peer that was lost the code is 1; of the one that knows why, another.
+        code = next((code for code in codes if code not in (0, 1)), 1)
+        if code < 0:
+            print(f"error: a process was ended by signal {-code}; the last checkpoint is kept", file=sys.stderr)
+        sys.exit(code if code > 0 else 2)
+    except SignalException:
+        sys.exit(130)
