@@ -20,6 +20,7 @@ from bench.record import MEMORY, Column, Record, figure, optional, rate_columns
 from bench.settings import Settings
 from bench.task import Task
 from bench.turns import Contender, Runner, Work, in_turns
+from data import DataError
 from data.beton import Beton
 
 # How the stored sets that contenders read are made, and what the table calls them.
@@ -171,7 +172,16 @@ def _write(write: Callable[[Path, list[str]], None], path: Path, files: list[str
     seconds = time.perf_counter() - started
     aside.unlink()
     write(path, files)
-    return seconds / len(distinct), float(Beton(path).lengths.mean())
+    return seconds / len(distinct), _bytes_per_image(path, len(files))
+
+
+def _bytes_per_image(path: Path, count: int) -> float:
+    """What an image takes, on average, in a file of so many."""
+    try:
+        return float(Beton(path).lengths.mean())
+    except DataError:
+        # FFCV's own raw file has images and no labels, which is no set of ours; pages and all, it is as large.
+        return path.stat().st_size / count
 
 
 def _figures(threads: tuple[int, ...]) -> tuple[Column, ...]:
