@@ -38,6 +38,16 @@ def test_every_kernel_compiles(target):
         assert (usage.spilled == 0) == (version.shape != "C=21841"), version
 
 
+def test_the_bound_of_crops_from_blocks():
+    """By hand: boxes of 326 px in tiles of 32 outputs, whose 50 rows and columns are one square by four of luma."""
+    usage = command.Usage(200, 0, 0, loops=[7, 100, 10, 10])
+    instructions = 49 * 4 * (4 * 100 + 2 * 2 * 10)
+    assert f"230 kB moved, {instructions / 1e6:.2f} million instructions" in command.crop_bound(usage)
+    code = "".join(f"        /*{address:04x}*/    {text} ;\n" for address, text in enumerate(["MOV"] * 40))
+    code = code.replace("/*0009*/    MOV", "/*0009*/    @P0 BRA 0x3").replace("/*0010*/    MOV", "/*0010*/    BRA 0x1")
+    assert command._innermost_loops(code) == [7]
+
+
 def test_what_does_not_compile_is_told_in_one_line():
     done = run("-m", "kernels", TRITON_INTERPRET="1")
     assert done.returncode == 2
