@@ -162,8 +162,8 @@ def crop_bound(usage: Usage) -> str:
     instructions = tiles * sample_blocks.WARPS * (luma * of_luma + 2 * chroma * of_chroma)
     moved = 0.75 * side**2 + 3 * resolution**2
     return (
-        f"{resolution} px from a box of {side}: {moved / 1e3:.0f} kB moved, {instructions / 1e6:.2f} million instructions "
-        f"of a warp in its innermost loops; an H100 moves {_BYTES / moved / 1e6:.0f} million and issues "
+        f"{resolution} px from a box of {side}: {moved / 1e3:.0f} kB moved, {instructions / 1e6:.2f} million "
+        f"instructions of a warp in its innermost loops; an H100 moves {_BYTES / moved / 1e6:.0f} million and issues "
         f"{_ISSUED / instructions / 1e6:.1f} million such crops a second, at most"
     )
 
