@@ -43,6 +43,7 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
+@pytest.mark.slow
 def test_the_record_is_consistent_and_a_failing_contender_does_not_end_it(folder, tmp_path):
     # torchvision reads no BMP; Pillow, which makes the converted set, does.
     photograph(12, 60, 90).save(folder / "12.bmp")

@@ -14,6 +14,7 @@ def contender(name: str, build, **more) -> Contender:
     return Contender(build, {"name": name, "group": "", "unit": "TFLOP/s"}, **more)
 
 
+@pytest.mark.slow
 def test_all_take_turns_and_those_that_fail_say_why():
     product = partial(MatrixProduct, "cpu", "fp32", 1e12)
     rows = in_turns(

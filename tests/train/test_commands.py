@@ -98,6 +98,7 @@ def test_predict_names_the_classes(workplace, image_folder, tmp_path):
         assert sum(chances) == pytest.approx(100, abs=0.2)
 
 
+@pytest.mark.slow
 def test_on_scenes_the_run_reports_the_truth_about_crops(tmp_path):
     done = command("train", "--model", "mobilenet0.25", "--epochs", "1", "--batch", "128", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -167,6 +167,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "last.pt", weights_only=True)["model"]
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_weights_of_one(run, converted, tmp_path):
     """Bit for bit where gradients are added in a fixed tree; students, mixing, refinery's statistics and all."""
     words = ["--replicas", "4", "--reduce", "tree", "--augment.cutmix", "0.5", "--epochs", "1", "--copies", "2"]

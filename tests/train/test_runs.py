@@ -423,6 +423,7 @@ def test_what_cannot_train_together_is_refused(run):
         run(*PAIR, "--out", "here")
 
 
+@pytest.mark.slow
 def test_thrifty_refineries_are_runs_of_their_own(run, capsys):
     words = ["--refinery", str(run("--model", "resnet18", "--epochs", "1").folder)]
     options = ([], ["--labels.bn", "running"], ["--labels.resolution", "24"], ["--loss.kind", "l2"])
@@ -454,6 +455,7 @@ def test_too_little_memory_is_answered_with_a_batch_that_fits(run, monkeypatch):
         run("--refinery", "resnet18:refinery.pt", "--labels.per", "image")
 
 
+@pytest.mark.slow
 def test_a_refinery_by_name_is_one_of_the_same_crops_and_of_ground_truth(run, tmp_path, capsys):
     is_a = tmp_path / "is_a.txt"
     is_a.write_text("thing class0\nthing class1\nclass1 class2\n")
@@ -470,6 +472,7 @@ def test_a_refinery_by_name_is_one_of_the_same_crops_and_of_ground_truth(run, tm
     assert finished_refinery(Path("runs"), mine.identity).folder == mine.folder
 
 
+@pytest.mark.slow
 def test_networks_of_other_batches_train_apart(run, tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("{batch: 16, epochs: 1, networks: {mobilenet: {batch: 8}}}")
     refinery = str(run("--model", "resnet18", "--epochs", "1").folder)
@@ -542,6 +545,7 @@ def test_table(run, capsys):
         table("absent")
 
 
+@pytest.mark.slow
 def test_ablations_learn_something_else_each(run, tmp_path, capsys):
     """Tables 3 to 7 of the paper: each has its options, ends, and comes to other weights from the same start."""
     refinery = run("--model", "resnet18", "--epochs", "1")
