@@ -127,10 +127,10 @@ class Step:
             batch = replace(batch, epoch=0)
         untried = self._compiled and batch.crops.shape not in self._tried
         # The first part alone counts in the running statistics.
-        kept = [(buffer, buffer.clone()) for buffer in self._buffers()] if part else []
+        statistics = [(buffer, buffer.clone()) for buffer in self._buffers()] if part else []
         counted = self._first_gradients(batch, draws) if untried else self._gradients(batch, draws)
         with torch.no_grad():
-            for buffer, before in kept:
+            for buffer, before in statistics:
                 buffer.copy_(before)
         return counted
 
