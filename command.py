@@ -48,7 +48,9 @@ def typed_command() -> str:
     """The command that the user typed, to be typed again."""
     spec = sys.modules["__main__"].__spec__
     module = spec.name.removesuffix(".__main__") if spec else "train"
-    return os.environ.get("TYPED_COMMAND") or f"python -m {module} {shlex.join(sys.argv[1:])}"
+    # Of torchrun's own options its processes know nothing.
+    starter = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    return os.environ.get("TYPED_COMMAND") or f"{starter} -m {module} {shlex.join(sys.argv[1:])}"
 
 
 def first_line(error: BaseException) -> str:

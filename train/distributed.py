@@ -4,21 +4,25 @@ A step consists of R parts (replicas), each with batch statistics of its own, as
 R / N parts each. Crops, labels and, up to the order of sums, weights are then the same for every N that divides R.
 """
 
+import hashlib
 import os
+import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 
-from command import UserError
+from command import UserError, first_line
 from data.progress import silence
 from train import TrainError
 
@@ -31,6 +35,8 @@ _PATIENCE = timedelta(hours=12)
 # Seconds in which processes that fail for the same reason have all done so, and where they count themselves.
 _MOMENT = 3.0
 _FAILED = "label-refinery/failed"
+# Set by PyTorch's launcher, where one store of addresses outlives all the processes that it starts.
+_SHARED_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
 _Result = TypeVar("_Result")
 
@@ -86,17 +92,20 @@ class Group:
         self._exchanged(lambda: dist.broadcast_object_list(values, 0, _control()))
         return values[0]
 
-    def check_same(self, value: str, what: str) -> None:
-        """Raises TrainError, in all processes, unless all have the same value. what: it is, for the message."""
-        values: list[Any] = [None] * self.world
-        self._exchanged(lambda: dist.all_gather_object(values, value, _control()))
-        if self.world > 1:
-            others = [rank for rank, each in enumerate(values) if each != values[0]]
-            if others:
-                raise TrainError(
-                    f"rank {others[0]} has another {what} than rank 0 ({values[others[0]]} and not {values[0]}); all "
-                    "machines must have the same"
-                )
+    def check_same(self, values: Mapping[str, Any]) -> None:
+        """Raises TrainError, in all processes, unless all have the same values. values: by name, for the message."""
+        if self.world == 1:
+            return
+        everyones: list[Any] = [None] * self.world
+        self._exchanged(lambda: dist.all_gather_object(everyones, dict(values), _control()))
+        first = everyones[0]
+        for rank, theirs in enumerate(everyones):
+            for name in first | theirs:
+                if theirs.get(name) != first.get(name):
+                    raise TrainError(
+                        f"{name}: rank {rank} has {theirs.get(name)} and rank 0 has {first.get(name)}; it must be the "
+                        "same on all machines"
+                    )
 
     def reduce_gradients(self, parts: Sequence[Sequence[Tensor]], *, how: Reduce) -> list[Tensor]:
         """The sum of gradients over all parts of a step: those of each weight, in new tensors.
@@ -164,13 +173,19 @@ def group() -> Group:
 def joined(device: str):
     """Makes this process one of a group, where torchrun or `--gpus` has started it as such.
 
-    device: auto, cpu or cuda, as in Config. Raises TrainError where a machine has fewer devices than processes.
+    device: auto, cpu or cuda, as in Config. Raises TrainError where a machine has fewer devices than processes, where
+    they do not reach each other, or where their versions differ.
     """
     global _group, _control_group
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield ALONE
         return
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and os.environ.get(_SHARED_STORE) == "True":
+        raise TrainError(
+            "max-restarts: processes that are started again would take addresses from before for each other's (PyTorch "
+            "issue 135712); type TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of torchrun"
+        )
     local = int(os.environ["LOCAL_RANK"])
     on_cuda = device != "cpu" and torch.cuda.is_available()
     if on_cuda:
@@ -178,7 +193,14 @@ def joined(device: str):
         if here > torch.cuda.device_count():
             raise TrainError(f"gpus={here}: this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_PATIENCE)
+    try:
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_PATIENCE)
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise TrainError(
+            f"no connection of the {world} processes at {place} ({first_line(error)}); give a port that is free, and "
+            "reached from all machines"
+        ) from None
     _control_group = dist.new_group(backend="gloo", timeout=_PATIENCE) if on_cuda else dist.group.WORLD
     _group = Group(dist.get_rank(), world, local)
     if not _group.first:
@@ -186,6 +208,7 @@ def joined(device: str):
         silence()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
+        _group.check_same(_versions())
         yield _group
         dist.destroy_process_group()
     except UserError:
@@ -214,6 +237,21 @@ def _all_failed() -> bool:
     except (RuntimeError, ConnectionError):
         pass
     return False
+
+
+def _versions() -> dict[str, str]:
+    """What must be the same for all processes to compute the same."""
+    source = hashlib.sha256()
+    for room in ("data", "kernels", "models", "train"):
+        folder = Path(__file__).parents[1] / room
+        for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".yaml")):
+            source.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return {
+        "Python": platform.python_version(),
+        "PyTorch": torch.__version__,
+        "NumPy": np.__version__,
+        "code of label-refinery": source.hexdigest()[:12],
+    }
 
 
 def _control() -> Any:

@@ -3,9 +3,8 @@
 python -m train --gpus 8 --model resnet50 --data imagenet
 make train MODEL=resnet50 DATA=imagenet GPUS=8
 
-On several machines, with a run folder that all of them see, torchrun itself is typed on each:
-
-torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST:29500 -m train --model resnet50 ...
+With --max_restarts K, processes of which one was killed or failed start again, up to K times, from the last checkpoint.
+On several machines torchrun itself is typed on each: docs/several-devices.md.
 """
 
 import logging
@@ -26,27 +25,28 @@ def on_devices(
     Raises TrainError, and what parse raises, before any process is started.
     """
     words = with_underscores(list(words))
-    gpus, rest = _taken(words)
-    parsed = parse(rest)
+    gpus, words = _taken(words, "gpus", "the number of devices", least=1)
+    restarts, words = _taken(words, "max_restarts", "how often the processes are started again", least=0)
+    parsed = parse(words)
     if gpus in (None, 1) or "WORLD_SIZE" in os.environ:
         work(parsed)
     else:
-        _launch(gpus, module, rest)
+        _launch(gpus, restarts or 0, module, words)
 
 
-def _taken(words: list[str]) -> tuple[int | None, list[str]]:
-    """The number behind --gpus, if it is there, and the other words. Raises TrainError for what is no number."""
+def _taken(words: list[str], option: str, what: str, *, least: int) -> tuple[int | None, list[str]]:
+    """The number behind --option, if it is there, and the other words. Raises TrainError for what is no number."""
     for at, word in enumerate(words):
         name, equals, value = word.partition("=")
-        if name == "--gpus":
+        if name == f"--{option}":
             value = value if equals else words[at + 1] if at + 1 < len(words) else ""
-            if not value.isdecimal() or int(value) < 1:
-                raise TrainError(f"gpus={value}: give the number of devices, at least 1")
+            if not value.isdecimal() or int(value) < least:
+                raise TrainError(f"{option}={value}: give {what}, at least {least}")
             return int(value), words[:at] + words[at + (1 if equals else 2) :]
     return None, words
 
 
-def _launch(count: int, module: str, words: Sequence[str]) -> None:
+def _launch(count: int, restarts: int, module: str, words: Sequence[str]) -> None:
     # Loading the launcher takes a second, which a single process need not wait for.
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -58,6 +58,8 @@ def _launch(count: int, module: str, words: Sequence[str]) -> None:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
+    # Else processes that are started again take addresses from before for each other's (PyTorch issue 135712).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -65,7 +67,7 @@ def _launch(count: int, module: str, words: Sequence[str]) -> None:
         run_id=str(os.getpid()),
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=restarts,
         monitor_interval=0.2,
     )
     try:

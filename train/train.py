@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from command import typed_command
 from data.sources import scenes_fingerprint
 from train import TrainError
@@ -92,7 +90,9 @@ def _train_jobs(jobs: Sequence[Job]) -> list[Run]:
     """Trains networks in their run folders, or continues them, or finds them finished; returns their runs in order."""
     runs: dict[str, Run] = {}
     unfinished: dict[object, list[Job]] = {}
-    jobs[0].group.check_same(f"{torch.__version__} {[job.identity for job in jobs]}", "PyTorch, data or configuration")
+    jobs[0].group.check_same(
+        {f"{key} of {job.config.model}": job.identity[key] for job in jobs for key in job.identity}
+    )
     for job in jobs:
         run = job.saved_run()
         if run and run.result:

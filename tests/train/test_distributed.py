@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from kernels.normalise import Normalise
 from tests.train.conftest import TINY
 from train import TrainError
 from train.config import OptimizerConfig, parse
-from train.distributed import ALONE, _added_in_pairs, _buckets
+from train.distributed import ALONE, _added_in_pairs, _buckets, joined
 from train.job import check, resolve
 from train.labels.ground_truth import GroundTruth
 from train.launch import on_devices
@@ -116,6 +117,7 @@ def test_gradients_travel_in_pieces_and_come_back_laid_out_as_they_were(monkeypa
         (["--gpus", "0"], "gpus=0: give the number of devices, at least 1"),
         (["--gpus=many"], "gpus=many: give the number"),
         (["--gpus"], "gpus=: give the number"),
+        (["--gpus", "2", "--max-restarts=-1"], "max_restarts=-1: give how often the processes are started again"),
     ],
 )
 def test_wrong_numbers_of_devices(words, says):
@@ -127,6 +129,79 @@ def test_one_device_is_this_process():
     seen = []
     on_devices("train", ["--epochs", "3", "--gpus", "1", "--batch=8"], parse, seen.append)
     assert (seen[0].epochs, seen[0].batch) == (3, 8)
+
+
+def test_a_port_that_is_taken(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        with (
+            pytest.raises(TrainError, match=rf"2 processes at 127.0.0.1:{port} \(.*give a port that is free"),
+            joined("cpu"),
+        ):
+            pass
+
+
+def test_restarts_need_a_store_of_their_own(monkeypatch):
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "TORCHELASTIC_MAX_RESTARTS": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(TrainError, match="type TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of torchrun"),
+        joined("cpu"),
+    ):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("difference", "says"),
+    [
+        ("distributed._versions = lambda: {'PyTorch': f'2.{rank}'}", "PyTorch: rank 1 has 2.1 and rank 0 has 2.0"),
+        (
+            "distributed._versions = lambda: {'code': 'same'} | ({'more': 1} if rank else {})",
+            "more: rank 1 has 1 and rank 0 has None",
+        ),
+        ("data = {'fingerprint': rank}", "data: rank 1 has {'fingerprint': 1} and rank 0 has {'fingerprint': 0}"),
+    ],
+)
+def test_processes_that_differ(difference, says):
+    """One line, of the first process, and all end; so for what versions are and for what runs are made of."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = f"""
+import os
+from command import exit_on_user_error
+from train import distributed
+rank = int(os.environ["RANK"])
+data = None
+{difference}
+def work():
+    with distributed.joined("cpu") as group:
+        group.check_same({{"data": data}})
+exit_on_user_error(work)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=environment | {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 1]
+    assert said == [f"error: {says}; it must be the same on all machines\n", ""]
 
 
 def test_replicas_are_part_of_who_a_run_is(converted):
@@ -144,17 +219,21 @@ def test_replicas_are_part_of_who_a_run_is(converted):
         identity("--replicas", "5")
 
 
-def start(folder: Path, *words: str, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "train", *TINY, "--data", str(folder), *words]
+def start(folder: Path, *words: str, module=("train",), more=None) -> subprocess.Popen:
+    command = [sys.executable, "-m", *module, *TINY, "--data", str(folder), *words]
     environment = {name: value for name, value in os.environ.items() if name != "TYPED_COMMAND"}
     return subprocess.Popen(
         command,
-        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (more or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        **options,
     )
+
+
+def children(process: subprocess.Popen) -> list[str]:
+    command = ["pgrep", "-P", str(process.pid)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
 
 def finished(process: subprocess.Popen) -> str:
@@ -224,14 +303,40 @@ def test_a_stop_is_everyones_and_another_number_goes_on(converted, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("machines", [1, 2])
+def test_one_that_is_killed_and_started_again_changes_nothing(run, converted, tmp_path, machines):
+    """By --gpus with --max-restarts, and by torchrun's agents of two machines."""
+    words = ["--replicas", "4", "--reduce", "tree", "--epochs", "20"]
+    again = ["--max-restarts", "2"]
+    folder = tmp_path / "again"
+    if machines == 1:
+        agents = [start(converted.folder, *words, "--gpus", "2", *again, "--out", str(folder))]
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            endpoint = f"localhost:{free.getsockname()[1]}"
+        torchrun = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *again, "--rdzv-backend", "c10d"]
+        torchrun += ["--rdzv-endpoint", endpoint, "-m", "train"]
+        shared = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        agents = [start(converted.folder, *words, "--out", str(folder), module=torchrun, more=shared) for _ in range(2)]
+    while not (folder / "last.pt").is_file():
+        time.sleep(0.1)
+        assert all(agent.poll() is None for agent in agents)
+    os.kill(int(children(agents[-1])[-1]), signal.SIGKILL)
+    said = "".join(finished(agent) for agent in agents)
+    assert said.count("continuing in epoch") == 1
+    assert said.count("finished: top-1") == 1
+    alone = run(*words, "--out", str(tmp_path / "one"))
+    one, two = weights(alone.folder), weights(folder)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
 def test_one_that_is_killed_ends_all_in_one_line(converted, tmp_path):
     process = start(converted.folder, "--epochs", "500", "--gpus", "2", "--out", str(tmp_path / "run"))
     while not (tmp_path / "run" / "last.pt").is_file():
         time.sleep(0.1)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(int(children(process)[-1]), signal.SIGKILL)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "error: a process was ended by signal 9; the last checkpoint is kept" in out
