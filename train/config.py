@@ -171,7 +171,7 @@ class Config:
         runs: where run folders lie
         device: auto, cpu, cuda or cuda:N
         decoder: auto, ffcv, dali or torchvision
-        threads: decoding threads (default: one per processor)
+        threads: decoding threads of each process (default: one per processor, which the processes of a machine share)
         resident: on a GPU, the share of its free memory that a set stored as blocks may take; of a larger one the host
             reads the blocks
         precision: bf16 or fp16 autocast, tf32 or fp32; what the device has no units for is replaced by what it has

@@ -50,11 +50,15 @@ class PeerLost(SystemExit):
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run. rank: this one's number. world: how many there are. local: its number on its machine."""
+    """The processes of a run.
+
+    rank: this one's number. world: how many there are. local: its number on its machine. beside: how many that has.
+    """
 
     rank: int = 0
     world: int = 1
     local: int = 0
+    beside: int = 1
 
     @property
     def first(self) -> bool:
@@ -187,11 +191,11 @@ def joined(device: str):
             "issue 135712); type TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of torchrun"
         )
     local = int(os.environ["LOCAL_RANK"])
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     on_cuda = device != "cpu" and torch.cuda.is_available()
     if on_cuda:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        if here > torch.cuda.device_count():
-            raise TrainError(f"gpus={here}: this machine has {torch.cuda.device_count()}")
+        if beside > torch.cuda.device_count():
+            raise TrainError(f"gpus={beside}: this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(local)
     try:
         dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_PATIENCE)
@@ -202,7 +206,7 @@ def joined(device: str):
             "reached from all machines"
         ) from None
     _control_group = dist.new_group(backend="gloo", timeout=_PATIENCE) if on_cuda else dist.group.WORLD
-    _group = Group(dist.get_rank(), world, local)
+    _group = Group(dist.get_rank(), world, local, beside)
     if not _group.first:
         # One of them speaks; errors are still told.
         silence()

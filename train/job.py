@@ -11,6 +11,7 @@ import torch
 import models
 from data import decoders
 from data.convert import ensure_converted
+from data.decoders.prefetch import default_threads
 from data.loader import Loader, open_loader
 from data.plan import CropRule, seed_of_generation
 from data.sets import ConvertedSet, find_set
@@ -103,8 +104,12 @@ class Job:
     @property
     def loading(self) -> dict[str, Any]:
         """What all loaders of the run have in common."""
-        return {name: getattr(self.config, name) for name in ("decoder", "threads", "resident")} | {
-            "device": self.device
+        return {
+            "decoder": self.config.decoder,
+            # The processes of a machine share its processors.
+            "threads": self.config.threads or max(default_threads() // self.group.beside, 1),
+            "resident": self.config.resident,
+            "device": self.device,
         }
 
     def open_crops(
