@@ -213,7 +213,7 @@ def _digest(*arrays: NDArray) -> bytes:
     digest = hashlib.sha256()
     for part in arrays:
         # Without a second copy in memory.
-        digest.update(np.ascontiguousarray(part).view(np.uint8))
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
     return digest.digest()
 
 
