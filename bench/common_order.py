@@ -21,7 +21,8 @@ READ_AHEAD = 128 << 10
 CACHES = (0.1, 0.5)
 STEPS = 100
 
-RANDOM, QUASI, SORTED = "random", "quasi-random", "quasi-random, steps dealt in file order"
+# Not what the plan does.
+IN_FILE_ORDER = ", steps dealt in file order"
 
 
 def placed(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -55,14 +56,17 @@ def simulate(lengths: NDArray[np.int64], *, batch: int, machines: tuple[int, ...
     epochs = {count: 2 + int(np.ceil(max(CACHES) * count)) for count in machines}
     bar = tqdm(total=2 * max(epochs.values()), desc="scale: orders", unit=" epochs", leave=False)
     for paged in (False, True):
-        names = (QUASI, SORTED) if paged else (RANDOM,)
+        order_name = "quasi-random" if paged else "random"
+        names = (order_name, order_name + IN_FILE_ORDER)
         seen = {(name, count): _Machine(unit_count) for name in names for count in machines}
         for epoch in range(max(epochs.values())):
             order = plan.epoch_order(len(lengths), seed=0, epoch=epoch, pages=pages if paged else None)
             for (name, count), machine in seen.items():
                 if epoch >= epochs[count]:
                     continue
-                steps = list(steps_of_machine(order, machines=count, batch=batch, in_file_order=name == SORTED))
+                steps = list(
+                    steps_of_machine(order, machines=count, batch=batch, in_file_order=name.endswith(IN_FILE_ORDER))
+                )
                 machine.read(_units(steps, first_units, last_units))
                 if epoch == 0:
                     world = np.resize(order, (len(steps), count * GPUS * batch))

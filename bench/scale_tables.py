@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from bench import common_order
 from bench.common_order import CACHES, GPUS, READ_AHEAD
 from bench.record import Column, Record, Section, figure, title
 from data.beton import PAGE_SIZE
@@ -87,7 +86,8 @@ def sections(*, worlds: tuple[int, ...], batch: int, turns: int) -> tuple[Sectio
             (
                 f"Measured: rank 7 of {worlds[-1]}, in a fresh process, medians of {turns} starts. s to first batch: "
                 "from nothing, with the interpreter and all imports. open: the loader is made. batch: the first one "
-                "arrives. read: by calls while the loader is made; from disk: until the first batch. MB: resident "
+                "arrives. read: by calls while the loader is made; from disk: until the first batch, "
+                "with what the system reads around it. MB: resident "
                 "memory of the process; peak B an image: what it grows by. The images are JPEGs of 32 px, so that "
                 "decoding hardly counts.",
             ),
@@ -155,8 +155,9 @@ def sections(*, worlds: tuple[int, ...], batch: int, turns: int) -> tuple[Sectio
                 "of one machine's epoch. sets read: what all machines together read from the file system in an epoch, "
                 f"as multiples of the set, in units of {READ_AHEAD >> 10} KiB, once the page cache of each machine, "
                 "which holds so much of the set, is full.",
-                f"{common_order.SORTED}: not what the plan does; what it would bring if a step's images were sorted "
-                "and each machine got neighbours.",
+                "steps dealt in file order: not what the plan does; what it would bring if a step's images were sorted "
+                "and each machine got its part of them in turn. It then keeps to about the same part of the file in "
+                "each step, which its page cache can hold.",
             ),
         ),
     )

@@ -185,7 +185,7 @@ def test_the_part_runs_end_to_end(tmp_path):
     assert all(0 < row["open_seconds"] + row["batch_seconds"] < row["seconds"] for row in groups["start"])
     for row in groups["reads"]:
         assert row["bytes"] <= row["bytes_4k"] <= row["bytes_ahead"]
-    assert len(groups["order"]) == 6
+    assert len(groups["order"]) == 8
     text = path.with_suffix(".md").read_text()
     assert text.count("Computed from measured bytes; not measured on a file system.") == 2
     assert text.count("\n## ") == 5
