@@ -171,7 +171,7 @@ Variables (typed on make's command line; the environment does not count)
   CHECKPOINT  a run's best.pt or last.pt, or what REFINERY takes except a name alone
   IMAGES      a file or a folder
   ONLY        parts of the bench, with commas: machine, loaders, cold, networks, loop,
-              refinery_cost, pooling
+              refinery_cost, pooling; scale, only if it is named
   QUICK       1: the bench in three minutes       PROFILE     1: trace one step instead
   PAIRS       resnet50:mobilenet,...              THREADS     that decode (bench): 4, or 1,2,4
   A, B        results of the bench to compare

@@ -57,6 +57,17 @@ def ran(rows: list[Row]) -> dict[str, Row]:
 
 
 @dataclass(frozen=True)
+class Section:
+    """A table of its own in a record: of the rows of one group. notes: how to read it."""
+
+    heading: str
+    group: str
+    identity: tuple[Column, ...]
+    figures: tuple[Column, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Record:
     """The result of one part of the bench.
 
@@ -65,6 +76,7 @@ class Record:
     time have neither `unit` nor `rate`.
     identity, figures: columns of the table: what is known of every row, and what only of those that ran.
     chart: draws the figure into a file; called as chart(record, found, path). Default: bars, a colour for each group.
+    sections: several tables in place of the one, whose columns are then not used.
     """
 
     part: str
@@ -74,6 +86,7 @@ class Record:
     identity: tuple[Column, ...]
     figures: tuple[Column, ...]
     chart: "Callable[[Record, dict[str, Any], Path], None] | None" = None
+    sections: tuple[Section, ...] = ()
 
 
 def write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
@@ -119,19 +132,30 @@ def place(folder: Path, part: str, found: dict[str, Any]) -> Path:
 
 def table(record: Record, found: dict[str, Any]) -> str:
     """The record in Markdown: the notes, the machine, and a table that reads well as plain text too."""
+    text = "\n".join([*record.notes, "", _machine(found), ""]) + "\n"
+    if not record.sections:
+        return text + _rows(record.rows, record.identity, record.figures)
+    for section in record.sections:
+        rows = [row for row in record.rows if row["group"] == section.group]
+        text += "\n".join([f"## {section.heading}", "", *section.notes, "", ""])
+        text += _rows(rows, section.identity, section.figures) + "\n"
+    return text.rstrip("\n") + "\n"
+
+
+def _rows(shown: list[Row], identity: tuple[Column, ...], figures: tuple[Column, ...]) -> str:
     rows = []
     missing = []
-    for row in record.rows:
-        cells = [column.cell(row) for column in record.identity]
+    for row in shown:
+        cells = [column.cell(row) for column in identity]
         if "not_run" in row:
-            cells += ["not run", *[""] * (len(record.figures) - 1)]
+            cells += ["not run", *[""] * (len(figures) - 1)]
             called = ", ".join(part for part in (row["group"], row["name"]) if part)
             missing.append(f"- {called}: not run: {row['not_run']}\n")
         else:
-            cells += [column.cell(row) for column in record.figures]
+            cells += [column.cell(row) for column in figures]
         rows.append(cells)
-    heads = [column.head for column in (*record.identity, *record.figures)]
-    text = "\n".join([*record.notes, "", _machine(found), "", aligned(heads, rows, left=len(record.identity))]) + "\n"
+    heads = [column.head for column in (*identity, *figures)]
+    text = aligned(heads, rows, left=len(identity)) + "\n"
     return text + ("\n" + "".join(missing) if missing else "")
 
 

@@ -19,7 +19,7 @@ class Settings:
     data: any folder of images or a converted set; None: images drawn by code. threads: of loaders, each count in turn.
     turns: timed ones of each contender, of so many seconds at least. crops: an epoch of a loader. steps: an epoch of
     the training loop. contenders: names of loaders, or parts of them. pairs: (refinery, student), names of networks.
-    refinery: a trained one. device: cpu or cuda. compiled: networks run compiled.
+    refinery: a trained one. device: cpu or cuda. compiled: networks run compiled. quick: all in small.
     """
 
     data: str | None
@@ -36,6 +36,7 @@ class Settings:
     device: str
     precision: Precision
     compiled: bool
+    quick: bool
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -115,6 +116,7 @@ def resolve(
         device=where.type,
         precision=precision_on(where, precision),
         compiled=values["compile"] == "always",
+        quick=quick,
     )
 
 

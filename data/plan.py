@@ -91,7 +91,8 @@ def epoch_order(
         place = np.empty(len(page_ids), dtype=np.int64)
         place[np.argsort(page_keys)] = np.arange(len(page_ids))
         order = np.lexsort((keys, place[page_of] // PAGES_AT_ONCE))
-    return order[rank::world].astype(np.int64, copy=False)
+    # A copy: a view would keep the whole order in memory on every rank.
+    return order[rank::world].astype(np.int64)
 
 
 def random_boxes(

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -210,6 +211,34 @@ def test_a_file_larger_than_memory_opens(path):
         Beton(path).encoded(3).tobytes()
         == Beton(path).bytes[Beton(path).starts[3] :][: Beton(path).lengths[3]].tobytes()
     )
+
+
+def test_opening_takes_little_memory_beyond_the_index(tmp_path):
+    """Index and allocation table are 56 bytes an image; a process of every GPU of a machine reads them."""
+    n = 20_000
+    write_beton(tmp_path / "set.beton", (Encoded(bytes(3), 1, 1, i % 7, raw=True) for i in range(n)), at_most=n)
+    tracemalloc.start()
+    try:
+        beton = Beton(tmp_path / "set.beton")
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert beton.lengths.tolist() == [3] * n
+    assert most < 135 * n
+    assert kept < 55 * n
+
+
+def test_the_allocation_table_may_be_in_any_order(path, images):
+    before = Beton(path)
+    stored = bytearray(path.read_bytes())
+    table = int(np.frombuffer(stored, "<u8", 1, 16)[0])
+    rows = np.frombuffer(bytes(stored[table:]), np.uint8).reshape(-1, 24)
+    stored[table:] = rows[::-1].tobytes()
+    stored[stored.index(b"label-refinery 1")] = 0  # as other writers' files: without a seal
+    path.write_bytes(stored)
+    after = Beton(path)
+    np.testing.assert_array_equal(after.lengths, before.lengths)
+    assert [after.encoded(i).tobytes() for i in range(12)] == [image.data for image in images]
 
 
 def test_an_image_without_bytes_is_refused(tmp_path):

@@ -100,6 +100,26 @@ def test_ranks_share_out_every_image_once(n, seed, epoch, world):
         np.testing.assert_array_equal(shard, whole[rank::world])
 
 
+@given(world_and_batch=st.tuples(st.integers(1, 6), st.integers(1, 6)), n=st.integers(0, 400), seed=keys)
+def test_a_global_step_has_the_same_images_for_any_number_of_ranks(world_and_batch, n, seed):
+    world, batch = world_and_batch
+    pages = np.arange(n) // 3
+    for options in ({}, {"pages": pages}, {"shuffle": False}):
+        whole = epoch_order(n, seed=seed, epoch=0, **options)
+        shards = [epoch_order(n, seed=seed, epoch=0, rank=rank, world=world, **options) for rank in range(world)]
+        for step in range(n // (world * batch)):
+            together = np.concatenate([shard[step * batch : (step + 1) * batch] for shard in shards])
+            assert sorted(together) == sorted(whole[step * batch * world : (step + 1) * batch * world])
+
+
+def test_a_rank_keeps_no_more_than_its_share_in_memory():
+    pages = np.arange(1000) // 10
+    for options in ({}, {"pages": pages}, {"shuffle": False}):
+        order = epoch_order(1000, seed=0, epoch=0, rank=3, world=8, **options)
+        assert order.base is None
+        assert order.nbytes == 125 * 8
+
+
 def test_epochs_and_seeds_reorder():
     orders = [epoch_order(1000, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
     for i, one in enumerate(orders):
