@@ -55,6 +55,11 @@ class Group:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
 
+    @property
+    def machine(self) -> int:
+        """The first rank on this one's machine."""
+        return self.rank - self.local
+
     def in_turn(self, work: Callable[[], _Result]) -> _Result:
         """What `work`, which may write files, returns: first in process 0, then in the first of each machine."""
         turn = 0 if self.rank == 0 else 1 if self.local == 0 else 2
@@ -74,6 +79,12 @@ class Group:
         self._exchanged(lambda: dist.all_reduce(total))
         return total
 
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order; none goes on before all have come here."""
+        values: list[Any] = [value] * self.world
+        self._exchanged(lambda: dist.all_gather_object(values, value, _control()))
+        return values
+
     def largest(self, values: Sequence[float]) -> list[float]:
         """The largest of each number over all processes. Nothing waits for a device."""
         found = torch.tensor(values, dtype=torch.float64)
@@ -88,15 +99,13 @@ class Group:
 
     def check_same(self, value: str, what: str) -> None:
         """Raises TrainError, in all processes, unless all have the same value. what: it is, for the message."""
-        values: list[Any] = [None] * self.world
-        self._exchanged(lambda: dist.all_gather_object(values, value, _control()))
-        if self.world > 1:
-            others = [rank for rank, each in enumerate(values) if each != values[0]]
-            if others:
-                raise TrainError(
-                    f"rank {others[0]} has another {what} than rank 0 ({values[others[0]]} and not {values[0]}); all "
-                    "machines must have the same"
-                )
+        values = self.gathered(value)
+        others = [rank for rank, each in enumerate(values) if each != values[0]]
+        if others:
+            raise TrainError(
+                f"rank {others[0]} has another {what} than rank 0 ({values[others[0]]} and not {values[0]}); all "
+                "machines must have the same"
+            )
 
     def reduce_gradients(self, parts: Sequence[Sequence[Tensor]], *, how: Reduce) -> list[Tensor]:
         """The sum of gradients over all parts of a step: those of each weight, in new tensors.
