@@ -18,16 +18,16 @@ takes.train         := $(training) LABELS GPUS ARGS
 option.train.LABELS := --labels.stored
 about.label         := store what a refinery says of every crop
 runs.label          := train.label
-takes.label         := $(filter-out PRETRAINED,$(training)) ARGS
+takes.label         := $(filter-out PRETRAINED,$(training)) GPUS ARGS
 about.maps          := store what a refinery says of every part of each image
 runs.maps           := train.maps
-takes.maps          := REFINERY DATA BATCH DECODER RECIPE SEED OUT ARGS
+takes.maps          := REFINERY DATA BATCH DECODER RECIPE SEED OUT GPUS ARGS
 about.chain         := generations of networks, each learning from the one before
 runs.chain          := train.chain
-takes.chain         := MODELS $(filter-out MODEL OUT,$(training)) ARGS
+takes.chain         := MODELS $(filter-out MODEL OUT,$(training)) GPUS ARGS
 about.tables        := the tables of the papers, on any images
 runs.tables         := train.tables
-takes.tables        := TABLES DATA OUT ARGS
+takes.tables        := TABLES DATA OUT GPUS ARGS
 about.convert       := write images as a converted set (train does it when needed)
 runs.convert        := data.convert
 takes.convert       := DATA OUT ARGS
@@ -164,7 +164,7 @@ Variables (typed on make's command line; the environment does not count)
   BATCH       crops a step                        DECODER     auto, ffcv, dali, torchvision
   RECIPE      quick, label-refinery, ...          SEED        fixes crops and first weights
   OUT         where the result goes
-  GPUS        devices of this machine that train together: GPUS=8
+  GPUS        devices of this machine that work together: GPUS=8
   MODELS      a chain's networks: "alexnet alexnet alexnet"
   TABLES      which tables of the papers: 1,4,relabel-labels
   RUNS        run folders: "runs/scenes/A runs/scenes/B"

@@ -1,7 +1,7 @@
 """Crop batches, epoch after epoch: the plan decides, a decoder makes, the loader hands over."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,8 @@ class Loader:
     resident: on a GPU, the share of its free memory that a set stored as blocks may take, 0 to 1.
 
     num_samples: images in the file. num_classes and class_names: from the set's `set.json`, else counted and numbered.
-    steps: batches an epoch on this rank. decoder: the name of the decoder at work.
+    blocks: blocks of `batch_size` images an epoch on this rank (the last may have fewer). steps: batches, `copies` of
+    each block. decoder: the name of the decoder at work.
 
     Raises DataError for a file that is no `.beton`, an unknown decoder or order, a decoder whose package is missing,
     numbers below 1, and a set with too few images.
@@ -138,8 +139,8 @@ class Loader:
         self._train, self._seed, self._crop = train, seed, crop
         self._device = torch.device(device)
         # Images are decoded in blocks, from which come as many batches as there are copies.
-        self._copies = copies if train else 1
-        self._batch_size = batch_size
+        self.copies = copies if train else 1
+        self.batch_size = batch_size
         self._rank, self._world = rank, world
         self._order = order if train else "sequential"
         self._paired, self._fetch = paired, fetch
@@ -148,15 +149,15 @@ class Loader:
         self.num_classes = len(self.class_names)
         # Training: the smallest shard sets the steps of all, so that no rank waits for a partner that has ended.
         shard = self.num_samples // world if drop_last else len(range(rank, self.num_samples, world))
-        self._blocks = shard // batch_size if drop_last else -(-shard // batch_size)
-        self.steps = self._blocks * self._copies
+        self.blocks = shard // batch_size if drop_last else -(-shard // batch_size)
+        self.steps = self.blocks * self.copies
         if not self.steps:
             raise DataError(
                 f"{beton.path}: {self.num_samples} images make no batch of {batch_size} on each of {world} devices; "
                 "take a smaller batch"
             )
-        views = [View(self._copies, resolution)]
-        views += [View(self._copies if pairing.box == "same" else 1, pairing.resolution) for pairing in paired]
+        views = [View(self.copies, resolution)]
+        views += [View(self.copies if pairing.box == "same" else 1, pairing.resolution) for pairing in paired]
         self.decoder = choose(decoder, self._device, in_blocks=beton.in_blocks)
         self._decoder = build_decoder(
             self.decoder,
@@ -168,18 +169,22 @@ class Loader:
             resident=resident,
         )
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
-        """The batches of one epoch from start_step on; those before it cost nothing. Raises DataError for damage."""
-        first_block, first_copy = divmod(start_step, self._copies)
+    def epoch(self, epoch: int, start_step: int = 0, blocks: Sequence[int] | None = None) -> Iterator[CropBatch]:
+        """The batches of one epoch from start_step on; those before it cost nothing. Raises DataError for damage.
+
+        blocks: of the epoch's blocks of images, each of which makes `copies` batches, only these, in this order.
+        """
+        first_block, first_copy = divmod(start_step, self.copies)
+        numbers = (range(self.blocks) if blocks is None else blocks)[first_block:]
         # The decoder asks for blocks ahead of their use; the boxes that it got wait here for their crops.
         planned: deque[Request] = deque()
-        for views in self._decoder.decode(self._requests(epoch, first_block, planned)):
+        for views in self._decoder.decode(self._requests(epoch, numbers, planned)):
             block = planned.popleft()
-            for copy in range(first_copy, self._copies):
+            for copy in range(first_copy, self.copies):
                 yield self._batch(block, copy, views, epoch)
             first_copy = 0
 
-    def _requests(self, epoch: int, first_block: int, planned: deque[Request]) -> Iterator[Request]:
+    def _requests(self, epoch: int, blocks: Sequence[int], planned: deque[Request]) -> Iterator[Request]:
         order = plan.epoch_order(
             self.num_samples,
             seed=self._seed,
@@ -189,8 +194,8 @@ class Loader:
             shuffle=self._order != "sequential",
             pages=self._beton.pages if self._order == "quasi-random" else None,
         )
-        for block in range(first_block, self._blocks):
-            indices = order[block * self._batch_size : (block + 1) * self._batch_size]
+        for block in blocks:
+            indices = order[block * self.batch_size : (block + 1) * self.batch_size]
             request = self._request(indices, epoch)
             planned.append(request)
             yield request
@@ -202,7 +207,7 @@ class Loader:
         if self._train:
             drawn = [
                 self._crop.training(indices, sizes, seed=self._seed, epoch=epoch, copy=copy)
-                for copy in range(self._copies)
+                for copy in range(self.copies)
             ]
         else:
             drawn = [central]

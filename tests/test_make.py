@@ -84,7 +84,10 @@ def test_every_verb_is_one_command(make):
                 *("--format", "packed", "--k", "10"),
             ],
         ),
-        (["maps", "REFINERY=r", "OUT=b"], ["-m", "train.maps", "--refinery", "r", "--out", "b"]),
+        (
+            ["maps", "REFINERY=r", "OUT=b", "GPUS=2"],
+            ["-m", "train.maps", "--refinery", "r", "--out", "b", "--gpus", "2"],
+        ),
         (["train", "MODEL=m", "LABELS=a b"], ["-m", "train", "--model", "m", "--labels.stored", "a b"]),
         (
             ["compare-labels", "LABELS=a b", "REFINERY=r", "EPOCHS=3"],

@@ -15,9 +15,11 @@ from typing import Any
 from command import exit_on_user_error
 from train import TrainError
 from train.config import Config, parse_both
+from train.distributed import group, joined
 from train.job import check
 from train.labels import origin_of
 from train.labels.refinery import RefineryLabels
+from train.launch import on_devices
 from train.report import figures
 from train.runs import Run, key_of, table_text
 from train.train import train
@@ -41,8 +43,16 @@ def main() -> None:
         "text, JSON and a picture. All options hold for every generation, except --refinery and --pretrained, which "
         "are for the first alone."
     )
-    config, own = parse_both(sys.argv[1:], ChainOptions, prog="python -m train.chain", about=about)
-    chain(config, own.models.split())
+
+    def parse(words: list[str]) -> tuple[Config, ChainOptions]:
+        return parse_both(words, ChainOptions, prog="python -m train.chain", about=about)
+
+    def work(asked: tuple[Config, ChainOptions]) -> None:
+        config, own = asked
+        with joined(config.device):
+            chain(config, own.models.split())
+
+    on_devices("train.chain", sys.argv[1:], parse, work)
 
 
 def chain(config: Config, models: Sequence[str]) -> list[Run]:
@@ -65,7 +75,8 @@ def chain(config: Config, models: Sequence[str]) -> list[Run]:
         print(f"generation {generation} of {len(models)}: {model}", flush=True)
         runs += train(_later(config, str(runs[-1].folder), model) if runs else first)
         print(flush=True)
-    _write([_row(generation, run) for generation, run in enumerate(runs, 1)], runs, Path(config.runs))
+    if group().first:
+        _write([_row(generation, run) for generation, run in enumerate(runs, 1)], runs, Path(config.runs))
     return runs
 
 

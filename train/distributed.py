@@ -65,6 +65,11 @@ class Group:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
 
+    @property
+    def machine(self) -> int:
+        """The first rank on this one's machine."""
+        return self.rank - self.local
+
     def in_turn(self, work: Callable[[], _Result]) -> _Result:
         """What `work`, which may write files, returns: first in process 0, then in the first of each machine."""
         turn = 0 if self.rank == 0 else 1 if self.local == 0 else 2
@@ -84,6 +89,12 @@ class Group:
         self._exchanged(lambda: dist.all_reduce(total))
         return total
 
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order; none goes on before all have come here."""
+        values: list[Any] = [value] * self.world
+        self._exchanged(lambda: dist.all_gather_object(values, value, _control()))
+        return values
+
     def largest(self, values: Sequence[float]) -> list[float]:
         """The largest of each number over all processes. Nothing waits for a device."""
         found = torch.tensor(values, dtype=torch.float64)
@@ -98,12 +109,8 @@ class Group:
 
     def check_same(self, values: Mapping[str, Any]) -> None:
         """Raises TrainError, in all processes, unless all have the same values. values: by name, for the message."""
-        if self.world == 1:
-            return
-        everyones: list[Any] = [None] * self.world
-        self._exchanged(lambda: dist.all_gather_object(everyones, dict(values), _control()))
-        first = everyones[0]
-        for rank, theirs in enumerate(everyones):
+        first, *others = self.gathered(dict(values))
+        for rank, theirs in enumerate(others, 1):
             for name in first | theirs:
                 if theirs.get(name) != first.get(name):
                     raise TrainError(

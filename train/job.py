@@ -191,8 +191,11 @@ def needs_refinery(config: Config) -> bool:
     return issubclass(kinds.kind_of(config), RefineryLabels) and names_network_alone(str(config.refinery))
 
 
-def resolve(config: Config, data: ConvertedSet, labels: Labels) -> Job:
-    """The run of a configuration that `check` has passed, on these data and with these labels."""
+def resolve(config: Config, data: ConvertedSet, labels: Labels, together: Group | None = None) -> Job:
+    """The run of a configuration that `check` has passed, on these data and with these labels.
+
+    together: the processes that it is dealt out to (default: all).
+    """
     device = device_named(config.device)
     asked = {name: value for name, value in asdict(config.crop).items() if value is not None}
     plan = labels.plan
@@ -200,7 +203,7 @@ def resolve(config: Config, data: ConvertedSet, labels: Labels) -> Job:
     usual = replace(plan.crop, center_ratio=data.crop.center_ratio) if plan else data.crop
     crop = replace(usual, **asked)
     seed = seed_of_generation(config.seed, labels.generation)
-    together = group()
+    together = together or group()
     replicas = config.replicas or together.world
     _check_replicas(config, replicas, together)
     filled = replace(

@@ -18,16 +18,18 @@ from numpy.typing import NDArray
 
 from command import exit_on_user_error, typed_command
 from data.loader import CropBatch
-from data.progress import images_bar
 from train import TrainError
 from train.config import Config, configure, parse_both
 from train.device import computing_in, on_device, set_tf32_and_allocator
-from train.interrupt import Interrupted, Stop, stop_on_signal
+from train.distributed import ALONE, Group, group, joined
+from train.interrupt import Stop, stop_on_signal
 from train.job import Job
 from train.labels.description import Description, data_part, refinery_part
 from train.labels.refinery import Refinery, RefineryLabels
 from train.labels.rows import Exact, Packed, Rows
 from train.labels.store import Store, check_asked, create_store, existing_store, in_units
+from train.launch import on_devices
+from train.rounds import in_rounds, own_blocks
 from train.step import COMPILER_OPTIONS, forget_compiled_steps, is_out_of_memory, reason
 from train.train import with_refinery
 
@@ -55,29 +57,43 @@ def main() -> None:
     about = (
         "Writes what a refinery says of every training crop of the first --epochs epochs to the folder --out, for "
         "training with --labels.stored. What is finished is not repeated; started twice, the processes share the "
-        "epochs. A refinery that is named by its network is trained first where it has no finished run. Options that "
-        "say how crops are made (--seed, --crop, --copies, --resolution) and how the refinery labels them (--batch, "
-        "--order, --precision, --labels.bn, --labels.resolution) count here; students find the former in the labels. "
-        "--model is the student, of which the recipe may say something of its own (its batch, say)."
+        "epochs, and with --gpus N as many devices share the batches of each. A refinery that is named by its network "
+        "is trained first where it has no finished run. Options that say how crops are made (--seed, --crop, --copies, "
+        "--resolution) and how the refinery labels them (--batch, --order, --precision, --labels.bn, "
+        "--labels.resolution) count here; students find the former in the labels. --model is the student, of which the "
+        "recipe may say something of its own (its batch, say)."
     )
-    config, own = parse_both(sys.argv[1:], LabelOptions, prog="python -m train.label", about=about)
-    label(config, own)
+
+    def parse(words: list[str]) -> tuple[Config, LabelOptions]:
+        return parse_both(words, LabelOptions, prog="python -m train.label", about=about)
+
+    def work(asked: tuple[Config, LabelOptions]) -> None:
+        with joined(asked[0].device):
+            label(*asked)
+
+    on_devices("train.label", sys.argv[1:], parse, work, kept="finished epochs are kept")
 
 
 def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
     """Labels the crops of the first `config.epochs` epochs of a student of `config.refinery`, into `config.out`.
 
+    Of several processes (train.distributed) each labels some batches of every epoch, which are the same batches, and
+    labels, for any number of them.
     Raises DataError, ModelError or TrainError for bad input, as far as possible before anything slow begins, and
     Interrupted after Ctrl-C or SIGTERM.
     """
     _check(config, options)
+    together = group()
     folder, epochs = Path(str(config.out)), config.epochs
     # How long the refinery itself is trained, where it has to be, is the recipe's matter.
     given = {name: value for name, value in config.given.items() if name not in ("epochs", "out")}
-    (job,) = with_refinery([configure(given)])
+    # Batches are those of one process.
+    (job,) = with_refinery([configure(given)], ALONE)
     set_tf32_and_allocator(job.device, job.config.precision)
-    labeller = Labeller(job, options)
-    store = create_store(folder, labeller.description)
+    labeller = Labeller(job, options, together)
+    same = f"{torch.__version__} {epochs} {labeller.description.key}"
+    together.check_same(same, "PyTorch, data, refinery or configuration")
+    store = together.in_turn(lambda: create_store(folder, labeller.description))
     store.check_room(epochs)
     made = store.description
     print(f"labels  {job.labels.describe()}, in batches of {made.batch}, {made.precision}")
@@ -91,7 +107,7 @@ def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
     )
     with stop_on_signal() as stop:
         for epoch in range(epochs):
-            with store.writing(epoch) as rows:
+            with store.writing(epoch, together) as rows:
                 if rows is not None:
                     labeller.label_epoch(epoch, rows, stop, f"labels of epoch {epoch + 1}/{epochs}")
     _report(store, epochs)
@@ -133,16 +149,16 @@ def _report(store: Store, epochs: int) -> None:
 
 
 class Labeller:
-    """Labels the crops of a run, `job`, with its refinery, an epoch at a time.
+    """Labels the crops of a run, `job`, with its refinery, an epoch at a time: of `together`'s processes each some.
 
     loader: of the crops of all images, also of those that training leaves out because they fill no batch; they come
     last. description: of the labels that it makes.
     Raises TrainError for what only shows when the refinery is opened, and for too few images.
     """
 
-    def __init__(self, job: Job, options: LabelOptions):
+    def __init__(self, job: Job, options: LabelOptions, together: Group = ALONE):
         assert isinstance(job.labels, RefineryLabels)
-        self.job, config = job, job.config
+        self.job, self._together, config = job, together, job.config
         if job.compiled:
             forget_compiled_steps(1)
         self._source = on_device(job.labels.open(job), job.device)
@@ -179,12 +195,12 @@ class Labeller:
         )
 
     def label_epoch(self, epoch: int, rows: NDArray[np.uint8], stop: Stop, name: str) -> None:
-        """Fills the rows, [crops, bytes_per_crop], of an epoch; `name` is the progress bar's.
+        """Fills this process's rows of an epoch's, [crops, bytes_per_crop]; `name` is the progress bar's.
 
         Raises TrainError for logits that are not finite and for too little memory, Interrupted where a stop is asked
         for.
         """
-        done, finite = 0, torch.ones((), dtype=torch.bool, device=self.job.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.job.device)
         on_their_way: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]] = deque()
 
         def arrived() -> None:
@@ -193,26 +209,23 @@ class Labeller:
                 event.synchronize()
             rows[places.numpy()] = labels.numpy()
 
-        with images_bar(len(rows), name) as bar:
-            for batch in self._batches(epoch):
-                count = len(batch.labels)
-                labels, all_finite = self._labelled(batch)
-                finite &= all_finite
-                places = batch.indices * self.description.copies + batch.copies
-                # Nothing here waits for the device: what was labelled is fetched while the next batches are.
-                on_their_way.append((_fetched(places), _fetched(labels[:count]), self._event()))
-                if len(on_their_way) > _ON_THEIR_WAY:
-                    arrived()
-                bar.update(count)
-                done += count
-                if stop.requested and done < len(rows):
-                    raise Interrupted(
-                        f"stopped in epoch {epoch + 1}; the epochs before it are kept; to continue, type again:\n"
-                        f"  {typed_command()}"
-                    )
-            while on_their_way:
+        stopped = (
+            f"stopped in epoch {epoch + 1}; the epochs before it are kept; to continue, type again:\n"
+            f"  {typed_command()}"
+        )
+        batches = self._batches(epoch)
+        for batch in in_rounds(batches, self.loader, self._together, stop, name=name, stopped=stopped):
+            labels, all_finite = self._labelled(batch)
+            finite &= all_finite
+            places = batch.indices * self.description.copies + batch.copies
+            # Nothing here waits for the device: what was labelled is fetched while the next batches are.
+            on_their_way.append((_fetched(places), _fetched(labels[: len(places)]), self._event()))
+            if len(on_their_way) > _ON_THEIR_WAY:
                 arrived()
-        if not finite:
+        while on_their_way:
+            arrived()
+        (spoilt,) = self._together.largest([not finite])
+        if spoilt:
             raise TrainError(
                 f"REFINERY={self.job.config.refinery}: what it says of some crops of epoch {epoch + 1} is not finite; "
                 "try --precision fp32, or another refinery"
@@ -228,19 +241,23 @@ class Labeller:
         return event
 
     def _batches(self, epoch: int) -> Iterator[CropBatch]:
-        """The batches of an epoch, all with crops for a full one.
+        """This process's batches of an epoch, all with crops for a full one.
 
         The refinery sees as many crops at a time as in training, whose statistics it may use; to the last images of an
         epoch, which are too few, the crops of the first ones are added, without their labels.
         """
         size, first = self.job.config.batch, []
-        missing = -self.loader.num_samples % size
-        for number, batch in enumerate(self.loader.epoch(epoch)):
-            if number < self.description.copies:
+        own, missing = own_blocks(self.loader, self._together), -self.loader.num_samples % size
+        # Who has the last block needs the first one too, which may be another's to label.
+        borrowed = missing > 0 and self.loader.blocks - 1 in own and 0 not in own
+        for number, batch in enumerate(self.loader.epoch(epoch, blocks=[0, *own] if borrowed else own)):
+            copy = number % self.description.copies
+            if number == copy:
                 # Copied: the loader may use the memory again.
                 first.append(batch.crops[:missing].clone())
+                if borrowed:
+                    continue
             if len(batch.labels) < size:
-                copy = number % self.description.copies
                 crops = torch.cat([batch.crops, first[copy]])
                 batch = replace(batch, crops=crops.contiguous(memory_format=torch.channels_last))
             yield batch

@@ -18,10 +18,16 @@ from train import TrainError
 
 
 def on_devices(
-    module: str, words: Sequence[str], parse: Callable[[list[str]], Any], work: Callable[[Any], Any]
+    module: str,
+    words: Sequence[str],
+    parse: Callable[[list[str]], Any],
+    work: Callable[[Any], Any],
+    *,
+    kept: str = "the last checkpoint is kept",
 ) -> None:
     """Calls work with what parse makes of the command line's words: here, or with --gpus N in N processes of `module`.
 
+    kept: what is not lost where a process is killed, for the message.
     Raises TrainError, and what parse raises, before any process is started.
     """
     words = with_underscores(list(words))
@@ -31,7 +37,7 @@ def on_devices(
     if gpus in (None, 1) or "WORLD_SIZE" in os.environ:
         work(parsed)
     else:
-        _launch(gpus, restarts or 0, module, words)
+        _launch(gpus, restarts or 0, module, words, kept)
 
 
 def _taken(words: list[str], option: str, what: str, *, least: int) -> tuple[int | None, list[str]]:
@@ -46,7 +52,7 @@ def _taken(words: list[str], option: str, what: str, *, least: int) -> tuple[int
     return None, words
 
 
-def _launch(count: int, restarts: int, module: str, words: Sequence[str]) -> None:
+def _launch(count: int, restarts: int, module: str, words: Sequence[str], kept: str) -> None:
     # Loading the launcher takes a second, which a single process need not wait for.
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -77,7 +83,7 @@ def _launch(count: int, restarts: int, module: str, words: Sequence[str]) -> Non
         # Of a peer that was lost the code is 1; of the one that knows why, another.
         code = next((code for code in codes if code not in (0, 1)), 1)
         if code < 0:
-            print(f"error: a process was ended by signal {-code}; the last checkpoint is kept", file=sys.stderr)
+            print(f"error: a process was ended by signal {-code}; {kept}", file=sys.stderr)
         sys.exit(code if code > 0 else 2)
     except SignalException:
         sys.exit(130)

@@ -18,21 +18,23 @@ from numpy.typing import NDArray
 
 from command import exit_on_user_error, run_command, typed_command
 from data.loader import Pairing, open_loader
-from data.progress import images_bar
 from kernels.normalise import Normalise
 from models.cells import CellLogits
 from models.trained import Trained
 from train import TrainError
 from train.config import Config, configure, parse_both
 from train.device import computing_in, on_device, set_tf32_and_allocator
-from train.interrupt import Interrupted, Stop, stop_on_signal
+from train.distributed import ALONE, Group, group, joined
+from train.interrupt import Stop, stop_on_signal
 from train.job import Job
 from train.labels.description import Description, data_part, refinery_part
 from train.labels.maps import check_classes, existing_maps
 from train.labels.refinery import RefineryLabels
 from train.labels.rows import CellRows
 from train.labels.store import Store, check_asked, create_store, in_units
+from train.launch import on_devices
 from train.report.maps import show
+from train.rounds import in_rounds, own_blocks
 from train.step import is_out_of_memory
 from train.train import with_refinery
 from train.trees import export_maps, import_maps
@@ -71,25 +73,38 @@ def main() -> None:
         "refinery's classifier at each cell of its last feature map, the likeliest 5 classes of each. A refinery that "
         "is named by its network is trained first where it has no finished run. The commands `import` and `export` "
         "(python -m train.maps import --help) read and write maps in files as ReLabel published them, and `show` draws "
-        "some."
+        "some. With --gpus N as many devices make them, each those of some images."
     )
-    config, own = parse_both(sys.argv[1:], MapsOptions, prog="python -m train.maps", about=about)
-    make_maps(config, own)
+
+    def parse(words: list[str]) -> tuple[Config, MapsOptions]:
+        return parse_both(words, MapsOptions, prog="python -m train.maps", about=about)
+
+    def work(asked: tuple[Config, MapsOptions]) -> None:
+        with joined(asked[0].device):
+            make_maps(*asked)
+
+    on_devices("train.maps", sys.argv[1:], parse, work, kept="maps are made in one go, so type the command again")
 
 
 def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
     """Makes the label maps of the training images with `config.refinery`, in `config.out`.
 
+    Of several processes (train.distributed) each makes those of some batches of images, which are the same batches, and
+    maps, for any number of them.
     Raises DataError, ModelError or TrainError for bad input, as far as possible before anything slow begins, and
     Interrupted after Ctrl-C or SIGTERM.
     """
     _check(config, options)
+    together = group()
     # Of a whole image there is no batch of crops whose statistics could be meant.
     given = {name: value for name, value in config.given.items() if name != "out"} | {"labels.bn": "running"}
-    (job,) = with_refinery([configure(given)])
+    # Batches are those of one process.
+    (job,) = with_refinery([configure(given)], ALONE)
     set_tf32_and_allocator(job.device, job.config.precision)
-    mapper = Mapper(job, options)
-    store = create_store(Path(str(config.out)), mapper.description)
+    mapper = Mapper(job, options, together)
+    same = f"{torch.__version__} {mapper.description.key}"
+    together.check_same(same, "PyTorch, data, refinery or configuration")
+    store = together.in_turn(lambda: create_store(Path(str(config.out)), mapper.description))
     store.check_room(1)
     made = store.description
     print(f"maps    {made.kind}, of {job.data.folder} by {made.refinery['network']} at {made.resolution} px")
@@ -101,7 +116,7 @@ def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
         f"rows    {made.bytes_per_crop} bytes an image, {in_units(made.bytes_per_epoch)} in all; {store.folder}",
         flush=True,
     )
-    with stop_on_signal() as stop, store.writing(0) as rows:
+    with stop_on_signal() as stop, store.writing(0, together) as rows:
         if rows is not None:
             mapper.fill(rows, stop)
     if store.epochs:
@@ -122,14 +137,16 @@ def _check(config: Config, options: MapsOptions) -> None:
 
 
 class Mapper:
-    """Makes the maps of a run's images with its refinery. network: what gives the cells. description: of the maps.
+    """Makes the maps of a run's images with its refinery: of `together`'s processes each some.
+
+    network: what gives the cells. description: of the maps.
 
     Raises ModelError for a refinery whose head is not the mean of cells and a linear layer.
     """
 
-    def __init__(self, job: Job, options: MapsOptions):
+    def __init__(self, job: Job, options: MapsOptions, together: Group = ALONE):
         assert isinstance(job.labels, RefineryLabels)
-        self._job, trained = job, job.labels.trained
+        self._job, self._together, trained = job, together, job.labels.trained
         side = options.map_resolution or _usual_side(trained, job)
         trained.check_resolution(side)
         self.network = on_device(CellLogits(deepcopy(trained.network), trained.name, side), job.device)
@@ -172,26 +189,22 @@ class Mapper:
         )
 
     def fill(self, rows: NDArray[np.uint8], stop: Stop) -> None:
-        """Fills the rows of all images, [images, bytes of a map].
+        """Fills this process's rows of all images', [images, bytes of a map].
 
         Raises TrainError for logits that are not finite, Interrupted where a stop is asked for.
         """
-        done = 0
-        with images_bar(len(rows), "label maps") as bar:
-            for batch in self._loader.epoch(0):
-                cells = self._cells(batch.paired[self._whole])
-                packed = self._rows.pack(self._shifted(cells) if self.description.shift else cells)
-                # As stored: float16 holds less than what the network computes in.
-                if not self._rows.unpack(packed)[0].isfinite().all():
-                    raise TrainError(
-                        f"REFINERY={self._job.config.refinery}: its logits for some images are not finite in float16; "
-                        "try --precision fp32, or another refinery"
-                    )
-                rows[batch.indices.cpu().numpy()] = packed.cpu().numpy()
-                bar.update(len(packed))
-                done += len(packed)
-                if stop.requested and done < len(rows):
-                    raise Interrupted(f"stopped; maps are made in one go, so type again:\n  {typed_command()}")
+        stopped = f"stopped; maps are made in one go, so type again:\n  {typed_command()}"
+        batches = self._loader.epoch(0, blocks=own_blocks(self._loader, self._together))
+        for batch in in_rounds(batches, self._loader, self._together, stop, name="label maps", stopped=stopped):
+            cells = self._cells(batch.paired[self._whole])
+            packed = self._rows.pack(self._shifted(cells) if self.description.shift else cells)
+            # As stored: float16 holds less than what the network computes in.
+            if not self._rows.unpack(packed)[0].isfinite().all():
+                raise TrainError(
+                    f"REFINERY={self._job.config.refinery}: its logits for some images are not finite in float16; "
+                    "try --precision fp32, or another refinery"
+                )
+            rows[batch.indices.cpu().numpy()] = packed.cpu().numpy()
 
     @torch.no_grad()
     def _cells(self, pictures: torch.Tensor) -> torch.Tensor:

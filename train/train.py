@@ -13,6 +13,7 @@ from data.sources import scenes_fingerprint
 from train import TrainError
 from train.announce import announce, announce_result
 from train.config import Config
+from train.distributed import Group
 from train.interrupt import Interrupted
 from train.job import Job, check, find_labels, needs_refinery, resolve
 from train.loop import Trainer
@@ -33,8 +34,10 @@ def train(config: Config) -> list[Run]:
     return _train_jobs(with_refinery(_one_each(config)))
 
 
-def with_refinery(configs: Sequence[Config]) -> list[Job]:
+def with_refinery(configs: Sequence[Config], together: Group | None = None) -> list[Job]:
     """The runs of these configurations, which have one refinery or none; it is trained first where it is missing.
+
+    together: the processes that the runs are for (default: all); the refinery is trained by all.
 
     Raises as `train`.
     """
@@ -46,7 +49,7 @@ def with_refinery(configs: Sequence[Config]) -> list[Job]:
         labels = find_labels(configs, data.class_names)
     else:
         data, labels = check(configs)
-    return [resolve(each, data, its) for each, its in zip(configs, labels, strict=True)]
+    return [resolve(each, data, its, together) for each, its in zip(configs, labels, strict=True)]
 
 
 def _one_each(config: Config) -> list[Config]:

@@ -2,7 +2,7 @@
 
 `labels.json` says what the labels are of and how their rows are made; `epoch-0000.labels` and so on hold a row of bytes
 for each crop of an epoch, in the order of the images and of their copies. Several processes may write different epochs
-at the same time; an epoch is there as a whole or not at all.
+at the same time, or together the rows of one; an epoch is there as a whole or not at all.
 """
 
 import fcntl
@@ -11,8 +11,8 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from data.sets import ConvertedSet
 from models.trained import load_trained, names_network_alone
 from train import TrainError
+from train.distributed import ALONE, Group
 from train.labels.description import (
     PARTIAL,
     Description,
@@ -142,35 +143,66 @@ class Store:
             )
 
     @contextmanager
-    def writing(self, epoch: int) -> Iterator[NDArray[np.uint8] | None]:
+    def writing(self, epoch: int, together: Group = ALONE) -> Iterator[NDArray[np.uint8] | None]:
         """Rows to be filled, [crops, bytes_per_crop]; those of the epoch, once the context ends without an error.
 
-        None where the epoch is finished, or where another process is writing it. Raises TrainError where the disk is
-        full.
+        together: the processes that fill them, each its own rows, and all enter and leave the context.
+        None where the epoch is finished, or where another process, not one of these, is writing it. Raises TrainError
+        where the disk is full, and where machines see different folders.
         """
-        partial = self._partial(epoch)
+        # Network file systems write whole pages of a mapped file back, over what other machines have written since:
+        # each machine fills a file of its own.
+        partial = self._partial(epoch, together.machine)
         with self._cannot_write(partial):
-            file = self._claimed(epoch)
-        if file is None:
+            file = self._claimed(epoch) if together.first else None
+        if not together.given(file is not None):
             yield None
             return
         started = time.perf_counter()
         try:
-            with self._cannot_write(partial):
-                file.truncate(self.description.bytes_per_epoch)
-                # Asked for now: where the disk is full, writing to a mapped page ends the process.
-                os.posix_fallocate(file.fileno(), 0, self.description.bytes_per_epoch)
-                rows = np.memmap(file, np.uint8, "r+", shape=self.description.shape)
+            rows = together.in_turn(lambda: self._mapped(partial, file, together))
+            partials = dict.fromkeys(together.gathered(partial.name))
+            self._check_shared(partials)
             yield rows
             with self._cannot_write(partial):
                 rows.flush()
-                os.fsync(file.fileno())
-                # In this order: where both are there, the epoch is finished, and nobody else has claimed it before.
-                self._add(epoch, {"crc32": zlib.crc32(rows.data), "seconds": time.perf_counter() - started})
-                os.replace(partial, self._file(epoch))
+            together.wait()
+            if file:
+                with self._cannot_write(partial):
+                    self._finish(epoch, file, rows, list(partials)[1:], started)
+            together.wait()
         finally:
-            partial.unlink(missing_ok=True)
-            file.close()
+            if together.local == 0:
+                partial.unlink(missing_ok=True)
+            if file:
+                file.close()
+
+    def _mapped(self, partial: Path, claimed: BinaryIO | None, together: Group) -> np.memmap:
+        """The rows in a file that is being written; the first process of each machine makes it, full of zeros."""
+        with self._cannot_write(partial), ExitStack() as stack:
+            new = together.local == 0
+            file = claimed or stack.enter_context(open(partial, "w+b" if new else "r+b"))
+            if new:
+                file.truncate(0)
+                file.truncate(self.description.bytes_per_epoch)
+                # Asked for now: where the disk is full, writing to a mapped page ends the process.
+                os.posix_fallocate(file.fileno(), 0, self.description.bytes_per_epoch)
+            return np.memmap(file, np.uint8, "r+", shape=self.description.shape)
+
+    def _check_shared(self, partials: Iterable[str]) -> None:
+        if not all((self.folder / name).is_file() for name in partials):
+            raise TrainError(f"OUT={self.folder}: is another folder on each machine; give one that all machines see")
+
+    def _finish(self, epoch: int, file: BinaryIO, rows: np.memmap, others: Sequence[str], started: float) -> None:
+        """Makes the rows those of the epoch. file: theirs. others: the files of other machines."""
+        for name in others:
+            # Where one machine has written, the others' files hold zeros.
+            np.bitwise_or(rows, np.memmap(self.folder / name, np.uint8, "r", shape=rows.shape), out=rows)
+        rows.flush()
+        os.fsync(file.fileno())
+        # In this order: where both are there, the epoch is finished, and nobody else has claimed it before.
+        self._add(epoch, {"crc32": zlib.crc32(rows.data), "seconds": time.perf_counter() - started})
+        os.replace(self._partial(epoch), self._file(epoch))
 
     def _claimed(self, epoch: int) -> BinaryIO | None:
         """The open file that this process alone is to write, or None. It is unlocked however the process ends."""
@@ -210,8 +242,8 @@ class Store:
     def _file(self, epoch: int) -> Path:
         return self.folder / self.description.file_name(epoch)
 
-    def _partial(self, epoch: int) -> Path:
-        return self.folder / f".{self._file(epoch).stem}{PARTIAL}"
+    def _partial(self, epoch: int, machine: int = 0) -> Path:
+        return self.folder / f".{self._file(epoch).stem}{f'.{machine}' if machine else ''}{PARTIAL}"
 
 
 @dataclass(frozen=True)

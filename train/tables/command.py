@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from train import TrainError
-from train.config import configure, parse_both
+from train.config import Config, configure, parse_both
+from train.distributed import group, joined
 from train.evaluate import find_images
 from train.job import check
+from train.launch import on_devices
 from train.runs import table_text
 from train.tables.rows import Tables
 from train.tables.text import TITLES, Row, Setting, TablesOptions, markdown, result_of
@@ -36,7 +38,17 @@ def main() -> None:
         "(default: runs/tables-1-4-....md). All other options of python -m train hold for every run."
     )
 
-    config, own = parse_both(sys.argv[1:], TablesOptions, prog="python -m train.tables", about=about)
+    def parse(words: list[str]) -> tuple[Config, TablesOptions]:
+        return parse_both(words, TablesOptions, prog="python -m train.tables", about=about)
+
+    def work(asked: tuple[Config, TablesOptions]) -> None:
+        with joined(asked[0].device):
+            _make_asked(*asked)
+
+    on_devices("train.tables", sys.argv[1:], parse, work)
+
+
+def _make_asked(config: Config, own: TablesOptions) -> None:
     given = dict(config.given)
     refinery, out = given.pop("refinery", None), given.pop("out", None)
     wanted = (own.tables or _USUAL_ORDER).split(",")
@@ -78,6 +90,8 @@ def make_tables(wanted: Sequence[str], setting: Setting, out: Path) -> list[Row]
     check([*(plain.replace({"model": network} | taxonomy) for network in networks), refined])
 
     def write(rows: list[Row]) -> None:
+        if not group().first:
+            return
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(markdown(rows, setting, wanted))

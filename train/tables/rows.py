@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from train.distributed import group
 from train.evaluate import evaluate
 from train.label import LabelOptions, label
 from train.maps import MapsOptions, make_maps
@@ -183,14 +184,17 @@ class Tables:
             row.on_sets.append(self._on_sets(run))
         self._show(self.rows)
 
+    def _scores(self, path: Path, run: Run, asked: Mapping[str, Any]) -> dict[str, Any]:
+        if not path.is_file():
+            config = self._setting.config
+            evaluate(str(run.folder), out=str(path), device=config.device, threads=config.threads, **asked)
+        return json.loads(path.read_text())
+
     def _on_sets(self, run: Run) -> dict[str, float | None]:
         """A run's accuracy on the further sets, in percent; None where none of their labels is of its classes."""
         found = {}
         for name, asked in self._setting.options.sets(self._setting.config.data).items():
             path = run.folder / f"evaluation-{name}-{key_of(asked)}.json"
-            if not path.is_file():
-                config = self._setting.config
-                evaluate(str(run.folder), out=str(path), device=config.device, threads=config.threads, **asked)
-            scores = json.loads(path.read_text())
+            scores = group().in_turn(lambda: self._scores(path, run, asked))  # noqa: B023
             found[name] = scores["top1"] if name == "V2" else scores[name.lower().replace("-", "_")]["percent"]
         return found
