@@ -91,8 +91,7 @@ def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
     (job,) = with_refinery([configure(given)], ALONE)
     set_tf32_and_allocator(job.device, job.config.precision)
     labeller = Labeller(job, options, together)
-    same = f"{torch.__version__} {epochs} {labeller.description.key}"
-    together.check_same(same, "PyTorch, data, refinery or configuration")
+    together.check_same(asdict(labeller.description) | {"epochs": epochs})
     store = together.in_turn(lambda: create_store(folder, labeller.description))
     store.check_room(epochs)
     made = store.description

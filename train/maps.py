@@ -8,7 +8,7 @@ make train MODEL=mobilenet LABELS=maps/resnet50 DATA=images/
 import sys
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,7 @@ def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
     (job,) = with_refinery([configure(given)], ALONE)
     set_tf32_and_allocator(job.device, job.config.precision)
     mapper = Mapper(job, options, together)
-    same = f"{torch.__version__} {mapper.description.key}"
-    together.check_same(same, "PyTorch, data, refinery or configuration")
+    together.check_same(asdict(mapper.description))
     store = together.in_turn(lambda: create_store(Path(str(config.out)), mapper.description))
     store.check_room(1)
     made = store.description
