@@ -34,6 +34,11 @@ def on_devices(
         _launch(gpus, module, rest)
 
 
+def share_processors(count: int) -> None:
+    """Gives processes started from now on, `count` at a time, as many threads each as there are processors for."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
+
+
 def _taken(words: list[str]) -> tuple[int | None, list[str]]:
     """The number behind --gpus, if it is there, and the other words. Raises TrainError for what is no number."""
     for at, word in enumerate(words):
@@ -57,7 +62,7 @@ def _launch(count: int, module: str, words: Sequence[str]) -> None:
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
+    share_processors(count)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
