@@ -112,7 +112,8 @@ def write_inputs(pair: Pair, files: list[str], folder: Path) -> float:
         name="bench",
         class_names=tuple(map(str, range(CLASSES))),
         train=Split(files, labels, images.open_image),
-        val=Split(files[:1], labels[:1], images.open_image),
+        # Never read, but each device is to have one.
+        val=Split(files[: pair.settings.gpus], labels[: pair.settings.gpus], images.open_image),
         fingerprint="",
         resolution=pair.settings.resolution,
         crop=CropRule(),

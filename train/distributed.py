@@ -215,7 +215,9 @@ def joined(device: str):
 
 
 def _end_without_a_word() -> NoReturn:
-    # At once: PyTorch's own end of a group whose other processes are gone may be an abort, which looks like the cause.
+    # The one that says why ends first: the first code that a launcher sees is the cause to it, and it ends the others.
+    time.sleep(_MOMENT)
+    # PyTorch's own end of a group whose other processes are gone may be an abort, which looks like a cause as well.
     os._exit(1)
 
 

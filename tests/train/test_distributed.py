@@ -115,7 +115,7 @@ _EXCHANGE = """
 import os
 import torch
 from train import distributed
-distributed._BUCKET = 100
+distributed._BUCKET, distributed._MOMENT = 100, 0.1
 with distributed.joined("cpu") as group:
     def parts(rank):
         return [torch.arange(float(size)) % 100 + rank for size in (7, 90, 150, 1, 99, 20)]
