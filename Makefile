@@ -46,7 +46,7 @@ runs.report         := train.report
 takes.report        := RUNS DATA OUT ARGS
 about.bench         := how fast, against what limit and which peers
 runs.bench          := bench
-takes.bench         := ONLY QUICK PROFILE PAIRS REFINERY DATA RESOLUTION BATCH EPOCHS THREADS OUT ARGS
+takes.bench         := ONLY QUICK PROFILE PAIRS REFINERY DATA RESOLUTION BATCH EPOCHS THREADS GPUS OUT ARGS
 about.bench-compare := two results of the bench (.json), row by row
 runs.bench-compare  := bench.compare
 takes.bench-compare := A B
@@ -164,14 +164,14 @@ Variables (typed on make's command line; the environment does not count)
   BATCH       crops a step                        DECODER     auto, ffcv, dali, torchvision
   RECIPE      quick, label-refinery, ...          SEED        fixes crops and first weights
   OUT         where the result goes
-  GPUS        devices of this machine that work together: GPUS=8
+  GPUS        devices of this machine that work together: GPUS=8 (bench: in ONLY=devices)
   MODELS      a chain's networks: "alexnet alexnet alexnet"
   TABLES      which tables of the papers: 1,4,relabel-labels
   RUNS        run folders: "runs/scenes/A runs/scenes/B"
   CHECKPOINT  a run's best.pt or last.pt, or what REFINERY takes except a name alone
   IMAGES      a file or a folder
   ONLY        parts of the bench, with commas: machine, loaders, cold, networks, loop,
-              refinery_cost, pooling; scale, only if it is named
+              devices, refinery_cost, pooling; scale, only if it is named
   QUICK       1: the bench in three minutes       PROFILE     1: trace one step instead
   PAIRS       resnet50:mobilenet,...              THREADS     that decode (bench): 4, or 1,2,4
   A, B        results of the bench to compare

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from bench import BenchError, cold, loaders, loop, machine, networks, pooling, refinery_cost, scale
+from bench import BenchError, cold, devices, loaders, loop, machine, networks, pooling, refinery_cost, scale
 from bench.environment import environment
 from bench.record import table, write, writing
 from bench.settings import resolve
@@ -23,6 +23,7 @@ _PARTS = {
     "cold": cold.measure,
     "networks": networks.measure,
     "loop": loop.measure,
+    "devices": devices.measure,
     "refinery_cost": refinery_cost.measure,
     "pooling": pooling.measure,
     "scale": scale.measure,
@@ -47,6 +48,7 @@ def run(
     pairs: str | None = None,
     refinery: str | None = None,
     device: str = "auto",
+    gpus: int | None = None,
     precision: Precision = "auto",
     compile: Literal["always", "never"] | None = None,
     out: str = "bench/results",
@@ -54,8 +56,9 @@ def run(
     """Measures, prints tables, and writes them with charts and all figures to `out`.
 
     Args:
-        only: the parts to measure, with commas between them: machine, loaders, cold, networks, loop, refinery_cost,
-            pooling, scale (default: all of them except scale, which takes minutes)
+        only: the parts to measure, with commas between them: machine, loaders, cold, networks, loop, devices,
+            refinery_cost, pooling, scale (default: all of them except scale, which takes minutes; devices only where
+            there are several)
         quick: all in small, within three minutes on two cores; other options still count
         profile: nothing is measured, but one step of the first pair traced, and its costliest operators shown
         data: any folder of images, or a converted set (default: images drawn by code)
@@ -72,6 +75,7 @@ def run(
             first
         refinery: a trained one, for refinery_cost: a run folder, or NAME:FILE; data is then its converted set
         device: where batches are delivered and networks run: auto, cpu or cuda
+        gpus: for devices, how many train together (default: all GPUs of the machine); on a CPU, processes that share it
         precision: of networks, as in training: auto, bf16, fp16, tf32 or fp32
         compile: run networks compiled (default: on a GPU)
         out: the folder for the results
@@ -95,7 +99,14 @@ def run(
         contenders=contenders,
         pairs=pairs,
         compile=compile,
+        gpus=gpus,
     )
+    if "devices" in parts and devices.why_not(settings):
+        if only:
+            raise BenchError(f"only=devices: {devices.why_not(settings)}")
+        parts.remove("devices")
+        if not profile:
+            print(f"devices: left out; it {devices.why_not(settings)}", flush=True)
     with writing(Path(out)):
         found = environment(settings.device)
     if profile:

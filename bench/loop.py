@@ -34,7 +34,10 @@ BASELINE, STEP, LOOP = "baseline", "step", "loop"
 
 
 class Looping(Runner):
-    """Epochs of a train.loop.Trainer. config: of a run that is to have more epochs than there will be."""
+    """Epochs of a train.loop.Trainer. config: of a run that is to have more epochs than there will be.
+
+    Of several processes that train together (train.distributed), each counts the images that it has trained on itself.
+    """
 
     def __init__(self, config: Config):
         self._compiler = CompilerNotes() if config.compile == "always" else None
@@ -46,7 +49,7 @@ class Looping(Runner):
         trainer.train_epoch()
         waited = trainer.progress.waited_seconds
         trainer.progress = Progress(epoch=trainer.progress.epoch + 1)
-        return Work(trainer.loader.steps * trainer.job.config.batch, waited)
+        return Work(trainer.loader.steps * trainer.job.batch // trainer.job.group.world, waited)
 
     def facts(self) -> dict[str, Any]:
         found = {"compiler": self._compiler.found()} if self._compiler else {}
@@ -73,7 +76,8 @@ def trainer_of(config: Config) -> Trainer:
     return Trainer([resolve(config, data, labels)])
 
 
-def _config(pair: Pair, folder: Path, threads: int) -> Config:
+def config_of(pair: Pair, folder: Path, threads: int) -> Config:
+    """Of a training on what write_inputs wrote into the folder."""
     settings = pair.settings
     return Config(
         model=pair.student,
@@ -92,14 +96,14 @@ def _config(pair: Pair, folder: Path, threads: int) -> Config:
 
 
 def _looping(pair: Pair, folder: Path, threads: int) -> Looping:
-    return Looping(_config(pair, folder, threads))
+    return Looping(config_of(pair, folder, threads))
 
 
 def _stepping(pair: Pair, folder: Path, threads: int) -> Stepping:
-    return Stepping(_config(pair, folder, threads))
+    return Stepping(config_of(pair, folder, threads))
 
 
-def _write_inputs(pair: Pair, files: list[str], folder: Path) -> float:
+def write_inputs(pair: Pair, files: list[str], folder: Path) -> float:
     """Writes the converted set and the refinery's random weights; returns the seconds that converting took."""
     torch.manual_seed(0)
     torch.save(models.build(pair.refinery, CLASSES).state_dict(), folder / "refinery.pt")
@@ -108,7 +112,8 @@ def _write_inputs(pair: Pair, files: list[str], folder: Path) -> float:
         name="bench",
         class_names=tuple(map(str, range(CLASSES))),
         train=Split(files, labels, images.open_image),
-        val=Split(files[:1], labels[:1], images.open_image),
+        # Never read, but each device is to have one.
+        val=Split(files[: pair.settings.gpus], labels[: pair.settings.gpus], images.open_image),
         fingerprint="",
         resolution=pair.settings.resolution,
         crop=CropRule(),
@@ -163,7 +168,7 @@ def _contenders(pair: Pair, files: list[str], folder: Path, threads: int) -> lis
     if not pair.why_not():
         try:
             with Process() as process:
-                seconds = process.call(_write_inputs, pair, files, folder)
+                seconds = process.call(write_inputs, pair, files, folder)
             print(f"converted: {len(files)} images in {seconds:.0f} s", flush=True)
         except CallFailed as error:
             failed = str(error)

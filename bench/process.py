@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class CallFailed(Exception):
 class Process:
     """A fresh interpreter that runs one function after the other and is idle between them.
 
-    It leads a session of its own: Ctrl-C does not reach it, and close() ends it with all its children.
+    It leads a session of its own: Ctrl-C does not reach it, and close() ends it with all its children, those with a
+    session of their own among them.
     """
 
     def __init__(self):
@@ -77,8 +78,12 @@ class Process:
     def close(self) -> None:
         if self._log.closed:
             return
+        apart = list(_tree(self._process.pid))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        for pid in apart:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._process.wait()
         self._connection.close()
         self._log.close()
@@ -87,6 +92,23 @@ class Process:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").split("\n")
         return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def answers(processes: Sequence[Process]) -> list[Any]:
+    """What the calls that were begun return, in the order of the processes.
+
+    Raises CallFailed as soon as one fails: others may then wait for it in vain.
+    """
+    found: dict[Connection, Any] = {}
+    of = {process._connection: process for process in processes}
+    while len(found) < len(of):
+        ready = wait([connection for connection in of if connection not in found], _PATIENCE)
+        if not ready:
+            raise CallFailed(f"no answer within {_PATIENCE} s")
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            found[connection] = of[connection].answer()
+    return [found[connection] for connection in of]
 
 
 def _serve(connection: Connection) -> None:
@@ -116,7 +138,7 @@ def _one_line(error: Exception) -> str:
 
 def cpu_seconds() -> float:
     """Processor time of this process and its descendants so far, to 10 ms; of those already gone as well."""
-    return sum(sum(map(int, _stat(pid)[11:15])) for pid in _tree()) / _TICKS
+    return sum(sum(map(int, _stat(pid)[11:15])) for pid in _tree(os.getpid())) / _TICKS
 
 
 def memory_bytes() -> int | None:
@@ -125,7 +147,7 @@ def memory_bytes() -> int | None:
     None where the system does not tell.
     """
     total = 0
-    for pid in _tree():
+    for pid in _tree(os.getpid()):
         found = 0
         with contextlib.suppress(OSError):  # a process that has just ended
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -137,13 +159,13 @@ def memory_bytes() -> int | None:
     return total
 
 
-def _tree() -> Iterator[int]:
+def _tree(root: int) -> Iterator[int]:
     parents = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):
                 parents[int(entry)] = int(_stat(int(entry))[1])
-    found = [os.getpid()]
+    found = [root]
     for pid in found:
         yield pid
         found += [child for child, parent in parents.items() if parent == pid]

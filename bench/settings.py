@@ -19,7 +19,8 @@ class Settings:
     data: any folder of images or a converted set; None: images drawn by code. threads: of loaders, each count in turn.
     turns: timed ones of each contender, of so many seconds at least. crops: an epoch of a loader. steps: an epoch of
     the training loop. contenders: names of loaders, or parts of them. pairs: (refinery, student), names of networks.
-    refinery: a trained one. device: cpu or cuda. compiled: networks run compiled. quick: all in small.
+    refinery: a trained one. device: cpu or cuda. gpus: devices, or on a CPU processes, that train together.
+    compiled: networks run compiled. quick: all in small.
     """
 
     data: str | None
@@ -34,6 +35,7 @@ class Settings:
     pairs: tuple[tuple[str, str], ...]
     refinery: str | None
     device: str
+    gpus: int
     precision: Precision
     compiled: bool
     quick: bool
@@ -114,6 +116,7 @@ def resolve(
         pairs=pairs,
         refinery=refinery,
         device=where.type,
+        gpus=_devices(asked["gpus"], where.type),
         precision=precision_on(where, precision),
         compiled=values["compile"] == "always",
         quick=quick,
@@ -125,6 +128,17 @@ def _thread_counts(words: str, most: int) -> set[int]:
     if not all(count.isdecimal() and 1 <= int(count) <= most for count in counts):
         raise BenchError(f"threads={words}: give 1 to {most}, the processors there are, or several with commas")
     return {int(count) for count in counts}
+
+
+def _devices(asked: int | None, kind: str) -> int:
+    """As many as were asked for; of GPUs all, and one CPU, where nothing was asked."""
+    most = torch.cuda.device_count() if kind == "cuda" else default_threads()
+    if asked is not None and asked < 1:
+        raise BenchError(f"gpus={asked}: give the number of devices, at least 1")
+    if asked is not None and asked > most:
+        what = "CUDA devices" if kind == "cuda" else "processors for a process each"
+        raise BenchError(f"gpus={asked}: this machine has {most} {what}")
+    return asked or (most if kind == "cuda" else 1)
 
 
 def _pair(words: str) -> tuple[str, str]:

@@ -74,6 +74,7 @@ def test_every_verb_is_one_command(make):
         (["runs"], ["-m", "train.runs"]),
         (["report", "RUNS=a b", "OUT=c"], ["-m", "train.report", "--runs", "a b", "--out", "c"]),
         (["bench", "ONLY=loaders", "THREADS=2"], ["-m", "bench", "--only", "loaders", "--threads", "2"]),
+        (["bench", "ONLY=devices", "GPUS=2"], ["-m", "bench", "--only", "devices", "--gpus", "2"]),
         (["bench", "QUICK=1", "PROFILE=0", "PAIRS=a:b"], ["-m", "bench", "--quick", "--pairs", "a:b"]),
         (["bench-compare", "A=a b.json", "B=c.json"], ["-m", "bench.compare", "a b.json", "c.json"]),
         (["kernels", "ARGS=--targets 90"], ["-m", "kernels", "--targets", "90"]),

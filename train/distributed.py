@@ -9,12 +9,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -126,15 +126,10 @@ class Group:
         part, so that the bits are the same for any number of processes.
         """
         made: list[Tensor] = []
-        for bucket in _buckets(parts[0]):
-            flats = [torch.cat([part[i].reshape(-1) for i in bucket]) for part in parts]
-            if how == "tree":
-                total = _added_in_pairs(self._all_parts(flats))
-            else:
-                total = flats[0]
-                sent = total.bfloat16() if how == "bf16" else total
-                self._exchanged(lambda: dist.all_reduce(sent))  # noqa: B023
-                total = sent.to(total.dtype)
+        buckets = _buckets(parts[0])
+        # Some buckets are packed or unpacked while others travel. Backward is over by then: a compiled one yields all
+        # gradients at its end.
+        for bucket, total in zip(buckets, self._totals(parts, buckets, how), strict=True):
             sizes = [parts[0][i].numel() for i in bucket]
             # Laid out as the weights are, which a fused optimizer wants.
             made += [
@@ -142,6 +137,23 @@ class Group:
                 for i, piece in zip(bucket, total.split(sizes), strict=True)
             ]
         return made
+
+    def _totals(self, parts: Sequence[Sequence[Tensor]], buckets: list[list[int]], how: Reduce) -> Iterator[Tensor]:
+        """Each bucket's sum over all parts of a step, in one dimension."""
+        if how == "tree":
+            for bucket in buckets:
+                yield _added_in_pairs(self._all_parts([_flat(part, bucket) for part in parts]))
+            return
+        travelling = []
+        for bucket in buckets:
+            flat = _flat(parts[0], bucket)
+            sent = flat.bfloat16() if how == "bf16" else flat
+            work = self._exchanged(lambda: dist.all_reduce(sent, async_op=True))  # noqa: B023
+            travelling.append((sent, flat.dtype, work))
+        for sent, dtype, work in travelling:
+            if work:
+                self._exchanged(work.wait)
+            yield sent.to(dtype)
 
     def _all_parts(self, mine: Sequence[Tensor]) -> list[Tensor]:
         """The tensors of all parts of a step, in order: part p is the (p // N)-th of process p mod N."""
@@ -160,12 +172,12 @@ class Group:
                 for buffer in module.buffers():
                     self._exchanged(lambda: dist.broadcast(buffer, 0))  # noqa: B023
 
-    def _exchanged(self, exchange: Callable[[], Any]) -> None:
-        """Raises PeerLost where another process is gone."""
+    def _exchanged(self, exchange: Callable[[], _Result]) -> _Result | None:
+        """What the exchange returns; None, without it, of one process. Raises PeerLost where another one is gone."""
         if self.world == 1:
-            return
+            return None
         try:
-            exchange()
+            return exchange()
         except (RuntimeError, ConnectionError) as error:
             raise PeerLost from error
 
@@ -222,9 +234,11 @@ def joined(device: str):
         _group.check_same(_versions())
         yield _group
         dist.destroy_process_group()
+    except PeerLost:
+        _end_without_a_word()
     except UserError:
         if _all_failed() and not _group.first:
-            raise PeerLost from None
+            _end_without_a_word()
         raise
     except KeyboardInterrupt:
         if not _group.first:
@@ -232,6 +246,13 @@ def joined(device: str):
         raise
     finally:
         _group, _control_group = ALONE, None
+
+
+def _end_without_a_word() -> NoReturn:
+    # The one that says why ends first: the first code that a launcher sees is the cause to it, and it ends the others.
+    time.sleep(_MOMENT)
+    # PyTorch's own end of a group whose other processes are gone may be an abort, which looks like a cause as well.
+    os._exit(1)
 
 
 def _all_failed() -> bool:
@@ -281,6 +302,11 @@ def _buckets(gradients: Sequence[Tensor]) -> list[list[int]]:
         found[-1].append(i)
         size += gradient.numel()
     return found
+
+
+def _flat(gradients: Sequence[Tensor], bucket: Sequence[int]) -> Tensor:
+    """The gradients of a bucket, in a new tensor of one dimension."""
+    return torch.cat([gradients[i].reshape(-1) for i in bucket])
 
 
 def _added_in_pairs(parts: Sequence[Tensor]) -> Tensor:

@@ -40,6 +40,11 @@ def on_devices(
         _launch(gpus, restarts or 0, module, words, kept)
 
 
+def share_processors(count: int) -> None:
+    """Gives processes started from now on, `count` at a time, as many threads each as there are processors for."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
+
+
 def _taken(words: list[str], option: str, what: str, *, least: int) -> tuple[int | None, list[str]]:
     """The number behind --option, if it is there, and the other words. Raises TrainError for what is no number."""
     for at, word in enumerate(words):
@@ -63,7 +68,7 @@ def _launch(count: int, restarts: int, module: str, words: Sequence[str], kept: 
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
+    share_processors(count)
     # Else processes that are started again take addresses from before for each other's (PyTorch issue 135712).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     config = LaunchConfig(

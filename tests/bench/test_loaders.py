@@ -144,7 +144,7 @@ def test_threads_are_one_number_or_several(words, counts, monkeypatch):
 
 
 def _settings(**options) -> Settings:
-    names = ("resolution", "batch", "epochs", "crops", "steps", "contenders", "pairs", "compile", "threads")
+    names = ("resolution", "batch", "epochs", "crops", "steps", "contenders", "pairs", "compile", "threads", "gpus")
     asked = dict.fromkeys(names) | options
     return resolve(quick=True, device="cpu", precision="auto", data=None, refinery=None, **asked)
 

@@ -43,7 +43,9 @@ WORDS = [word for name, value in SMALL.items() for word in (f"--{name}", str(val
 
 @pytest.fixture
 def settings():
-    return resolve(quick=True, device="cpu", precision="fp32", data=None, refinery=None, compile=None, **SMALL)
+    return resolve(
+        quick=True, device="cpu", precision="fp32", data=None, refinery=None, compile=None, gpus=None, **SMALL
+    )
 
 
 @pytest.fixture

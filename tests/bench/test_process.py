@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.process import CallFailed, Process, cpu_seconds, memory_bytes
+from bench.process import CallFailed, Process, answers, cpu_seconds, memory_bytes
 
 
 def runs(pid: int) -> bool:
@@ -45,6 +45,36 @@ def test_a_dead_process_is_reported():
 def test_close_ends_the_children_too():
     with Process() as process:
         child = process.call(os.spawnlp, os.P_NOWAIT, "sleep", "sleep", "60")
+        assert runs(child)
+    deadline = time.monotonic() + 5
+    while runs(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not runs(child)
+
+
+def test_of_several_calls_the_first_failure_counts_at_once():
+    with Process() as slow, Process() as fast:
+        slow.begin(time.sleep, 60)
+        fast.begin(int, "no number")
+        started = time.monotonic()
+        with pytest.raises(CallFailed, match="ValueError"):
+            answers([slow, fast])
+        assert time.monotonic() - started < 30
+    with Process() as one, Process() as other:
+        one.begin(pow, 2, 3)
+        other.begin(pow, 2, 4)
+        assert answers([other, one]) == [16, 8]
+
+
+def _nested() -> int:
+    global _kept
+    _kept = Process()
+    return _kept.call(os.getpid)
+
+
+def test_close_ends_processes_of_the_process_too():
+    with Process() as process:
+        child = process.call(_nested)
         assert runs(child)
     deadline = time.monotonic() + 5
     while runs(child) and time.monotonic() < deadline:

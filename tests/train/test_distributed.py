@@ -111,6 +111,50 @@ def test_gradients_travel_in_pieces_and_come_back_laid_out_as_they_were(monkeypa
             assert made.stride() == given_.stride()
 
 
+_EXCHANGE = """
+import os
+import torch
+from train import distributed
+distributed._BUCKET, distributed._MOMENT = 100, 0.1
+with distributed.joined("cpu") as group:
+    def parts(rank):
+        return [torch.arange(float(size)) % 100 + rank for size in (7, 90, 150, 1, 99, 20)]
+    expected = [one + two for one, two in zip(parts(0), parts(1))]
+    for how in ("sum", "bf16", "tree"):
+        made = group.reduce_gradients([parts(group.rank)], how=how)
+        assert all(torch.equal(*both) for both in zip(made, expected)), (how, made)
+        assert {each.dtype for each in made} == {torch.float32}
+    half = group.reduce_gradients([[torch.tensor([1 + 2**-12])]], how="bf16")
+    assert half[0].tolist() == [2.0], half
+    group.wait()
+    if group.rank:
+        os._exit(0)
+    group.reduce_gradients([parts(0)], how="sum")
+"""
+
+
+def test_buckets_are_added_up_and_a_lost_process_ends_the_others_without_a_word():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _EXCHANGE],
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    ended = [(*process.communicate(timeout=100), process.returncode) for process in processes]
+    assert ended[1] == ("", "", 0)
+    assert ended[0][0] == ""
+    assert ended[0][2] == 1
+    assert "Traceback" not in ended[0][1]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
