@@ -175,10 +175,10 @@ def _contenders(pair: Pair, files: list[str], folder: Path, threads: int) -> lis
     failed = ""
     if not pair.why_not():
         try:
-            for place, its in sets.items():
+            for place, members in sets.items():
                 place.mkdir()
                 with Process() as process:
-                    process.call(write_inputs, pair, its, place)
+                    process.call(write_inputs, pair, members, place)
         except CallFailed as error:
             failed = str(error)
     planned: list[tuple[str, list[int], Reduce | None]] = [
@@ -206,10 +206,10 @@ def add_efficiency(rows: list[Row]) -> None:
     """
     measured = ran(rows)
     rates = {name: row["rate"]["median"] for name, row in measured.items()}
-    alone = [rates.get(row["name"]) for row in rows if row["devices"] == 1]
+    alone = [row["name"] for row in rows if row["devices"] == 1]
     for name, row in measured.items():
-        if row["devices"] > 1 and None not in alone:
-            row["efficiency"] = rates[name] / sum(alone)
+        if row["devices"] > 1 and all(each in rates for each in alone):
+            row["efficiency"] = rates[name] / sum(rates[each] for each in alone)
         if name in (TOGETHER, TOGETHER_BF16) and APART in rates:
             row["exchange"] = 1 - rates[name] / rates[APART]
 
@@ -225,7 +225,7 @@ def _notes(pair: Pair, count: int, threads: int, rows: list[Row]) -> list[str]:
     return [
         f"Training {pair.student} from {pair.refinery}, both of random weights, on random crops of "
         f"{images.described(settings.data, count)} to {settings.resolution} px, from the page cache, in batches of "
-        f"{settings.batch} for each device (weak scaling), {settings.computing}, {threads} decoding threads for each. "
+        f"{settings.batch} for each device (weak scaling), {settings.computing}, decoding threads each: {threads}. "
         f"images/s of all devices of a row: median, lowest and highest of {settings.turns} epochs of {settings.steps} "
         "steps, in turns, after an untimed one each.",
         f"{on_cpu if settings.device == 'cpu' else ''}alone: while the other devices rest. {APART}: as many "
