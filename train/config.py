@@ -336,8 +336,8 @@ def parse_both(words: Sequence[str], own: type[_Own], *, prog: str, about: str) 
     """
     # train.launch takes these two before the parser sees the rest.
     about += (
-        " --gpus N starts N processes, one per device; --max_restarts K starts them again, up to K times, after one was "
-        "killed or failed."
+        " --gpus N starts N processes, one per device; --max_restarts K starts them again, up to K times, after one "
+        "was killed or failed."
     )
     parser = ArgumentParser(prog=prog, description=about, exit_on_error=False, print_config=None)
     parser.add_argument("--config", action="config", help="a YAML file of options; those typed behind it count more")
