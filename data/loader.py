@@ -169,7 +169,10 @@ class Loader:
         )
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
-        """The batches of one epoch from start_step on; those before it cost nothing. Raises DataError for damage."""
+        """The batches of one epoch from start_step on; those before it cost nothing.
+
+        Raises DataError for damage, and where the file has been written to since it was opened; see data.beton.Beton.
+        """
         first_block, first_copy = divmod(start_step, self._copies)
         # The decoder asks for blocks ahead of their use; the boxes that it got wait here for their crops.
         planned: deque[Request] = deque()
@@ -190,6 +193,7 @@ class Loader:
             pages=self._beton.pages if self._order == "quasi-random" else None,
         )
         for block in range(first_block, self._blocks):
+            self._beton.check_unchanged()
             indices = order[block * self._batch_size : (block + 1) * self._batch_size]
             request = self._request(indices, epoch)
             planned.append(request)
