@@ -25,8 +25,8 @@ def kill(folder: Path, kills: int, seed: int) -> Counter[str]:
     counts: Counter[str] = Counter()
     for number, (storage, start) in enumerate([("jpeg", None), ("blocks", None), ("jpeg", folder / "stale")]):
         words = ["tests.kills.conversion", "--data", str(images), "--storage", storage]
-        share = (kills + number) // 3
-        counts += survive(words, folder / "run", compare=["set/*"], kills=share, seed=seed + number, start=start)
+        if share := (kills + number) // 3:
+            counts += survive(words, folder / "run", compare=["set/*"], kills=share, seed=seed + number, start=start)
     return counts
 
 
