@@ -175,9 +175,9 @@ def _write_set(source: Source, folder: Path, storage: Storage, processes: int) -
 
 def _move(made: Path, out: Path, *, replaced: Path) -> None:
     """Moves a complete set to its place. What is there goes to `replaced`, and comes back if moving fails."""
-    if out.exists():
-        out.rename(replaced)
     try:
+        if out.exists():
+            out.rename(replaced)
         made.rename(out)
     except BaseException:
         _give_back(replaced, out)
@@ -200,7 +200,7 @@ def _remove_leftovers(out: Path) -> None:
         if re.fullmatch(re.escape(_partial_prefix(out)) + r"\w+", path.name):
             # Of one that was killed between the two steps of replacing a set.
             _give_back(path / "replaced", out)
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -208,7 +208,8 @@ def _stopping_on_signals(out: Path) -> Iterator[None]:
     """SIGTERM, and SIGHUP unless it is ignored, end a conversion in order, as Ctrl-C does."""
 
     def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(f"{out}: conversion stopped by {signal.Signals(number).name}; nothing was left half-done")
+        name = signal.Signals(number).name
+        raise KeyboardInterrupt(f"{out}: conversion stopped by {name}; nothing was left half-done")
 
     # Python lets only the main thread decide this.
     asked = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
@@ -293,7 +294,7 @@ def _encode_ahead(split: Split, storage: Storage, processes: int) -> Iterator[En
 
 
 def _chunk(storage: Storage) -> int:
-    """Images that a process takes at a time: as many as are stored in _CHUNK_BYTES at the most, and not above _CHUNK."""
+    """Images that a process takes at a time: what certainly fits in _CHUNK_BYTES as stored, but 1 to _CHUNK."""
     largest = min(storage.max_resolution**2 * (3 if storage.kind == "raw" else 1), PAGE_SIZE)
     return min(max(_CHUNK_BYTES // largest, 1), _CHUNK)
 

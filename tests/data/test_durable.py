@@ -198,7 +198,8 @@ def test_a_full_disk_is_called_one_and_what_was_there_stays(image_folder, tmp_pa
     done = on_a_small_disk(
         disk,
         f"mkdir {disk}/out && touch {disk}/out/mine && "
-        f"PYTHONPATH=. {sys.executable} {tmp_path}/replace.py {image_folder} {disk}/out; echo $?; find {disk} -mindepth 1",
+        f"PYTHONPATH=. {sys.executable} {tmp_path}/replace.py {image_folder} {disk}/out; "
+        f"echo $?; find {disk} -mindepth 1",
     )
     said = f"error: {disk}/out: the disk is full; free some space first (nothing was left half-done)"
     assert done.stderr.splitlines()[-1] == said

@@ -78,7 +78,7 @@ def survive(
 
 
 def once(words: Sequence[str], folder: Path) -> tuple[int, float]:
-    """Runs a command in a folder to its end, in a fork. Returns its calls and its seconds; raises Unlike if it fails."""
+    """Runs a command in a folder to its end, in a fork. Returns its calls and seconds; raises Unlike if it fails."""
     importlib.import_module(words[0])
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
