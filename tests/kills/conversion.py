@@ -19,7 +19,7 @@ def convert(data: str, storage: Literal["jpeg", "blocks"] = "jpeg") -> Converted
 
 def kill(folder: Path, kills: int, seed: int) -> Counter[str]:
     """Kills by kind, of all three together."""
-    images = write_class_folders(folder / "images", 2, 150)
+    images = write_class_folders(folder / "images", 2, 60)
     others = write_class_folders(folder / "others", 2, 3, seed=9000)
     once(["tests.kills.conversion", "--data", str(others)], folder / "stale")
     counts: Counter[str] = Counter()
