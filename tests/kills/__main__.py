@@ -6,6 +6,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import importlib
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -30,11 +31,12 @@ def run(only: str = "", kills: int = 30, seed: int = 0) -> None:
         raise UserError(f"only={unknown[0]}: unknown; there are {', '.join(_CASES)}")
     for case in cases:
         began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="kills-") as folder:
-            try:
-                counts = importlib.import_module(f"tests.kills.{case}").kill(Path(folder), kills, seed)
-            except Unlike as error:
-                raise UserError(f"{case}: {error}") from None
+        folder = Path(tempfile.mkdtemp(prefix="kills-"))
+        try:
+            counts = importlib.import_module(f"tests.kills.{case}").kill(folder, kills, seed)
+        except Unlike as error:
+            raise UserError(f"{case}: {error}; all files are kept in {folder}") from None
+        shutil.rmtree(folder)
         kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
         print(f"{case}: the same files in the end; kills: {kinds}; {time.monotonic() - began:.0f} s", flush=True)
 
