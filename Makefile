@@ -65,13 +65,16 @@ takes.test-all      := ARGS
 about.test-gpu      := the tests that need a GPU
 runs.test-gpu       := pytest -m gpu
 takes.test-gpu      := ARGS
+about.kills         := kill commands again and again, and compare what they leave in the end
+runs.kills          := tests.kills
+takes.kills         := ONLY KILLS SEED ARGS
 about.lint          := ruff
 about.types         := mypy
 about.format        := let ruff order the code
 about.setup         := make .venv from requirements.lock (every verb does it by itself, once)
 about.help          := this text
 
-commands := train label maps chain tables convert evaluate predict runs report bench bench-compare compare-labels kernels test test-all test-gpu
+commands := train label maps chain tables convert evaluate predict runs report bench bench-compare compare-labels kernels test test-all test-gpu kills
 verbs := $(commands) lint types format setup help
 
 flags := QUICK PROFILE
@@ -171,7 +174,9 @@ Variables (typed on make's command line; the environment does not count)
   CHECKPOINT  a run's best.pt or last.pt, or what REFINERY takes except a name alone
   IMAGES      a file or a folder
   ONLY        parts of the bench, with commas: machine, loaders, cold, networks, loop,
-              devices, refinery_cost, pooling; scale, only if it is named
+              devices, refinery_cost, pooling; scale, only if it is named;
+              or of the kills: conversion
+  KILLS       how many of each of these parts
   QUICK       1: the bench in three minutes       PROFILE     1: trace one step instead
   PAIRS       resnet50:mobilenet,...              THREADS     that decode (bench): 4, or 1,2,4
   A, B        results of the bench to compare

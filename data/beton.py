@@ -18,7 +18,7 @@ import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,20 @@ class Encoded(NamedTuple):
     raw: bool = False
 
 
+class FileIdentity(NamedTuple):
+    """Which file, and in which state. inode: with its device. size: in bytes. changed: when, in ns."""
+
+    inode: tuple[int, int]
+    size: int
+    changed: int
+
+
+def identity_of(file: int | Path) -> FileIdentity:
+    """Of an open file, by its descriptor, or of the one at a path. Raises OSError."""
+    status = os.stat(file)
+    return FileIdentity((status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns)
+
+
 class Beton:
     """A `.beton` opened for reading: sizes, labels and encoded bytes, without decoding anything.
 
@@ -75,15 +89,22 @@ class Beton:
     starts, lengths: int64 [n], place of each image's bytes. pages: int64 [n], the file page that holds each image.
     bytes: uint8, the whole file, mapped. fingerprint: hex digest of index and contents; of the index alone where the
     file has no seal, which still differs whenever an image was added, dropped, moved or encoded to another length.
+    identity: of the file, as it was opened.
     Raises DataError when the file is missing, cut short, damaged, or of another format.
+
+    A file that is removed, or replaced by another one, stays mapped as it was. What is written to the file itself is
+    seen: an image's checksum is compared only once, and a file that has become shorter ends the process with SIGBUS
+    where an image is read that it no longer holds. check_unchanged, which loaders call before each batch, notices it
+    in time unless the batches in the making are read in that very moment, or size and time have been put back.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            file_size = os.path.getsize(self.path)
-            header, (image, label), self.in_blocks, allocations, seal, sealed = self._read_index(file_size)
             with open(self.path, "rb") as file:
+                self.identity = identity_of(file.fileno())
+                file_size = self.identity.size
+                header, (image, label), self.in_blocks, allocations, seal, sealed = self._read_index(file, file_size)
                 # Private: decoders that insist on writable buffers take its views as they are, and nothing reaches the
                 # file. Nothing is reserved for writes that never come, so that it may be larger than memory.
                 flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -133,6 +154,17 @@ class Beton:
         for index in indices[~self._trusted[indices]]:
             self.encoded(index)
 
+    def check_unchanged(self) -> None:
+        """Raises DataError where the open file has been written to since. Quick: reads nothing of the file itself."""
+        try:
+            now = identity_of(self.path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read any more ({error.strerror})") from None
+        if now.inode == self.identity.inode and now != self.identity:
+            raise DataError(f"{self.path}: was written to while it was in use; convert the set again")
+
     def _lengths(self, pointers: NDArray[np.uint64], allocations: NDArray, table: np.uint64) -> NDArray[np.int64]:
         """The length of the bytes that begin at each pointer; all of them lie in front of the allocation table."""
         # Column by column: with ImageNet's number of images, rows of the table and their copies are much memory.
@@ -157,34 +189,33 @@ class Beton:
             raise self._broken("its index is damaged")
         return checksums
 
-    def _read_index(self, file_size: int):
+    def _read_index(self, file: BinaryIO, file_size: int):
         """Header, image and label rows, allocations, the seal (or None), and what the seal's digest covers."""
-        with open(self.path, "rb") as file:
-            header = _read(file, _HEADER, 1)
-            if header is None or header[0]["version"] != _VERSION:
-                found = "cut short" if header is None else f"not FFCV version {_VERSION}"
-                raise DataError(f"{self.path}: not a .beton file ({found}); convert the set again")
-            header = header[0]
-            fields = _read(file, _FIELD, int(header["num_fields"])) if header["num_fields"] <= 16 else None
-            if fields is None or not header["page_size"] > 0:
-                raise self._broken("its header is damaged or cut short")
-            types = [int(field["type_id"]) for field in fields]
-            in_blocks = tuple(zip(fields["name"].tolist(), types, strict=True)) == _BLOCKS
-            of_images = set(types) <= {*_ROW_TYPES} - {_BYTES_FIELD} and {_IMAGE_FIELD, _INT_FIELD} <= set(types)
-            if not of_images and not in_blocks:
-                raise DataError(f"{self.path}: its fields are not one RGB image and one integer label, and no blocks")
-            row_type = np.dtype([("", _ROW_TYPES[type_id]) for type_id in types], align=True)
-            n, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
-            # Checked before reading, so that a damaged count never becomes a huge allocation.
-            if file.tell() + n * row_type.itemsize > file_size:
-                raise self._broken("it is cut short")
-            rows = _read(file, row_type, n)
-            if rows is None or table > file_size or (file_size - table) // _ALLOCATION.itemsize < n:
-                raise self._broken("it is cut short")
-            file.seek(table)
-            allocations = _read(file, _ALLOCATION, (file_size - table) // _ALLOCATION.itemsize)
-            if allocations is None:
-                raise self._broken("it is cut short")
+        header = _read(file, _HEADER, 1)
+        if header is None or header[0]["version"] != _VERSION:
+            found = "cut short" if header is None else f"not FFCV version {_VERSION}"
+            raise DataError(f"{self.path}: not a .beton file ({found}); convert the set again")
+        header = header[0]
+        fields = _read(file, _FIELD, int(header["num_fields"])) if header["num_fields"] <= 16 else None
+        if fields is None or not header["page_size"] > 0:
+            raise self._broken("its header is damaged or cut short")
+        types = [int(field["type_id"]) for field in fields]
+        in_blocks = tuple(zip(fields["name"].tolist(), types, strict=True)) == _BLOCKS
+        of_images = set(types) <= {*_ROW_TYPES} - {_BYTES_FIELD} and {_IMAGE_FIELD, _INT_FIELD} <= set(types)
+        if not of_images and not in_blocks:
+            raise DataError(f"{self.path}: its fields are not one RGB image and one integer label, and no blocks")
+        row_type = np.dtype([("", _ROW_TYPES[type_id]) for type_id in types], align=True)
+        n, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
+        # Checked before reading, so that a damaged count never becomes a huge allocation.
+        if file.tell() + n * row_type.itemsize > file_size:
+            raise self._broken("it is cut short")
+        rows = _read(file, row_type, n)
+        if rows is None or table > file_size or (file_size - table) // _ALLOCATION.itemsize < n:
+            raise self._broken("it is cut short")
+        file.seek(table)
+        allocations = _read(file, _ALLOCATION, (file_size - table) // _ALLOCATION.itemsize)
+        if allocations is None:
+            raise self._broken("it is cut short")
         place = types.index(_BYTES_FIELD if in_blocks else _IMAGE_FIELD)
         seal = fields["arguments"][place][: _SEAL.itemsize].copy().view(_SEAL)[0]
         if seal["name"] != _SEAL_NAME:

@@ -6,12 +6,17 @@
 What it writes is described in data/sets.py.
 """
 
+import contextlib
+import errno
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
+import tempfile
+import threading
 import time
 import warnings
 from collections import deque
@@ -19,6 +24,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
 
@@ -30,12 +36,16 @@ from tqdm import tqdm
 from command import first_line, printable, run_command
 from data import DataError, blocks, tiles
 from data.beton import PAGE_SIZE, Beton, Encoded, write_beton
+from data.durable import locked, sync
 from data.pixels import upright_rgb
 from data.progress import images_bar
-from data.sets import ConvertedSet, Unconverted, is_converted, names_file, open_set
+from data.sets import ConvertedSet, Unconverted, is_converted, names_file, open_set, still_fitting
 from data.sources import Source, Split, crops_for, open_source
 
-_CHUNK = 32
+# Images that a process takes at a time, at most, and bytes that they take as stored.
+_CHUNK, _CHUNK_BYTES = 32, 4 << 20
+# Chunks for each process that are encoded or waited for: what bounds the memory that they take.
+_CHUNKS_AHEAD = 4
 _REJECTS_SHOWN = 5
 # Three bytes a pixel add up: a raw image takes at 256 pixels what a JPEG takes at 512 or so, times three.
 _MAX_RESOLUTIONS = {"jpeg": 512, "blocks": 512, "raw": 256}
@@ -105,44 +115,113 @@ def convert_source(
 ) -> ConvertedSet:
     """Writes a source as a converted set; `out` appears only when it is complete.
 
-    replace: take the place of what `out` holds; it stays until the new one is complete.
-    Raises DataError when a split has no readable image, the disk is full or a process dies.
+    One process at a time converts to a place; others wait. What a killed one left there is removed.
+    replace: take the place of what `out` holds, which stays until the new one is complete; a set that another process
+    has made of this source in the meantime is used as it is.
+    Raises DataError when `out` exists (without replace), a split has no readable image, the disk is full or a process
+    dies, and KeyboardInterrupt after SIGTERM or SIGHUP.
     """
     for note in source.notes:
         print(note, flush=True)
-    processes = processes or len(os.sched_getaffinity(0))
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        rejects = []
-        for name, split in (("train", source.train), ("val", source.val)):
-            rejects += _convert_split(split, name, partial, storage, processes)
-        with open(partial / "rejects.txt", "w", errors="surrogateescape") as file:
-            file.writelines(f"{line}\n" for line in rejects)
-        if source.crop and source.resolution:
-            resolution, crop = source.resolution, source.crop
-        else:
-            resolution, crop = crops_for(Beton(partial / "train.beton").sizes)
-        made = {
-            "storage": storage.kind,
-            "max_resolution": storage.max_resolution,
-            "quality": storage.quality,
-            "pillow": PIL.__version__,
-            "rejects": len(rejects),
-        }
-        ConvertedSet(partial, source.name, source.class_names, resolution, crop, source.fingerprint, made).write()
-        if replace and out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        waiting = f"{out}: is being converted by another process; waiting for it"
+        with _stopping_on_signals(out), locked(out.with_name(f".{out.name}.lock"), waiting) as held:
+            if held:
+                _remove_leftovers(out)
+            if replace and (made := still_fitting(out, source.fingerprint, source)):
+                return made
+            if out.exists() and not replace:
+                raise DataError(f"{out}: exists already; give another OUT or remove it first")
+            with tempfile.TemporaryDirectory(
+                prefix=_partial_prefix(out), dir=out.parent, ignore_cleanup_errors=True
+            ) as partial:
+                rejects = _write_set(source, Path(partial, "set"), storage, processes or len(os.sched_getaffinity(0)))
+                _move(Path(partial, "set"), out, replaced=Path(partial, "replaced"))
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"{out}: the disk is full; free some space first (nothing was left half-done)") from None
         raise DataError(f"{out}: could not be written ({error.strerror}); nothing was left half-done") from None
     except BrokenProcessPool:
         raise DataError(f"{out}: a converting process died (out of memory?); try --processes 1") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     if rejects:
-        print(f"{len(rejects)} images could not be read and were left out: {out / 'rejects.txt'}", flush=True)
+        print(f"{rejects} images could not be read and were left out: {out / 'rejects.txt'}", flush=True)
     return open_set(out)
+
+
+def _write_set(source: Source, folder: Path, storage: Storage, processes: int) -> int:
+    """Makes the folder of a converted set, safe on disk; returns how many images could not be read."""
+    folder.mkdir()
+    rejects = []
+    for name, split in (("train", source.train), ("val", source.val)):
+        rejects += _convert_split(split, name, folder, storage, processes)
+    with open(folder / "rejects.txt", "w", errors="surrogateescape") as file:
+        file.writelines(f"{line}\n" for line in rejects)
+    if source.crop and source.resolution:
+        resolution, crop = source.resolution, source.crop
+    else:
+        resolution, crop = crops_for(Beton(folder / "train.beton").sizes)
+    made = {
+        "storage": storage.kind,
+        "max_resolution": storage.max_resolution,
+        "quality": storage.quality,
+        "pillow": PIL.__version__,
+        "rejects": len(rejects),
+    }
+    ConvertedSet(folder, source.name, source.class_names, resolution, crop, source.fingerprint, made).write()
+    sync(folder)
+    return len(rejects)
+
+
+def _move(made: Path, out: Path, *, replaced: Path) -> None:
+    """Moves a complete set to its place. What is there goes to `replaced`, and comes back if moving fails."""
+    try:
+        if out.exists():
+            out.rename(replaced)
+        made.rename(out)
+    except BaseException:
+        _give_back(replaced, out)
+        raise
+    sync(out.parent, files=False)
+
+
+def _give_back(replaced: Path, out: Path) -> None:
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)
+
+
+def _partial_prefix(out: Path) -> str:
+    return f".{out.name}.partial-"
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Removes what killed conversions to this place have left. Only for who holds the lock of the place."""
+    for path in out.parent.iterdir():
+        if re.fullmatch(re.escape(_partial_prefix(out)) + r"\w+", path.name):
+            # Of one that was killed between the two steps of replacing a set.
+            _give_back(path / "replaced", out)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _stopping_on_signals(out: Path) -> Iterator[None]:
+    """SIGTERM, and SIGHUP unless it is ignored, end a conversion in order, as Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        name = signal.Signals(number).name
+        raise KeyboardInterrupt(f"{out}: conversion stopped by {name}; nothing was left half-done")
+
+    # Python lets only the main thread decide this.
+    asked = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in asked}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _convert_split(split: Split, name: str, folder: Path, storage: Storage, processes: int) -> list[str]:
@@ -192,29 +271,60 @@ def _encode_ahead(split: Split, storage: Storage, processes: int) -> Iterator[En
     # A fresh server process: forking one that runs PyTorch's threads can deadlock. It imports once for all.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data.blocks", "data.tiles", "data.pixels"])
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interrupts) as pool:
+    chunk = _chunk(storage)
+    stop_seen, stop = context.Pipe(duplex=False)
+    with (
+        stop_seen,
+        stop,
+        ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker, initargs=(stop_seen,)) as pool,
+    ):
         waiting: deque[Future[list[Encoded | str]]] = deque()
         try:
-            for start in range(0, len(split.items), _CHUNK):
-                chunk = [split.items[i] for i in range(start, min(start + _CHUNK, len(split.items)))]
-                waiting.append(pool.submit(_encode_chunk, split.read, chunk, storage))
-                if len(waiting) > 4 * processes:
+            for start in range(0, len(split.items), chunk):
+                items = [split.items[i] for i in range(start, min(start + chunk, len(split.items)))]
+                waiting.append(pool.submit(_encode_chunk, split.read, items, storage))
+                if len(waiting) > _CHUNKS_AHEAD * processes:
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
         finally:
             # Waited for: a worker whose parent is gone would have its own last words below the one line of an error.
+            stop.close()
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    # Ctrl-C reaches every process of the terminal; the main one ends the others in order.
+def _chunk(storage: Storage) -> int:
+    """Images that a process takes at a time: what certainly fits in _CHUNK_BYTES as stored, but 1 to _CHUNK."""
+    largest = min(storage.max_resolution**2 * (3 if storage.kind == "raw" else 1), PAGE_SIZE)
+    return min(max(_CHUNK_BYTES // largest, 1), _CHUNK)
+
+
+# In a worker: whether what it is making is still wanted.
+_unwanted = threading.Event()
+
+
+def _begin_worker(stop: Connection) -> None:
+    # Ctrl-C and the end of a terminal reach every process of it; the main one ends the others in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(stop,), daemon=True).start()
+
+
+def _end_with_parent(stop: Connection) -> None:
+    """Waits until the main process has closed its end of the pipe, and then until it has ended, killed or not."""
+    stop.poll(None)
+    _unwanted.set()
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def _encode_chunk(read, items: list, storage: Storage) -> list[Encoded | str]:
     results: list[Encoded | str] = []
     for item in items:
+        if _unwanted.is_set():
+            break
         # Image readers meet anything on users' disks and raise as many kinds of errors: all mean an unreadable image.
         try:
             with warnings.catch_warnings():

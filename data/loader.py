@@ -170,9 +170,10 @@ class Loader:
         )
 
     def epoch(self, epoch: int, start_step: int = 0, blocks: Sequence[int] | None = None) -> Iterator[CropBatch]:
-        """The batches of one epoch from start_step on; those before it cost nothing. Raises DataError for damage.
+        """The batches of one epoch from start_step on; those before it cost nothing.
 
         blocks: of the epoch's blocks of images, each of which makes `copies` batches, only these, in this order.
+        Raises DataError for damage, and where the file has been written to since it was opened; see data.beton.Beton.
         """
         first_block, first_copy = divmod(start_step, self.copies)
         numbers = (range(self.blocks) if blocks is None else blocks)[first_block:]
@@ -195,6 +196,7 @@ class Loader:
             pages=self._beton.pages if self._order == "quasi-random" else None,
         )
         for block in blocks:
+            self._beton.check_unchanged()
             indices = order[block * self.batch_size : (block + 1) * self.batch_size]
             request = self._request(indices, epoch)
             planned.append(request)

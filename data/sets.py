@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data import DataError, archives
-from data.beton import Beton
+from data.beton import Beton, FileIdentity, identity_of
 from data.plan import CropRule
 from data.sources import Source, open_source
 
@@ -41,13 +41,28 @@ class ConvertedSet:
     made: dict[str, Any]
 
     def beton(self, split: str) -> Path:
-        return self.folder / f"{split}.beton"
+        """Where a split's images are. Raises DataError where they are no longer those that `fingerprint` has named."""
+        path = self._path(split)
+        if "_known" in vars(self):
+            fingerprint, identity = self._known[split]
+            with contextlib.suppress(FileNotFoundError):
+                if identity_of(path) != identity and Beton(path).fingerprint != fingerprint:
+                    raise DataError(f"{path}: was replaced by other images while it was in use; type the command again")
+        return path
 
     @cached_property
     def fingerprint(self) -> str:
         """Names the stored images and labels of both splits."""
-        both = "".join(Beton(self.beton(split)).fingerprint for split in ("train", "val"))
-        return hashlib.sha256(both.encode()).hexdigest()
+        return hashlib.sha256("".join(fingerprint for fingerprint, _ in self._known.values()).encode()).hexdigest()
+
+    @cached_property
+    def _known(self) -> dict[str, tuple[str, FileIdentity]]:
+        """The fingerprint and the identity of each split's file."""
+        files = {split: Beton(self._path(split)) for split in ("train", "val")}
+        return {split: (file.fingerprint, file.identity) for split, file in files.items()}
+
+    def _path(self, split: str) -> Path:
+        return self.folder / f"{split}.beton"
 
     def image_names(self, split: str) -> list[str]:
         """The file names of a split's stored images, in their order, as CLASS/FILE below the split's folder.
@@ -149,12 +164,12 @@ def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Un
     if path.is_file():
         # Asked before the archive is opened: a compressed tar would be unpacked for that.
         folder = _cache_folder(cache, archives.archive_name(path), str(path.resolve()))
-        converted = _still_fitting(folder, archives.fingerprint(path))
+        converted = still_fitting(folder, archives.fingerprint(path))
         if converted:
             return converted
     source = open_source(data)
     folder = _cache_folder(cache, source.name, data if source.crop else str(path.resolve()))
-    converted = _still_fitting(folder, source.fingerprint, source)
+    converted = still_fitting(folder, source.fingerprint, source)
     return converted or Unconverted(source, folder, stale=folder.exists())
 
 
@@ -162,7 +177,7 @@ def _cache_folder(cache: str | Path, name: str, location: str) -> Path:
     return Path(cache) / f"{name}-{hashlib.sha256(location.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
-def _still_fitting(folder: Path, fingerprint: str, source: Source | None = None) -> ConvertedSet | None:
+def still_fitting(folder: Path, fingerprint: str, source: Source | None = None) -> ConvertedSet | None:
     """The set converted earlier, unless its images or the source's crops have changed, or it is damaged."""
     if not is_converted(folder):
         return None

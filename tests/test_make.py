@@ -94,6 +94,7 @@ def test_every_verb_is_one_command(make):
             ["compare-labels", "LABELS=a b", "REFINERY=r", "EPOCHS=3"],
             ["-m", "bench.compare_labels", "--labels", "a b", "--refinery", "r", "--epochs", "3"],
         ),
+        (["kills", "ONLY=conversion", "KILLS=9"], ["-m", "tests.kills", "--only", "conversion", "--kills", "9"]),
         (["test"], ["-m", "pytest", "-m", "not slow and not gpu"]),
         (["test-all"], ["-m", "pytest", "-m", "not gpu"]),
         (["test-gpu"], ["-m", "pytest", "-m", "gpu"]),

@@ -1,7 +1,9 @@
 """Damaged files, thousands of them: never a crash, never silent garbage, and the error names file and image."""
 
 import io
+import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from data.beton import Beton, Encoded, write_beton
 from data.convert import Storage, encode
 from data.decoders import Request, View, build_decoder
 from data.loader import open_loader
+from data.sets import open_set
 from tests.pictures import photograph
 
 IMAGES = 4
@@ -173,3 +176,70 @@ def test_an_image_larger_than_memory_is_named(tmp_path, rows):
     write_beton(tmp_path / "vast.beton", [rows[0]._replace(height=65535, width=65535)], at_most=1)
     with pytest.raises(DataError, match="vast.beton: image 0 "):
         next(open_loader(tmp_path / "vast.beton", resolution=24, batch_size=1, decoder="ffcv").epoch(0))
+
+
+def opened(path, rows, decoder):
+    """A loader that has used all images once, of a file of JPEGs."""
+    write_beton(path, rows[:2], at_most=2)
+    # As an earlier day made it: changes follow each other faster than some file systems tell time.
+    os.utime(path, ns=(0, 0))
+    loader = open_loader(path, resolution=24, batch_size=1, decoder=decoder, threads=1)
+    assert len(list(loader.epoch(0))) == 2
+    return loader
+
+
+@pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
+def test_a_file_written_to_in_use_is_noticed(tmp_path, rows, decoder):
+    """Where checksums have been compared already."""
+    loader = opened(tmp_path / "set.beton", rows, decoder)
+    with open(tmp_path / "set.beton", "r+b") as file:
+        file.seek(Beton(tmp_path / "set.beton").starts[1] + 2000)
+        file.write(b"changed")
+    with pytest.raises(DataError, match="set.beton: was written to while it was in use; convert the set again"):
+        list(loader.epoch(1))
+
+
+def test_a_file_cut_short_in_use_is_noticed(tmp_path, rows):
+    """Before what it has lost is read, which would end the process."""
+    loader = opened(tmp_path / "set.beton", rows, "ffcv")
+    whole = (tmp_path / "set.beton").stat()
+    os.truncate(tmp_path / "set.beton", whole.st_size - 24)
+    os.utime(tmp_path / "set.beton", ns=(whole.st_atime_ns, whole.st_mtime_ns))
+    with pytest.raises(DataError, match="set.beton: was written to"):
+        list(loader.epoch(1))
+
+
+def test_a_change_within_an_epoch_is_noticed(tmp_path, rows):
+    write_beton(tmp_path / "set.beton", rows[:2] * 8, at_most=16)
+    loader = open_loader(tmp_path / "set.beton", resolution=24, batch_size=1, threads=1)
+    batches = loader.epoch(0)
+    next(batches)
+    os.utime(tmp_path / "set.beton", ns=(0, 0))
+    with pytest.raises(DataError, match="set.beton: was written to"):
+        list(batches)
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_file_replaced_or_removed_in_use_stays_open(tmp_path, rows, replaced):
+    loader = opened(tmp_path / "set.beton", rows, "ffcv")
+    before = [batch.crops for batch in loader.epoch(1)]
+    if replaced:
+        write_beton(tmp_path / "other.beton", rows[1:2], at_most=1)
+        os.replace(tmp_path / "other.beton", tmp_path / "set.beton")
+    else:
+        (tmp_path / "set.beton").unlink()
+    assert all(map(torch.equal, [batch.crops for batch in loader.epoch(1)], before))
+
+
+def test_a_set_replaced_by_other_images_is_not_opened_as_the_one_that_was(converted, tmp_path):
+    folder = shutil.copytree(converted.folder, tmp_path / "set")
+    known = open_set(folder)
+    assert known.fingerprint == converted.fingerprint
+    shutil.copy(known.beton("train"), tmp_path / "copy")
+    os.replace(tmp_path / "copy", folder / "train.beton")
+    assert known.beton("train") == folder / "train.beton"
+    os.replace(folder / "val.beton", folder / "train.beton")
+    with pytest.raises(DataError, match="train.beton: was replaced by other images while it was in use"):
+        known.beton("train")
+    # What is not there is for who opens it to report.
+    assert known.beton("val") == folder / "val.beton"

@@ -1,0 +1,218 @@
+"""Conversions that run side by side, are stopped or killed, or meet a full disk: nothing is lost or left behind."""
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from data import DataError
+from data.beton import PAGE_SIZE
+from data.convert import _CHUNK_BYTES, Storage, _chunk, _move, _stopping_on_signals, convert_source, ensure_converted
+from data.durable import locked
+from data.sets import Unconverted, find_set
+from data.sources import open_source
+from tests.kills.harness import await_end_of
+from tests.pictures import write_class_folders
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def few(tmp_path) -> Path:
+    return write_class_folders(tmp_path / "images", 2, 3)
+
+
+def test_one_at_a_time_holds_a_lock(tmp_path):
+    """Also while its file is made and removed again and again."""
+    inside, most = 0, 0
+
+    def enter(_):
+        nonlocal inside, most
+        with locked(tmp_path / "lock", "waiting") as held:
+            assert held
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.0005)
+            inside -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(enter, range(400)))
+    assert most == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_who_waits_for_a_conversion_uses_what_is_there_then(few, tmp_path, capsys):
+    first = find_set(str(few), cache=tmp_path / "cache")
+    assert isinstance(first, Unconverted)
+    first.folder.parent.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with locked(first.folder.with_name(f".{first.folder.name}.lock"), "not printed"):
+            waiting = pool.submit(ensure_converted, first)
+            said = ""
+            while "waiting" not in said:
+                assert not waiting.done()
+                said += capsys.readouterr().out
+                time.sleep(0.01)
+            made = convert_source(first.source, tmp_path / "elsewhere", processes=1)
+            made.folder.rename(first.folder)
+            before = (first.folder / "set.json").stat()
+        found = waiting.result()
+    assert f"{first.folder}: is being converted by another process; waiting for it\n" in said
+    assert found == find_set(str(few), cache=tmp_path / "cache")
+    assert os.path.samestat((found.folder / "set.json").stat(), before)
+    assert os.listdir(tmp_path / "cache") == [first.folder.name]
+
+
+@pytest.mark.slow
+def test_trainings_begun_together_share_one_conversion(image_folder, tmp_path):
+    code = (
+        "import sys; from data.convert import ensure_converted; from data.sets import find_set\n"
+        "if __name__ == '__main__': print(ensure_converted(find_set(sys.argv[1])).fingerprint)"
+    )
+    (tmp_path / "ensure.py").write_text(code)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "ensure.py", str(image_folder)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=200)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert len({text.splitlines()[-1] for text in said}) == 1
+    assert sum("train: 48 images" in text for text in said) == 1
+    assert len(os.listdir(tmp_path / "converted")) == 1
+
+
+def test_where_there_are_no_locks_a_set_is_converted_without(few, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".out.partial-of_another").mkdir()
+    assert convert_source(open_source(str(few)), tmp_path / "out", processes=1).class_names == ("class0", "class1")
+    # It may be at work still.
+    assert sorted(os.listdir(tmp_path)) == [".out.partial-of_another", "images", "out"]
+
+
+def test_what_killed_conversions_left_is_removed_and_nothing_else(few, tmp_path):
+    others = [".other.partial-abc", ".out.partial-b.partial-abc", "out.partial-abc", ".out.partial-"]
+    for name in (*others, ".out.partial-abc_12", ".out.partial-4711"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.beton").write_bytes(b"half")
+    (tmp_path / ".out.lock").touch()
+    convert_source(open_source(str(few)), tmp_path / "out", processes=1)
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "images", "out"])
+
+
+def test_a_set_is_not_lost_when_it_cannot_be_replaced(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").touch()
+    with pytest.raises(FileNotFoundError):
+        _move(tmp_path / "missing", out, replaced=tmp_path / "replaced")
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(out) == ["mine"]
+
+
+def test_a_set_that_a_kill_has_left_half_replaced_comes_back(tmp_path, few):
+    for file in few.rglob("*.jpg"):
+        file.write_text("no image")
+    kept = tmp_path / ".out.partial-abc" / "replaced"
+    kept.mkdir(parents=True)
+    (kept / "mine").touch()
+    with pytest.raises(DataError, match="none of its"):
+        convert_source(open_source(str(few)), tmp_path / "out", processes=1, replace=True)
+    assert sorted(os.listdir(tmp_path)) == ["images", "out"]
+    assert os.listdir(tmp_path / "out") == ["mine"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_conversion_in_one_line(tmp_path, image_folder, number):
+    """Also where it reaches all processes, as that of a closed terminal."""
+    # Long enough to be caught at it.
+    root = write_class_folders(tmp_path / "images", 2, 300)
+    started = subprocess.Popen(
+        [sys.executable, "-m", "data.convert", "--data", root, "--out", tmp_path / "out", "--processes", "2"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list(tmp_path.glob(".out.partial-*/set/train.beton")):
+        assert started.poll() is None
+        time.sleep(0.01)
+    os.killpg(started.pid, number) if number == signal.SIGHUP else started.send_signal(number)
+    said = started.communicate(timeout=60)[1]
+    assert started.returncode == 130
+    stopped = f"{tmp_path / 'out'}: conversion stopped by {number.name}; nothing was left half-done"
+    # Beside the progress bar.
+    assert [line for line in said.splitlines() if line and not line.startswith("convert train")] == [stopped]
+    assert os.listdir(tmp_path) == ["images"]
+    await_end_of(started.pid)
+
+
+def test_signals_keep_their_meaning_outside_of_conversions(tmp_path):
+    """A conversion under nohup goes on without its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        usual = signal.getsignal(signal.SIGTERM)
+        with _stopping_on_signals(tmp_path / "out"):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            with pytest.raises(KeyboardInterrupt, match="out: conversion stopped by SIGTERM"):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == usual
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def on_a_small_disk(folder: Path, script: str) -> subprocess.CompletedProcess:
+    """Runs a script for the shell with a disk of 100 kB at `folder`, which only the script sees."""
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=100k none {folder}"
+    if not shutil.which("unshare") or subprocess.run([*command, mount], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a disk")
+    return subprocess.run([*command, f"{mount} && {script}"], capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_a_full_disk_is_called_one_and_what_was_there_stays(image_folder, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "replace.py").write_text(
+        "import sys; from pathlib import Path; from command import exit_on_user_error\n"
+        "from data.convert import convert_source; from data.sources import open_source\n"
+        "if __name__ == '__main__':\n"
+        "    exit_on_user_error(lambda: convert_source(open_source(sys.argv[1]), Path(sys.argv[2]), replace=True))\n"
+    )
+    done = on_a_small_disk(
+        disk,
+        f"mkdir {disk}/out && touch {disk}/out/mine && "
+        f"PYTHONPATH=. {sys.executable} {tmp_path}/replace.py {image_folder} {disk}/out; "
+        f"echo $?; find {disk} -mindepth 1",
+    )
+    said = f"error: {disk}/out: the disk is full; free some space first (nothing was left half-done)"
+    assert done.stderr.splitlines()[-1] == said
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-3:] == ["2", f"{disk}/out", f"{disk}/out/mine"]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "blocks", "raw"])
+@pytest.mark.parametrize("side", [16, 256, 512, 1500, 65500])
+def test_the_images_that_a_process_takes_are_bounded_in_bytes(kind, side):
+    """As far as a page, the largest that any image may be, allows."""
+    count = _chunk(Storage(kind, side))
+    largest = min(side * side * (3 if kind == "raw" else 1), PAGE_SIZE)
+    assert count >= 1
+    assert count * largest <= max(_CHUNK_BYTES, largest)
+    assert count >= 8 or largest > _CHUNK_BYTES // 8
