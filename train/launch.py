@@ -10,12 +10,16 @@ torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from command import typed_command, with_underscores
 from train import TrainError
+
+# What ends all processes of a command.
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
 
 def on_devices(
@@ -67,6 +71,8 @@ def _launch(count: int, module: str, words: Sequence[str]) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
+        # Those that are ignored (SIGHUP, by nohup) stay so.
+        signals_to_handle=",".join(name for name in _SIGNALS if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN),
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *words)
@@ -75,7 +81,11 @@ def _launch(count: int, module: str, words: Sequence[str]) -> None:
         # Of a peer that was lost the code is 1; of the one that knows why, another.
         code = next((code for code in codes if code not in (0, 1)), 1)
         if code < 0:
-            print(f"error: a process was ended by signal {-code}; the last checkpoint is kept", file=sys.stderr)
+            print(
+                f"error: a process was ended by signal {-code}; the same command goes on from the last checkpoint, if "
+                "there is one",
+                file=sys.stderr,
+            )
         sys.exit(code if code > 0 else 2)
     except SignalException:
         sys.exit(130)

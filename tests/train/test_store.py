@@ -110,7 +110,7 @@ def test_what_a_killed_process_left_is_written_over(store):
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", program], env=environment, timeout=120).returncode == -signal.SIGKILL
-    assert sorted(os.listdir(store.folder)) == [".epoch-0000.partial", "labels.json"]
+    assert sorted(os.listdir(store.folder)) == [".epoch-0000.partial", ".lock", "labels.json"]
     assert store.epochs == 0
     wanted = filled(store, 0)
     assert np.array_equal(store.rows(0), wanted)

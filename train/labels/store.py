@@ -33,6 +33,11 @@ from train.labels.description import (
     write_description,
 )
 from train.labels.source import Labels
+from train.runs.atomic import sync_folder
+
+
+# What is locked while the description is written.
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,7 @@ class Store:
                 # In this order: where both are there, the epoch is finished, and nobody else has claimed it before.
                 self._add(epoch, {"crc32": zlib.crc32(rows.data), "seconds": time.perf_counter() - started})
                 os.replace(partial, self._file(epoch))
+                sync_folder(self.folder)
         finally:
             partial.unlink(missing_ok=True)
             file.close()
@@ -246,7 +252,7 @@ def check_folder(folder: Path) -> None:
             return
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         writable = existing.is_dir() and os.access(existing, os.W_OK)
-        others = writable and existing == folder and any(not path.name.endswith(PARTIAL) for path in folder.iterdir())
+        others = writable and existing == folder and any(not path.name.endswith((PARTIAL, _LOCK)) for path in folder.iterdir())
     except OSError as error:
         raise TrainError(f"OUT={folder}: labels cannot be written there ({error.strerror})") from None
     if not writable:
@@ -310,7 +316,8 @@ def _size_of(path: Path) -> int | None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """The description for one process at a time."""
-    opened = os.open(folder, os.O_RDONLY)
+    # For writing, which network file systems demand of what is locked.
+    opened = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX)
         yield
