@@ -240,7 +240,7 @@ class Config:
                 raise TrainError(f"{name}={value}: must be at least 1")
         if self.batch % (self.replicas or 1):
             raise TrainError(f"batch={self.batch}: is not divided by replicas={self.replicas}; take a multiple of it")
-        if not 0 < self.save_minutes < float("inf"):
+        if self.save_minutes <= 0:
             raise TrainError(f"save_minutes={self.save_minutes:g}: must be above 0")
         if not 0 <= self.resident <= 1:
             raise TrainError(f"resident={self.resident:g}: give a share of the device's memory, 0 to 1")

@@ -110,7 +110,7 @@ def test_what_a_killed_process_left_is_written_over(store):
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", program], env=environment, timeout=120).returncode == -signal.SIGKILL
-    assert sorted(os.listdir(store.folder)) == [".epoch-0000.partial", ".lock", "labels.json"]
+    assert sorted(os.listdir(store.folder)) == [".epoch-0000.partial", "labels.json"]
     assert store.epochs == 0
     wanted = filled(store, 0)
     assert np.array_equal(store.rows(0), wanted)
@@ -212,7 +212,7 @@ def test_a_damaged_description_is_refused(store, harm, says):
 def test_a_folder_in_which_writing_was_cut_short_is_taken(tmp_path):
     folder = tmp_path / "labels"
     folder.mkdir()
-    (folder / "labels.partial").write_text('{"ver')
+    (folder / ".labels.json.partial").write_text('{"ver')
     assert create_store(folder, DESCRIPTION).epochs == 0
     assert os.listdir(folder) == ["labels.json"]
 

@@ -36,9 +36,6 @@ from train.labels.source import Labels
 from train.runs.atomic import sync_folder
 
 
-# What is locked while the description is written.
-_LOCK = ".lock"
-
 
 @dataclass(frozen=True)
 class StoredOptions:
@@ -252,7 +249,7 @@ def check_folder(folder: Path) -> None:
             return
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         writable = existing.is_dir() and os.access(existing, os.W_OK)
-        others = writable and existing == folder and any(not path.name.endswith((PARTIAL, _LOCK)) for path in folder.iterdir())
+        others = writable and existing == folder and any(not path.name.endswith(PARTIAL) for path in folder.iterdir())
     except OSError as error:
         raise TrainError(f"OUT={folder}: labels cannot be written there ({error.strerror})") from None
     if not writable:
@@ -316,8 +313,7 @@ def _size_of(path: Path) -> int | None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """The description for one process at a time."""
-    # For writing, which network file systems demand of what is locked.
-    opened = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    opened = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX)
         yield

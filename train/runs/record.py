@@ -37,8 +37,6 @@ class Record:
         # Lines of metrics.jsonl, and how many of them have been written.
         self._metrics: list[dict[str, Any]] = []
         self._written = 0
-        # Whether last.pt is worth keeping when the next one takes its place.
-        self._whole = True
 
     def __enter__(self) -> "Record":
         self._open.enter_context(locked(self._folder))
@@ -62,8 +60,9 @@ class Record:
             return None
         path, state = found
         if path != self._run.weights:
-            self._whole = False
             print(f"warning: {self._run.weights}: is damaged or missing; going on from {path}", flush=True)
+            # So that it is neither read by others nor kept as the one before the next.
+            checkpoint.save(self._run.weights, state)
         # Checkpoints of earlier versions hold no metrics.
         if "metrics" in state:
             self._metrics = state["metrics"]
@@ -113,9 +112,7 @@ class Record:
         state = state | {"identity": self._run.identity, "metrics": self._metrics}
         if best:
             checkpoint.save(self._folder / checkpoint.BEST, state)
-        keep = self._folder / checkpoint.BEFORE if self._whole else None
-        checkpoint.save(self._run.weights, state, keep=keep)
-        self._whole = True
+        checkpoint.save(self._run.weights, state, keep=self._folder / checkpoint.BEFORE)
         new = self._metrics[self._written :]
         if new:
             self._write_metrics()
