@@ -169,7 +169,7 @@ class Config:
         seed: start of every random number
         out: the run's folder (default: one of its own below runs/)
         runs: where run folders lie
-        save_minutes: how often a checkpoint is written within an epoch; more than that is not trained again after a kill
+        save_minutes: how often a checkpoint is written within an epoch; what a kill costs at most
         device: auto, cpu, cuda or cuda:N
         decoder: auto, ffcv, dali or torchvision
         threads: decoding threads (default: one per processor)

@@ -72,7 +72,9 @@ def _launch(count: int, module: str, words: Sequence[str]) -> None:
         max_restarts=0,
         monitor_interval=0.2,
         # Those that are ignored (SIGHUP, by nohup) stay so.
-        signals_to_handle=",".join(name for name in _SIGNALS if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN),
+        signals_to_handle=",".join(
+            name for name in _SIGNALS if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN
+        ),
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *words)

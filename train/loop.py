@@ -335,8 +335,8 @@ class Trainer:
                     if is_out_of_memory(error):
                         raise
                     raise TrainError(
-                        f"{student.job.folder / checkpoint.LAST}: does not hold all that this run goes on from; put back "
-                        "a copy of it, or give another OUT"
+                        f"{student.job.folder / checkpoint.LAST}: does not hold all that this run goes on from; put "
+                        "back a copy of it, or give another OUT"
                     ) from None
                 if not self.job.group.first:
                     student.sums.zero_()  # counted once, in the first process

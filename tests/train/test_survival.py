@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -200,7 +201,7 @@ DAMAGED = {
 def damage(path: Path, kind: str) -> None:
     damaged = DAMAGED[kind]
     if damaged is None:
-        damaged = json.dumps(dict.fromkeys(json.loads(path.read_text()), [1]))
+        damaged = json.dumps({key: [1] for key in json.loads(path.read_text())})
     path.write_bytes(damaged.encode() if isinstance(damaged, str) else damaged)
 
 
@@ -522,9 +523,7 @@ def test_a_kill_gives_the_lock_back(tmp_path):
         "import sys, time; from pathlib import Path; from train.runs.record import locked\n"
         "with locked(Path(sys.argv[1])):\n    print('locked', flush=True); time.sleep(600)"
     )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"
     with pytest.raises(TrainError, match="another process is training"), locked(tmp_path):
         pass
@@ -537,7 +536,13 @@ def test_a_kill_gives_the_lock_back(tmp_path):
 def test_of_several_processes_the_first_alone_holds_the_lock(tmp_path, converted):
     words = [*TINY, "--data", str(converted.folder)]
     records = [kind(tmp_path / "run", parse(words), {}) for kind in (Record, Silent, Silent)]
-    with records[0], records[1], records[2], pytest.raises(TrainError, match="another process"), locked(tmp_path / "run"):
+    with (
+        records[0],
+        records[1],
+        records[2],
+        pytest.raises(TrainError, match="another process"),
+        locked(tmp_path / "run"),
+    ):
         pass
 
 
@@ -595,7 +600,8 @@ def test_plots_are_what_tensorboard_reads(run, stopped):
         (signal.SIGINT, 2, ["--ema", "0.9"]),
         # Of the first network all batches, and some of the second's.
         pytest.param(
-            *(signal.SIGTERM, 1, ["--model", "mobilenet0.25 resnet18", "--optimizer.lr", "0.01"]), marks=pytest.mark.slow
+            *(signal.SIGTERM, 1, ["--model", "mobilenet0.25 resnet18", "--optimizer.lr", "0.01"]),
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -669,10 +675,8 @@ def test_a_closed_terminal_saves_and_stops(converted, tmp_path):
     while not (tmp_path / "run/last.pt").is_file():
         assert process.poll() is None
         time.sleep(0.05)
-        try:
+        with suppress(BlockingIOError):
             os.read(controller, 65536)
-        except BlockingIOError:
-            pass
     before = checkpoint.position(tmp_path / "run")
     os.close(controller)
     assert process.wait(60) == 130

@@ -36,7 +36,6 @@ from train.labels.source import Labels
 from train.runs.atomic import sync_folder
 
 
-
 @dataclass(frozen=True)
 class StoredOptions:
     """Options of labels from files.

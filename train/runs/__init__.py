@@ -53,7 +53,8 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """What was measured after each epoch so far, from the first one on.
 
-        Read from the checkpoint where their file is damaged or lacks epochs. Raises TrainError where that lacks them too.
+        Read from the checkpoint where their file is damaged or lacks epochs. Raises TrainError where that lacks them
+        too.
         """
         lines, damage = read_metrics(self.metrics_file)
         missing = self.result is not None and len(lines) < self.identity["epochs"]
@@ -102,7 +103,9 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], TrainError | None]:
             by_epoch[values["epoch"]] = values
         except ValueError:
             if number < len(lines):
-                damage = damage or TrainError(f"{path}:{number}: is damaged, and no checkpoint holds it; put back a copy")
+                damage = damage or TrainError(
+                    f"{path}:{number}: is damaged, and no checkpoint holds it; put back a copy"
+                )
     return [by_epoch[epoch] for epoch in sorted(by_epoch)], damage
 
 

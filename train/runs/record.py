@@ -23,8 +23,8 @@ class Record:
 
     identity.json: all that decides the weights the run ends with. config.yaml: the configuration, filled in.
     starts.jsonl: a line for each start, with what decides the last bits of the weights (device, decoder, ...).
-    metrics.jsonl, tensorboard/: a line, and points, for each epoch. last.pt, last.before.pt, best.pt: checkpoints of the
-    last step that was saved, of the save before, and of the epoch with the highest top-1; each holds identity and
+    metrics.jsonl, tensorboard/: a line, and points, for each epoch. last.pt, last.before.pt, best.pt: checkpoints of
+    the last step that was saved, of the save before, and of the epoch with the highest top-1; each holds identity and
     metrics too. result.json: the run's result. .lock: what a process that trains in it has locked.
 
     Raises TrainError where the folder cannot be written, and on entering where another process trains in it.
@@ -185,8 +185,8 @@ def _lines(values: Sequence[dict[str, Any]]) -> str:
 def locked(folder: Path) -> Iterator[None]:
     """A run's folder, made if it is not there, for one process at a time.
 
-    Raises TrainError where another process trains in it, or where it cannot be made. Where the file system has no locks,
-    a notice is printed.
+    Raises TrainError where another process trains in it, or where it cannot be made. Where the file system has no
+    locks, a notice is printed.
     """
     lock = folder / ".lock"
     try:
