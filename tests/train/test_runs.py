@@ -321,9 +321,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, m
         original(self, batch, *where)
 
     monkeypatch.setattr(Step, "__call__", call)
-    with pytest.raises(TrainError, match="no longer finite in epoch 2, by step 3, at learning rate"):
+    with pytest.raises(TrainError, match=r"finite in epoch 2, by step 3, at learning rate .*before it is kept"):
         run("--out", "run")
     assert Path("run/last.pt").read_bytes() == before
+    with pytest.raises(TrainError, match="finite in epoch 1, by step 3, at learning rate") as ended:
+        run("--out", "new")
+    assert "kept" not in str(ended.value)
 
 
 def test_a_last_step_that_spoils_the_weights_is_not_kept(run, monkeypatch):

@@ -291,7 +291,7 @@ def test_each_type_of_an_identity_is_checked(run, stopped):
 # Metrics.
 
 
-@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("finished", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_metrics_are_restored_from_the_checkpoint(run, monkeypatch, finished):
     words = ("--epochs", "3")
     run("--out", "whole", *words)
@@ -467,6 +467,7 @@ def test_damage_to_all_checkpoints_ends_in_one_line(run, stopped):
     assert "kept" not in str(ended.value)
 
 
+@pytest.mark.slow
 def test_an_incomplete_or_foreign_checkpoint_ends_in_one_line(run, stopped):
     whole = torch.load(stopped / "last.pt", weights_only=True)
     foreign = [[1, 2], {"model": whole["model"]}]
@@ -518,6 +519,7 @@ def test_where_nothing_can_be_locked_a_notice_is_printed(tmp_path, monkeypatch, 
     assert "cannot be locked there (No locks available)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_kill_gives_the_lock_back(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from train.runs.record import locked\n"
@@ -597,7 +599,7 @@ def test_plots_are_what_tensorboard_reads(run, stopped):
     ("number", "epoch", "words"),
     [
         (signal.SIGTERM, 2, []),
-        (signal.SIGINT, 2, ["--ema", "0.9"]),
+        pytest.param(signal.SIGINT, 2, ["--ema", "0.9"], marks=pytest.mark.slow),
         # Of the first network all batches, and some of the second's.
         pytest.param(
             *(signal.SIGTERM, 1, ["--model", "mobilenet0.25 resnet18", "--optimizer.lr", "0.01"]),
@@ -653,6 +655,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_and_stops(converted, tmp_path):
     """The terminal is real, and gone: what is written to it fails."""
     controller, terminal = os.openpty()
