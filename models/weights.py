@@ -9,6 +9,7 @@ Files are data here: nothing in them is ever run.
 
 import argparse
 import re
+import zipfile
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -113,6 +114,18 @@ def load_into(network: nn.Module, weights: Weights, *, name: str, strict_head: b
     return left_out
 
 
+def check_sums(path: Path) -> None:
+    """Raises zipfile.BadZipFile, or what else reading it does, unless a file has the checksums that torch.save wrote.
+
+    torch.load does not look at them. A file that is no zip, as those before PyTorch 1.6, has none and passes.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"{damaged} has another checksum than was written")
+
+
 def _read(path: Path) -> Any:
     try:
         path.open("rb").close()
@@ -121,6 +134,7 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        check_sums(path)
         # The training scripts of timm and torchvision keep their command line beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -169,6 +169,7 @@ class Config:
         seed: start of every random number
         out: the run's folder (default: one of its own below runs/)
         runs: where run folders lie
+        save_minutes: how often a checkpoint is written within an epoch; what a kill costs at most
         device: auto, cpu, cuda or cuda:N
         decoder: auto, ffcv, dali or torchvision
         threads: decoding threads of each process (default: one per processor, which the processes of a machine share)
@@ -209,6 +210,7 @@ class Config:
     seed: int = 0
     out: str | None = None
     runs: str = "runs"
+    save_minutes: float = 10.0
     device: str = "auto"
     decoder: str = "auto"
     threads: int | None = None
@@ -238,6 +240,8 @@ class Config:
                 raise TrainError(f"{name}={value}: must be at least 1")
         if self.batch % (self.replicas or 1):
             raise TrainError(f"batch={self.batch}: is not divided by replicas={self.replicas}; take a multiple of it")
+        if self.save_minutes <= 0:
+            raise TrainError(f"save_minutes={self.save_minutes:g}: must be above 0")
         if not 0 <= self.resident <= 1:
             raise TrainError(f"resident={self.resident:g}: give a share of the device's memory, 0 to 1")
         if not 0 <= self.ema < 1:

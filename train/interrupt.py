@@ -1,6 +1,8 @@
-"""An orderly stop of a run on Ctrl-C or SIGTERM."""
+"""An orderly stop of a run on Ctrl-C, SIGTERM, or when its terminal is closed (SIGHUP)."""
 
+import os
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,18 +22,37 @@ class Stop:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Turns Ctrl-C and SIGTERM into a request to stop after the present step; a second one ends at once."""
+    """Turns Ctrl-C, SIGTERM and SIGHUP into a request to stop after the present step; a second one ends at once.
+
+    A closed terminal may send SIGHUP several times, which counts as once. Where it is ignored (nohup), it stays so.
+    """
     stop = Stop()
 
     def request(number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if stop.requested:
+            if number == signal.SIGHUP:
+                return
             raise KeyboardInterrupt
         stop.requested = True
         tqdm.write("stopping after this step ...")
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, request) for number in numbers}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """Sends to nowhere what would be printed to a terminal or a pipe, which are gone and would refuse it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            os.dup2(nowhere, number)
+    os.close(nowhere)

@@ -9,12 +9,16 @@ On several machines torchrun itself is typed on each: docs/several-devices.md.
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from command import typed_command, with_underscores
 from train import TrainError
+
+# What ends all processes of a command.
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
 
 def on_devices(
@@ -23,7 +27,7 @@ def on_devices(
     parse: Callable[[list[str]], Any],
     work: Callable[[Any], Any],
     *,
-    kept: str = "the last checkpoint is kept",
+    kept: str = "the same command goes on from the last checkpoint, if there is one",
 ) -> None:
     """Calls work with what parse makes of the command line's words: here, or with --gpus N in N processes of `module`.
 
@@ -80,6 +84,10 @@ def _launch(count: int, restarts: int, module: str, words: Sequence[str], kept: 
         rdzv_endpoint="localhost:0",
         max_restarts=restarts,
         monitor_interval=0.2,
+        # Those that are ignored (SIGHUP, by nohup) stay so.
+        signals_to_handle=",".join(
+            name for name in _SIGNALS if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN
+        ),
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *words)

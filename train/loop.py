@@ -17,14 +17,13 @@ from train.device import on_device, set_tf32_and_allocator
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
 from train.runs import checkpoint
-from train.score import validation_loader
+from train.score import Stopped, validation_loader
 from train.step import Step, forget_compiled_steps, is_out_of_memory
 from train.student import CROPS, LOSS, TOP1, TOP5, Student
 from train.waiting import Waiting
 
-# How often the sums are read from the device (which waits for it), and saved within a long epoch.
+# How often the sums are read from the device (which waits for it).
 _SECONDS_BETWEEN_LOOKS = 2.0
-_SECONDS_BETWEEN_SAVES = 600.0
 # How often several processes ask each other whether one of them is to stop.
 _SECONDS_BETWEEN_AGREEMENTS = 0.5
 
@@ -98,8 +97,8 @@ class Trainer:
     def run(self) -> list[dict[str, Any]]:
         """Trains to the last epoch and returns each job's result.
 
-        Raises Interrupted after Ctrl-C or SIGTERM, and TrainError for a loss that is not finite, too little memory, a
-        full disk, or a folder in which another process trains.
+        Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, and TrainError for a loss that is not finite, too little
+        memory, a full disk, or a folder in which another process trains.
         """
         epochs = self.job.config.epochs
         with ExitStack() as stack:
@@ -170,21 +169,28 @@ class Trainer:
         own = [self._stop.requested, 0.0, 0.0, 0.0]
         if group.first:
             apart = max(_SECONDS_BETWEEN_AGREEMENTS // max(took, 1e-6), 1)
-            own[1:] = [since_save > _SECONDS_BETWEEN_SAVES, since_look > _SECONDS_BETWEEN_LOOKS, apart]
+            own[1:] = [since_save > 60 * self.job.config.save_minutes, since_look > _SECONDS_BETWEEN_LOOKS, apart]
         stop, save, look, apart = group.largest(own)
         self._apart = int(apart)
         return bool(stop), bool(save), bool(look)
 
     def validate(self) -> None:
-        """Scores the students and ends the epoch: its metrics are kept, and checkpoints written."""
+        """Scores the students and ends the epoch: its metrics are kept, and checkpoints written. Raises as run()."""
         self._check_weights()
         done, started = self.progress, time.perf_counter()
+        found = []
         for student in self.students:
             self.job.group.share_buffers({student.network, student.scored})
-            student.score(self.validation, self.job.group)
+            try:
+                found.append(student.score(self.validation, self.job.group, lambda: self._stop.requested))
+            except Stopped:
+                # Validation is repeated as a whole when the run goes on.
+                self._save()
+                raise self._interrupted() from None
         seconds = done.seconds + done.train_seconds + time.perf_counter() - started
-        for student in self.students:
-            student.record.write(self._metrics(student), name=student.name if len(self.students) > 1 else None)
+        for student, scores in zip(self.students, found, strict=True):
+            student.count(scores)
+            student.record.add(self._metrics(student), name=student.name if len(self.students) > 1 else None)
             student.sums.zero_()
         self.progress = Progress(epoch=done.epoch + 1, seconds=seconds)
         for student in self.students:
@@ -283,10 +289,10 @@ class Trainer:
                 raise self._diverged(student, "weights are")
 
     def _diverged(self, student: Student, what: str) -> TrainError:
+        kept = " (the checkpoint before it is kept)" if student.record.has_checkpoint else ""
         return TrainError(
             f"{student.name}: {what} no longer finite in epoch {self.progress.epoch + 1}, by step "
-            f"{self.progress.step}, at learning rate {student.lr:.4g}; try a smaller --optimizer.lr (the checkpoint "
-            "before it is kept)"
+            f"{self.progress.step}, at learning rate {student.lr:.4g}; try a smaller --optimizer.lr{kept}"
         )
 
     def _metrics(self, student: Student) -> dict[str, Any]:
@@ -321,11 +327,19 @@ class Trainer:
         for student in self.students:
             state = self.job.group.given(student.record.saved())
             if state:
-                student.restore(state)
+                try:
+                    student.restore(state)
+                    checkpoint.restore_generators(state["generators"], self.job.device)
+                    self.progress = Progress(**state["progress"])
+                except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+                    if is_out_of_memory(error):
+                        raise
+                    raise TrainError(
+                        f"{student.job.folder / checkpoint.LAST}: does not hold all that this run goes on from; put "
+                        "back a copy of it, or give another OUT"
+                    ) from None
                 if not self.job.group.first:
                     student.sums.zero_()  # counted once, in the first process
-                checkpoint.restore_generators(state["generators"], self.job.device)
-                self.progress = Progress(**state["progress"])
 
     def _interrupted(self) -> Interrupted:
         return Interrupted(

@@ -1,5 +1,6 @@
 """A network in training, with all that is its own: what moves, averages, scores and records it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,17 +113,21 @@ class Student:
     def has_finite_weights(self) -> bool:
         return all(bool(weight.isfinite().all()) for weight in self.network.parameters())
 
-    def score(self, loader: Loader, together: Group = ALONE) -> None:
-        """Finds its `scores` on the images of the loaders of all processes."""
-        self.scores = score(
+    def score(self, loader: Loader, together: Group = ALONE, stop: Callable[[], bool] = lambda: False) -> Scores:
+        """The scores of what is kept, on the images of the loaders of all processes. stop: as in train.score."""
+        return score(
             self.scored,
             loader,
             self.normalisation,
             device=self._device,
             autocast=self._autocast,
             together=together,
+            stop=stop,
         )
-        self.best = max(self.best, self.scores.top1)
+
+    def count(self, scores: Scores) -> None:
+        """Takes the scores at the end of an epoch for its own."""
+        self.scores, self.best = scores, max(self.best, scores.top1)
 
     @property
     def is_best(self) -> bool:
@@ -149,7 +154,7 @@ class Student:
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
         self.sums.copy_(state["sums"])
-        self.best = state["best_top1"]
+        self.best = float(state["best_top1"])
 
     def _description(self) -> dict[str, Any]:
         """What models.trained needs to know of the network."""

@@ -104,7 +104,7 @@ def _train_jobs(jobs: Sequence[Job]) -> list[Run]:
             runs[job.config.model] = run
         else:
             # Those that stand elsewhere (one was begun alone, say) cannot share their steps, nor those of other crops.
-            reached = checkpoint.position(run.weights) if run else (0, 0)
+            reached = checkpoint.position(run.folder) if run else (0, 0)
             shared = str([value for key, value in asdict(job.config).items() if key not in _OWN])
             unfinished.setdefault((reached, shared), []).append(job)
     for together in unfinished.values():

@@ -11,10 +11,10 @@ from train.runs import checkpoint
 
 
 def test_round_trip(tmp_path):
-    checkpoint.save(tmp_path / "last.pt", {"model": {"w": torch.arange(3)}, "progress": {"epoch": 2}})
+    checkpoint.save(tmp_path / "last.pt", {"model": {"w": torch.arange(3)}, "progress": {"epoch": 2, "step": 0}})
     state = checkpoint.load(tmp_path / "last.pt")
     assert torch.equal(state["model"]["w"], torch.arange(3))
-    assert state["progress"] == {"epoch": 2}
+    assert state["progress"] == {"epoch": 2, "step": 0}
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 

@@ -148,8 +148,8 @@ def test_a_kill_between_two_checkpoints_leaves_the_best(run, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def save(path, state):
-        original(path, state)
+    def save(path, state, **options):
+        original(path, state, **options)
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -321,9 +321,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, m
         original(self, batch, *where)
 
     monkeypatch.setattr(Step, "__call__", call)
-    with pytest.raises(TrainError, match="no longer finite in epoch 2, by step 3, at learning rate"):
+    with pytest.raises(TrainError, match=r"finite in epoch 2, by step 3, at learning rate .*before it is kept"):
         run("--out", "run")
     assert Path("run/last.pt").read_bytes() == before
+    with pytest.raises(TrainError, match="finite in epoch 1, by step 3, at learning rate") as ended:
+        run("--out", "new")
+    assert "kept" not in str(ended.value)
 
 
 def test_a_last_step_that_spoils_the_weights_is_not_kept(run, monkeypatch):
@@ -345,13 +348,13 @@ def test_a_last_step_that_spoils_the_weights_is_not_kept(run, monkeypatch):
     assert not Path("run/result.json").exists()
 
 
-def test_a_stop_in_the_last_validation_stops_what_would_follow(run, monkeypatch, capsys):
+def test_a_stop_after_the_last_validation_stops_what_would_follow(run, monkeypatch, capsys):
     original = Trainer.validate
 
     def validate(self):
-        if self.progress.epoch + 1 == self.job.config.epochs:
-            signal.raise_signal(signal.SIGINT)
         original(self)
+        if self.progress.epoch == self.job.config.epochs:
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "validate", validate)
     with pytest.raises(Interrupted, match="stopped after a finished run; to go on, type again"):
@@ -517,9 +520,6 @@ def test_a_line_that_was_cut_short_is_written_again(run, monkeypatch, capsys):
     run("--out", "run")
     assert [json.loads(line)["epoch"] for line in Path("run/metrics.jsonl").read_text().splitlines()] == [1, 2]
     assert len([json.loads(line) for line in Path("run/starts.jsonl").read_text().splitlines()]) == 2
-    Path("run/metrics.jsonl").write_text("{\n{}\n")
-    with pytest.raises(TrainError, match=r"run/metrics.jsonl:1: is damaged"):
-        list(read_run(Path("run")).metrics)
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(run, monkeypatch):

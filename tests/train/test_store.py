@@ -212,7 +212,7 @@ def test_a_damaged_description_is_refused(store, harm, says):
 def test_a_folder_in_which_writing_was_cut_short_is_taken(tmp_path):
     folder = tmp_path / "labels"
     folder.mkdir()
-    (folder / "labels.partial").write_text('{"ver')
+    (folder / ".labels.json.partial").write_text('{"ver')
     assert create_store(folder, DESCRIPTION).epochs == 0
     assert os.listdir(folder) == ["labels.json"]
 

@@ -1,7 +1,6 @@
 """What stored labels are of, and how they were made: the description of a folder of them, `labels.json`."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from models.trained import Trained
 from train import TrainError
 from train.labels.rows import Rows, build_rows
 from train.runs import key_of
+from train.runs.atomic import write_text
 
 _VERSION = 1
 # What is being written.
@@ -156,14 +156,9 @@ def read_description(folder: Path) -> tuple[Description, dict[int, dict[str, Any
 def write_description(folder: Path, description: Description, epochs: Mapping[int, dict[str, Any]]) -> None:
     """Writes labels.json, or leaves the one that is there as it is where that fails (OSError)."""
     path = description_file(folder)
-    partial = path.with_suffix(PARTIAL)
     numbered = {str(epoch): made for epoch, made in sorted(epochs.items())}
     said = {"version": _VERSION} | asdict(description) | {"epochs": numbered}
-    with open(partial, "w") as file:
-        file.write(json.dumps(said | {"checksum": key_of(said)}, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_text(path, json.dumps(said | {"checksum": key_of(said)}, indent=1) + "\n")
 
 
 def description_file(folder: Path) -> Path:

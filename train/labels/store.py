@@ -34,6 +34,7 @@ from train.labels.description import (
     write_description,
 )
 from train.labels.source import Labels
+from train.runs.atomic import sync_folder
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,7 @@ class Store:
         # In this order: where both are there, the epoch is finished, and nobody else has claimed it before.
         self._add(epoch, {"crc32": zlib.crc32(rows.data), "seconds": time.perf_counter() - started})
         os.replace(self._partial(epoch), self._file(epoch))
+        sync_folder(self.folder)
 
     def _claimed(self, epoch: int) -> BinaryIO | None:
         """The open file that this process alone is to write, or None. It is unlocked however the process ends."""

@@ -2,13 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.plan import seed_of_generation
 from train import TrainError
+
+# The keys that all runs have, and the types of their values, in the files that describe them.
+_IDENTITY = {
+    "data": dict,
+    "model": str,
+    "refinery": dict | None,
+    "labels": dict,
+    "crop": dict,
+    "resolution": int,
+    "epochs": int,
+    "seed": int,
+}
+_NUMBER = int | float
+_RESULT = dict.fromkeys(("top1", "top5", "best_top1", "images_per_second_per_device", "seconds"), _NUMBER)
+_METRICS = {"epoch": int} | dict.fromkeys(("loss", "top1", "top5", "images_per_second_per_device"), _NUMBER)
 
 
 @dataclass(frozen=True)
@@ -35,8 +51,25 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """What was measured after each epoch so far."""
-        return json_lines(self.metrics_file)
+        """What was measured after each epoch so far, from the first one on.
+
+        Read from the checkpoint where their file is damaged or lacks epochs. Raises TrainError where that lacks them
+        too.
+        """
+        lines, damage = read_metrics(self.metrics_file)
+        missing = self.result is not None and len(lines) < self.identity["epochs"]
+        if damage or missing or [line["epoch"] for line in lines] != list(range(1, len(lines) + 1)):
+            # Loaded here: a table of runs needs no PyTorch.
+            from train.runs import checkpoint
+
+            found = None
+            with suppress(TrainError):
+                found = checkpoint.latest(self.folder, mapped=True)
+            if found and "metrics" in found[1]:
+                return found[1]["metrics"]
+            if damage or missing:
+                raise damage or no_metrics(self.metrics_file, self.identity["epochs"])
+        return lines
 
     @property
     def metrics_file(self) -> Path:
@@ -44,19 +77,44 @@ class Run:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON, one value per line; none where there is no such file.
-
-    A last line that a full disk or a kill has cut short is left out. Raises TrainError for other damage.
-    """
-    lines = path.read_text().splitlines() if path.is_file() else []
+    """The lines of a file of JSON, one mapping per line, without damaged ones; none where there is no such file."""
     values = []
+    with suppress(FileNotFoundError):
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError):
+                values.append(json.loads(line))
+    return [value for value in values if isinstance(value, dict)]
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], TrainError | None]:
+    """The lines of a file of metrics, one for each epoch that it has, in order; none where there is no such file.
+
+    A last line that was cut short is left out. Beside them an error that names the first other damage, if there is any.
+    """
+    try:
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+    except OSError as error:
+        return [], TrainError(f"{path}: cannot be read ({error.strerror})")
+    by_epoch, damage = {}, None
     for number, line in enumerate(lines, 1):
         try:
-            values.append(json.loads(line))
+            values = json.loads(line)
+            _check_types(values, _METRICS)
+            by_epoch[values["epoch"]] = values
         except ValueError:
             if number < len(lines):
-                raise TrainError(f"{path}:{number}: is damaged; remove the run's folder to start again") from None
-    return values
+                damage = damage or TrainError(
+                    f"{path}:{number}: is damaged, and no checkpoint holds it; put back a copy"
+                )
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)], damage
+
+
+def no_metrics(path: Path, epoch: int) -> TrainError:
+    """The error of a run whose file of metrics lacks an epoch that no checkpoint holds."""
+    return TrainError(
+        f"{path}: has no line of epoch {epoch}, nor has a checkpoint; put back a copy of it, or train the run again in "
+        "another OUT"
+    )
 
 
 def key_of(identity: Any) -> str:
@@ -72,16 +130,81 @@ def folder_name(identity: dict[str, Any]) -> str:
 
 
 def read_run(folder: Path) -> Run | None:
-    """The run in a folder, or None where there is none. Raises TrainError where its files are damaged."""
+    """The run in a folder, or None where there is none.
+
+    A damaged identity is read from the checkpoint; a damaged result, of which a notice is printed, counts as none.
+    Raises TrainError where the identity is damaged and no checkpoint holds it, unless there is nothing but it.
+    """
     path = folder / "identity.json"
-    result = folder / "result.json"
+    checkpoints = [file for file in folder.glob("*.pt") if file.name in ("last.pt", "last.before.pt", "best.pt")]
+    if not path.is_file() and not checkpoints:
+        return None
     try:
-        if not path.is_file():
+        identity = _identity(_read_object(path))
+    except ValueError as error:
+        stored = _stored_identity(folder)
+        if stored is None and (checkpoints or (folder / "result.json").is_file()):
+            raise TrainError(
+                f"{path}: is damaged ({error}), and no checkpoint says what the run is; put back a copy of it, or give "
+                "another OUT"
+            ) from None
+        if stored is None:
             return None
-        identity = _as_written_now(json.loads(path.read_text()))
-        return Run(folder, identity, json.loads(result.read_text()) if result.is_file() else None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainError(f"{folder}: a damaged run ({error}); remove the folder to start again") from None
+        identity = stored
+    return Run(folder, identity, _result(folder / "result.json"))
+
+
+def _read_object(path: Path) -> Any:
+    """What a file of JSON holds. Raises ValueError, which says why, where it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+
+
+def _identity(values: Any) -> dict[str, Any]:
+    """An identity as this version writes it. Raises ValueError, which names the first wrong key, for anything else."""
+    _check_types(values, _IDENTITY)
+    _check_types(values["data"], {"name": str, "fingerprint": str}, "data.")
+    _check_types(values["crop"], {"scale": list, "ratio": list}, "crop.")
+    if values["refinery"] is not None:
+        _check_types(values["refinery"], {"network": str}, "refinery.")
+    return _as_written_now(values)
+
+
+def _stored_identity(folder: Path) -> dict[str, Any] | None:
+    """The identity in a run's checkpoint; None where there is none, or one of an earlier version, which holds none."""
+    from train.runs import checkpoint
+
+    with suppress(TrainError, ValueError):
+        found = checkpoint.latest(folder, mapped=True)
+        return _identity(found[1].get("identity")) if found else None
+    return None
+
+
+def _result(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        result = _read_object(path)
+        _check_types(result, _RESULT)
+    except ValueError as error:
+        print(f"warning: {path}: is damaged ({error}); the run's own command makes it again", flush=True)
+        return None
+    return result
+
+
+def _check_types(values: Any, types: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises ValueError, which names the first wrong key, unless values is a dict that has these keys and types."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'it'} is no mapping")
+    for key, kind in types.items():
+        if key not in values:
+            raise ValueError(f"{prefix}{key} is missing")
+        if not isinstance(values[key], kind) or isinstance(values[key], bool):
+            raise ValueError(f"{prefix}{key} is {values[key]!r}")
 
 
 def _as_written_now(identity: dict[str, Any]) -> dict[str, Any]:
@@ -98,11 +221,17 @@ def _as_written_now(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def all_runs(root: Path) -> Iterator[Run]:
-    """Every run below root, in the order of their paths."""
+    """Every run below root, in the order of their paths. Prints a warning of those that are damaged, and skips them."""
     for path in sorted(root.rglob("identity.json")):
-        run = read_run(path.parent)
-        if run:
-            yield run
+        try:
+            run = read_run(path.parent)
+        except TrainError as error:
+            print(f"warning: {error}; skipped", flush=True)
+        else:
+            if run:
+                yield run
+            else:
+                print(f"warning: {path}: is damaged, and there is no checkpoint; skipped", flush=True)
 
 
 def finished_refinery(root: Path, wanted: dict[str, Any]) -> Run | None:
@@ -128,7 +257,10 @@ def finished_refinery(root: Path, wanted: dict[str, Any]) -> Run | None:
 def progress_of(run: Run) -> str:
     if run.result:
         return "finished"
-    return f"epoch {len(run.metrics)} of {run.identity['epochs']}"
+    try:
+        return f"epoch {len(run.metrics)} of {run.identity['epochs']}"
+    except TrainError:
+        return "damaged metrics"
 
 
 def table_text(rows: Sequence[Sequence[str]]) -> str:

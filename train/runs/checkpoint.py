@@ -1,53 +1,89 @@
 """Everything needed to continue a run at its next step with the same bits."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from command import first_line
-from models.weights import CHECKPOINT_FORMAT
+from models.weights import CHECKPOINT_FORMAT, check_sums
 from train import TrainError
+from train.runs.atomic import reason, replacing
+
+# The checkpoint of the last step that was saved, the one before it, and that of the epoch with the highest top-1.
+LAST, BEFORE, BEST = "last.pt", "last.before.pt", "best.pt"
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
+def save(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None:
     """Writes a checkpoint so that `path` always holds a whole one: the old until the new is complete.
 
-    Raises TrainError when it cannot be written (a full disk); the old one then stays.
+    keep: where the old one stays. Raises TrainError when it cannot be written (a full disk); the old one then stays.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
+        with replacing(path, keep=keep) as file:
             torch.save({"format": CHECKPOINT_FORMAT} | state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise TrainError(f"{path}: the checkpoint could not be written ({reason}); the one before is kept") from None
+        kept = "; the one before is kept" if path.with_name(LAST).is_file() else ""
+        raise TrainError(f"{path}: the checkpoint could not be written ({reason(error, path)}){kept}") from None
 
 
 def load(path: Path, *, mapped: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint of ours; mapped: each tensor only when it is used. Raises TrainError where it is damaged."""
+    """Reads a checkpoint of ours; mapped: each tensor only when it is used.
+
+    Raises TrainError where it is damaged, which its checksums show, or no checkpoint of a run.
+    """
     try:
+        check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        assert state["format"] == CHECKPOINT_FORMAT
     except Exception as error:
-        raise TrainError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); remove it to start again"
-        ) from None
+        # A damaged file raises anything: its bytes steer the unpickler.
+        why = reason(error, path) if isinstance(error, OSError) else "it is damaged or cut short"
+        raise _unreadable(path, why) from None
+    progress = state.get("progress") if isinstance(state, dict) and state.get("format") == CHECKPOINT_FORMAT else None
+    if not isinstance(progress, dict) or not all(isinstance(progress.get(name), int) for name in ("epoch", "step")):
+        raise _unreadable(path, "it is no checkpoint of a run")
     return state
 
 
-def position(path: Path) -> tuple[int, int]:
-    """Epochs done and steps done in the next one, of the run whose checkpoint this is; (0, 0) where there is none."""
-    if not path.is_file():
-        return 0, 0
-    # Mapped: of the tensors nothing is read.
-    progress = load(path, mapped=True)["progress"]
-    return progress["epoch"], progress["step"]
+def latest(folder: Path, *, mapped: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint from which a run goes on, and its file; None where there is none. mapped: as in `load`.
+
+    That is last.pt or, where it is damaged, the one of the others that is furthest. Raises TrainError where all are.
+    """
+    damage = None
+    found: list[tuple[Path, dict[str, Any]]] = []
+    for name in (LAST, BEFORE, BEST):
+        path = folder / name
+        if path.is_file():
+            try:
+                found.append((path, load(path, mapped=mapped)))
+            except TrainError as error:
+                damage = damage or error
+            else:
+                if name == LAST:
+                    break
+    if not found and damage:
+        raise damage
+    return max(found, key=lambda each: _position(each[1]), default=None)
+
+
+def position(folder: Path) -> tuple[int, int]:
+    """Epochs done and steps done in the next one, of the run in a folder; (0, 0) where there is no checkpoint.
+
+    Raises TrainError as `latest`.
+    """
+    # Mapped: tensors are read for their checksums alone.
+    found = latest(folder, mapped=True)
+    return _position(found[1]) if found else (0, 0)
+
+
+def _position(state: dict[str, Any]) -> tuple[int, int]:
+    return state["progress"]["epoch"], state["progress"]["step"]
+
+
+def _unreadable(path: Path, why: str) -> TrainError:
+    return TrainError(
+        f"{path}: not a readable checkpoint ({why}); put back a copy, or remove the run's checkpoints to start it again"
+    )
 
 
 def generator_states(device: torch.device) -> dict[str, torch.Tensor]:

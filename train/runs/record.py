@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from train import TrainError
 from train.config import Config, config_text
-from train.runs import Run, checkpoint, json_lines
+from train.runs import Run, checkpoint, json_lines, no_metrics, read_metrics
+from train.runs.atomic import make_folder, reason, write_text
+from train.runs.board import Board
 
 
 class Record:
@@ -22,8 +23,9 @@ class Record:
 
     identity.json: all that decides the weights the run ends with. config.yaml: the configuration, filled in.
     starts.jsonl: a line for each start, with what decides the last bits of the weights (device, decoder, ...).
-    metrics.jsonl, tensorboard/: a line, and points, for each epoch. last.pt, best.pt: checkpoints of the last step that
-    was saved and of the epoch with the highest top-1. result.json: the run's result.
+    metrics.jsonl, tensorboard/: a line, and points, for each epoch. last.pt, last.before.pt, best.pt: checkpoints of
+    the last step that was saved, of the save before, and of the epoch with the highest top-1; each holds identity and
+    metrics too. result.json: the run's result. .lock: what a process that trains in it has locked.
 
     Raises TrainError where the folder cannot be written, and on entering where another process trains in it.
     """
@@ -32,6 +34,9 @@ class Record:
         self._folder, self._config = folder, config
         self._run = Run(folder, identity, result=None)
         self._open = ExitStack()
+        # Lines of metrics.jsonl, and how many of them have been written.
+        self._metrics: list[dict[str, Any]] = []
+        self._written = 0
 
     def __enter__(self) -> "Record":
         self._open.enter_context(locked(self._folder))
@@ -40,32 +45,55 @@ class Record:
     def __exit__(self, *exception: object) -> None:
         self._open.close()
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return self._run.weights.is_file()
+
+    def saved(self) -> dict[str, Any] | None:
+        """The last checkpoint, or None where there is none yet; where it is damaged, prints which one serves instead.
+
+        Raises TrainError where all are damaged.
+        """
+        found = checkpoint.latest(self._folder)
+        if not found:
+            return None
+        path, state = found
+        if path != self._run.weights:
+            print(f"warning: {self._run.weights}: is damaged or missing; going on from {path}", flush=True)
+            # So that it is neither read by others nor kept as the one before the next.
+            checkpoint.save(self._run.weights, state)
+        # Checkpoints of earlier versions hold no metrics.
+        if "metrics" in state:
+            self._metrics = state["metrics"]
+        else:
+            self._metrics, damage = read_metrics(self._run.metrics_file)
+            if damage:
+                raise damage
+        return state
+
     def begin(self, start: dict[str, Any], epochs: int, steps: int) -> list[str]:
         """Writes identity and configuration, and logs a start after so many epochs and steps of the next one.
 
         Metrics of later epochs are dropped, because these will be repeated. start: device, decoder and so on of this
         start. Returns in what it differs from the start before, as phrases.
         """
-        try:
-            (self._folder / "identity.json").write_text(json.dumps(self._run.identity, indent=1) + "\n")
-            (self._folder / "config.yaml").write_text(config_text(self._config))
-            starts = self._folder / "starts.jsonl"
-            before = json_lines(starts)
-            # Written whole, so that a line that was cut short does not spoil the next one.
-            _write_lines(self._run.metrics_file, self._run.metrics[:epochs])
-            _write_lines(starts, [*before, {"epoch": epochs, "step": steps} | start])
-        except OSError as error:
-            raise TrainError(f"{self._folder}: the run cannot be written there ({error.strerror})") from None
+        self._metrics = [line for line in self._metrics if line["epoch"] <= epochs]
+        starts = self._folder / "starts.jsonl"
+        before = json_lines(starts)
+        self._write("identity.json", json.dumps(self._run.identity, indent=1) + "\n")
+        self._write("config.yaml", config_text(self._config))
+        self._write("starts.jsonl", _lines([*before, {"epoch": epochs, "step": steps} | start]))
+        self._write_metrics()
         # Epochs are numbered from 1.
-        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=epochs + 1)
-        self._open.callback(self._board.close)
+        self._board = Board(self._folder / "tensorboard", epoch=epochs + 1)
         last = before[-1] if before else start
         return [
             f"{name} was {last.get(name)} and is {value}" for name, value in start.items() if value != last.get(name)
         ]
 
-    def write(self, metrics: dict[str, Any], *, name: str | None) -> None:
-        """Keeps an epoch's metrics and prints them. name: the network's, where several train at once."""
+    def add(self, metrics: dict[str, Any], *, name: str | None) -> None:
+        """Prints an epoch's metrics, which `save` then keeps. name: the network's, where several train at once."""
         tqdm.write(
             (f"{name}, " if name else "")
             + f"epoch {metrics['epoch']}/{self._config.epochs}: loss {metrics['loss']:.3f}, "
@@ -73,31 +101,29 @@ class Record:
             f"top-5 {metrics['top5']:.2f} %; {metrics['images_per_second_per_device']:.0f} images/s, "
             f"{100 * metrics['waiting']:.0f} % waiting for data"
         )
-        try:
-            with open(self._run.metrics_file, "a") as file:
-                file.write(json.dumps(metrics) + "\n")
-        except OSError as error:
-            raise TrainError(f"{self._run.metrics_file}: cannot be written ({error.strerror})") from None
-        for key, value in metrics.items():
-            self._board.add_scalar(key, value, metrics["epoch"])
+        self._metrics.append(metrics)
 
     def save(self, state: dict[str, Any], *, best: bool = False) -> None:
-        """Writes last.pt, and best.pt if this is the best so far.
+        """Writes last.pt, and best.pt if this is the best so far; then metrics that are new.
 
         best.pt first: last.pt stores the highest top-1, so a stop between the two in the other order would leave an
         older best.pt for good. In this order the epoch is repeated, and both are written again.
         """
-        for name in ("best.pt", "last.pt") if best else ("last.pt",):
-            checkpoint.save(self._folder / name, state)
-
-    def saved(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None where there is none yet."""
-        path = self._run.weights
-        return checkpoint.load(path) if path.is_file() else None
+        state = state | {"identity": self._run.identity, "metrics": self._metrics}
+        if best:
+            checkpoint.save(self._folder / checkpoint.BEST, state)
+        checkpoint.save(self._run.weights, state, keep=self._folder / checkpoint.BEFORE)
+        new = self._metrics[self._written :]
+        if new:
+            self._write_metrics()
+            for metrics in new:
+                self._board.add(metrics)
 
     def result(self, *, best: float, seconds: float) -> dict[str, Any]:
         """The run's result: accuracies of its last epoch, the rate of its median one."""
-        lines = self._run.metrics
+        lines = self._metrics
+        if not lines or lines[-1]["epoch"] != self._config.epochs:
+            raise no_metrics(self._run.metrics_file, self._config.epochs)
         rates = sorted(line["images_per_second_per_device"] for line in lines)
         return {
             "top1": lines[-1]["top1"],
@@ -110,12 +136,20 @@ class Record:
 
     def finish(self, result: dict[str, Any]) -> Run:
         """Writes the result, with which the run is finished."""
-        path = self._folder / "result.json"
-        try:
-            path.write_text(json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise TrainError(f"{path}: cannot be written ({error.strerror})") from None
+        self._write("result.json", json.dumps(result, indent=1) + "\n")
         return replace(self._run, result=result)
+
+    def _write_metrics(self) -> None:
+        self._write(self._run.metrics_file.name, _lines(self._metrics))
+        self._written = len(self._metrics)
+
+    def _write(self, name: str, text: str) -> None:
+        path = self._folder / name
+        try:
+            write_text(path, text)
+        except OSError as error:
+            kept = "; the last checkpoint is kept" if self.has_checkpoint else ""
+            raise TrainError(f"{path}: cannot be written ({reason(error, path)}){kept}") from None
 
 
 class Silent(Record):
@@ -127,7 +161,7 @@ class Silent(Record):
     def begin(self, start: dict[str, Any], epochs: int, steps: int) -> list[str]:
         return []
 
-    def write(self, metrics: dict[str, Any], *, name: str | None) -> None:
+    def add(self, metrics: dict[str, Any], *, name: str | None) -> None:
         """Nothing."""
 
     def save(self, state: dict[str, Any], *, best: bool = False) -> None:
@@ -143,27 +177,35 @@ class Silent(Record):
         return replace(self._run, result=result)
 
 
-def _write_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+def _lines(values: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """A run's folder, made if it is not there, for one process at a time.
 
-    Raises TrainError where another process trains in it, or where it cannot be made.
+    Raises TrainError where another process trains in it, or where it cannot be made. Where the file system has no
+    locks, a notice is printed.
     """
+    lock = folder / ".lock"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        opened = os.open(folder, os.O_RDONLY)
+        make_folder(folder)
+        # For writing, which network file systems demand.
+        opened = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise TrainError(f"{folder}: the run cannot be written there ({error.strerror})") from None
+        raise TrainError(f"{folder}: the run cannot be written there ({reason(error, lock)})") from None
     try:
         try:
             # Given back by the system when the process ends, however it does.
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             raise TrainError(f"{folder}: another process is training this run; wait for it, or stop it") from None
+        except OSError as error:
+            print(
+                f"{folder}: cannot be locked there ({error.strerror}); see that no other process trains this run",
+                flush=True,
+            )
         yield
     finally:
         os.close(opened)

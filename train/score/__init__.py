@@ -1,6 +1,6 @@
 """How accurate a network is: top-1, top-5 and the accuracy of each class; beside it the other kinds of accuracy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,10 @@ from kernels.normalise import Normalisation, Normalise
 from train import TrainError
 from train.device import computing_in
 from train.distributed import ALONE, Group
+
+
+class Stopped(Exception):
+    """Scoring was stopped before its end; raised in all processes."""
 
 
 @dataclass
@@ -42,13 +46,15 @@ def score(
     autocast: torch.dtype | None,
     columns: Sequence[int] | None = None,
     together: Group = ALONE,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Scores:
     """Runs the network over the loader's images, in evaluation mode.
 
     columns: for each class of the loader the network's output that stands for it, or -1 where the network lacks it;
     None where the two are the same. The network chooses among the loader's classes alone, and images of classes that
     it lacks are not scored. together: the processes whose loaders have the set's images among them.
-    Raises TrainError where no image is left.
+    stop: whether to stop, asked before each batch. Raises Stopped where it says so in any process, and TrainError where
+    no image is left.
     """
     network.eval()
     normalise = Normalise(normalisation).to(device)
@@ -60,8 +66,12 @@ def score(
     # Rows: images of each class, those right at first, those right within five.
     counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
     predicted = torch.full((loader.num_samples,), -1, dtype=torch.int64, device=device)
+    stopped = False
     with images_bar(loader.num_samples, "score", leave=False) as bar:
         for batch in loader.epoch(0):
+            stopped = stop()
+            if stopped:
+                break
             with computing_in(autocast, device):
                 logits = network(normalise(batch.crops)).float()
             likeliest = choices[logits[:, outputs].topk(min(5, len(choices)), dim=1).indices]
@@ -70,6 +80,8 @@ def score(
             for row, weights in enumerate((torch.isin(batch.labels, choices), hits[:, 0], hits.any(dim=1))):
                 counts[row].scatter_add_(0, batch.labels, weights.long())
             bar.update(len(batch.labels))
+    if any(together.largest([stopped])):
+        raise Stopped
     predicted = together.sum(predicted + 1) - 1
     images, first, within5 = together.sum(counts).cpu().tolist()
     total = sum(images)
