@@ -13,7 +13,7 @@ from PIL import Image
 
 from command import first_line
 from data import DataError, archives, scenes
-from data.pixels import EXTENSIONS
+from data.pixels import EXTENSIONS, open_image
 from data.plan import CropRule
 
 TORCHVISION_SETS = ("cifar10", "svhn", "imagenette")
@@ -151,7 +151,7 @@ def _folder(root: Path, whole: bool = False) -> Source:
     parts = [root / "train", root / "val"]
     for part in parts if all(part.is_dir() for part in parts) else [root]:
         files |= {os.path.relpath(file, root): file for file in image_files(part)}
-    names, train, val, notes = _arranged(str(root), f"{root}/", files, Image.open, whole)
+    names, train, val, notes = _arranged(str(root), f"{root}/", files, open_image, whole)
     return Source(root.resolve().name, names, train, val, _fingerprint(root, [train, val]), notes=notes)
 
 

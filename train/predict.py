@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from command import run_command
 from data.originals import UNREADABLE, central_crop
-from data.pixels import upright_rgb
+from data.pixels import open_image, upright_rgb
 from data.sources import image_files
 from kernels.normalise import Normalise
 from models.trained import load_trained
@@ -44,7 +43,7 @@ def predict(checkpoint: str, images: str, resolution: int | None = None, device:
     unreadable = 0
     for file in files:
         try:
-            image = upright_rgb(Image.open(file))
+            image = upright_rgb(open_image(file))
         except UNREADABLE as error:
             print(f"{file}: left out, cannot be read ({error})", file=sys.stderr)
             unreadable += 1
