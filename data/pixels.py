@@ -14,7 +14,8 @@ EXTENSIONS = frozenset(
 # Pillow opens many more kinds, PostScript among them, which it hands to an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "PPM", "GIF", "TIFF")
 
-# A JPEG takes at least one bit for each block of 8x8 pixels: 512 pixels a byte, and 683 with 4:2:0.
+# A JPEG takes at least one bit for each block of 8x8 pixels: 512 pixels a byte, if gray. White ones were seen to hold
+# 256. (Arithmetic coding, which next to nobody writes, might need less for pictures that show nothing.)
 JPEG_PIXELS_PER_BYTE = 1000
 
 
