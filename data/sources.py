@@ -152,7 +152,7 @@ def _folder(root: Path, whole: bool = False) -> Source:
     for part in parts if all(part.is_dir() for part in parts) else [root]:
         files |= {os.path.relpath(file, root): file for file in image_files(part)}
     names, train, val, notes = _arranged(str(root), f"{root}/", files, open_image, whole)
-    return Source(root.resolve().name, names, train, val, _fingerprint(root, [train, val]), notes=notes)
+    return Source(root.resolve().name or "images", names, train, val, _fingerprint(root, [train, val]), notes=notes)
 
 
 def _archive(path: Path, whole: bool = False) -> Source:
