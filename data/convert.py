@@ -109,7 +109,7 @@ def convert_source(
     Raises DataError when a split has no readable image, the disk is full or a process dies.
     """
     for note in source.notes:
-        print(note, flush=True)
+        print(printable(note), flush=True)
     processes = processes or len(os.sched_getaffinity(0))
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from command import run_command
+from command import printable, run_command
 from data.originals import UNREADABLE, central_crop
 from data.pixels import open_image, upright_rgb
 from data.sources import image_files
@@ -45,16 +45,16 @@ def predict(checkpoint: str, images: str, resolution: int | None = None, device:
         try:
             image = upright_rgb(open_image(file))
         except UNREADABLE as error:
-            print(f"{file}: left out, cannot be read ({error})", file=sys.stderr)
+            print(printable(f"{file}: left out, cannot be read ({error})"), file=sys.stderr)
             unreadable += 1
             continue
         crop = central_crop(image, resolution=side, center_ratio=trained.center_ratio or 224 / 256)
         pixels = torch.from_numpy(crop).permute(2, 0, 1)[None].to(where)
         chances = network(normalise(pixels)).float().softmax(dim=1)[0]
         likeliest = chances.topk(min(5, len(chances)))
-        print(file)
+        print(printable(file))
         for chance, index in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
-            print(f"  {100 * chance:5.1f} %  {trained.class_names[index]}")
+            print(f"  {100 * chance:5.1f} %  {printable(trained.class_names[index])}")
     if unreadable == len(files):
         raise TrainError(f"IMAGES={images}: none of the {len(files)} files could be read")
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from command import printable
 from data import blocks, decoders, plan
 from data.beton import Beton
 from data.decoders import Request, View, build_decoder
@@ -82,10 +83,10 @@ class Accuracies:
 def readable(class_names: Sequence[str]) -> tuple[str, ...]:
     """What readers call the classes: for WordNet ids of ImageNet's classes the first of their words, else the names.
 
-    Where two have the same word (a crane lifts or flies), the id follows it.
+    Where two have the same word (a crane lifts or flies), the id follows it. Names are escaped for terminals and pages.
     """
     if not are_imagenet(class_names):
-        return tuple(class_names)
+        return tuple(map(printable, class_names))
     # Loading timm takes seconds.
     from timm.data import ImageNetInfo
 
