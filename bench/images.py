@@ -42,7 +42,7 @@ def find(data: str | None, folder: Path, *, most: int) -> list[str]:
         raise BenchError(f"DATA={data}: no such folder; give a folder of images, or leave DATA out")
     if is_converted(data):
         return _extracted(open_set(data).beton("train"), folder, most)
-    files = image_files(data)
+    files = image_files(data).files
     if not files:
         raise BenchError(f"DATA={data}: no images in it or below")
     return files

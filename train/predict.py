@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from command import printable, run_command
+from data.folders import Found
 from data.originals import UNREADABLE, central_crop
 from data.pixels import open_image, upright_rgb
 from data.sources import image_files
@@ -32,7 +33,9 @@ def predict(checkpoint: str, images: str, resolution: int | None = None, device:
     """
     where = device_named(device)
     path = Path(images)
-    files = [str(path)] if path.is_file() else image_files(path) if path.is_dir() else []
+    files, notes = image_files(path) if path.is_dir() else Found([str(path)] if path.is_file() else [], ())
+    for note in notes:
+        print(printable(note), file=sys.stderr)
     if not files:
         raise TrainError(f"IMAGES={images}: {'no images in it' if path.is_dir() else 'no such file or folder'}")
     trained = load_trained(checkpoint)
