@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -25,8 +25,11 @@ from data import DataError
 from data.archives import MOST_BYTES, archive_name
 from data.beton import Beton
 from data.convert import convert_source, ensure_converted
+from data.originals import UNREADABLE
+from data.pixels import upright_rgb
 from data.sets import Unconverted, find_set, open_set
 from data.sources import open_source
+from tests.damage import bytes_of
 from tests.pictures import photograph, write_class_folders
 
 ROOT = Path(__file__).parents[2]
@@ -424,6 +427,41 @@ def test_headers_of_a_tar_that_would_fill_memory_are_refused(tmp_path):
     assert ": damaged, or neither a zip nor a tar archive" in refusal(path)
     path.write_bytes(headers(1, 512) + tar_of(flat()))
     assert open_source(str(path)).class_names == ("a", "b")
+
+
+SMALL = {f"{label}/{i}.jpg": jpeg(i, 16) for label in "ab" for i in range(3)}
+CONTENTS = {ending: pack(SMALL) for ending, pack in ARCHIVES.items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("ending", ARCHIVES)
+def test_fuzz_archives(tmp_path, monkeypatch, ending, data):
+    """Refused in one line, or of pictures that are whole, or of some that cannot be read, each with its reason."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = tmp_path / f"set{ending}"
+    path.write_bytes(data.draw(bytes_of(CONTENTS[ending])))
+    try:
+        source = open_source(str(path))
+    except DataError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+        event("refused")
+        return
+    whole = [np.asarray(Image.open(io.BytesIO(contents))) for contents in SMALL.values()]
+    found = set()
+    for split in (source.train, source.val):
+        for item in split.items:
+            try:
+                seen = np.asarray(upright_rgb(split.read(item)))
+                found.add("whole" if any(np.array_equal(seen, each) for each in whole) else "other pixels")
+            except UNREADABLE as error:
+                assert str(error)
+                found.add("an image refused")
+    event(", ".join(sorted(found)))
+    # Of a zip each file has a checksum; of a tar none has.
+    assert ending != ".zip" or "other pixels" not in found
 
 
 def run_convert(*words, **options):

@@ -4,14 +4,16 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageFile, features
 
 from data.convert import Storage, encode
+from data.originals import UNREADABLE
 from data.pixels import open_image, upright_rgb
 from data.sources import open_source
+from tests.damage import bytes_of
 from tests.pictures import photograph, write_class_folders
 
 RAMP = np.arange(65536, dtype=np.uint16).reshape(256, 256)
@@ -51,6 +53,22 @@ def test_a_jpeg_is_refused_by_its_header_where_its_bytes_cannot_hold_its_pixels(
         open_image(str(tmp_path / "bomb.jpg"))
     with pytest.raises((ValueError, Image.DecompressionBombError), match="cannot hold|exceeds limit"):
         open_image(io.BytesIO(claiming(jpeg, side)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(data=st.data())
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF"])
+def test_fuzz_images(kind, data):
+    """A picture or an error that names its reason, and never room for more than the bytes can hold."""
+    contents = data.draw(bytes_of(saved(photograph(0, 24, 32), kind)))
+    try:
+        seen = upright_rgb(open_image(io.BytesIO(contents)))
+    except UNREADABLE as error:
+        assert str(error)
+        event("refused")
+    else:
+        event("read")
+        assert seen.mode == "RGB"
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from data import DataError
@@ -95,7 +95,9 @@ def test_fuzz_set_json(tmp_path, contents):
     except DataError as error:
         assert "set.json" in str(error)
         assert "\n" not in str(error)
+        event("refused")
         return
+    event("loaded, as it says")
     said = json.loads(contents)
     crop = said["crop"]
     assert (found.name, list(found.class_names)) == (said["name"], said["class_names"])
@@ -125,7 +127,9 @@ def test_fuzz_names_of_images(named, data):
         found = open_set(folder).image_names("val")
     except DataError as error:
         assert "val.names.json: damaged" in str(error)
+        event("refused")
         return
+    event("loaded, as it says")
     assert found == json.loads(contents)
     # A tree of maps is written by these names.
     for name in found:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from tests.damage import bytes_of, documents
@@ -386,7 +386,9 @@ def test_fuzz_labels_json(tmp_path, description, data):
     except TrainError as error:
         assert "labels.json" in str(error)
         assert "\n" not in str(error)
+        event("refused")
         return
+    event("loaded")
     made = store.description
     assert store.epochs == 0  # there is no file of rows
     assert made.shape[0] * made.shape[1] == made.bytes_per_epoch > 0
