@@ -1,13 +1,34 @@
-"""How every command takes its options, and how it ends: bad input in one line with exit status 2."""
+"""How every command takes its options, what it shows, and how it ends: bad input in one line with exit status 2."""
 
 import argparse
+import errno
 import os
+import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, NoReturn, TextIO, TypeVar
 
 Result = TypeVar("Result")
+
+# What acts on a terminal instead of being shown: control characters, and those that turn the order of what follows.
+# The names of other people's files and classes may hold them, as well as bytes that are no text (as surrogates).
+_ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LINES = re.compile("(?![\t\n])" + _ACTING.pattern)
+# What a progress bar does to its place on the terminal.
+_BAR = re.compile(r"\n*(?:\x1b\[A)*")
+
+# What libraries say where they are refused memory.
+_NO_MEMORY = (
+    "allocate memory",
+    "bad_alloc",
+    "can't start new thread",
+    "failed to map segment",
+    "out of memory",
+)
 
 
 class UserError(ValueError):
@@ -29,19 +50,44 @@ def run_command(function: Callable[..., Any], *, prog: str, words: list[str] | N
 
 
 def exit_on_user_error(work: Callable[[], Result]) -> Result:
-    """Returns what a command's work returns; bad input ends the program with one line and status 2.
+    """Returns what a command's work returns; bad input or a lack of memory ends the program with one line and status 2.
 
-    A stop by the user ends it with status 130. Parsers are to be built with exit_on_error=False.
+    A stop by the user ends it with status 130. What the work prints is escaped (`Escaped`). Parsers are to be built
+    with exit_on_error=False.
     """
     try:
-        return work()
+        if signal.getsignal(signal.SIGINT) is _leave:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with _escaped_output():
+            return work()
     except argparse.ArgumentError as error:
         _fail(f"{' '.join(str(error).split())} (--help lists the options)")
     except UserError as error:
         _fail(error)
     except KeyboardInterrupt as stop:
-        print(str(stop) or "\ninterrupted", file=sys.stderr, flush=True)
+        Escaped(sys.stderr).write((str(stop) or "\ninterrupted") + "\n")
         sys.exit(130)
+    except Exception as error:
+        lack = _lack_of_memory(error)
+        if lack:
+            _fail(lack)
+        raise
+
+
+def _lack_of_memory(error: BaseException) -> str | None:
+    """What to say of an error by which this process was refused memory, or a thread, by the system or a limit."""
+    seen: BaseException | None = error
+    while seen:
+        lines = [line.strip() for line in str(seen).splitlines()]
+        said = next((line for line in lines if any(words in line for words in _NO_MEMORY)), None)
+        if isinstance(seen, MemoryError) or (isinstance(seen, OSError) and seen.errno == errno.ENOMEM):
+            said = said or first_line(seen)
+        if said and isinstance(seen, (MemoryError, RuntimeError, ImportError, OSError)):
+            advice = "take a smaller batch, end other programs, or raise the limit (ulimit -v)"
+            return f"out of memory: {said}; {advice}"
+        # Libraries raise errors of their own over what they met.
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def typed_command() -> str:
@@ -59,8 +105,49 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """File names may hold bytes that are no text; a terminal is shown a mark in their place."""
-    return text.encode(errors="surrogateescape").decode(errors="replace")
+    """A name as one line that a terminal shows and does not act on: control characters are escaped, as in \\x1b."""
+    return _ACTING.sub(_escape, text)
+
+
+class Escaped:
+    """A stream in which names cannot act on a terminal: all control characters but ends of lines and tabs are escaped.
+
+    bars: progress bars are written to it.
+    """
+
+    def __init__(self, stream: TextIO, *, bars: bool = False):
+        self._stream, self._bars = stream, bars
+
+    def write(self, text: str) -> int:
+        begin = ""
+        if self._bars:
+            if _BAR.fullmatch(text):
+                return self._stream.write(text)
+            begin = "\r" if text.startswith("\r") else ""
+        self._stream.write(begin + _LINES.sub(_escape, text[len(begin) :]))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _escaped_output() -> Iterator[None]:
+    before = sys.stdout, sys.stderr
+    # Help in colours (from Python 3.14 on) would be escaped too.
+    os.environ.setdefault("NO_COLOR", "1")
+    sys.stdout, sys.stderr = Escaped(sys.stdout), Escaped(sys.stderr, bars=True)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    # os.fsdecode gives a byte that is no text as a surrogate from 0xDC80 on.
+    code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def with_underscores(words: list[str]) -> list[str]:
@@ -74,5 +161,26 @@ def _with_underscores(option: str) -> str:
 
 
 def _fail(message: object) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {printable(str(message))}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _leave(number: int, frame: Any) -> None:
+    """Ctrl-C while a command loads its libraries: nothing has begun, and they would turn an exception into others."""
+    os.write(2, b"\ninterrupted\n")
+    os._exit(130)
+
+
+def _not_loaded(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    lack = _lack_of_memory(error)
+    if lack:
+        print(f"error: {printable(lack)}", file=sys.stderr, flush=True)
+        os._exit(2)
+    sys.__excepthook__(kind, error, trace)
+
+
+# Of `python -m ROOM`, while Python looks for the module and the room's package imports this file.
+if sys.argv[:1] == ["-m"]:
+    sys.excepthook = _not_loaded
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)

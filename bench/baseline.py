@@ -9,7 +9,6 @@ and the hits read after every batch.
 import time
 
 import torch
-from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -17,6 +16,7 @@ from torchvision import transforms
 import models
 from bench.pair import CLASSES, Pair
 from bench.turns import Runner, Work
+from data.pixels import open_image
 
 
 class Baseline(Runner):
@@ -78,4 +78,4 @@ class _Files(Dataset):
         return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self._transform(Image.open(self._files[index]).convert("RGB")), index % CLASSES
+        return self._transform(open_image(self._files[index]).convert("RGB")), index % CLASSES

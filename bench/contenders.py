@@ -18,6 +18,7 @@ from bench.task import Entry, Loader, Task
 from data import blocks, plan
 from data.beton import Beton
 from data.decoders import part_of, union
+from data.pixels import open_image
 from data.plan import CropRule
 
 # RandomResizedCrop's law, for those that do not have it as their default.
@@ -57,11 +58,10 @@ class _Files(torch.utils.data.Dataset):
 
 
 def _pillow(task: Task) -> Loader:
-    from PIL import Image
     from torchvision.transforms import v2
 
     transform = v2.Compose([v2.RandomResizedCrop(task.resolution), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-    return Workers(task, lambda path: transform(Image.open(path).convert("RGB")))
+    return Workers(task, lambda path: transform(open_image(path).convert("RGB")))
 
 
 def _torchvision(task: Task) -> Loader:

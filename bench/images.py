@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw
 from scipy import fft
 
 from bench import BenchError
+from data import pixels
 from data.beton import Beton, Encoded, write_beton
 from data.convert import Storage, encode
 from data.decoders.prefetch import default_threads
-from data.pixels import upright_rgb
 from data.sets import is_converted, open_set
 from data.sources import image_files
 
@@ -42,7 +42,7 @@ def find(data: str | None, folder: Path, *, most: int) -> list[str]:
         raise BenchError(f"DATA={data}: no such folder; give a folder of images, or leave DATA out")
     if is_converted(data):
         return _extracted(open_set(data).beton("train"), folder, most)
-    files = image_files(data)
+    files = image_files(data).files
     if not files:
         raise BenchError(f"DATA={data}: no images in it or below")
     return files
@@ -121,7 +121,7 @@ def write_plain(path: Path, files: list[str]) -> None:
     """A `.beton` of plain baseline 4:2:0 JPEGs, 512 px on the longer side, quality 90: what stock FFCV is given."""
 
     def plain(image: Image.Image) -> Encoded:
-        image = upright_rgb(image)
+        image = pixels.upright_rgb(image)
         image.thumbnail((JPEG.max_resolution, JPEG.max_resolution), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=JPEG.quality, subsampling="4:2:0", comment=b"")
@@ -161,7 +161,7 @@ class _Pixels:
     def __getitem__(self, index: int) -> tuple[np.ndarray]:
         file = self._files[index]
         if self._last is None or self._last[0] != file:
-            self._last = file, np.array(upright_rgb(open_image(file)))
+            self._last = file, np.array(pixels.upright_rgb(open_image(file)))
         return (self._last[1],)
 
 
@@ -179,7 +179,7 @@ def open_image(file: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(file)
+            image = pixels.open_image(file)
             image.load()
         return image
     except Exception as error:  # Pillow's readers raise as many kinds as there are formats

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from bench import images
 from bench.ceilings import Decoding
@@ -16,6 +15,7 @@ from bench.record import MEMORY, Column, Record, rate_columns
 from bench.settings import Settings
 from bench.task import Task
 from bench.turns import Contender, Runner, Work, in_turns
+from data.pixels import open_image
 from train.device import autocast_type, precision_on, set_tf32_and_allocator
 
 # Sides of the matrices, bytes of the copies, and how many come between two looks at the clock.
@@ -85,7 +85,7 @@ class DecodeWhole(Runner):
 
     def run(self) -> Work:
         for file in self._files:
-            Image.open(file).convert("RGB")
+            open_image(file).convert("RGB")
         return Work(len(self._files))
 
 

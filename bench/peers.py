@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from bench import BenchError
@@ -20,6 +19,7 @@ from bench.task import Entry, Task
 from data import plan
 from data.decoders import BATCHES_AHEAD, Request, View, delivered
 from data.decoders.prefetch import Prefetcher
+from data.pixels import open_image
 
 # What a decoder on a GPU makes of a batch's files: their boxes, uint8 [3, height, width] each, on the device.
 DecodeBoxes = Callable[[list[bytes], NDArray[np.int32]], list[torch.Tensor]]
@@ -46,7 +46,7 @@ class Files:
 
 def _header(path: str) -> tuple[int, int, int]:
     """Height, width and bytes of an image file."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return image.height, image.width, Path(path).stat().st_size
 
 

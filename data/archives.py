@@ -2,6 +2,9 @@
 
 A zip and an uncompressed tar are read where they lie. A compressed tar can only be read from its beginning, so it is
 unpacked once, to one uncompressed temporary tar. No member is ever written under a name of its own.
+
+Archives may be built to fill memory or disk. Of a zip no more is inflated than its index says, of no archive a file
+beyond MOST_BYTES is read as an image, and a compressed tar is given up where it grows as no images do.
 """
 
 import bz2
@@ -24,11 +27,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from command import first_line
 from data import DataError
-from data.pixels import EXTENSIONS
+from data.pixels import EXTENSIONS, open_image
+
+# An image file in an archive is read as a whole: at most what an uncompressed RGB picture of the size takes beyond
+# which Pillow gives warnings, about 9,500 x 9,500 pixels.
+MOST_BYTES = 256 << 20
+# An unpacked tar takes at most so many times the bytes of the compressed one, or _UNPACKED_ANYWAY, whichever is more.
+# Images hardly shrink; small ones in a tar do, by its headers and padding, to about a fifth.
+_MOST_GROWTH, _UNPACKED_ANYWAY = 100, 1 << 30
+# Headers of a tar that precede another one, long names and the like, are read as a whole.
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_MOST_HEADER_BYTES = 1 << 20
 
 # The first bytes say what an archive is: names are often wrong, and a .tar may well be compressed.
 _COMPRESSED: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
@@ -46,12 +65,16 @@ _DAMAGE = (
     struct.error,
     EOFError,
     NotImplementedError,
+    RecursionError,  # of headers that all say that another one follows
     ValueError,
 )
 
 
 class ZipMember(NamedTuple):
-    """An image file in a zip: where its local header lies, its stored size in bytes, if deflated, its CRC-32."""
+    """An image file in a zip: where its local header lies, its stored size in bytes, if deflated, its CRC-32.
+
+    length: bytes of the file itself, as the index says.
+    """
 
     archive: str
     name: str
@@ -59,6 +82,7 @@ class ZipMember(NamedTuple):
     size: int
     deflated: bool
     crc: int
+    length: int
 
     def __str__(self) -> str:
         return f"{self.archive}:{self.name}"
@@ -79,6 +103,7 @@ class TarMember(NamedTuple):
 def read_zip_member(member: ZipMember) -> Image.Image:
     """Opens the image. Raises ValueError or OSError where it is damaged or not an image."""
     # Not by zipfile, which reads the list of all members first: 12 s and 700 MB a process for a million of them.
+    _check_length(max(member.length, member.size))
     try:
         with open(member.archive, "rb") as file:
             file.seek(member.offset)
@@ -86,12 +111,15 @@ def read_zip_member(member: ZipMember) -> Image.Image:
             file.seek(name_length + extra_length, os.SEEK_CUR)
             contents = file.read(member.size)
         if member.deflated:
-            contents = zlib.decompress(contents, -zlib.MAX_WBITS)
+            # One byte more than there should be, by which a member that inflates to more is noticed.
+            contents = zlib.decompressobj(-zlib.MAX_WBITS).decompress(contents, member.length + 1)
     except (struct.error, zlib.error) as error:
         raise ValueError(f"damaged in the archive ({error})") from None
+    if len(contents) != member.length:
+        raise ValueError("damaged in the archive (it holds more bytes than the archive's index says, or fewer)")
     if signature != _LOCAL_SIGNATURE or zlib.crc32(contents) != member.crc:
         raise ValueError("damaged in the archive (wrong checksum)")
-    return _opened(contents)
+    return open_image(io.BytesIO(contents))
 
 
 @dataclass(frozen=True)
@@ -101,16 +129,15 @@ class TarReader:
     path: str
 
     def __call__(self, member: TarMember) -> Image.Image:
+        _check_length(member.size)
         with open(self.path, "rb") as file:
             file.seek(member.offset)
-            return _opened(file.read(member.size))
+            return open_image(io.BytesIO(file.read(member.size)))
 
 
-def _opened(contents: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(contents))
-    except UnidentifiedImageError:  # its text names an address in memory
-        raise ValueError("cannot identify image file") from None
+def _check_length(size: int) -> None:
+    if size > MOST_BYTES:
+        raise ValueError(f"{size / 1e6:.0f} MB, and of a file in an archive {MOST_BYTES / 1e6:.0f} are read at most")
 
 
 @dataclass(frozen=True)
@@ -184,7 +211,7 @@ def _zip_members(path: Path) -> dict[str, ZipMember]:
                 raise DataError(f"{path}: packed by method {info.compress_type}; pack it again, stored or deflated")
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
             members[place] = ZipMember(
-                str(path), info.filename, info.header_offset, info.compress_size, deflated, info.CRC
+                str(path), info.filename, info.header_offset, info.compress_size, deflated, info.CRC, info.file_size
             )
     return members
 
@@ -206,7 +233,7 @@ def _tar_members(path: str, file: IO[bytes]) -> Iterator[tuple[str, TarMember]]:
 
 def _tar_files(path: str, file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """The regular files of the tar that begins where the file stands, with the offset of their contents."""
-    with tarfile.open(fileobj=file, mode="r:") as archive:
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as archive:
         while (info := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # it would keep all, 2 GB for a million
             if info.issparse():
@@ -217,6 +244,15 @@ def _tar_files(path: str, file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, in
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("its end is missing")
+
+
+class _Header(tarfile.TarInfo):
+    """A member of a tar, none of whose extended headers is longer than _MOST_HEADER_BYTES."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENDED and self.size > _MOST_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
 
 
 def _unpacked(path: Path, opener: Callable[[Path], Any]) -> TarReader:
@@ -230,13 +266,23 @@ def _unpacked(path: Path, opener: Callable[[Path], Any]) -> TarReader:
     print(f"{path}: a compressed tar is unpacked to {place} first", flush=True)
     with opener(path) as packed, tempfile.NamedTemporaryFile("wb", suffix=".tar", delete=False) as unpacked:
         reader = TarReader(unpacked.name)
-        weakref.finalize(reader, Path(unpacked.name).unlink, missing_ok=True)
+        remove = weakref.finalize(reader, Path(unpacked.name).unlink, missing_ok=True)
         try:
-            shutil.copyfileobj(packed, unpacked, 1 << 20)
+            while chunk := packed.read(1 << 20):
+                if unpacked.tell() + len(chunk) > max(_MOST_GROWTH * size, _UNPACKED_ANYWAY):
+                    raise DataError(
+                        f"{path}: unpacks to more than {_MOST_GROWTH} times its size, which no images do; if it is "
+                        "what it should be, unpack it and give the folder"
+                    )
+                unpacked.write(chunk)
             unpacked.flush()
         except OSError as error:
+            remove()
             if error.errno:  # decompressors raise OSError, too, without a number
                 raise DataError(f"{path}: could not be unpacked to {place} ({error.strerror}); {advice}") from None
+            raise
+        except BaseException:
+            remove()
             raise
     return reader
 

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import DataError, blocks
+from data.pixels import JPEG_PIXELS_PER_BYTE
 
 _VERSION = 2
 PAGE_SIZE = 8 << 20
@@ -128,6 +129,15 @@ class Beton:
             raise self._broken("a raw image of another size than the index says")
         if self.in_blocks and (self.lengths != blocks.size(*self.sizes.T.astype(np.int64))).any():
             raise self._broken("an image of another number of blocks than its size needs")
+        # Before a decoder makes room for what a few bytes claim to be.
+        claimed = self.sizes.prod(axis=1, dtype=np.int64) > self.lengths * JPEG_PIXELS_PER_BYTE
+        if not self.in_blocks and (claimed := claimed & ~self.raw).any():
+            image_number = int(claimed.argmax())
+            height, width = self.sizes[image_number]
+            raise self._broken(
+                f"image {image_number} is {width}x{height} pixels by the index, which its {self.lengths[image_number]} "
+                "bytes cannot hold"
+            )
         self.pages = self.starts // int(header["page_size"])
         self.bytes = np.frombuffer(mapped, dtype=np.uint8)
         if seal is None:

@@ -122,7 +122,7 @@ def convert_source(
     dies, and KeyboardInterrupt after SIGTERM or SIGHUP.
     """
     for note in source.notes:
-        print(note, flush=True)
+        print(printable(note), flush=True)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         waiting = f"{out}: is being converted by another process; waiting for it"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from command import printable
 from data import DataError
 from data.decoders.prefetch import default_threads
 from data.loader import CropBatch
@@ -96,7 +97,7 @@ class Originals:
         for index, future in zip(indices, futures, strict=True):
             result = future.result()
             if isinstance(result, str):
-                tqdm.write(f"left out: {self._split.items[index]}: {result}", file=sys.stderr)
+                tqdm.write(printable(f"left out: {self._split.items[index]}: {result}"), file=sys.stderr)
             else:
                 read.append((index, *result))
         if not read:

@@ -1,12 +1,49 @@
 """What a picture file may hold, and one way to see all of it: upright, RGB, 8 bits a channel."""
 
+import functools
+import os
+from typing import BinaryIO
+
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # By name only; what a file really holds is read from its contents. Those this Pillow cannot read are rejected by name.
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
 )
+# Pillow opens many more kinds, PostScript among them, which it hands to an interpreter.
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "PPM", "GIF", "TIFF")
+
+# A JPEG takes at least one bit for each block of 8x8 pixels: 512 pixels a byte, if gray. White ones were seen to hold
+# 256. (Arithmetic coding, which next to nobody writes, might need less for pictures that show nothing.)
+JPEG_PIXELS_PER_BYTE = 1000
+
+
+def open_image(file: str | BinaryIO) -> Image.Image:
+    """Opens an image file of a kind that EXTENSIONS names, whatever its own name is; its pixels are not read yet.
+
+    Raises ValueError where it is no such image, OSError where it cannot be read, and either of them or Pillow's
+    DecompressionBombError where its headers claim more pixels than it can hold or a computer should.
+    """
+    try:
+        image = Image.open(file, formats=_formats())
+    except UnidentifiedImageError:  # its text repeats the path, or names an address in memory
+        raise ValueError("cannot identify image file") from None
+    if image.format in ("JPEG", "MPO"):
+        assert image.fp
+        place = image.fp.tell()
+        size = image.fp.seek(0, os.SEEK_END)
+        image.fp.seek(place)
+        if image.width * image.height > size * JPEG_PIXELS_PER_BYTE:
+            raise ValueError(f"its header claims {image.width}x{image.height} pixels, which {size} bytes cannot hold")
+    return image
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Those of _FORMATS that this Pillow was built with."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -14,14 +14,49 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from command import first_line
 from data import DataError, archives
 from data.beton import Beton, FileIdentity, identity_of
+from data.described import (
+    Fits,
+    check_fields,
+    file_name,
+    flag,
+    json_object,
+    number,
+    path_below,
+    read_json,
+    span,
+    text,
+    whole,
+)
 from data.plan import CropRule
 from data.sources import Source, open_source
 
 _FORMAT = 3
 # Of this one, the resolution is part of the crop rule.
 _OLDER_FORMAT = 2
+
+
+def _class_names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(map(text, value)) and len(set(value)) == len(value)
+
+
+# What set.json may hold, field by field: it may come from other people. `name` becomes a folder for run files.
+_FIELDS: dict[str, Fits] = {
+    "name": file_name,
+    "class_names": _class_names,
+    "source_fingerprint": text,
+    "crop": json_object,
+    "made": json_object,
+}
+_RESOLUTION: dict[str, Fits] = {"resolution": whole(1, 8192)}
+_CROP_FIELDS: dict[str, Fits] = {
+    "scale": span(1e-6, 1),
+    "ratio": span(1e-3, 1e3),
+    "flip": flag,
+    "center_ratio": number(1e-6, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +107,7 @@ class ConvertedSet:
         """
         path = names_file(self.folder, split)
         try:
-            names = json.loads(path.read_text())
+            names = read_json(path)
         except FileNotFoundError:
             raise DataError(
                 f"{self.folder}: holds no file names of its images; remove it and convert the folder or archive of "
@@ -85,7 +120,7 @@ class ConvertedSet:
         if (
             not isinstance(names, list)
             or len(names) != Beton(self.beton(split)).num_samples
-            or not all(isinstance(name, str) for name in names)
+            or not all(map(path_below, names))
         ):
             raise DataError(f"{path}: damaged; convert the set again")
         return names
@@ -109,26 +144,29 @@ def open_set(folder: str | Path) -> ConvertedSet:
     folder = Path(folder)
     path = folder / "set.json"
     try:
-        described = json.loads(path.read_text())
-        if described["format"] not in (_FORMAT, _OLDER_FORMAT):
+        described = read_json(path)
+        check_fields(described, {"format": whole(0, 1000)})
+        older = described["format"] == _OLDER_FORMAT
+        if described["format"] != _FORMAT and not older:
             raise DataError(f"{path}: written by another version; convert the set again")
-        crop = described["crop"] | {key: tuple(described["crop"][key]) for key in ("scale", "ratio")}
-        resolution = crop.pop("resolution") if described["format"] == _OLDER_FORMAT else described["resolution"]
-        return ConvertedSet(
-            folder=folder,
-            name=described["name"],
-            class_names=tuple(described["class_names"]),
-            resolution=resolution,
-            crop=CropRule(**crop),
-            source_fingerprint=described["source_fingerprint"],
-            made=described["made"],
-        )
+        check_fields(described, _FIELDS if older else _FIELDS | _RESOLUTION)
+        crop = described["crop"]
+        check_fields(crop, _CROP_FIELDS | _RESOLUTION if older else _CROP_FIELDS, of="crop.")
     except DataError:
         raise
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); is {folder} a converted set?") from None
-    except (KeyError, TypeError, ValueError):
-        raise DataError(f"{path}: damaged; convert the set again") from None
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({first_line(error)}); convert the set again") from None
+    return ConvertedSet(
+        folder=folder,
+        name=described["name"],
+        class_names=tuple(described["class_names"]),
+        resolution=(crop if older else described)["resolution"],
+        crop=CropRule(tuple(crop["scale"]), tuple(crop["ratio"]), crop["flip"], crop["center_ratio"]),
+        source_fingerprint=described["source_fingerprint"],
+        made=described["made"],
+    )
 
 
 def names_file(folder: Path, split: str) -> Path:

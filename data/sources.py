@@ -13,7 +13,8 @@ from PIL import Image
 
 from command import first_line
 from data import DataError, archives, scenes
-from data.pixels import EXTENSIONS
+from data.folders import Found, files_below
+from data.pixels import EXTENSIONS, open_image
 from data.plan import CropRule
 
 TORCHVISION_SETS = ("cifar10", "svhn", "imagenette")
@@ -147,12 +148,17 @@ def _from_array(pixels: NDArray[np.uint8]) -> Image.Image:
 
 def _folder(root: Path, whole: bool = False) -> Source:
     files: dict[str, str] = {}
+    skipped: tuple[str, ...] = ()
     # Of a folder with train/ and val/ nothing else is looked at: a test/ beside them may be large.
     parts = [root / "train", root / "val"]
     for part in parts if all(part.is_dir() for part in parts) else [root]:
-        files |= {os.path.relpath(file, root): file for file in image_files(part)}
-    names, train, val, notes = _arranged(str(root), f"{root}/", files, Image.open, whole)
-    return Source(root.resolve().name, names, train, val, _fingerprint(root, [train, val]), notes=notes)
+        found = image_files(part)
+        files |= {os.path.relpath(file, root): file for file in found.files}
+        skipped += found.notes
+    names, train, val, notes = _arranged(str(root), f"{root}/", files, open_image, whole)
+    return Source(
+        root.resolve().name or "images", names, train, val, _fingerprint(root, [train, val]), notes=skipped + notes
+    )
 
 
 def _archive(path: Path, whole: bool = False) -> Source:
@@ -228,17 +234,9 @@ def _classes(root: str, files: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return classes
 
 
-def image_files(folder: str | Path) -> list[str]:
-    """The image files in a folder and below, by extension, sorted; hidden files and folders are left out."""
-    found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.join(place, name)
-            for name in files
-            if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
-        ]
-    return sorted(found)
+def image_files(folder: str | Path) -> Found:
+    """The image files in a folder and below, by extension; see files_below."""
+    return files_below(folder, EXTENSIONS)
 
 
 def _held_out(name: str, paths: list[str]) -> set[str]:
@@ -261,7 +259,10 @@ def _fingerprint(root: Path, splits: list[Split]) -> str:
     digest = hashlib.sha256()
     for split in splits:
         for file in split.items:
-            stat = os.stat(file)
+            try:
+                stat = os.stat(file)
+            except OSError as error:
+                raise DataError(f"{file}: cannot be read ({error.strerror}); has it just been removed?") from None
             digest.update(
                 f"{os.path.relpath(file, root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape")
             )

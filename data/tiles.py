@@ -182,11 +182,16 @@ def cut(
     out[frame + 5], out[frame + 6] = part_height >> 8, part_height & 255
     out[frame + 7], out[frame + 8] = part_width >> 8, part_width & 255
 
+    # Read once: they are checked and used again, and another process may write to the file that jpeg is mapped from.
+    lengths = np.empty(last_row * across + last_tile + 1, np.int64)
+    for tile in range(len(lengths)):
+        at = found.lengths + tile * 2
+        lengths[tile] = (np.int64(jpeg[at]) << 8) + jpeg[at + 1]
+
     # The tiles of a row lie side by side in the file, so a row is copied as one; then its markers are renumbered.
     place, marks, run = found.scan, 0, 0
-    for tile in range(last_row * across + last_tile + 1):
-        at = found.lengths + tile * 2
-        end = place + (np.int64(jpeg[at]) << 8) + jpeg[at + 1]
+    for tile in range(len(lengths)):
+        end = place + lengths[tile]
         if end + 2 > len(jpeg):
             return damaged
         column = tile % across
@@ -202,8 +207,7 @@ def cut(
                 for k in range(len(source)):
                     target[k] = source[k]
                 for k in range(tile - last_tile + first_tile, tile + 1):
-                    at = found.lengths + k * 2
-                    size += (np.int64(jpeg[at]) << 8) + jpeg[at + 1] + 2
+                    size += lengths[k] + 2
                     out[size - 1] = _RST0 + marks % 8
                     marks += 1
         place = end + 2

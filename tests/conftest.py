@@ -12,6 +12,8 @@ from tests.pictures import write_class_folders
 
 # A busy machine is no failure: the suite has a time limit of its own.
 settings.register_profile("no deadline", deadline=None)
+# As many damaged files of each kind as one likes: make test ARGS="-k fuzz --hypothesis-profile thorough"
+settings.register_profile("thorough", deadline=None, max_examples=5000)
 settings.load_profile("no deadline")
 
 # Tensors are small here: one thread is as fast as two, and leaves the other core to the programs under test.

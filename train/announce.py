@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from command import printable
 from train.config import LossConfig
 from train.job import Job
 from train.loop import Trainer
@@ -49,7 +50,7 @@ def announce(trainer: Trainer) -> None:
         *(("run", str(student.job.folder)) for student in trainer.students),
     ]
     for name, text in lines:
-        print(f"{name:7} {text}")
+        print(f"{name:7} {printable(text)}")
     sys.stdout.flush()
 
 

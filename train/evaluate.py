@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from command import run_command
+from command import printable, run_command
 from data.convert import ensure_converted
 from data.loader import Loader
 from data.originals import Originals
@@ -183,7 +183,7 @@ def _image_files(data: str, split: str, *, labelled: bool) -> Source:
     if labelled and not are_imagenet(source.class_names):
         raise TrainError(f"DATA={data}: is of other classes than ImageNet's, for which real and multi_label are")
     for note in source.notes:
-        print(note, flush=True)
+        print(printable(note), flush=True)
     return source
 
 

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from command import run_command
+from command import printable, run_command
+from data.folders import Found
 from data.originals import UNREADABLE, central_crop
-from data.pixels import upright_rgb
+from data.pixels import open_image, upright_rgb
 from data.sources import image_files
 from kernels.normalise import Normalise
 from models.trained import load_trained
@@ -33,7 +33,9 @@ def predict(checkpoint: str, images: str, resolution: int | None = None, device:
     """
     where = device_named(device)
     path = Path(images)
-    files = [str(path)] if path.is_file() else image_files(path) if path.is_dir() else []
+    files, notes = image_files(path) if path.is_dir() else Found([str(path)] if path.is_file() else [], ())
+    for note in notes:
+        print(printable(note), file=sys.stderr)
     if not files:
         raise TrainError(f"IMAGES={images}: {'no images in it' if path.is_dir() else 'no such file or folder'}")
     trained = load_trained(checkpoint)
@@ -44,18 +46,18 @@ def predict(checkpoint: str, images: str, resolution: int | None = None, device:
     unreadable = 0
     for file in files:
         try:
-            image = upright_rgb(Image.open(file))
+            image = upright_rgb(open_image(file))
         except UNREADABLE as error:
-            print(f"{file}: left out, cannot be read ({error})", file=sys.stderr)
+            print(printable(f"{file}: left out, cannot be read ({error})"), file=sys.stderr)
             unreadable += 1
             continue
         crop = central_crop(image, resolution=side, center_ratio=trained.center_ratio or 224 / 256)
         pixels = torch.from_numpy(crop).permute(2, 0, 1)[None].to(where)
         chances = network(normalise(pixels)).float().softmax(dim=1)[0]
         likeliest = chances.topk(min(5, len(chances)))
-        print(file)
+        print(printable(file))
         for chance, index in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
-            print(f"  {100 * chance:5.1f} %  {trained.class_names[index]}")
+            print(f"  {100 * chance:5.1f} %  {printable(trained.class_names[index])}")
     if unreadable == len(files):
         raise TrainError(f"IMAGES={images}: none of the {len(files)} files could be read")
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from command import printable, typed_command
 from data import DataError
 from data.convert import ensure_converted
+from data.folders import files_below
 from data.progress import images_bar
 from data.sets import ConvertedSet, Unconverted, find_set
 from train import TrainError
@@ -248,12 +249,10 @@ def _files_below(root: Path) -> set[str]:
     """The files of maps in a tree, by their paths below its root. Raises TrainError where there are none."""
     if not root.is_dir():
         raise TrainError(f"tree={root}: no such folder; an archive of maps has to be unpacked first")
-    files = {
-        os.path.relpath(os.path.join(place, name), root)
-        for place, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if name.endswith(_ENDING)
-    }
+    found, notes = files_below(root, {_ENDING})
+    for note in notes:
+        print(printable(note), flush=True)
+    files = {os.path.relpath(file, root) for file in found}
     if not files:
         raise TrainError(f"tree={root}: no maps ({_ENDING}) in it or below; give the folder of class folders")
     return files

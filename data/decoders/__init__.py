@@ -129,6 +129,8 @@ def part_of(beton: Beton, index: int, box: NDArray[np.int32]) -> Part:
     if beton.raw[index]:
         pixels = stored.reshape(height, width, 3)[top : top + box_height, left : left + box_width]
         return Part(np.ascontiguousarray(pixels), top, left)
+    # What is found in the headers holds for the bytes that are decoded, even if another process writes to the file.
+    stored = stored.copy()
     found = tiles.layout(stored)
     if not found.frame:
         raise undecodable(beton, index, NO_JPEG)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
-from PIL import Image
 
 from data import DataError
 from data.beton import Beton
 from data.decoders import BATCHES_AHEAD, Request, View, part_of, undecodable, union
+from data.pixels import open_image
 
 
 class Decoder:
@@ -78,7 +78,7 @@ class Decoder:
         for index in (int(index) for request in requests for index in request.indices):
             try:
                 if not self._beton.raw[index]:
-                    Image.open(io.BytesIO(self._beton.encoded(index).tobytes())).load()
+                    open_image(io.BytesIO(self._beton.encoded(index).tobytes())).load()
             except DataError as error:
                 return error
             except Exception as error:

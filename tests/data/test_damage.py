@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import resource
 import shutil
 
 import numpy as np
@@ -170,6 +171,20 @@ def test_class_ids_out_of_all_proportion_are_refused(tmp_path, rows):
     write_beton(tmp_path / "far.beton", [rows[0]._replace(label=10**12)], at_most=1)
     with pytest.raises(DataError, match="far.beton: has a class 1000000000000"):
         open_loader(tmp_path / "far.beton", resolution=24, batch_size=1)
+
+
+@pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
+def test_more_pixels_than_bytes_can_hold_are_refused_before_room_is_made_for_them(tmp_path, rows, decoder):
+    """By index and header alike, so that no decoder sees a contradiction."""
+    jpeg = rows[0].data
+    frame = tiles.layout(np.frombuffer(jpeg, np.uint8)).frame
+    side = (16000).to_bytes(2, "big")
+    forged = Encoded(jpeg[: frame + 5] + side + side + jpeg[frame + 9 :], 16000, 16000, 0)
+    write_beton(tmp_path / "bomb.beton", [rows[1], forged], at_most=2)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=r"bomb.beton: image 1 is 16000x16000 pixels by the index, which its \d+ bytes"):
+        next(open_loader(tmp_path / "bomb.beton", resolution=24, batch_size=1, decoder=decoder).epoch(0))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50_000
 
 
 def test_an_image_larger_than_memory_is_named(tmp_path, rows):

@@ -4,14 +4,16 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageFile, features
 
 from data.convert import Storage, encode
-from data.pixels import upright_rgb
+from data.originals import UNREADABLE
+from data.pixels import open_image, upright_rgb
 from data.sources import open_source
+from tests.damage import bytes_of
 from tests.pictures import photograph, write_class_folders
 
 RAMP = np.arange(65536, dtype=np.uint16).reshape(256, 256)
@@ -32,6 +34,59 @@ def seen(contents: bytes) -> np.ndarray:
 
 def grays(values: np.ndarray) -> np.ndarray:
     return np.repeat(values[..., None], 3, axis=2)
+
+
+def claiming(jpeg: bytes, side: int) -> bytes:
+    """The JPEG with a frame header that says so many pixels a side."""
+    frame = next(jpeg.find(bytes([0xFF, kind])) for kind in (0xC0, 0xC2) if bytes([0xFF, kind, 0]) in jpeg)
+    return jpeg[: frame + 5] + side.to_bytes(2, "big") * 2 + jpeg[frame + 9 :]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [2000, 13000, 16000, 65535])
+def test_a_jpeg_is_refused_by_its_header_where_its_bytes_cannot_hold_its_pixels(tmp_path, side):
+    jpeg = saved(photograph(0, 16, 16), "JPEG", quality=10)
+    assert len(jpeg) < 700
+    (tmp_path / "bomb.jpg").write_bytes(claiming(jpeg, side))
+    # Pillow refuses the largest by itself.
+    with pytest.raises((ValueError, Image.DecompressionBombError), match="cannot hold|exceeds limit"):
+        open_image(str(tmp_path / "bomb.jpg"))
+    with pytest.raises((ValueError, Image.DecompressionBombError), match="cannot hold|exceeds limit"):
+        open_image(io.BytesIO(claiming(jpeg, side)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(data=st.data())
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF"])
+def test_fuzz_images(kind, data):
+    """A picture or an error that names its reason, and never room for more than the bytes can hold."""
+    contents = data.draw(bytes_of(saved(photograph(0, 24, 32), kind)))
+    try:
+        seen = upright_rgb(open_image(io.BytesIO(contents)))
+    except UNREADABLE as error:
+        assert str(error)
+        event("refused")
+    else:
+        event("read")
+        assert seen.mode == "RGB"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{"progressive": True}, {"optimize": True}, {"quality": 1, "subsampling": "4:2:0"}])
+def test_an_empty_page_is_no_false_claim(mode, options):
+    """Nothing shrinks better."""
+    jpeg = saved(Image.new(mode, (3000, 3000), "white"), "JPEG", **options)
+    assert open_image(io.BytesIO(jpeg)).size == (3000, 3000)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "ICO", "JPEG2000"])
+def test_no_other_kind_of_file_is_opened_whatever_its_name(tmp_path, kind):
+    """PostScript would be handed to an interpreter."""
+    file = tmp_path / "picture.jpg"
+    file.write_bytes(saved(photograph(0, 20, 20), kind))
+    assert Image.open(file).format in (kind, "ICO")
+    with pytest.raises(ValueError, match="^cannot identify image file$"):
+        open_image(str(file))
 
 
 # How each orientation is undone, as the EXIF standard has it: where row 0 and column 0 of what is stored are seen.

@@ -177,3 +177,28 @@ def test_crops_of_drawn_photographs():
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="the ImageNet originals are not here")
 def test_crops_of_the_imagenet_sample():
     check_random_crops(Image.open(file).convert("RGB") for file in sorted(SAMPLE.glob("*/*")))
+
+
+class Counting(np.ndarray):
+    """Bytes that count how often each of them is read by itself."""
+
+    def __getitem__(self, key):
+        if isinstance(key, (int, np.integer)):
+            self.reads[key] += 1
+            return np.ndarray.__getitem__(self, key)
+        return np.asarray(self)[key]
+
+
+def test_no_length_of_a_segment_is_read_twice():
+    """The bytes are of a mapped file, which another process may change between a check and a use."""
+    jpeg = np.frombuffer(tiles.encode(photograph(0, 200, 300), 90), np.uint8)
+    found = tiles.layout(jpeg)
+    assert found.tiles > 5
+    counting = jpeg.view(Counting)
+    counting.reads = np.zeros(len(jpeg), int)
+    box, out = (50, 60, 70, 80), np.zeros(len(jpeg), np.uint8)
+    region = tiles.cut.py_func(counting, found, *box, out)
+    assert region == tiles.cut(jpeg, found, *box, np.zeros(len(jpeg), np.uint8))
+    table = counting.reads[found.lengths : found.lengths + 2 * found.tiles]
+    assert table.max() == 1
+    assert table.sum() > 5

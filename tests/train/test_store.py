@@ -10,15 +10,21 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
 
+from tests.damage import bytes_of, documents
 from train import TrainError
-from train.labels.description import Description
+from train.labels.description import Description, differences
+from train.labels.rows import CellRows
 from train.labels.store import Store, check_folder, create_store, in_units, open_store
+from train.runs import key_of
 
 ROOT = Path(__file__).parents[2]
 IMAGES, COPIES = 50, 2
@@ -301,3 +307,101 @@ def test_sizes_as_people_read_them():
     assert [in_units(size) for size in (0, 999, 1000, 999_999, 25_600_000, 3 * 10**15)] == [
         *("0 bytes", "999 bytes", "1 kB", "1 MB", "25.6 MB", "3 PB")
     ]
+
+
+def refusal(folder: Path, **changes) -> str:
+    """What opening the folder says with these changes to its description, under a checksum that is right."""
+    path = folder / "labels.json"
+    said = json.loads(path.read_text()) | changes
+    said.pop("checksum")
+    path.write_text(json.dumps(said | {"checksum": key_of(said)}))
+    with pytest.raises(TrainError) as refused:
+        open_store(folder)
+    message = str(refused.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("data", None),
+        ("data", DESCRIPTION.data | {"classes": 2**40}),
+        ("refinery", DESCRIPTION.refinery | {"network": ["resnet18"]}),
+        ("refinery", DESCRIPTION.refinery | {"generation": "1"}),
+        ("plan", None),
+        ("plan", DESCRIPTION.plan | {"copies": 0}),
+        ("plan", DESCRIPTION.plan | {"crop": {"scale": [0.08, 1], "ratio": [0.75, 1.25]}}),
+        ("plan", DESCRIPTION.plan | {"crop": DESCRIPTION.plan["crop"] | {"sides": 3}}),
+        ("resolution", 10**9),
+        ("order", "sequential"),
+        ("format", "../packed"),
+        ("k", 1001),
+        ("k", None),
+        ("bytes_per_crop", 21),
+        ("cells", 3),
+        ("more", 3),
+        ("epochs", []),
+        ("epochs", {"-1": {"crc32": 1, "seconds": 1}}),
+        ("epochs", {"01": {"crc32": 1, "seconds": 1}}),
+        ("epochs", {"0": {"crc32": "1", "seconds": 1}}),
+        ("epochs", {"0": {"crc32": 1}}),
+    ],
+)
+def test_the_description_of_others_is_checked_field_by_field(store, field, value):
+    assert "labels.json: is damaged (" in refusal(store.folder, **{field: value})
+
+
+def as_written(description: Description) -> dict:
+    said = {"version": 1} | json.loads(json.dumps(asdict(description)))
+    return said | {"epochs": {"0": {"crc32": 7, "seconds": 1.5}}}
+
+
+MAPS = replace(
+    DESCRIPTION,
+    plan=None,
+    order="sequential",
+    format="map",
+    k=5,
+    dtype="float16",
+    bytes_per_crop=80,
+    cells=2,
+    shift=True,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("description", [DESCRIPTION, MAPS], ids=["crops", "maps"])
+def test_fuzz_labels_json(tmp_path, description, data):
+    """With a checksum that is right, as others could write it: refused, or good for all that is asked of it."""
+    damaged = data.draw(documents(as_written(description)) | bytes_of(json.dumps(as_written(description)).encode()))
+    if isinstance(damaged, dict):
+        damaged = json.dumps(damaged | {"checksum": key_of(damaged)}).encode()
+    (tmp_path / "labels.json").write_bytes(damaged if isinstance(damaged, bytes) else json.dumps(damaged).encode())
+    try:
+        store = open_store(tmp_path)
+        store.check_sizes()
+    except TrainError as error:
+        assert "labels.json" in str(error)
+        assert "\n" not in str(error)
+        event("refused")
+        return
+    event("loaded")
+    made = store.description
+    assert store.epochs == 0  # there is no file of rows
+    assert made.shape[0] * made.shape[1] == made.bytes_per_epoch > 0
+    assert (tmp_path / made.file_name(0)).parent == tmp_path
+    assert set(store.network) == {"network", "weights"}
+    assert made.kind
+    assert made.key
+    assert not differences(made, made)
+    rows = torch.zeros(2, made.bytes_per_crop, dtype=torch.uint8) + 255
+    if made.plan:
+        assert made.crop.training([0], [(30, 40)], seed=made.seed, epoch=0)[0].shape == (1, 4)
+        targets = made.build_rows().targets(rows)
+        assert targets.sparse is None or targets.sparse[0].max() < made.data["classes"]
+    else:
+        _, ids = CellRows(made.data["classes"], made.k, made.cells).unpack(rows)
+        assert ids.max() < made.data["classes"]

@@ -1,17 +1,20 @@
 """What stored labels are of, and how they were made: the description of a folder of them, `labels.json`."""
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from command import first_line
+from data.described import Fits, check_fields, flag, json_object, number, one_of, optional, read_json, span, text, whole
 from data.plan import CropRule
 from data.sets import ConvertedSet
 from models.trained import Trained
 from train import TrainError
-from train.labels.rows import Rows, build_rows
+from train.labels.rows import CellRows, Rows, build_rows
 from train.runs import key_of
 from train.runs.atomic import write_text
 
@@ -138,19 +141,99 @@ def read_description(folder: Path) -> tuple[Description, dict[int, dict[str, Any
     """
     path = description_file(folder)
     try:
-        said = json.loads(path.read_text())
+        said = read_json(path)
+        check_fields(said, {"version": whole(0, 1000), "checksum": text, "epochs": json_object})
         if said["version"] != _VERSION:
             raise TrainError(f"{path}: written by another version of this program; label again")
         if said.pop("checksum") != key_of(said):
-            raise ValueError
-        epochs = {int(epoch): made for epoch, made in said.pop("epochs").items()}
-        return Description(**{name: value for name, value in said.items() if name != "version"}), epochs
+            raise ValueError("its checksum differs")
+        epochs, _ = said.pop("epochs"), said.pop("version")
+        # Labels that were stored before there were maps say nothing of these.
+        said = {"cells": None, "shift": None} | said
+        _check(said)
+        for epoch, made in epochs.items():
+            if not (epoch.isascii() and epoch.isdecimal() and str(int(epoch[:9])) == epoch):
+                raise ValueError(f"epochs has {json.dumps(epoch)}")
+            check_fields(made, _EPOCH_FIELDS, of=f"epochs.{epoch}.")
+        return Description(**said), {int(epoch): made for epoch, made in epochs.items()}
     except TrainError:
         raise
     except OSError as error:
         raise TrainError(f"{path}: cannot be read ({error.strerror}); is {folder} a folder of stored labels?") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise TrainError(f"{path}: is damaged; label again, into another folder") from None
+    except ValueError as error:
+        raise TrainError(f"{path}: is damaged ({first_line(error)}); label again, into another folder") from None
+
+
+# What labels.json may hold, field by field: it may come from other people, its checksum too.
+_MOST_SIDE, _MOST_CLASSES = 8192, 1 << 20
+_side = whole(1, _MOST_SIDE)
+_FIELDS: dict[str, Fits] = {
+    "data": json_object,
+    "refinery": json_object,
+    "format": one_of("exact", "packed", "map"),
+    "k": optional(whole(1, _MOST_CLASSES)),
+    "dtype": optional(text),
+    "bytes_per_crop": whole(1, 2**40),
+}
+_CROP_LABELS: dict[str, Fits] = {
+    "plan": json_object,
+    "resolution": _side,
+    "precision": text,
+    "batch": whole(1, 2**31),
+    "order": one_of("random", "quasi-random"),
+    "cells": one_of(None),
+    "shift": one_of(None),
+}
+# What the files of imported maps do not say is None.
+_MAPS: dict[str, Fits] = {
+    "plan": one_of(None),
+    "resolution": optional(_side),
+    "precision": optional(text),
+    "batch": optional(whole(1, 2**31)),
+    "order": optional(one_of("sequential")),
+    "k": whole(1, _MOST_CLASSES),
+    "cells": whole(1, _MOST_SIDE),
+    "shift": optional(flag),
+}
+_DATA_FIELDS: dict[str, Fits] = {
+    "name": text,
+    "fingerprint": text,
+    "images": whole(1, 2**40),
+    "classes": whole(1, _MOST_CLASSES),
+}
+# The name becomes a part of the name of run folders.
+_REFINERY_FIELDS: dict[str, Fits] = {
+    "network": lambda value: text(value) and 0 < len(os.fsencode(value)) <= 150,
+    "weights": optional(text),
+    "generation": whole(0, 10**6),
+    "bn": optional(one_of("batch", "running")),
+    "resolution": optional(_side),
+}
+_PLAN_FIELDS: dict[str, Fits] = {"seed": whole(-(2**63), 2**64 - 1), "crop": json_object, "copies": whole(1, 2**16)}
+_CROP_FIELDS: dict[str, Fits] = {"scale": span(1e-6, 1), "ratio": span(1e-3, 1e3), "flip": flag}
+_EPOCH_FIELDS: dict[str, Fits] = {"crc32": whole(0, 2**32 - 1), "seconds": number(0)}
+
+
+def _check(said: dict[str, Any]) -> None:
+    """Raises ValueError unless these are the fields of a Description."""
+    check_fields(said, _FIELDS)
+    check_fields(said, _MAPS if said["format"] == "map" else _CROP_LABELS)
+    check_fields(said["data"], _DATA_FIELDS, of="data.")
+    check_fields(said["refinery"], _REFINERY_FIELDS, of="refinery.")
+    if said["plan"] is not None:
+        check_fields(said["plan"], _PLAN_FIELDS, of="plan.")
+        check_fields(said["plan"]["crop"], _CROP_FIELDS, of="plan.crop.")
+        if said["plan"]["crop"].keys() != _CROP_FIELDS.keys():
+            raise ValueError(f"plan.crop has {', '.join(said['plan']['crop'])}")
+    unknown = said.keys() - {field.name for field in fields(Description)}
+    if unknown:
+        raise ValueError(f"{min(unknown)} is unknown")
+    classes, k, cells = said["data"]["classes"], said["k"], said["cells"]
+    rows: Rows | CellRows = (
+        CellRows(classes, k, cells) if cells else build_rows(said["format"], classes, k=k, dtype=said["dtype"])
+    )
+    if (rows.k, rows.width) != (k, said["bytes_per_crop"]):
+        raise ValueError(f"bytes_per_crop is {said['bytes_per_crop']} and k {k}, which do not go with its format")
 
 
 def write_description(folder: Path, description: Description, epochs: Mapping[int, dict[str, Any]]) -> None:

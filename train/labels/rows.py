@@ -109,7 +109,9 @@ class Packed(Rows):
     def targets(self, rows: Tensor) -> Targets:
         parts = F.pad(rows, (0, _ENTRY_BYTES))[:, self.bytes_of].long()
         entries = (parts * self.place).sum(dim=2) >> self.shift & self._mask
-        classes, codes = entries >> _CODE_BITS, (entries & _LAST_CODE).float()
+        # A file of other people may hold any bits, and kernels trust an id.
+        classes = (entries >> _CODE_BITS).clamp(max=self._classes - 1)
+        codes = (entries & _LAST_CODE).float()
         weights = torch.where(codes > 0, torch.exp((0.5 - codes) * _LOG_STEP), 1.0)
         weights = torch.cat([torch.ones_like(weights[:, :1]), weights[:, 1:]], dim=1)
         if self._k == self._classes:
@@ -134,6 +136,7 @@ class CellRows(nn.Module):
     def __init__(self, classes: int, k: int, side: int):
         super().__init__()
         self.k = min(k, classes)
+        self._classes = classes
         self._shape = (side, side, self.k)
         self._ids = torch.uint8 if classes <= 2**8 else torch.uint16 if classes <= 2**16 else torch.int32
         self._logit_bytes = side * side * self.k * torch.float16.itemsize
@@ -156,7 +159,8 @@ class CellRows(nn.Module):
         # As one row of bytes each: a view of a wider type wants memory without gaps.
         return (
             logits.reshape(-1).clone().view(torch.float16).view(shape),
-            ids.reshape(-1).clone().view(self._ids).view(shape).long(),
+            # A file of other people may hold any bits, and kernels trust an id.
+            ids.reshape(-1).clone().view(self._ids).view(shape).long().clamp(0, self._classes - 1),
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from data.beton import Beton
 from data.sets import ConvertedSet
 from models.trained import load_trained, names_network_alone
 from train import TrainError
@@ -89,13 +90,19 @@ class Store:
         return {name: self.description.refinery[name] for name in ("network", "weights")}
 
     def check_data(self, data: ConvertedSet) -> None:
-        """Raises TrainError unless the labels are of these data."""
+        """Raises TrainError unless the labels are of these data. Raises DataError as Beton."""
         there = self.description.data["fingerprint"]
         if data.fingerprint != there:
             raise TrainError(
                 f"LABELS={self.folder}: are of other data, with fingerprint {short(there)} and not "
                 f"{short(data.fingerprint)} as {data.folder}"
             )
+        counted = {"images": Beton(data.beton("train")).num_samples, "classes": len(data.class_names)}
+        for what, count in counted.items():
+            if self.description.data[what] != count:
+                raise TrainError(
+                    f"LABELS={self.folder}: are of {self.description.data[what]} {what}, and {data.folder} has {count}"
+                )
 
     def check_refinery(self, asked: str, class_names: Sequence[str]) -> None:
         """Raises TrainError unless the labels are those of the refinery that was named beside them."""

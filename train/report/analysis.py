@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
+from command import printable
 from data import blocks, decoders, plan
 from data.beton import Beton
 from data.decoders import Request, View, build_decoder
 from data.loader import CropBatch, open_loader
+from data.pixels import open_image
 from data.plan import CropRule
 from data.sets import ConvertedSet
 from kernels.normalise import Normalise
@@ -82,10 +83,10 @@ class Accuracies:
 def readable(class_names: Sequence[str]) -> tuple[str, ...]:
     """What readers call the classes: for WordNet ids of ImageNet's classes the first of their words, else the names.
 
-    Where two have the same word (a crane lifts or flies), the id follows it.
+    Where two have the same word (a crane lifts or flies), the id follows it. Names are escaped for terminals and pages.
     """
     if not are_imagenet(class_names):
-        return tuple(class_names)
+        return tuple(map(printable, class_names))
     # Loading timm takes seconds.
     from timm.data import ImageNetInfo
 
@@ -335,7 +336,7 @@ def picture(beton: Beton, index: int) -> NDArray[np.uint8]:
         return data.reshape(*beton.sizes[index], 3)
     if beton.in_blocks:
         return blocks.decode(data, *map(int, beton.sizes[index]))
-    return np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
+    return np.asarray(open_image(io.BytesIO(data.tobytes())).convert("RGB"))
 
 
 def cut_out(image: NDArray[np.uint8], box: NDArray[np.int32], flip: bool) -> NDArray[np.uint8]:

@@ -86,7 +86,7 @@ def write(report: ReportData, seen: Sequence[int], unseen: Sequence[int], folder
             _validation_images(report, unseen, folder / "figure-8.png"),
         ]
     path = folder / "report.html"
-    path.write_text(_html(report, drawn), encoding="utf-8")
+    path.write_text(_html(report, drawn), encoding="utf-8", errors="backslashreplace")
     return path
 
 

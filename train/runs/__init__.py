@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from command import printable
 from data.plan import seed_of_generation
 from train import TrainError
 
@@ -264,7 +265,8 @@ def progress_of(run: Run) -> str:
 
 
 def table_text(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines with aligned columns."""
+    """Rows of cells as lines with aligned columns; names in them cannot act on a terminal."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines) + "\n"

@@ -1,0 +1,186 @@
+"""What commands show of names that other people chose, and how they end where they cannot go on."""
+
+import errno
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tqdm import tqdm
+
+from command import Escaped, UserError, exit_on_user_error, printable
+from data.originals import Originals
+from data.sources import open_source
+from tests.pictures import write_class_folders
+from train.report.analysis import readable
+from train.runs import table_text
+
+ROOT = Path(__file__).parents[1]
+# Clears the screen, names the window, turns what follows, is a byte that is no text, and begins a line.
+NASTY = "cat\x1b[2J\x1b]0;owned\x07\u202edog\x9b1m\udcff\nerror: none"
+SHOWN = r"cat\x1b[2J\x1b]0;owned\x07\u202edog\x9b1m\xff\x0aerror: none"
+
+
+def acting(text: str) -> set[str]:
+    """The characters of a text that a terminal would act on, ends of lines and tabs aside."""
+    kinds = {"Cc", "Cs", "Zl", "Zp"}
+    turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    return {
+        character
+        for character in text
+        if unicodedata.category(character) in kinds or unicodedata.bidirectional(character) in turning
+    } - {"\n", "\t"}
+
+
+def test_what_is_shown_of_a_name():
+    assert printable(NASTY) == SHOWN
+    assert printable("Käse 日本 עברית 👩‍🔬 [x] 100 %") == "Käse 日本 עברית 👩‍🔬 [x] 100 %"
+
+
+@given(st.text() | st.text("\x00\x1b\r\n\t[A\x9b\u202e\u2066\ud800\udcffäx", max_size=20))
+def test_no_text_acts_on_a_terminal(text):
+    stream, with_bars = io.StringIO(newline=""), io.StringIO(newline="")
+    Escaped(stream).write(text)
+    assert not acting(stream.getvalue())
+    Escaped(with_bars, bars=True).write(f"convert {text}")
+    assert not acting(with_bars.getvalue())
+    line = printable(text)
+    assert not acting(line)
+    assert "\n" not in line
+    assert printable(line) == line
+    plain = "".join(character for character in text if character not in acting(text))
+    assert stream.getvalue() == text if plain == text else len(stream.getvalue()) > len(text)
+
+
+def test_progress_bars_are_as_before():
+    def drawn(stream) -> str:
+        with (
+            tqdm(total=3, file=stream, mininterval=0, ncols=40, bar_format="{desc}{n}") as bar,
+            tqdm(total=3, file=stream, position=1, mininterval=0, ncols=40, bar_format="{desc}{n}") as below,
+        ):
+            for _ in range(3):
+                bar.update()
+                below.update()
+        return stream.getvalue()
+
+    assert "\x1b[A" in drawn(io.StringIO())
+    assert drawn(Escaped(io.StringIO(), bars=True)) == drawn(io.StringIO())
+
+
+def test_errors_and_tables_are_shown_as_one_line(capfd):
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(lambda: (_ for _ in ()).throw(UserError(f"{NASTY}: no such class")))
+    assert ended.value.code == 2
+    assert capfd.readouterr().err == f"error: {SHOWN}: no such class\n"
+    exit_on_user_error(lambda: print(NASTY.replace("\n", ""), file=sys.stderr))
+    assert capfd.readouterr().err == SHOWN.replace(r"\x0a", "") + "\n"
+    assert table_text([("class",), (NASTY,)]).splitlines() == ["class", SHOWN]
+    assert readable([NASTY, "b"]) == (SHOWN, "b")
+
+
+def test_names_of_files_and_classes_do_not_act_on_the_terminal(tmp_path):
+    """Through whole commands: folders, classes, broken images, archives."""
+    root = tmp_path / "set\x1b[31m"
+    write_class_folders(root, 2, 3, side=20)
+    (root / "class0").rename(root / NASTY)
+    (root / NASTY / f"{NASTY}.jpg").write_bytes(b"no image")
+    command = [sys.executable, "-m", "data.convert", "--data", root, "--out", tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
+    text = (done.stdout + done.stderr).decode(errors="surrogateescape")
+    assert done.returncode == 0, text
+    assert not acting(text.replace("\r", ""))
+    assert SHOWN in text
+    assert not any(line.startswith("error: none") for line in text.splitlines())
+    assert json.loads((tmp_path / "out" / "set.json").read_text())["name"] == "set\x1b[31m"
+
+
+def test_unreadable_images_are_listed_as_one_line_each(tmp_path, capfd):
+    root = write_class_folders(tmp_path / "set", 2, 3, side=20)
+    (root / "class0" / f"{NASTY}.jpg").write_bytes(b"no image")
+    source = open_source(str(root), whole=True)
+    list(Originals(source.val, source.class_names, resolution=16, batch_size=4, threads=1).epoch())
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith(f"{SHOWN}.jpg: cannot identify image file")
+
+
+# ---- the end
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 3.1 TiB"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_a_lack_of_memory_ends_in_one_line(error, capfd):
+    def work():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(work)
+    assert ended.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory: ")
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), OSError(errno.ENOENT, "no such file"), RuntimeError("shape")])
+def test_no_other_error_is_hidden(error):
+    def work():
+        raise error
+
+    with pytest.raises(type(error)):
+        exit_on_user_error(work)
+
+
+def test_libraries_that_do_not_fit_into_memory_end_in_one_line():
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+
+    command = [sys.executable, "-m", "train", "--print_config"]
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: out of memory: ")
+    assert "failed to map" in line
+
+
+def ended_while_importing(words: list[str], module: str) -> tuple[int, list[str]]:
+    """The exit status, and what was printed, where Ctrl-C comes just after the program has imported this module."""
+    command = [sys.executable, "-X", "importtime", *words]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stderr
+        assert program.stdout
+        for line in program.stderr:
+            if line.rstrip().endswith(f"| {module}") or line.split("|")[-1].strip() == module:
+                break
+        os.kill(program.pid, signal.SIGINT)
+        rest = [line for line in program.stderr if not line.startswith("import time:")]
+        said = program.stdout.read()
+        return program.wait(60), [line for line in [*rest, *said.splitlines()] if line.strip()]
+
+
+@pytest.mark.parametrize(
+    ("program", "modules"),
+    [
+        ("train", ["command", "numpy", "torch._C", "torch"]),
+        ("data.convert", ["command", "numpy", "numba", "data.sets"]),
+        ("train.report", ["command", "torch.nn", "train.runs"]),
+    ],
+)
+def test_ctrl_c_while_a_command_loads_is_quiet(program, modules):
+    for module in modules:
+        status, said = ended_while_importing(["-m", program, "--help"], module)
+        assert status == 130, module
+        assert [line.strip() for line in said] == ["interrupted"], module
