@@ -36,7 +36,7 @@ from tqdm import tqdm
 from command import first_line, printable, run_command
 from data import DataError, blocks, tiles
 from data.beton import PAGE_SIZE, Beton, Encoded, write_beton
-from data.durable import locked, sync
+from data.durable import locked, sync_files, sync_folder
 from data.pixels import upright_rgb
 from data.progress import images_bar
 from data.sets import ConvertedSet, Unconverted, is_converted, names_file, open_set, still_fitting
@@ -169,7 +169,7 @@ def _write_set(source: Source, folder: Path, storage: Storage, processes: int) -
         "rejects": len(rejects),
     }
     ConvertedSet(folder, source.name, source.class_names, resolution, crop, source.fingerprint, made).write()
-    sync(folder)
+    sync_files(folder)
     return len(rejects)
 
 
@@ -182,7 +182,7 @@ def _move(made: Path, out: Path, *, replaced: Path) -> None:
     except BaseException:
         _give_back(replaced, out)
         raise
-    sync(out.parent, files=False)
+    sync_folder(out.parent)
 
 
 def _give_back(replaced: Path, out: Path) -> None:

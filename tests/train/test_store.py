@@ -238,7 +238,8 @@ def test_a_file_that_its_writer_has_just_removed_is_not_written_to(store, monkey
     original, calls = fcntl.flock, []
 
     def flock(file, how):
-        if how & fcntl.LOCK_NB:
+        # The description's lock is taken by the number of its file.
+        if how & fcntl.LOCK_NB and not isinstance(file, int):
             calls.append(file)
             if len(calls) == 1:
                 (store.folder / ".epoch-0000.partial").unlink()
@@ -253,7 +254,7 @@ def test_a_file_that_its_writer_has_just_removed_is_not_written_to(store, monkey
     other = open_store(store.folder)
 
     def finishes(file, how):
-        if how & fcntl.LOCK_NB and not calls:
+        if how & fcntl.LOCK_NB and not isinstance(file, int) and not calls:
             calls.append(file)
             monkeypatch.setattr(fcntl, "flock", original)
             (store.folder / ".epoch-0001.partial").unlink()

@@ -10,13 +10,13 @@ from typing import Any
 
 from command import first_line
 from data.described import Fits, check_fields, flag, json_object, number, one_of, optional, read_json, span, text, whole
+from data.durable import write_text
 from data.plan import CropRule
 from data.sets import ConvertedSet
 from models.trained import Trained
 from train import TrainError
 from train.labels.rows import CellRows, Rows, build_rows
 from train.runs import key_of
-from train.runs.atomic import write_text
 
 _VERSION = 1
 # What is being written.

@@ -12,7 +12,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.beton import Beton
+from data.durable import locked, sync_folder
 from data.sets import ConvertedSet
 from models.trained import load_trained, names_network_alone
 from train import TrainError
@@ -35,7 +36,9 @@ from train.labels.description import (
     write_description,
 )
 from train.labels.source import Labels
-from train.runs.atomic import sync_folder
+
+# Held while the description is written.
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -287,7 +290,12 @@ def check_folder(folder: Path) -> None:
             return
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         writable = existing.is_dir() and os.access(existing, os.W_OK)
-        others = writable and existing == folder and any(not path.name.endswith(PARTIAL) for path in folder.iterdir())
+        # What a kill has left is no obstacle.
+        others = (
+            writable
+            and existing == folder
+            and any(path.name != _LOCK and not path.name.endswith(PARTIAL) for path in folder.iterdir())
+        )
     except OSError as error:
         raise TrainError(f"OUT={folder}: labels cannot be written there ({error.strerror})") from None
     if not writable:
@@ -348,12 +356,6 @@ def _size_of(path: Path) -> int | None:
         return None
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> AbstractContextManager[bool]:
     """The description for one process at a time."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(opened)
+    return locked(folder / _LOCK, f"{folder}: is in use by another process; waiting for it")

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from data.durable import reason, replacing
 from models.weights import CHECKPOINT_FORMAT, check_sums
 from train import TrainError
-from train.runs.atomic import reason, replacing
 
 # The checkpoint of the last step that was saved, the one before it, and that of the epoch with the highest top-1.
 LAST, BEFORE, BEST = "last.pt", "last.before.pt", "best.pt"

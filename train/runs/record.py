@@ -11,10 +11,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data.durable import make_folder, reason, write_text
 from train import TrainError
 from train.config import Config, config_text
 from train.runs import Run, checkpoint, json_lines, no_metrics, read_metrics
-from train.runs.atomic import make_folder, reason, write_text
 from train.runs.board import Board
 
 
