@@ -455,7 +455,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise TrainError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError):  # of text, of dates as 2001-99-99, of lists in lists
         raise TrainError(f"{path}: not YAML") from None
     if not isinstance(values, dict):
         raise TrainError(f"{path}: expected a mapping of options to values")

@@ -29,6 +29,7 @@ from train import TrainError
 from train.config import CropConfig, parse
 from train.job import Job, check, resolve
 from train.label import LabelOptions, label
+from train.labels.rows import CellRows
 from train.labels.store import Store, create_store, open_store
 from train.maps import MapsOptions, make_maps
 from train.train import train
@@ -185,7 +186,8 @@ def test_labels_that_cannot_be_compared(place, converted):
         with pytest.raises(BenchError, match=f"{other}: cannot be compared with .*{first} .{says}"):
             opened(place, first, other)
     # Maps of other sizes can.
-    create_store(place / "larger", replace(maps, resolution=128, cells=4, batch=8))
+    larger = CellRows(maps.data["classes"], maps.k, 4).width
+    create_store(place / "larger", replace(maps, resolution=128, cells=4, batch=8, bytes_per_crop=larger))
     assert len(opened(place, "maps", "larger", "exact")) == 3
     for name in ("resolution", "batch"):
         with pytest.raises(BenchError, match=f"{name}=8: is for maps alone; .*exact says (32|16); leave it out"):

@@ -312,3 +312,13 @@ def test_files_that_hold_no_options_are_named(capsys, tmp_path):
         says = refusal(capsys, "--config", str(tmp_path / "mine.yaml"))
         assert f"{tmp_path / 'mine.yaml'}: expected a mapping of options to values" in says
     assert "refinery is empty: give it a value or leave it out" in refusal(capsys, "--refinery", "")
+
+
+@pytest.mark.parametrize(
+    "text", ["\x00", "epochs: 2001-99-99", "[" * 20_000, "epochs: !!python/object/apply:os.getpid []"]
+)
+def test_a_recipe_that_is_no_yaml_of_plain_values_is_refused(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(TrainError, match="recipe.yaml: not YAML"):
+        parse(["--recipe", str(path)])

@@ -166,7 +166,8 @@ def test_bad_inputs_end_in_one_line(converted, store, tmp_path, monkeypatch, cap
     other = {"name": "images", "fingerprint": "1" * 64, "images": 48, "classes": 3}
     create_store(tmp_path / "others", described(converted, data=other))
     plan = {"seed": 1, "crop": {"scale": [0.1, 1], "ratio": [1, 1], "flip": True}, "copies": 1}
-    create_store(tmp_path / "crops", described(converted, plan=plan, format="packed", cells=None, shift=None))
+    of_crops = {"plan": plan, "order": "random", "format": "packed", "dtype": None, "bytes_per_crop": 2}
+    create_store(tmp_path / "crops", described(converted, **of_crops, cells=None, shift=None))
     (tmp_path / "file").touch()
     data = str(converted.folder)
     for words, says in [

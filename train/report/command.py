@@ -185,7 +185,7 @@ def _config_of(run: Run) -> dict[str, Any]:
     path = run.folder / "config.yaml"
     try:
         config = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict) or not isinstance(config.get("data"), str):
         raise TrainError(f"{path}: missing or damaged; say with DATA what the run was trained on")
