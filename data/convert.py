@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
@@ -273,16 +274,16 @@ def _encode_ahead(split: Split, storage: Storage, processes: int) -> Iterator[En
     context.set_forkserver_preload(["data.blocks", "data.tiles", "data.pixels"])
     chunk = _chunk(storage)
     stop_seen, stop = context.Pipe(duplex=False)
-    with (
-        stop_seen,
-        stop,
-        ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker, initargs=(stop_seen,)) as pool,
-    ):
+    with _signals_held_back():
+        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker, initargs=(stop_seen,))
+    with stop_seen, stop, pool:
         waiting: deque[Future[list[Encoded | str]]] = deque()
         try:
             for start in range(0, len(split.items), chunk):
                 items = [split.items[i] for i in range(start, min(start + chunk, len(split.items)))]
-                waiting.append(pool.submit(_encode_chunk, split.read, items, storage))
+                # It may start a process.
+                with _signals_held_back():
+                    waiting.append(pool.submit(_encode_chunk, split.read, items, storage))
                 if len(waiting) > _CHUNKS_AHEAD * processes:
                     yield from waiting.popleft().result()
             while waiting:
@@ -291,6 +292,35 @@ def _encode_ahead(split: Split, storage: Storage, processes: int) -> Iterator[En
             # Waited for: a worker whose parent is gone would have its own last words below the one line of an error.
             stop.close()
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Signals that end a conversion wait until the end of the context, in which processes are started.
+
+    A process whose start was interrupted would be known to nobody, and fail with a traceback of its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: asked.append(number))
+    # Those that reach every process of a terminal: what is blocked here is blocked in processes that start now.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))
+    # It unblocks SIGINT.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGHUP))
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if asked:
+            signal.raise_signal(asked[0])
 
 
 def _chunk(storage: Storage) -> int:

@@ -138,7 +138,7 @@ def test_a_set_that_a_kill_has_left_half_replaced_comes_back(tmp_path, few):
     assert os.listdir(tmp_path / "out") == ["mine"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_a_conversion_in_one_line(tmp_path, image_folder, number):
     """Also where it reaches all processes, as that of a closed terminal."""
     # Long enough to be caught at it.
@@ -153,10 +153,12 @@ def test_a_signal_ends_a_conversion_in_one_line(tmp_path, image_folder, number):
     while not list(tmp_path.glob(".out.partial-*/set/train.beton")):
         assert started.poll() is None
         time.sleep(0.01)
-    os.killpg(started.pid, number) if number == signal.SIGHUP else started.send_signal(number)
+    started.send_signal(number) if number == signal.SIGTERM else os.killpg(started.pid, number)
     said = started.communicate(timeout=60)[1]
     assert started.returncode == 130
     stopped = f"{tmp_path / 'out'}: conversion stopped by {number.name}; nothing was left half-done"
+    if number == signal.SIGINT:
+        stopped = "interrupted"
     # Beside the progress bar.
     assert [line for line in said.splitlines() if line and not line.startswith("convert train")] == [stopped]
     assert os.listdir(tmp_path) == ["images"]
