@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from bench import BenchError, images, touched
 from bench.__main__ import run
-from bench.common_order import misses, placed, steps_of_machine
-from bench.scale import _WAYS, check_coverage, first_share
+from bench.scale.common_order import misses, placed, steps_of_machine
+from bench.scale.measure import _WAYS, check_coverage, first_share
 from data import plan, tiles
 from data.beton import PAGE_SIZE, Beton, Encoded, write_beton
 from data.decoders import Request, View, build_decoder

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from bench import BenchError, common_order, images, touched
-from bench.common_order import GPUS, READ_AHEAD
+from bench import BenchError, images
 from bench.process import CallFailed, Process
 from bench.record import Record, Row
-from bench.scale_tables import EPOCHS, draw, sections
+from bench.scale import common_order, touched
+from bench.scale.common_order import GPUS, READ_AHEAD
+from bench.scale.startup import start
+from bench.scale.tables import EPOCHS, draw, sections
 from bench.settings import Settings
-from bench.startup import start
 from data import plan, tiles
 from data.beton import Beton, Encoded, write_beton
 from data.decoders.prefetch import default_threads

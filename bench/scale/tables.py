@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from bench.common_order import CACHES, GPUS, READ_AHEAD
 from bench.record import Column, Record, Section, figure, title
+from bench.scale.common_order import CACHES, GPUS, READ_AHEAD
 from data.beton import PAGE_SIZE
 
 # Crops a second of one GPU, and how many epochs of them: assumptions, not measured here.
