@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import BenchError, images, touched
+from bench import BenchError, images
 from bench.__main__ import run
+from bench.scale import touched
 from bench.scale.common_order import misses, placed, steps_of_machine
 from bench.scale.measure import _WAYS, check_coverage, first_share
 from data import plan, tiles
