@@ -351,8 +351,8 @@ _unwanted = threading.Event()
 
 def _begin_worker(stop: Connection, max_pixels: int | None) -> None:
     if max_pixels is not None:
-        # Pillow refuses images of more than twice this.
-        Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment]
+        # Pillow refuses images of more than twice this; of an odd number, it allows one pixel more.
+        Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)
     # Ctrl-C and the end of a terminal reach every process of it; the main one ends the others in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -382,7 +382,7 @@ def _encode_chunk(read, items: list, storage: Storage) -> list[_Result]:
                 file_hash = _file_hash(image)
                 results.append((file_hash, encode(image, storage)))
         except Image.DecompressionBombError as error:
-            results.append((0, f"{first_line(error)} Convert with --max_pixels to allow more."))
+            results.append((0, f"{first_line(error)} Convert with a larger --max_pixels to allow it."))
         except Exception as error:
             results.append((0, first_line(error)))
     return results
