@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from command import first_line
-from data import DataError, archives, ilsvrc, layouts, scenes
+from data import DataError, archives, ilsvrc, layouts, parquet, scenes
 from data.beton import Beton
 from data.folders import Found, files_below
 from data.pixels import EXTENSIONS, open_image
@@ -58,7 +58,8 @@ class Source:
 def open_source(data: str, *, whole: bool = False) -> Source:
     """Opens `scenes`, a torchvision set by name, or by path an image folder, an archive (zip, tar) of one, or a CSV.
 
-    By path also a folder of ImageNet's tars (data/ilsvrc.py). The layouts of folders and of a CSV: data/layouts.py.
+    By path also a folder of ImageNet's tars (data/ilsvrc.py) or of Parquet files (data/parquet.py). The layouts of
+    folders and of a CSV: data/layouts.py.
 
     whole: of class folders alone, all images are val's and none train's, for a set that is only evaluated on.
     A compressed tar is unpacked to a temporary file first; see open_archive.
@@ -76,6 +77,8 @@ def open_source(data: str, *, whole: bool = False) -> Source:
     if path.is_dir() and ilsvrc.is_distributed(path):
         return _ilsvrc(path, whole)
     _refuse_betons(path)
+    if path.is_dir() and parquet.splits(path):
+        return _parquet(path, whole)
     if path.is_dir():
         return _folder(path, whole)
     if path.is_file():
@@ -200,10 +203,26 @@ def _ilsvrc(root: Path, whole: bool = False) -> Source:
     return Source(root.resolve().name, names, train, replace(val, read=read_val), fingerprint, notes=notes)
 
 
+def _parquet(root: Path, whole: bool = False) -> Source:
+    parts = parquet.open_splits(root)
+    names, *splits, notes = _arranged(str(root), parts, parquet.read_row, whole)
+    # Images that are stored together are read together.
+    train, val = map(_in_order_of_items, splits)
+    return Source(root.resolve().name, names, train, val, parquet.fingerprint(root), notes=notes)
+
+
+def _in_order_of_items(split: Split) -> Split:
+    order = sorted(range(len(split.items)), key=split.items.__getitem__)
+    assert split.names is not None
+    return Split([split.items[i] for i in order], split.labels[order], split.read, [split.names[i] for i in order])
+
+
 def quick_identity(path: Path) -> tuple[str, str] | None:
     """The name and fingerprint of a source whose images take long to list, as open_source gives them; else None."""
     if path.is_dir() and ilsvrc.is_distributed(path):
         return path.resolve().name, ilsvrc.fingerprint(path)
+    if path.is_dir() and parquet.splits(path):
+        return path.resolve().name, parquet.fingerprint(path)
     if path.is_file():
         return archives.archive_name(path), archives.fingerprint(path)
     return None
