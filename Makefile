@@ -161,7 +161,8 @@ Variables (typed on make's command line; the environment does not count)
               left out: the labels are the ground truth
   LABELS      a folder that make label or make maps wrote, in place of REFINERY: labels are read, not computed
   PRETRAINED  weights that MODEL starts from: a file, or timm or torchvision, which publish them
-  DATA        an image folder, a converted set, or cifar10, svhn, imagenette;
+  DATA        an image folder or an archive of one, a .csv of file and class, a folder of ImageNet's
+              tars or of Parquet files, a converted set, or cifar10, svhn, imagenette;
               left out: scenes, a set drawn by code
   EPOCHS      passes over the images              RESOLUTION  side of a crop, in pixels
   BATCH       crops a step                        DECODER     auto, ffcv, dali, torchvision

@@ -31,6 +31,7 @@ from PIL import Image
 
 from command import first_line
 from data import DataError
+from data.layouts import ANNOTATIONS
 from data.pixels import EXTENSIONS, open_image
 
 # An image file in an archive is read as a whole: at most what an uncompressed RGB picture of the size takes beyond
@@ -102,6 +103,11 @@ class TarMember(NamedTuple):
 
 def read_zip_member(member: ZipMember) -> Image.Image:
     """Opens the image. Raises ValueError or OSError where it is damaged or not an image."""
+    return open_image(io.BytesIO(_zip_contents(member)))
+
+
+def _zip_contents(member: ZipMember) -> bytes:
+    """The bytes of the file. Raises ValueError or OSError where it is damaged."""
     # Not by zipfile, which reads the list of all members first: 12 s and 700 MB a process for a million of them.
     _check_length(max(member.length, member.size))
     try:
@@ -119,7 +125,7 @@ def read_zip_member(member: ZipMember) -> Image.Image:
         raise ValueError("damaged in the archive (it holds more bytes than the archive's index says, or fewer)")
     if signature != _LOCAL_SIGNATURE or zlib.crc32(contents) != member.crc:
         raise ValueError("damaged in the archive (wrong checksum)")
-    return open_image(io.BytesIO(contents))
+    return contents
 
 
 @dataclass(frozen=True)
@@ -129,10 +135,13 @@ class TarReader:
     path: str
 
     def __call__(self, member: TarMember) -> Image.Image:
+        return open_image(io.BytesIO(self.contents(member)))
+
+    def contents(self, member: TarMember) -> bytes:
         _check_length(member.size)
         with open(self.path, "rb") as file:
             file.seek(member.offset)
-            return open_image(io.BytesIO(file.read(member.size)))
+            return file.read(member.size)
 
 
 def _check_length(size: int) -> None:
@@ -144,12 +153,14 @@ def _check_length(size: int) -> None:
 class Archive:
     """The image files of an archive.
 
-    below: what the paths lie below, for messages. files: path (as `train/cat/1.jpg`) to member, for read.
+    below: what the paths lie below, for messages. files: path (as `train/cat/1.jpg`) to member, for read. annotations:
+    the contents of files that name the classes of images (data/layouts.py), by path.
     """
 
     below: str
     files: dict[str, Any]
     read: Callable[[Any], Image.Image]
+    annotations: dict[str, bytes]
 
 
 def archive_name(path: Path) -> str:
@@ -174,6 +185,7 @@ def open_archive(path: Path) -> Archive:
     Raises DataError where the archive is damaged, encrypted, packed in a way that cannot be read, or the disk is full.
     """
     read: Callable[[Any], Image.Image] = read_zip_member
+    contents: Callable[[Any], bytes] = _zip_contents
     try:
         with open(path, "rb") as file:
             head = file.read(6)
@@ -186,6 +198,10 @@ def open_archive(path: Path) -> Archive:
             read = reader = _unpacked(path, packed) if packed else TarReader(str(path))
             with open(reader.path, "rb") as file:
                 members = dict(_tar_members(str(path), file))
+            contents = reader.contents
+        below, files = _unwrapped(members)
+        listed = [place for place in files if _is_annotations(place)]
+        annotations = {place: contents(files.pop(place)) for place in listed}
     except DataError:
         raise
     except (OSError, *_DAMAGE) as error:
@@ -193,8 +209,7 @@ def open_archive(path: Path) -> Archive:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         reason = first_line(error)
         raise DataError(f"{path}: damaged, or neither a zip nor a tar archive ({reason}); fetch it again") from None
-    below, files = _unwrapped(members)
-    return Archive(f"{path}:{below}", files, read)
+    return Archive(f"{path}:{below}", files, read, annotations)
 
 
 def _zip_members(path: Path) -> dict[str, ZipMember]:
@@ -202,7 +217,7 @@ def _zip_members(path: Path) -> dict[str, ZipMember]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             # Some packers of Windows write backslashes.
-            place = _image_path(info.filename.replace("\\", "/"))
+            place = _wanted_path(info.filename.replace("\\", "/"))
             if place is None or info.is_dir() or stat.S_ISLNK(info.external_attr >> 16):
                 continue
             if info.flag_bits & 1:
@@ -219,13 +234,13 @@ def _zip_members(path: Path) -> dict[str, ZipMember]:
 def _tar_members(path: str, file: IO[bytes]) -> Iterator[tuple[str, TarMember]]:
     """The images of an uncompressed tar and of tars within it, by path; offsets count from the start of the file."""
     for info, offset in _tar_files(path, file):
-        place = _image_path(info.name)
+        place = _wanted_path(info.name)
         if place is not None:
             yield place, TarMember(path, place, offset, info.size)
         elif (tar := _path(info.name)) and tar.endswith(".tar"):
             file.seek(offset)
             for inner, inner_offset in _tar_files(path, file):
-                place = _image_path(inner.name)
+                place = _wanted_path(inner.name)
                 if place is not None:
                     member = TarMember(path, f"{tar}/{place}", inner_offset, inner.size)
                     yield f"{tar.removesuffix('.tar')}/{place}", member
@@ -293,8 +308,13 @@ def _path(name: str) -> str | None:
     return None if any(part.startswith(".") or part == "__MACOSX" for part in parts) else "/".join(parts)
 
 
-def _image_path(name: str) -> str | None:
-    return _path(name) if os.path.splitext(name)[1].lower() in EXTENSIONS else None
+def _wanted_path(name: str) -> str | None:
+    wanted = os.path.splitext(name)[1].lower() in EXTENSIONS or _is_annotations(name)
+    return _path(name) if wanted else None
+
+
+def _is_annotations(place: str) -> bool:
+    return place.rpartition("/")[2] == ANNOTATIONS
 
 
 def _unwrapped(members: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ What it writes is described in data/sets.py.
 
 import contextlib
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ from typing import Literal
 
 import numpy as np
 import PIL
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
@@ -80,17 +82,21 @@ def convert(
     max_resolution: int | None = None,
     quality: int = 90,
     processes: int | None = None,
+    max_pixels: int | None = None,
 ) -> None:
     """Converts a folder or archive of images or a named set to FFCV's format.
 
     Args:
-        data: a folder of class folders (or train/ and val/ of them), a zip or tar of one, or a set's name
+        data: a folder of class folders (or train/ and val/ of them), a zip or tar of one, a .csv of file and class, a
+            folder of ImageNet's tars, or a set's name
         out: the folder to write; it must not exist yet
         storage: jpeg; or blocks, which a CPU reads several times as fast, for twice the bytes; or raw pixels for small
             images or a large memory: no decoding, some ten times the bytes
         max_resolution: larger images are reduced so that the longer side has this many pixels (default: 512; raw: 256)
         quality: JPEG quality, 1 to 100
         processes: how many encode at once (default: one per core)
+        max_pixels: images of more are left out, as they may be built to fill the memory (default: Pillow's limit, about
+            179 million); each process takes up to some 6 bytes a pixel
     """
     if max_resolution is None:
         max_resolution = _MAX_RESOLUTIONS[storage]
@@ -100,10 +106,12 @@ def convert(
         raise DataError(f"quality={quality}: give 1 to 100")
     if not 16 <= max_resolution <= 65500:
         raise DataError(f"max_resolution={max_resolution}: give 16 to 65500 pixels")
+    if max_pixels is not None and max_pixels < 1:
+        raise DataError(f"max_pixels={max_pixels}: give 1 or more")
     if Path(out).exists():
         raise DataError(f"{out}: exists already; give another OUT or remove it first")
     stored_as = Storage(storage, max_resolution, quality)
-    convert_source(open_source(data), Path(out), storage=stored_as, processes=processes)
+    convert_source(open_source(data), Path(out), storage=stored_as, processes=processes, max_pixels=max_pixels)
 
 
 def convert_source(
@@ -112,11 +120,13 @@ def convert_source(
     *,
     storage: Storage = Storage(),
     processes: int | None = None,
+    max_pixels: int | None = None,
     replace: bool = False,
 ) -> ConvertedSet:
     """Writes a source as a converted set; `out` appears only when it is complete.
 
     One process at a time converts to a place; others wait. What a killed one left there is removed.
+    max_pixels: images of more are left out (default: Pillow's limit).
     replace: take the place of what `out` holds, which stays until the new one is complete; a set that another process
     has made of this source in the meantime is used as it is.
     Raises DataError when `out` exists (without replace), a split has no readable image, the disk is full or a process
@@ -137,7 +147,8 @@ def convert_source(
             with tempfile.TemporaryDirectory(
                 prefix=_partial_prefix(out), dir=out.parent, ignore_cleanup_errors=True
             ) as partial:
-                rejects = _write_set(source, Path(partial, "set"), storage, processes or len(os.sched_getaffinity(0)))
+                encoding = _Encoding(storage, processes or len(os.sched_getaffinity(0)), max_pixels)
+                rejects = _write_set(source, Path(partial, "set"), encoding)
                 _move(Path(partial, "set"), out, replaced=Path(partial, "replaced"))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -150,12 +161,23 @@ def convert_source(
     return open_set(out)
 
 
-def _write_set(source: Source, folder: Path, storage: Storage, processes: int) -> int:
+@dataclass(frozen=True)
+class _Encoding:
+    """How images are encoded: what is stored, by how many processes, from images of how many pixels at most."""
+
+    storage: Storage
+    processes: int
+    max_pixels: int | None
+
+
+def _write_set(source: Source, folder: Path, encoding: _Encoding) -> int:
     """Makes the folder of a converted set, safe on disk; returns how many images could not be read."""
     folder.mkdir()
-    rejects = []
-    for name, split in (("train", source.train), ("val", source.val)):
-        rejects += _convert_split(split, name, folder, storage, processes)
+    storage = encoding.storage
+    rejects, train_files = _convert_split(source.train, "train", folder, encoding)
+    val_rejects, val_files = _convert_split(source.val, "val", folder, encoding)
+    rejects += val_rejects
+    _print_repeated(source.val, train_files, val_files)
     with open(folder / "rejects.txt", "w", errors="surrogateescape") as file:
         file.writelines(f"{line}\n" for line in rejects)
     if source.crop and source.resolution:
@@ -172,6 +194,17 @@ def _write_set(source: Source, folder: Path, storage: Storage, processes: int) -
     ConvertedSet(folder, source.name, source.class_names, resolution, crop, source.fingerprint, made).write()
     sync_files(folder)
     return len(rejects)
+
+
+def _print_repeated(val: Split, train_files: NDArray[np.uint64], val_files: NDArray[np.uint64]) -> None:
+    """Prints how many images of val are in train as well, if any are: by their files' hashes, 0 where there is none."""
+    repeated = np.flatnonzero(np.isin(val_files, train_files) & (val_files != 0))
+    if len(repeated):
+        print(
+            f"val: {len(repeated)} of its {len(val_files)} images are in train as well, byte for byte (first: "
+            f"{printable(str(val.items[repeated[0]]))}); they make the accuracy look better than it is",
+            flush=True,
+        )
 
 
 def _move(made: Path, out: Path, *, replaced: Path) -> None:
@@ -225,17 +258,23 @@ def _stopping_on_signals(out: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _convert_split(split: Split, name: str, folder: Path, storage: Storage, processes: int) -> list[str]:
-    """Writes one split's .beton into the folder; returns a line for each image that could not be read."""
+def _convert_split(split: Split, name: str, folder: Path, encoding: _Encoding) -> tuple[list[str], NDArray[np.uint64]]:
+    """Writes one split's .beton into the folder.
+
+    Returns a line for each image that could not be read, and a hash of each image's file: uint64 [n], 0 for none.
+    """
+    storage = encoding.storage
     rejects: list[str] = []
+    hashes = np.zeros(len(split.items), dtype=np.uint64)
     names: list[str] = []
     stored_bytes, tiled_area, tiles_cut = 0, 0, 0
     started = time.perf_counter()
 
     def images(bar: tqdm) -> Iterator[Encoded]:
         nonlocal stored_bytes, tiled_area, tiles_cut
-        for number, result in enumerate(_encode_ahead(split, storage, processes)):
+        for number, (file_hash, result) in enumerate(_encode_ahead(split, encoding)):
             bar.update()
+            hashes[number] = file_hash
             if isinstance(result, str):
                 rejects.append(f"{split.items[number]}: {result}")
                 if len(rejects) <= _REJECTS_SHOWN:
@@ -264,20 +303,26 @@ def _convert_split(split: Split, name: str, folder: Path, storage: Storage, proc
         + f"{len(rejects)} left out",
         flush=True,
     )
-    return rejects
+    return rejects, hashes
 
 
-def _encode_ahead(split: Split, storage: Storage, processes: int) -> Iterator[Encoded | str]:
-    """Each image's encoding (or why it has none), in order, encoded by all processes ahead."""
+# The hash of an image's file, 0 where it has none, and the image's encoding, or why it has none.
+_Result = tuple[int, Encoded | str]
+
+
+def _encode_ahead(split: Split, encoding: _Encoding) -> Iterator[_Result]:
+    """What has become of each image, in order, encoded by all processes ahead."""
+    storage, processes = encoding.storage, encoding.processes
     # A fresh server process: forking one that runs PyTorch's threads can deadlock. It imports once for all.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data.blocks", "data.tiles", "data.pixels"])
     chunk = _chunk(storage)
     stop_seen, stop = context.Pipe(duplex=False)
+    arguments = (stop_seen, encoding.max_pixels)
     with _signals_held_back():
-        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker, initargs=(stop_seen,))
+        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker, initargs=arguments)
     with stop_seen, stop, pool:
-        waiting: deque[Future[list[Encoded | str]]] = deque()
+        waiting: deque[Future[list[_Result]]] = deque()
         try:
             for start in range(0, len(split.items), chunk):
                 items = [split.items[i] for i in range(start, min(start + chunk, len(split.items)))]
@@ -333,7 +378,10 @@ def _chunk(storage: Storage) -> int:
 _unwanted = threading.Event()
 
 
-def _begin_worker(stop: Connection) -> None:
+def _begin_worker(stop: Connection, max_pixels: int | None) -> None:
+    if max_pixels is not None:
+        # Pillow refuses images of more than twice this; of an odd number, it allows one pixel more.
+        Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)
     # Ctrl-C and the end of a terminal reach every process of it; the main one ends the others in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -350,8 +398,8 @@ def _end_with_parent(stop: Connection) -> None:
     os._exit(1)
 
 
-def _encode_chunk(read, items: list, storage: Storage) -> list[Encoded | str]:
-    results: list[Encoded | str] = []
+def _encode_chunk(read, items: list, storage: Storage) -> list[_Result]:
+    results: list[_Result] = []
     for item in items:
         if _unwanted.is_set():
             break
@@ -359,10 +407,26 @@ def _encode_chunk(read, items: list, storage: Storage) -> list[Encoded | str]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                results.append(encode(read(item), storage))
+                image = read(item)
+                file_hash = _file_hash(image)
+                results.append((file_hash, encode(image, storage)))
+        except Image.DecompressionBombError as error:
+            results.append((0, f"{first_line(error)} Convert with a larger --max_pixels to allow it."))
         except Exception as error:
-            results.append(first_line(error))
+            results.append((0, first_line(error)))
     return results
+
+
+def _file_hash(image: Image.Image) -> int:
+    """A hash of the file that an image was opened from and not yet read, 64 bits; 0 where it came from no file."""
+    file = getattr(image, "fp", None)
+    if file is None:
+        return 0
+    place = file.tell()
+    file.seek(0)
+    digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))
+    file.seek(place)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def encode(image: Image.Image, storage: Storage) -> Encoded:

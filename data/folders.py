@@ -17,7 +17,8 @@ class Found(NamedTuple):
 
 
 def files_below(folder: str | Path, endings: Container[str]) -> Found:
-    """The files of these endings (in lower case, as `.jpg`) in a folder and below; hidden ones are left out.
+    """The files of these endings (in lower case, as `.jpg`) in a folder and below; hidden ones and
+    what macOS adds (__MACOSX) are left out.
 
     Links are followed, each real folder once: one that is reached by its own name is read there, and links may lead in
     circles. Links to nothing, folders that cannot be read and what is no regular file are skipped.
@@ -47,7 +48,7 @@ def files_below(folder: str | Path, endings: Container[str]) -> Found:
                 continue
             known.add(identity)
             for entry in entries:
-                if entry.name.startswith("."):
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
                     continue
                 wanted = os.path.splitext(entry.name)[1].lower() in endings
                 if entry.is_dir(follow_symlinks=False):

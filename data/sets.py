@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from command import first_line
-from data import DataError, archives
+from data import DataError
 from data.beton import Beton, FileIdentity, identity_of
 from data.described import (
     Fits,
@@ -31,7 +31,7 @@ from data.described import (
     whole,
 )
 from data.plan import CropRule
-from data.sources import Source, open_source
+from data.sources import Source, open_source, quick_identity
 
 _FORMAT = 3
 # Of this one, the resolution is part of the crop rule.
@@ -199,10 +199,11 @@ def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Un
     if is_converted(data):
         return open_set(data)
     path = Path(data)
-    if path.is_file():
+    known = quick_identity(path)
+    if known:
         # Asked before the archive is opened: a compressed tar would be unpacked for that.
-        folder = _cache_folder(cache, archives.archive_name(path), str(path.resolve()))
-        converted = still_fitting(folder, archives.fingerprint(path))
+        name, fingerprint = known
+        converted = still_fitting(_cache_folder(cache, name, str(path.resolve())), fingerprint)
         if converted:
             return converted
     source = open_source(data)

@@ -1,9 +1,9 @@
-"""Where images come from: image folders and archives, the torchvision sets by name, and the embedded `scenes`."""
+"""Where images come from: image folders, archives and tables, the torchvision sets, and the embedded `scenes`."""
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from command import first_line
-from data import DataError, archives, scenes
+from data import DataError, archives, ilsvrc, layouts, parquet, scenes
+from data.beton import Beton
 from data.folders import Found, files_below
 from data.pixels import EXTENSIONS, open_image
 from data.plan import CropRule
@@ -55,13 +56,16 @@ class Source:
 
 
 def open_source(data: str, *, whole: bool = False) -> Source:
-    """Opens `scenes`, a torchvision set by name, or an image folder or archive (zip, tar) of one by path.
+    """Opens `scenes`, a torchvision set by name, or by path an image folder, an archive (zip, tar) of one, or a CSV.
+
+    By path also a folder of ImageNet's tars (data/ilsvrc.py) or of Parquet files (data/parquet.py). The layouts of
+    folders and of a CSV: data/layouts.py.
 
     whole: of class folders alone, all images are val's and none train's, for a set that is only evaluated on.
     A compressed tar is unpacked to a temporary file first; see open_archive.
-    Raises DataError for a name that is neither a set nor a folder nor an archive, one without images or with one class,
-    classes in val that train lacks, a damaged or encrypted archive, a set that cannot be downloaded, and for the whole
-    of what has a train and a val split.
+    Raises DataError for a name that is neither a set nor a folder nor a file of these kinds, one without images or with
+    one class, classes in val that train lacks, a damaged or encrypted archive, a set that cannot be downloaded, and for
+    the whole of what has a train and a val split.
     """
     if whole and data in ("scenes", *TORCHVISION_SETS):
         raise DataError(f"DATA={data}: {_HAS_SPLITS}")
@@ -70,14 +74,19 @@ def open_source(data: str, *, whole: bool = False) -> Source:
     if data in TORCHVISION_SETS:
         return _torchvision_set(data)
     path = Path(data)
+    if path.is_dir() and ilsvrc.is_distributed(path):
+        return _ilsvrc(path, whole)
+    _refuse_betons(path)
+    if path.is_dir() and parquet.splits(path):
+        return _parquet(path, whole)
     if path.is_dir():
         return _folder(path, whole)
     if path.is_file():
-        return _archive(path, whole)
+        return _csv(path, whole) if path.suffix.lower() == ".csv" else _archive(path, whole)
     sets = ", ".join(("scenes", *TORCHVISION_SETS))
     raise DataError(
-        f"DATA={data}: no such folder or archive (.zip, .tar, .tar.gz, .tar.xz, .tar.bz2), and not the name of a set "
-        f"({sets})"
+        f"DATA={data}: no such folder or archive (.zip, .tar, .tar.gz, .tar.xz, .tar.bz2) or .csv, and not the name of "
+        f"a set ({sets})"
     )
 
 
@@ -150,88 +159,131 @@ def _folder(root: Path, whole: bool = False) -> Source:
     files: dict[str, str] = {}
     skipped: tuple[str, ...] = ()
     # Of a folder with train/ and val/ nothing else is looked at: a test/ beside them may be large.
-    parts = [root / "train", root / "val"]
-    for part in parts if all(part.is_dir() for part in parts) else [root]:
+    val_name = layouts.val_folder(root)
+    parts = [root / "train", root / val_name] if val_name else [root]
+    for part in parts:
         found = image_files(part)
         files |= {os.path.relpath(file, root): file for file in found.files}
         skipped += found.notes
-    names, train, val, notes = _arranged(str(root), f"{root}/", files, open_image, whole)
-    return Source(
-        root.resolve().name or "images", names, train, val, _fingerprint(root, [train, val]), notes=skipped + notes
-    )
+    annotations = _annotations(root, val_name)
+    arranged = layouts.of_folders(str(root), f"{root}/", files, annotations)
+    names, train, val, notes = _arranged(str(root), arranged, open_image, whole)
+    # The folder in an annotated val/ is no class.
+    skipped += layouts.empty_folders(root, parts[:1] if annotations else parts, set(names))
+    fingerprint = _fingerprint(root, [train, val], b"".join(annotations.values()))
+    return Source(root.resolve().name or "images", names, train, val, fingerprint, notes=skipped + notes)
+
+
+def _annotations(root: Path, val_name: str | None) -> dict[str, bytes]:
+    file = root / (val_name or "val") / layouts.ANNOTATIONS
+    try:
+        return {f"{val_name}/{file.name}": file.read_bytes()} if file.is_file() else {}
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def _archive(path: Path, whole: bool = False) -> Source:
     fingerprint = archives.fingerprint(path)
     archive = archives.open_archive(path)
-    names, train, val, notes = _arranged(str(path), archive.below, archive.files, archive.read, whole)
+    parts = layouts.of_folders(str(path), archive.below, archive.files, archive.annotations)
+    names, train, val, notes = _arranged(str(path), parts, archive.read, whole)
     return Source(archives.archive_name(path), names, train, val, fingerprint, notes=notes)
 
 
-def _arranged(
-    root: str, below: str, files: Mapping[str, Any], read: Callable[[Any], Image.Image], whole: bool
-) -> tuple[tuple[str, ...], Split, Split, tuple[str, ...]]:
-    """Class names, train and val splits, and notes, from image files by their paths below root.
+def _csv(path: Path, whole: bool = False) -> Source:
+    names, train, val, notes = _arranged(str(path), layouts.of_csv(path), open_image, whole)
+    fingerprint = _fingerprint(path.parent, [train, val], path.read_bytes())
+    return Source(path.stem, names, train, val, fingerprint, notes=notes)
 
-    The paths are train/CLASS/... and val/CLASS/..., or CLASS/... alone to be split, or as a whole to be val. below:
-    what stands before a path in messages.
-    """
-    tops = _by_folder(files)
-    notes: tuple[str, ...] = ()
-    if "train" in tops and "val" in tops:
+
+def _ilsvrc(root: Path, whole: bool = False) -> Source:
+    fingerprint = ilsvrc.fingerprint(root)
+    parts, read_train, read_val = ilsvrc.open_distributed(root)
+    names, train, val, notes = _arranged(str(root), parts, read_train, whole)
+    return Source(root.resolve().name, names, train, replace(val, read=read_val), fingerprint, notes=notes)
+
+
+def _parquet(root: Path, whole: bool = False) -> Source:
+    parts = parquet.open_splits(root)
+    names, *splits, notes = _arranged(str(root), parts, parquet.read_row, whole)
+    # Images that are stored together are read together.
+    train, val = map(_in_order_of_items, splits)
+    return Source(root.resolve().name, names, train, val, parquet.fingerprint(root), notes=notes)
+
+
+def _in_order_of_items(split: Split) -> Split:
+    order = sorted(range(len(split.items)), key=split.items.__getitem__)
+    assert split.names is not None
+    return Split([split.items[i] for i in order], split.labels[order], split.read, [split.names[i] for i in order])
+
+
+def quick_identity(path: Path) -> tuple[str, str] | None:
+    """The name and fingerprint of a source whose images take long to list, as open_source gives them; else None."""
+    if path.is_dir() and ilsvrc.is_distributed(path):
+        return path.resolve().name, ilsvrc.fingerprint(path)
+    if path.is_dir() and parquet.splits(path):
+        return path.resolve().name, parquet.fingerprint(path)
+    if path.is_file():
+        return archives.archive_name(path), archives.fingerprint(path)
+    return None
+
+
+def _refuse_betons(path: Path) -> None:
+    """Raises DataError for a .beton, or a folder of them, and says what it is."""
+    if path.is_dir():
+        betons = sorted(path.glob("*.beton"))
+        if betons and not any(entry.is_dir() for entry in path.iterdir()):
+            raise DataError(
+                f"DATA={path}: holds .beton files ({layouts.some([file.name for file in betons])}) and no set.json, "
+                "which names the classes; convert the images that they were made from"
+            )
+    elif path.suffix == ".beton":
+        if (path.parent / "set.json").is_file():
+            raise DataError(f"DATA={path}: is one part of a converted set; give the set's folder: DATA={path.parent}")
+        beton = Beton(path)
+        raise DataError(
+            f"DATA={path}: is a .beton by itself ({beton.num_samples} images of {len(np.unique(beton.labels))} "
+            "classes), whose classes have no names; convert the images that it was made from"
+        )
+
+
+def _arranged(
+    root: str, parts: layouts.Parts, read: Callable[[Any], Image.Image], whole: bool
+) -> tuple[tuple[str, ...], Split, Split, tuple[str, ...]]:
+    """Class names, train and val splits, and notes; images without splits are split, or as a whole are val's."""
+    train, val = parts.train, parts.val
+    notes = parts.notes
+    if val is not None:
         if whole:
             raise DataError(f"{root}: {_HAS_SPLITS}")
-        train, val = (_classes(f"{below}{part}", tops[part]) for part in ("train", "val"))
         unknown = sorted(set(val) - set(train))
         if unknown:
             raise DataError(
-                f"{below}val: {len(unknown)} classes that {below}train lacks ({', '.join(unknown[:3])}"
-                f"{', ...' if len(unknown) > 3 else ''}); remove them or add their training images"
+                f"{parts.val_place}: {len(unknown)} classes that {parts.train_place} lacks ({layouts.some(unknown)}); "
+                "remove them or add their training images"
             )
-    elif "train" in tops or "val" in tops:
-        missing = "val" if "train" in tops else "train"
-        raise DataError(
-            f"{below}{missing}: no such folder, or no images in it; give both train/ and val/, or class folders alone "
-            "to be split"
-        )
     elif whole:
-        train, val = {}, _classes(root, files)
+        train, val = {}, parts.train
     else:
-        classes = _classes(root, files)
         train, val = {}, {}
-        for name, images in classes.items():
+        for name, images in parts.train.items():
             held_out = _held_out(name, list(images))
             train[name] = {path: item for path, item in images.items() if path not in held_out}
             val[name] = {path: item for path, item in images.items() if path in held_out}
         count = sum(map(len, val.values()))
-        notes = (
-            f"{root} has no train/ and val/: {count} of its {sum(map(len, classes.values()))} images "
-            "(10 % of a class, always the same) are held out for validation",
+        notes += (
+            f"{root} has no train/ and val/: {count} of its {sum(map(len, parts.train.values()))} images are held out "
+            "for validation (10 % of each class and at least one image, always the same)",
         )
         if not count:
             raise DataError(f"{root}: too few images to hold any out for validation (2 of a class are needed)")
     names = tuple(sorted(train or val))
     if len(names) < 2:
         raise DataError(f"{root}: only one class ({names[0]}); a classifier needs class folders for two or more")
+    unseen = [name for name in names if not val.get(name)]
+    if unseen:
+        notes += (f"{root}: {len(unseen)} of {len(names)} classes have no images in val ({layouts.some(unseen)})",)
     return names, _split_of(train, names, read), _split_of(val, names, read), notes
-
-
-def _by_folder(files: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Files by the first folder of their paths, which is taken off; loose files are left out."""
-    folders: dict[str, dict[str, Any]] = {}
-    for path, item in files.items():
-        folder, slash, rest = path.partition("/")
-        if slash:
-            folders.setdefault(folder, {})[rest] = item
-    return folders
-
-
-def _classes(root: str, files: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The images of each class folder by their paths, sorted; empty folders don't count."""
-    classes = {name: dict(sorted(images.items())) for name, images in _by_folder(files).items()}
-    if not classes:
-        raise DataError(f"{root}: no images in class folders below it ({', '.join(sorted(EXTENSIONS))})")
-    return classes
 
 
 def image_files(folder: str | Path) -> Found:
@@ -246,17 +298,16 @@ def _held_out(name: str, paths: list[str]) -> set[str]:
     return set(by_hash[:count])
 
 
-def _split_of(
-    classes: Mapping[str, Mapping[str, Any]], names: tuple[str, ...], read: Callable[[Any], Image.Image]
-) -> Split:
+def _split_of(classes: layouts.Classes, names: tuple[str, ...], read: Callable[[Any], Image.Image]) -> Split:
     items = [item for name in names for item in classes.get(name, {}).values()]
     files = [f"{name}/{path}" for name in names for path in classes.get(name, ())]
     counts = [len(classes.get(name, ())) for name in names]
     return Split(items, np.repeat(np.arange(len(names), dtype=np.int64), counts), read, files)
 
 
-def _fingerprint(root: Path, splits: list[Split]) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(root: Path, splits: list[Split], described: bytes = b"") -> str:
+    """described: the contents of the file that names the classes of the images, if one does."""
+    digest = hashlib.sha256(described)
     for split in splits:
         for file in split.items:
             try:

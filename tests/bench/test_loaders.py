@@ -62,7 +62,7 @@ def test_the_record_is_consistent_and_a_failing_contender_does_not_end_it(folder
     assert rows.pop("torchcodec cuda")["not_run"] == "delivers to a GPU only"
 
     stored = tmp_path / "stored.beton"
-    images.write_converted(stored, images.spread(image_files(folder), 16))
+    images.write_converted(stored, images.spread(image_files(folder).files, 16))
     whole = Beton(stored).lengths.mean()
     assert (
         whole / 4 < rows["ours torchvision x4"]["bytes_per_crop"] * 2 < rows["ours torchvision"]["bytes_per_crop"] * 2
@@ -150,7 +150,7 @@ def _settings(**options) -> Settings:
 
 
 def test_the_tiles_of_images_are_decoded_alone(folder):
-    files = image_files(folder)
+    files = image_files(folder).files
     assert DecodeTiles(files).run().amount == len(files) == 12
 
 

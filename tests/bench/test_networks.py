@@ -157,7 +157,7 @@ def test_a_compiled_step_says_what_was_skipped(settings):
 
 
 def test_the_baseline_trains_as_the_original_did(pair, image_folder):
-    files = [str(file) for file in image_files(image_folder / "train")][:10]
+    files = [str(file) for file in image_files(image_folder / "train").files][:10]
     baseline = Baseline(pair, files, workers=1)
     before = [weight.clone() for weight in baseline._student.parameters()]
     running = [buffer.clone() for buffer in baseline._refinery.buffers()]

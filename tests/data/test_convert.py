@@ -257,3 +257,27 @@ def test_an_image_too_large_to_be_stored_is_left_out_by_name(tmp_path):
     done = run_convert("--data", root, "--out", tmp_path / "out", "--storage", "raw", "--max-resolution", 4000)
     assert done.returncode == 0, done.stderr
     assert "vast.png" in (tmp_path / "out" / "rejects.txt").read_text()
+
+
+def test_images_of_more_pixels_than_allowed_are_left_out(tmp_path):
+    root = write_class_folders(tmp_path / "set", 2, 4)
+    photograph(0, 300, 300).save(root / "class0" / "large.jpg")
+    done = run_convert("--data", root, "--out", tmp_path / "out", "--max_pixels", 89_998)
+    assert done.returncode == 0, done.stderr
+    (line,) = (tmp_path / "out" / "rejects.txt").read_text().splitlines()
+    assert line.startswith(f"{root}/class0/large.jpg: Image size (90000 pixels) exceeds limit of 89998 pixels")
+    assert line.endswith("Convert with a larger --max_pixels to allow it.")
+    convert_source(open_source(str(root)), tmp_path / "all", processes=1, max_pixels=90_000)
+    assert not (tmp_path / "all" / "rejects.txt").read_text()
+    refused = run_convert("--data", root, "--out", tmp_path / "none", "--max_pixels", 0)
+    assert (refused.returncode, refused.stderr) == (2, "error: max_pixels=0: give 1 or more\n")
+
+
+@pytest.mark.slow
+def test_a_picture_above_pillows_limit_is_allowed_by_an_option(tmp_path):
+    root = write_class_folders(tmp_path / "set", 2, 3)
+    Image.new("L", (18_000, 10_000), 99).save(root / "class0" / "large.jpg")
+    convert_source(open_source(str(root)), tmp_path / "usual", processes=1)
+    assert "large.jpg" in (tmp_path / "usual" / "rejects.txt").read_text()
+    convert_source(open_source(str(root)), tmp_path / "allowed", processes=1, max_pixels=180_000_000)
+    assert not (tmp_path / "allowed" / "rejects.txt").read_text()
