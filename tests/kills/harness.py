@@ -24,6 +24,7 @@ def survive(
     seed: int,
     start: Path | None = None,
     content: Callable[[Path], bytes] = Path.read_bytes,
+    name: Callable[[str], str] = str,
     ignore: Sequence[str] = (),
     during: str | None = None,
 ) -> Counter[str]:
@@ -34,7 +35,7 @@ def survive(
     copy of `start`.
     compare: patterns of the files below the folder that must in the end have the bytes of a command that was never
     killed; of all others, the names must be the same, except for the files of the patterns `ignore`.
-    content: what of a file is compared. during: MODULE:FUNCTION, in which all kills are to come.
+    content: what of a file is compared. name: of a file, as it is compared. during: MODULE:FUNCTION, in which all kills are to come.
     Half of the kills come at a moment, drawn evenly from the duration of a whole command. Half come at one of the calls
     that open for writing, move, link, remove or sync files in the folder: at each point, which is a call and a file,
     in turn, at one of the times that a whole command gets there. Of make, whose calls are not seen, half come at a
@@ -46,7 +47,7 @@ def survive(
     counts: Counter[str] = Counter()
     begin = Command if words[0] == "make" else Fork
     whole = _once(begin, words, _fresh(folder, start), during)
-    files = _files(folder, compare, content, ignore)
+    files = _files(folder, compare, content, name, ignore)
     if not any(files.values()):
         raise Unlike(f"{' '.join(words)}: makes no file like {', '.join(compare)}")
     if during and not whole.parts:
@@ -73,6 +74,9 @@ def survive(
             if not kind:
                 if aim.point:
                     deck.insert(0, aim.point)
+                elif len(tries) == 1:
+                    # The first one took longer, as what runs on a machine that does other things too may.
+                    whole.hasten(tries[0].seconds)
                 break
             done += 1
             reached |= {aim.point} - {""}
@@ -81,9 +85,9 @@ def survive(
             tries[-1].end()
         for each in tries:
             await_end_of(each.session)
-        found = _files(folder, compare, content, ignore)
+        found = _files(folder, compare, content, name, ignore)
         if found != files:
-            names = sorted(name for name in {*found, *files} if found.get(name, 0) != files.get(name, 0))
+            names = sorted(each for each in {*found, *files} if found.get(each, 0) != files.get(each, 0))
             raise Unlike(f"{' '.join(words)}: after {done} kills (seed {seed}) these differ: {', '.join(names)}")
     points = f", at {len(reached)} of {len(whole.points)} points where files change" if whole.points else ""
     print(f"  {done} kills{points}: {' '.join(words)}", flush=True)
@@ -116,12 +120,18 @@ def _fresh(folder: Path, start: Path | None) -> Path:
 
 
 def _files(
-    folder: Path, compare: Sequence[str], content: Callable[[Path], bytes], ignore: Sequence[str]
+    folder: Path,
+    compare: Sequence[str],
+    content: Callable[[Path], bytes],
+    name: Callable[[str], str],
+    ignore: Sequence[str],
 ) -> dict[str, str]:
     """All names below the folder except for those to be ignored, with a digest of the files that are to be compared."""
     compared, ignored = ({path for pattern in each for path in folder.glob(pattern)} for each in (compare, ignore))
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(content(path)).hexdigest() if path in compared else ""
-        for path in folder.rglob("*")
-        if path not in ignored
-    }
+    found: dict[str, str] = {}
+    for path in sorted(set(folder.rglob("*")) - ignored):
+        named = name(str(path.relative_to(folder)))
+        while named in found:
+            named += " again"
+        found[named] = hashlib.sha256(content(path)).hexdigest() if path in compared else ""
+    return found

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.kills.harness import survive
-from tests.kills.runs import IGNORED, content
+from tests.kills.runs import IGNORED, content, name
 from tests.kills.training import COMPARED, SMALL, write_inputs
 from tests.kills.tries import ROOT
 
@@ -35,6 +35,7 @@ def kill(folder: Path, kills: int, seed: int) -> Counter[str]:
                 kills=share,
                 seed=seed + number,
                 content=content,
+                name=name,
                 ignore=IGNORED,
             )
     return counts

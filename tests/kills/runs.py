@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ import torch
 # Points of each start, in a file that bears its time and process.
 IGNORED = ["**/tensorboard/*"]
 
-# Left out wherever they are: times, and the checksum that labels.json has of itself, times included.
+# Left out wherever they are: times, and what is computed from files that hold times: the digest of a refinery's
+# checkpoint, and the checksum that labels.json has of itself.
 _TIMES = {"seconds", "train_seconds", "waited_seconds", "images_per_second_per_device", "waiting"}
-_LEFT_OUT = {*_TIMES, "checksum"}
+_LEFT_OUT = {*_TIMES, "weights", "checksum"}
+
+
+def name(path: str) -> str:
+    """Without the keys of run folders, in which the digest of a refinery's checkpoint is."""
+    return re.sub("-[0-9a-f]{8}(?=/|$)", "", path)
 
 
 def content(path: Path) -> bytes:

@@ -1,10 +1,11 @@
 """Training under kills: a few small runs that have something of their own to go on from."""
 
+import importlib
 from collections import Counter
 from pathlib import Path
 
 from tests.kills.harness import once, survive
-from tests.kills.runs import IGNORED, content
+from tests.kills.runs import IGNORED, content, name
 from tests.pictures import write_class_folders
 
 # Checkpoints after nearly every step, besides those of epochs.
@@ -13,6 +14,8 @@ SMALL = [
     *("--precision", "fp32", "--save_minutes", "0.0005", "--model", "mobilenet0.25"),
 ]
 COMPARED = [f"**/{name}" for name in ("last.pt", "best.pt", "metrics.jsonl", "result.json", "identity.json")]
+
+_DECODERS = ("data.decoders.ffcv", "data.decoders.torchvision")
 
 # Dropout, in a network whose checkpoints are small.
 _DROPOUT = "torchvision:squeezenet1_1"
@@ -32,14 +35,8 @@ _KINDS = [
 def write_inputs(folder: Path) -> dict[str, str]:
     """Makes, in a folder, a converted set, a refinery on it and its labels of one epoch. Returns their paths."""
     # Loaded before anything is forked: each fork would take seconds for it.
-    import data.decoders.ffcv
-    import data.decoders.torchvision
-    import timm.utils
-    import train.label
-    import train.launch
-    import train.maps
-    import train.train  # noqa: F401
-
+    for module in ("train.train", "train.label", "train.maps", "train.launch", "timm.utils", *_DECODERS):
+        importlib.import_module(module)
     write_class_folders(folder / "images" / "train", 3, 24)
     write_class_folders(folder / "images" / "val", 3, 8, seed=1000)
     converted, refinery, labels = (str(folder / name) for name in ("set", "refinery", "labels"))
@@ -64,6 +61,7 @@ def kill(folder: Path, kills: int, seed: int, during: str | None = None) -> Coun
                 kills=share,
                 seed=seed + number,
                 content=content,
+                name=name,
                 ignore=IGNORED,
                 during=during,
             )

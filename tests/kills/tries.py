@@ -47,6 +47,11 @@ class Whole:
     seconds: float = 0.0
     parts: list[float] = field(default_factory=list)
 
+    def hasten(self, seconds: float) -> None:
+        """Takes a shorter duration for its own."""
+        shorter = min(seconds / self.seconds, 1)
+        self.seconds, self.parts = shorter * self.seconds, [shorter * part for part in self.parts]
+
 
 @dataclass
 class Aim:
@@ -67,9 +72,10 @@ class Aim:
 
 
 class Try:
-    """A command, as the leader of a session of its own."""
+    """A command, as the leader of a session of its own. seconds: it took, where it was to be killed and had ended."""
 
     session: int
+    seconds: float = 0.0
 
     def __init__(self, words: Sequence[str], folder: Path, aim: Aim):
         raise NotImplementedError
@@ -90,6 +96,7 @@ class Fork(Try):
             raise RuntimeError(f"{threads} threads: none but the main one may have begun before a process is forked")
         context = multiprocessing.get_context("fork")
         self._words, self._aim = words, aim
+        self._began = time.monotonic()
         self._log = folder.with_name(f"{folder.name}.log")
         self._reports, reporter = context.Pipe(duplex=False)
         self._process = context.Process(target=_run, args=(words, folder, aim, reporter, self._log))
@@ -111,27 +118,30 @@ class Fork(Try):
         return whole
 
     def killed(self, whole: Whole) -> str | None:
-        if self._aim.point:
-            reports = list(self._reported(_LONGEST))
-            self._process.join(_LONGEST)
+        aim, last = self._aim, None
+        if aim.point:
+            *_, last = [("", ""), *self._reported(_LONGEST)]
+        elif aim.during:
+            entered = (kind for kind, _ in self._reported(_LONGEST) if kind == "in")
+            # Where the command ends before, all its reports have come, and there is no one left to kill.
+            for _ in range(aim.part + 1):
+                next(entered, None)
+            self._process.join(aim.share * whole.parts[aim.part])
         else:
-            if self._aim.during:
-                entered = (kind for kind, _ in self._reported(_LONGEST) if kind == "in")
-                # Where the command ends before, all its reports have come, and there is no one left to kill.
-                for _ in range(self._aim.part + 1):
-                    next(entered, None)
-                self._process.join(self._aim.share * whole.parts[self._aim.part])
-            else:
-                self._process.join(self._aim.share * whole.seconds)
-            if self._process.exitcode is None:
-                self._process.kill()
-                self._process.join()
-            reports = []
-        within = f", in {self._aim.during.rpartition(':')[2]}" if self._aim.during else ""
-        if self._process.exitcode == -signal.SIGKILL:
-            return (f"at {reports[-1][1]}" if reports else "at a moment") + within
-        self.end()
-        return None
+            self._process.join(aim.share * whole.seconds)
+        if not aim.point:
+            self.seconds = time.monotonic() - self._began
+            self._process.kill()
+        self._process.join(_LONGEST)
+        if self._process.exitcode != -signal.SIGKILL:
+            self.end()
+            return None
+        if last:
+            kind = f"at {last[1]}"
+        else:
+            left = [kind for kind, _ in self._reported(0)]
+            kind = "at a moment" if not aim.during or "out" not in left else "at a moment soon after"
+        return f"{kind}, {aim.during.rpartition(':')[2]}" if aim.during else kind
 
     def _reported(self, seconds: float) -> Iterator[tuple[str, Any]]:
         """What the command reports, until it ends; for so long at most."""
@@ -157,8 +167,8 @@ def _run(words: Sequence[str], folder: Path, aim: Aim, reporter: Connection, log
     def call(name: str, path: str) -> None:
         if not inside or not path.startswith(f"{folder}/"):
             return
-        # Names with times and process numbers in them are those of one file.
-        point = f"{name} {re.sub('[0-9]+', '#', path.removeprefix(f'{folder}/'))}"
+        # Names with times, process numbers and the keys of runs in them are those of one file.
+        point = f"{name} {re.sub('-[0-9a-f]{8}|[0-9]+', '#', path.removeprefix(f'{folder}/'))}"
         points[point] += 1
         if point == aim.point and points[point] == aim.time:
             reporter.send(("killed", name))
@@ -212,6 +222,7 @@ class Command(Try):
         self._words, self._folder, self._aim = words, folder, aim
         self._log = folder.with_name(f"{folder.name}.log")
         self._before = _stamps(folder)
+        self._began = time.monotonic()
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
@@ -235,6 +246,7 @@ class Command(Try):
         except subprocess.TimeoutExpired:
             pass
         else:
+            self.seconds = time.monotonic() - self._began
             self.end()
             return None
         when = "after a change" if self._aim.late else "at a moment"
