@@ -35,7 +35,8 @@ def survive(
     copy of `start`.
     compare: patterns of the files below the folder that must in the end have the bytes of a command that was never
     killed; of all others, the names must be the same, except for the files of the patterns `ignore`.
-    content: what of a file is compared. name: of a file, as it is compared. during: MODULE:FUNCTION, in which all kills are to come.
+    content: what of a file is compared. name: of a file, as it is
+    compared. during: MODULE:FUNCTION, in which all kills are to come.
     Half of the kills come at a moment, drawn evenly from the duration of a whole command. Half come at one of the calls
     that open for writing, move, link, remove or sync files in the folder: at each point, which is a call and a file,
     in turn, at one of the times that a whole command gets there. Of make, whose calls are not seen, half come at a
