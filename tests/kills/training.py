@@ -41,7 +41,7 @@ def write_inputs(folder: Path) -> dict[str, str]:
     write_class_folders(folder / "images" / "val", 3, 8, seed=1000)
     converted, refinery, labels = (str(folder / name) for name in ("set", "refinery", "labels"))
     once(["data.convert", "--data", str(folder / "images"), "--out", converted], folder / "first")
-    once(["train", "--data", converted, *SMALL, "--model", "resnet18", "--out", refinery], folder / "first")
+    once(["train", "--data", converted, *SMALL, "--model", "mobilenet0.5", "--out", refinery], folder / "first")
     labelling = ["--refinery", refinery, "--out", labels, "--epochs", "1"]
     once(["train.label", "--data", converted, *SMALL, *labelling], folder / "first")
     return {"SET": converted, "REFINERY": refinery, "LABELS": labels}
