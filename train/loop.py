@@ -321,7 +321,13 @@ class Trainer:
     def _state(self, student: Student) -> dict[str, Any]:
         generators = checkpoint.generator_states(self.job.device)
         sums = self.job.group.sum(student.sums).cpu()
-        return student.state() | {"sums": sums, "generators": generators, "progress": asdict(self.progress)}
+        return student.state() | {
+            "sums": sums,
+            "generators": generators,
+            "progress": asdict(self.progress),
+            # Which other runs draw from the same generators.
+            "together": [each.name for each in self.students],
+        }
 
     def _restore(self) -> None:
         for student in self.students:

@@ -18,6 +18,8 @@ from train.interrupt import Interrupted
 from train.job import Job, check, find_labels, needs_refinery, resolve
 from train.loop import Trainer
 from train.runs import Run, checkpoint, finished_refinery
+from train.runs.atomic import reason
+from train.runs.record import locked
 from train.score.crop_truth import label_quality
 
 # What networks that train together need not share.
@@ -89,6 +91,31 @@ def _refinery_run(job: Job) -> Run:
     return run
 
 
+def _bring_together(jobs: Sequence[Job]) -> None:
+    """Takes networks that have trained together, and of which some are a save ahead, back to where the others stand.
+
+    That is what a kill between their checkpoints leaves. Apart, they would draw other random numbers from then on.
+    """
+    if len(jobs) == 1:
+        return
+    standing = {job.config.model: checkpoint.standing(job.folder) for job in jobs}
+    for job in jobs:
+        model = job.config.model
+        reached, others = standing[model]
+        with_it = [
+            at for other, (at, its) in standing.items() if other in (others or ()) and (its is None or model in its)
+        ]
+        behind = min(with_it, default=reached)
+        if behind < reached:
+            with locked(job.folder):
+                try:
+                    gone = checkpoint.go_back(job.folder, behind)
+                except OSError as error:
+                    raise TrainError(f"{job.folder}: cannot be written ({reason(error, job.folder)})") from None
+            if gone:
+                print(f"{job.folder}: goes one save back, to where the networks that train with it are", flush=True)
+
+
 def _train_jobs(jobs: Sequence[Job]) -> list[Run]:
     """Trains networks in their run folders, or continues them, or finds them finished; returns their runs in order."""
     runs: dict[str, Run] = {}
@@ -96,8 +123,12 @@ def _train_jobs(jobs: Sequence[Job]) -> list[Run]:
     jobs[0].group.check_same(
         {f"{key} of {job.config.model}": job.identity[key] for job in jobs for key in job.identity}
     )
+    found = {job.config.model: job.saved_run() for job in jobs}
+    jobs[0].group.in_turn(
+        lambda: _bring_together([job for job in jobs if not ((run := found[job.config.model]) and run.result)])
+    )
     for job in jobs:
-        run = job.saved_run()
+        run = found[job.config.model]
         if run and run.result:
             top1, top5 = run.result["top1"], run.result["top5"]
             print(f"{run.folder} is finished: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)

@@ -12,16 +12,16 @@ import time
 from pathlib import Path
 
 from command import UserError, run_command
-from tests.kills.harness import Unlike
+from tests.kills.tries import Unlike
 
-_CASES = ("conversion",)
+_CASES = ("conversion", "training", "validation", "labels", "maps", "make")
 
 
 def run(only: str = "", kills: int = 30, seed: int = 0) -> None:
     """Kills commands and begins them again, and compares their files with those of commands that were never killed.
 
     Args:
-        only: the cases, with commas between them: conversion (default: all)
+        only: the cases, with commas between them: conversion, training, validation, labels, maps, make (default: all)
         kills: how many of each case
         seed: of the moments and calls at which they come
     """

@@ -1,172 +1,115 @@
-"""Kills a command at random moments and at chosen calls, begins it again, and compares what it leaves in the end.
-
-Each try is a fork of this process, which has imported everything already: a tenth of a second instead of several.
-"""
+"""Kills a command at random moments and at chosen calls, begins it again, and compares what it leaves in the end."""
 
 import hashlib
 import importlib
-import multiprocessing
-import os
 import random
-import runpy
 import shutil
-import signal
-import sys
 import time
-import warnings
 from collections import Counter
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.kills.tries import Aim, Command, Fork, Try, Unlike, Whole, await_end_of
 
 # Kills in a row before the command is left to end, at most.
 _IN_A_ROW = 4
-# What a process does to files, as Python's audit events name it; an `open` counts if it is one for writing.
-_CALLS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
-_FOR_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-# Seconds until the processes that a killed one has started must have ended, and a command.
-_PATIENCE, _LONGEST = 20, 600
-
-
-class Unlike(AssertionError):
-    """A command that was killed has not ended as one that never was."""
 
 
 def survive(
-    words: Sequence[str], folder: Path, *, compare: Sequence[str], kills: int, seed: int, start: Path | None = None
+    words: Sequence[str],
+    folder: Path,
+    *,
+    compare: Sequence[str],
+    kills: int,
+    seed: int,
+    start: Path | None = None,
+    content: Callable[[Path], bytes] = Path.read_bytes,
+    name: Callable[[str], str] = str,
+    ignore: Sequence[str] = (),
+    during: str | None = None,
 ) -> Counter[str]:
     """Kills a command so many times in all, in rounds of a few kills, after which it may end. Returns kills by kind.
 
-    words: a module and its options, as behind `python -m`; the same command must go on, or begin again, after a kill,
-    and do nothing when all is done. folder: where it runs, empty at the start of a round, or a copy of `start`.
+    words: a module and its options, as behind `python -m`, or make and its words; the same command must go on, or begin
+    again, after a kill, and do nothing when all is done. folder: where it runs, empty at the start of a round, or a
+    copy of `start`.
     compare: patterns of the files below the folder that must in the end have the bytes of a command that was never
-    killed; of all others, the names must be the same.
-    Half of the kills come at a moment, and half at one of the calls that open for writing, move, remove or sync files
-    in the folder, each drawn evenly from the duration and the calls of a whole command. The next try follows at once.
+    killed; of all others, the names must be the same, except for the files of the patterns `ignore`.
+    content: what of a file is compared. name: of a file, as it is
+    compared. during: MODULE:FUNCTION, in which all kills are to come.
+    Half of the kills come at a moment, drawn evenly from the duration of a whole command. Half come at one of the calls
+    that open for writing, move, link, remove or sync files in the folder: at each point, which is a call and a file,
+    in turn, at one of the times that a whole command gets there. Of make, whose calls are not seen, half come at a
+    moment after it has changed the folder, and half end its whole group, half the program alone. The next try follows
+    at once.
     Raises Unlike for other files in the end, for a command that fails, and for processes that outlive it.
     """
     draw = random.Random(seed)
     counts: Counter[str] = Counter()
-    calls, seconds = once(words, _fresh(folder, start))
-    whole = _files(folder, compare)
-    if not any(whole.values()):
+    begin = Command if words[0] == "make" else Fork
+    whole = _once(begin, words, _fresh(folder, start), during)
+    files = _files(folder, compare, content, name, ignore)
+    if not any(files.values()):
         raise Unlike(f"{' '.join(words)}: makes no file like {', '.join(compare)}")
+    if during and not whole.parts:
+        raise Unlike(f"{' '.join(words)}: does not come to {during}")
+    reached: set[str] = set()
+    deck: list[str] = []
     done = 0
     while done < kills:
         _fresh(folder, start)
-        tries = []
+        tries: list[Try] = []
         for _ in range(min(draw.randint(1, _IN_A_ROW), kills - done)):
-            at_call = draw.randint(1, calls) if done % 2 else 0
-            tries.append(_Try(words, folder, at_call))
-            kind = tries[-1].killed(None if at_call else draw.uniform(0, seconds))
+            aim = Aim(during)
+            if whole.points and done % 2:
+                deck = deck or draw.sample(sorted(whole.points), len(whole.points))
+                aim.point = deck.pop()
+                aim.time = draw.randint(1, whole.points[aim.point])
+            else:
+                aim.late, aim.group = draw.random() < 0.5, draw.random() < 0.5
+                aim.part = draw.randrange(len(whole.parts)) if during else 0
+                aim.share = draw.random()
+            tries.append(begin(words, folder, aim))
+            kind = tries[-1].killed(whole)
             counts[kind or "ended before"] += 1
-            done += bool(kind)
             if not kind:
+                if aim.point:
+                    deck.insert(0, aim.point)
+                elif len(tries) == 1:
+                    # The first one took longer, as what runs on a machine that does other things too may.
+                    whole.hasten(tries[0].seconds)
                 break
+            done += 1
+            reached |= {aim.point} - {""}
         else:
-            tries.append(_Try(words, folder))
+            tries.append(begin(words, folder, Aim(during)))
             tries[-1].end()
         for each in tries:
             await_end_of(each.session)
-        found = _files(folder, compare)
-        if found != whole:
-            names = sorted(name for name in {*found, *whole} if found.get(name, 0) != whole.get(name, 0))
+        found = _files(folder, compare, content, name, ignore)
+        if found != files:
+            names = sorted(each for each in {*found, *files} if found.get(each, 0) != files.get(each, 0))
             raise Unlike(f"{' '.join(words)}: after {done} kills (seed {seed}) these differ: {', '.join(names)}")
+    points = f", at {len(reached)} of {len(whole.points)} points where files change" if whole.points else ""
+    print(f"  {done} kills{points}: {' '.join(words)}", flush=True)
     return counts
 
 
-def once(words: Sequence[str], folder: Path) -> tuple[int, float]:
-    """Runs a command in a folder to its end, in a fork. Returns its calls and seconds; raises Unlike if it fails."""
-    importlib.import_module(words[0])
+def once(words: Sequence[str], folder: Path) -> None:
+    """Runs a command in a folder to its end, in a fork. Raises Unlike if it fails."""
     folder.mkdir(parents=True, exist_ok=True)
+    _once(Fork, words, folder, None)
+
+
+def _once(begin: type[Try], words: Sequence[str], folder: Path, during: str | None) -> Whole:
+    if begin is Fork:
+        importlib.import_module(words[0])
     began = time.monotonic()
-    whole = _Try(words, folder)
-    calls = whole.end()
-    seconds = time.monotonic() - began
-    await_end_of(whole.session)
-    return calls, seconds
-
-
-class _Try:
-    """A fork that runs the command, as the leader of a session of its own."""
-
-    def __init__(self, words: Sequence[str], folder: Path, kill_at: int = 0):
-        threads = len(os.listdir("/proc/self/task"))
-        if threads > 1:
-            raise RuntimeError(f"{threads} threads: none but the main one may have begun before a process is forked")
-        context = multiprocessing.get_context("fork")
-        self._words = words
-        self._log = folder.with_name(f"{folder.name}.log")
-        self._reports, reporter = context.Pipe(duplex=False)
-        self._process = context.Process(target=_run, args=(words, folder, kill_at, reporter, self._log))
-        self._process.start()
-        reporter.close()
-        self.session = self._process.pid or 0
-
-    def end(self) -> int:
-        """Waits for the end. Returns how many calls there were."""
-        self._process.join(_LONGEST)
-        if self._process.exitcode != 0:
-            self._process.kill()
-            raise Unlike(f"{' '.join(self._words)}: ended with {self._process.exitcode}:\n{self._log.read_text()}")
-        return int(self._reports.recv())
-
-    def killed(self, after: float | None) -> str | None:
-        """Kills after so many seconds (None: at the call it was begun with). Returns the kind of kill, or None.
-
-        None is for a command that has ended before.
-        """
-        self._process.join(_LONGEST if after is None else after)
-        if self._process.exitcode is None:
-            self._process.kill()
-            self._process.join()
-        if self._process.exitcode == -signal.SIGKILL:
-            return f"at {self._reports.recv()}" if after is None else "at a moment"
-        self.end()
-        return None
-
-
-def _run(words: Sequence[str], folder: Path, kill_at: int, reporter: Connection, log: Path) -> None:
-    """In the fork: the command, until its end or the call at which it is killed."""
-    os.setsid()
-    with open(log, "wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.chdir(folder)
-    os.environ["PYTHONPATH"] = str(ROOT)
-    calls = 0
-
-    def call(name: str) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == kill_at:
-            reporter.send(name)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def hook(event: str, arguments: tuple) -> None:
-        if event in _CALLS and not isinstance(arguments[0], int):
-            path = os.path.abspath(os.fsdecode(arguments[0]))
-            if path.startswith(f"{folder}/") and (event != "open" or arguments[2] & _FOR_WRITING):
-                call(event)
-
-    sys.addaudithook(hook)
-    fsync = os.fsync
-
-    def counted_fsync(file) -> None:
-        call("os.fsync")
-        fsync(file)
-
-    os.fsync = counted_fsync
-    sys.argv = list(words)
-    warnings.simplefilter("ignore")
-    try:
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        if end.code:
-            raise
-    reporter.send(calls)
+    only = begin(words, folder, Aim(during))
+    whole = only.end()
+    whole.seconds = time.monotonic() - began
+    await_end_of(only.session)
+    return whole
 
 
 def _fresh(folder: Path, start: Path | None) -> Path:
@@ -177,35 +120,19 @@ def _fresh(folder: Path, start: Path | None) -> Path:
     return folder
 
 
-def _files(folder: Path, compare: Sequence[str]) -> dict[str, str]:
-    """All names below the folder, with a digest of those files that are to be compared."""
-    compared = {path for pattern in compare for path in folder.glob(pattern)}
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path in compared else ""
-        for path in folder.rglob("*")
-    }
-
-
-def await_end_of(session: int) -> None:
-    """Waits until no process of a session is left. Raises Unlike where one stays."""
-    waited_since = time.monotonic()
-    while left := _members(session):
-        if time.monotonic() - waited_since > _PATIENCE:
-            raise Unlike(f"{len(left)} processes are left: {', '.join(left)}")
-        time.sleep(0.02)
-
-
-def _members(session: int) -> list[str]:
-    """Number and command of each living process of a session."""
-    found = []
-    for entry in os.scandir("/proc"):
-        if entry.name.isdecimal():
-            try:
-                # The command, in brackets, may hold anything; behind it: state, parent, group, session.
-                command, _, rest = Path(entry.path, "stat").read_text().rpartition(")")
-            except OSError:
-                continue
-            state, _, _, its_session = rest.split()[:4]
-            if int(its_session) == session and state not in "ZX":
-                found.append(f"{command})")
+def _files(
+    folder: Path,
+    compare: Sequence[str],
+    content: Callable[[Path], bytes],
+    name: Callable[[str], str],
+    ignore: Sequence[str],
+) -> dict[str, str]:
+    """All names below the folder except for those to be ignored, with a digest of the files that are to be compared."""
+    compared, ignored = ({path for pattern in each for path in folder.glob(pattern)} for each in (compare, ignore))
+    found: dict[str, str] = {}
+    for path in sorted(set(folder.rglob("*")) - ignored):
+        named = name(str(path.relative_to(folder)))
+        while named in found:
+            named += " again"
+        found[named] = hashlib.sha256(content(path)).hexdigest() if path in compared else ""
     return found

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.kills.harness import ROOT
+from tests.kills.tries import ROOT
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
@@ -72,7 +72,7 @@ def test_the_harness_notices(tmp_path, command, found):
         "import os, subprocess, time\nif __name__ == '__main__':\n" + lines.replace("\n", "\n    ")
     )
     (tmp_path / "script.py").write_text(
-        "import pathlib, sys; from tests.kills import harness; harness._PATIENCE = 1\n"
+        "import pathlib, sys; from tests.kills import harness, tries; tries._PATIENCE = 1\n"
         f"print(harness.survive([{command!r}], pathlib.Path(sys.argv[1]), compare=['result'], kills=40, seed=0))\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}

@@ -184,6 +184,54 @@ def test_a_kill_at_any_change_of_a_file_costs_nothing_that_was_saved(run, monkey
     assert limit > 30
 
 
+def alike(one: Path, other: Path) -> None:
+    assert_same(one, other)
+    generators = [torch.load(folder / "last.pt", weights_only=True)["generators"]["cpu"] for folder in (one, other)]
+    assert torch.equal(*generators)
+
+
+@pytest.mark.parametrize("saves", [2, *(pytest.param(saves, marks=pytest.mark.slow) for saves in (1, 3, 5))])
+def test_a_kill_between_the_checkpoints_of_two_networks_keeps_them_together(run, monkeypatch, capsys, saves):
+    """They share the random numbers of dropout: apart, each would draw others from then on."""
+    names = "torchvision:squeezenet1_1 torchvision:mobilenet_v3_small"
+    words = ("--model", names, "--save_minutes", "1e-9", "--optimizer.lr", "0.01")
+    whole = run(*words, "--runs", "whole")
+    left, save = saves, Record.save
+
+    def killed(self, state, *, best=False):
+        nonlocal left
+        save(self, state, best=best)
+        if self._folder.name.startswith("torchvision-squeezenet"):
+            left -= 1
+            if not left:
+                raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "save", killed)
+        with pytest.raises(Killed):
+            run(*words, "--runs", "killed")
+    capsys.readouterr()
+    for one, other in zip(whole, run(*words, "--runs", "killed"), strict=True):
+        alike(one.folder, other.folder)
+    assert "one save back" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_networks_that_did_not_train_together_lose_nothing(run, monkeypatch, capsys):
+    """One stands where the other's checkpoint before the last is, and goes on by itself all the same."""
+    words = ("--save_minutes", "1e-9", "--optimizer.lr", "0.01")
+    for model, step in (("mobilenet0.25", 3), ("resnet18", 2)):
+        with monkeypatch.context() as patch:
+            stop_at(step, patch)
+            with pytest.raises(Interrupted):
+                run(*words, "--model", model)
+    capsys.readouterr()
+    run(*words, "--model", "mobilenet0.25 resnet18")
+    out = capsys.readouterr().out
+    assert "after step 3 of 3" in out
+    assert "after step 2 of 3" in out
+
+
 # Damaged descriptions.
 
 

@@ -1,11 +1,12 @@
 """Everything needed to continue a run at its next step with the same bits."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.durable import reason, replacing
+from data.durable import reason, replacing, sync_folder
 from models.weights import CHECKPOINT_FORMAT, check_sums
 from train import TrainError
 
@@ -74,6 +75,36 @@ def position(folder: Path) -> tuple[int, int]:
     # Mapped: tensors are read for their checksums alone.
     found = latest(folder, mapped=True)
     return _position(found[1]) if found else (0, 0)
+
+
+def standing(folder: Path) -> tuple[tuple[int, int], list[str] | None]:
+    """As `position`, with the networks that trained together up to there; None where there is no checkpoint."""
+    found = latest(folder, mapped=True)
+    # Those of earlier versions do not say it.
+    return (_position(found[1]), found[1].get("together", [])) if found else ((0, 0), None)
+
+
+def go_back(folder: Path, to: tuple[int, int]) -> bool:
+    """Takes a run one save back, if that is where it is to stand; to its start where it was saved once.
+
+    to: as `position` gives it. Returns whether it stands there now. Raises OSError.
+    """
+    last, before, best = (folder / name for name in (LAST, BEFORE, BEST))
+    if before.is_file():
+        try:
+            there = _position(load(before, mapped=True)) == to
+        except TrainError:
+            return False
+        if there:
+            os.replace(before, last)
+    else:
+        there = to == (0, 0)
+        if there:
+            # In this order: alone, it would be taken for the last.
+            best.unlink(missing_ok=True)
+            last.unlink(missing_ok=True)
+    sync_folder(folder)
+    return there
 
 
 def _position(state: dict[str, Any]) -> tuple[int, int]:

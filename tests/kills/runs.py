@@ -1,0 +1,53 @@
+"""What counts of the files that training and label writing leave: all of it without the times it took."""
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Points of each start, in a file that bears its time and process.
+IGNORED = ["**/tensorboard/*"]
+
+# Left out wherever they are: times, and what is computed from files that hold times: the digest of a refinery's
+# checkpoint, and the checksum that labels.json has of itself.
+_TIMES = {"seconds", "train_seconds", "waited_seconds", "images_per_second_per_device", "waiting"}
+_LEFT_OUT = {*_TIMES, "weights", "checksum"}
+
+
+def name(path: str) -> str:
+    """Without the keys of run folders, in which the digest of a refinery's checkpoint is."""
+    return re.sub("-[0-9a-f]{8}(?=/|$)", "", path)
+
+
+def content(path: Path) -> bytes:
+    """Of a checkpoint all values, tensors bit by bit; of JSON all values; else the bytes of the file."""
+    written = io.BytesIO()
+    if path.suffix == ".pt":
+        _write(torch.load(path, map_location="cpu", weights_only=True), written)
+    elif path.suffix in (".json", ".jsonl"):
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        _write([json.loads(line) for line in lines], written)
+    else:
+        written.write(path.read_bytes())
+    return written.getvalue()
+
+
+def _write(value: Any, to: io.BytesIO) -> None:
+    if isinstance(value, dict):
+        to.write(f"{{{len(value)}".encode())
+        for name, each in value.items():
+            if name not in _LEFT_OUT:
+                to.write(repr(name).encode())
+                _write(each, to)
+    elif isinstance(value, list | tuple):
+        to.write(f"[{len(value)}".encode())
+        for each in value:
+            _write(each, to)
+    elif isinstance(value, torch.Tensor):
+        to.write(f"{value.dtype}{list(value.shape)}".encode())
+        to.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    else:
+        to.write(repr(value).encode())
