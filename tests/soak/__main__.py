@@ -6,9 +6,10 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 from command import UserError, run_command
 from tests.soak import verdict
@@ -27,23 +28,31 @@ def soak(works: Mapping[str, Callable[[], None]], minutes: float) -> Iterator[Ro
             return
 
 
-def run(minutes: float = 60.0, out: str = "runs/soak") -> None:
+def run(minutes: float = 60.0, only: str = "", out: str = "runs/soak") -> None:
     """Trains for a while in one process, changing storage and decoder, and watches memory, threads and file handles.
 
     Args:
         minutes: for how long, at least; in any case until each configuration has some rounds
+        only: configurations, as STORAGE-DECODER with commas between them: jpeg-ffcv,blocks-ffcv (default: all)
         out: a folder for rounds.jsonl, a line for each round, verdict.json, and what the trainings print
     """
-    if not 0 < minutes < float("inf"):
-        raise UserError(f"minutes={minutes:g}: must be above 0")
+    # Here, and not in the processes that encode images, which load this file too.
+    from tests.soak.training import CONFIGURATIONS, is_installed
+
+    if not 0 <= minutes < float("inf"):
+        raise UserError(f"minutes={minutes:g}: must not be below 0")
+    names = [name.strip() for name in only.split(",")] if only else list(filter(is_installed, CONFIGURATIONS))
+    for name in names:
+        if name not in CONFIGURATIONS:
+            raise UserError(f"only={name}: unknown; there are {', '.join(CONFIGURATIONS)}")
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        log = open(folder / "trainings.log", "w")  # noqa: SIM115 (open until the process ends)
+        log = open(folder / "trainings.log", "w")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written ({error.strerror}); give another OUT") from None
     with log, tempfile.TemporaryDirectory(prefix="soak-") as inputs:
-        rounds = _watched(Path(inputs), minutes, folder / "rounds.jsonl", log)
+        rounds = _watched(names, Path(inputs), minutes, folder / "rounds.jsonl", log)
     found = verdict.growing(rounds)
     lines = verdict.table(rounds)
     hours = rounds[-1].seconds / 3600
@@ -63,14 +72,14 @@ def run(minutes: float = 60.0, out: str = "runs/soak") -> None:
         sys.exit(1)
 
 
-def _watched(inputs: Path, minutes: float, lines: Path, log) -> list[Round]:
+def _watched(names: Sequence[str], inputs: Path, minutes: float, lines: Path, log: TextIO) -> list[Round]:
     """All rounds, while a training stands beside them; each is printed, and written as a line of JSON."""
-    # Not before the options are known to be right: it takes seconds.
     from tests.soak.training import Over, Standing, works
 
     rounds: list[Round] = []
+    under_way = soak(works(inputs, names), minutes)
+    terminal = sys.stdout
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), open(lines, "w") as file:
-        under_way = soak(works(inputs), minutes)
 
         def between() -> None:
             done = next(under_way, None)
@@ -78,12 +87,12 @@ def _watched(inputs: Path, minutes: float, lines: Path, log) -> list[Round]:
                 raise Over
             rounds.append(done)
             usage = done.usage
-            file.write(json.dumps({"configuration": done.configuration, "seconds": done.seconds} | asdict(usage)) + "\n")
+            file.write(json.dumps(asdict(done)) + "\n")
             file.flush()
             print(
                 f"{len(rounds):4} {done.seconds / 60:5.1f} min  {done.configuration:18} {usage.memory:7.1f} MiB, "
                 f"{usage.threads} threads, {usage.handles} handles, {usage.children} children, {usage.regions} regions",
-                file=sys.__stdout__,
+                file=terminal,
                 flush=True,
             )
 

@@ -2,8 +2,9 @@
 
 import itertools
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +15,68 @@ from data import DataError, decoders
 from data.convert import Storage, convert_source
 from data.loader import open_loader
 from data.sources import Split, open_source
-from tests.soak.verdict import Round
-from train.config import Config, configure
+from train.config import configure
 from train.job import check, resolve
 from train.label import label
 from train.loop import Trainer
 from train.train import train
 
-_IMAGES = {"train": 128, "val": 64}
+_IMAGES = {"train": 96, "val": 32}
 _STUDENT, _OTHER, _REFINERY = "mobilenet0.25", "mobilenet0.5", "mobilenet0.5"
-_EPOCHS = 3
+_EPOCHS, _THREADS = 3, 2
 
 Work = Callable[[], None]
 
 
-def works(folder: Path) -> dict[str, Work]:
+@dataclass(frozen=True)
+class Configuration:
+    """refinery: learns from a refinery, else from ground truth. stored: from its labels, which are stored first."""
+
+    storage: str
+    decoder: str
+    refinery: bool = False
+    stored: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_GROWING = {"resolution_from": 0.5}
+_BOTH = {"model": f"{_STUDENT} {_OTHER}"}
+
+_STANDING = Configuration("jpeg", "ffcv")
+CONFIGURATIONS = {
+    f"{each.storage}-{each.decoder}": each
+    for each in (
+        Configuration("jpeg", "ffcv", refinery=True, options=_GROWING),
+        Configuration("jpeg", "torchvision", refinery=True, options=_BOTH),
+        Configuration("jpeg", "dali", refinery=True, stored=True),
+        Configuration("raw", "ffcv", options=_GROWING),
+        Configuration("raw", "torchvision", options=_BOTH),
+        Configuration("raw", "dali", refinery=True, options={"copies": 2}),
+        Configuration("blocks", "ffcv", refinery=True, stored=True, options=_BOTH),
+    )
+}
+
+
+def is_installed(name: str) -> bool:
+    """Whether a configuration's decoder is; a notice is printed of one that is not."""
+    try:
+        decoders.choose(CONFIGURATIONS[name].decoder, torch.device("cpu"))
+    except DataError as error:
+        print(f"{name} is left out: {error}", flush=True)
+        return False
+    return True
+
+
+def works(folder: Path, names: Iterable[str] = CONFIGURATIONS) -> dict[str, Work]:
     """What a round of each configuration does; the converted sets and the refinery are written to the folder first."""
     source = open_source("scenes")
-    # Its own fingerprint: of the whole set, a run would end with drawing the truth of many crops again.
+    # A fingerprint of its own: a run on the whole of `scenes` ends with drawing many crops again for their truth.
     source = replace(source, train=_first(source.train, "train"), val=_first(source.val, "val"), fingerprint="soak")
-    for storage in ("jpeg", "raw", "blocks"):
+    for storage in sorted({_STANDING.storage, *(CONFIGURATIONS[name].storage for name in names)}):
         convert_source(source, folder / storage, storage=Storage(storage), processes=2)
     torch.manual_seed(0)
     torch.save(models.build(_REFINERY, len(source.class_names)).state_dict(), folder / "refinery.pt")
-
-    refinery = {"refinery": f"{_REFINERY}:{folder / 'refinery.pt'}"}
-    both = {"model": f"{_STUDENT} {_OTHER}"}
-    grows = {"resolution_from": 0.5}
-    asked: dict[tuple[str, str], tuple[dict[str, Any], bool]] = {
-        # Options, and whether the refinery's labels are stored first and read.
-        ("jpeg", "ffcv"): (refinery | grows, False),
-        ("jpeg", "torchvision"): (refinery | both, False),
-        ("jpeg", "dali"): (refinery, True),
-        ("raw", "ffcv"): (grows, False),
-        ("raw", "torchvision"): (both, False),
-        ("raw", "dali"): (refinery | {"copies": 2}, False),
-        ("blocks", "ffcv"): (refinery | both, True),
-    }
-    found: dict[str, Work] = {}
-    for (storage, decoder), (options, stored) in asked.items():
-        try:
-            decoders.choose(decoder, torch.device("cpu"))
-        except DataError as error:
-            print(f"{storage}, {decoder} is left out: {error}", flush=True)
-            continue
-        options = _options(folder / storage, decoder) | {"epochs": _EPOCHS} | options
-        found[f"{storage}, {decoder}"] = lambda options=options, stored=stored: _round(folder / "round", options, stored)
-    return found
+    return {name: partial(_round, CONFIGURATIONS[name], folder) for name in names}
 
 
 def _options(data: Path, decoder: str) -> dict[str, Any]:
@@ -70,7 +86,7 @@ def _options(data: Path, decoder: str) -> dict[str, Any]:
         "decoder": decoder,
         "resolution": 48,
         "batch": 32,
-        "threads": 2,
+        "threads": _THREADS,
         "device": "cpu",
         "compile": "never",
     }
@@ -80,23 +96,22 @@ def _first(split: Split, name: str) -> Split:
     return Split(split.items[: _IMAGES[name]], split.labels[: _IMAGES[name]], split.read)
 
 
-def _round(folder: Path, options: dict[str, Any], stored: bool) -> None:
-    """A whole run, stored labels first where asked for, and an epoch that is left half-way; the files are removed."""
-    if stored:
-        made = {name: value for name, value in options.items() if name != "model"}
-        label(configure(made | {"out": str(folder / "labels")}))
-        options = {name: value for name, value in options.items() if name != "refinery"}
-        options |= {"labels.stored": str(folder / "labels")}
-    runs = train(configure(options | {"runs": str(folder / "runs")}))
-    assert all(run.result and run.result["epochs"] == _EPOCHS for run in runs)
+def _round(configuration: Configuration, inputs: Path) -> None:
+    """A whole run, and an epoch of crops that is left half-way; what it wrote is removed."""
+    folder, data = inputs / "round", inputs / configuration.storage
+    options = _options(data, configuration.decoder) | configuration.options | {"epochs": _EPOCHS}
+    refinery = {"refinery": f"{_REFINERY}:{inputs / 'refinery.pt'}"} if configuration.refinery else {}
+    if configuration.stored:
+        label(configure(options | refinery | {"model": _STUDENT, "out": str(folder / "labels")}))
+        refinery = {"labels.stored": str(folder / "labels")}
+    for run in train(configure(options | refinery | {"runs": str(folder / "runs")})):
+        assert run.result
+        assert run.result["epochs"] == _EPOCHS
     loader = open_loader(
-        Path(options["data"], "train.beton"),
-        resolution=options["resolution"],
-        batch_size=8,
-        decoder=options["decoder"],
-        threads=2,
+        data / "train.beton", resolution=32, batch_size=8, decoder=configuration.decoder, threads=_THREADS
     )
-    assert sum(1 for _ in itertools.islice(loader.epoch(0), 2)) == 2
+    for _ in itertools.islice(loader.epoch(0), 2):
+        pass
     shutil.rmtree(folder)
 
 
@@ -109,8 +124,9 @@ class Standing(Trainer):
 
     def __init__(self, folder: Path, between: Work):
         # So many that none is the last.
-        config: Config = configure(
-            _options(folder / "jpeg", "ffcv") | {"epochs": 1_000_000, "out": str(folder / "standing")}
+        config = configure(
+            _options(folder / _STANDING.storage, _STANDING.decoder)
+            | {"epochs": 1_000_000, "out": str(folder / "standing")}
         )
         data, (labels,) = check([config])
         super().__init__([resolve(config, data, labels)])
@@ -119,6 +135,3 @@ class Standing(Trainer):
     def validate(self) -> None:
         super().validate()
         self._between()
-
-
-__all__ = ["Over", "Round", "Standing", "works"]

@@ -15,9 +15,10 @@ _AGREEING, _BETWEEN, _LONGEST = 5, 0.02, 3.0
 class Usage:
     """memory: MiB of the process's own, anonymous and shared with no file. resident: with the pages of mapped files.
 
-    peak: MiB resident, at most, until now. allocated: MiB of `memory` that malloc has given to the program and not got
-    back; what is free in between counts in `memory` alone (0 elsewhere than on glibc). uncollected: MiB of `memory` that a collection of garbage gave back.
-    threads, handles (open files), children (living processes), regions (of mapped memory): how many.
+    peak: MiB resident, at most, until now. allocated: MiB that malloc has given to the program and not got back; what
+    lies free in between counts in `memory` alone (0 elsewhere than on glibc). uncollected: MiB of `memory` that a
+    collection of garbage gave back to the system. threads, handles (open files), children (living processes), regions
+    (of mapped memory): how many.
     """
 
     memory: float
@@ -60,7 +61,10 @@ class _Mallinfo(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
     )
 
 
