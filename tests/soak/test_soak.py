@@ -72,13 +72,13 @@ KEPT: list[object] = []
 
 
 def keep_memory() -> None:
-    KEPT.append(np.ones(100 << 10, np.uint8))
+    KEPT.append(np.ones(200 << 10, np.uint8))
 
 
 def keep_pages() -> None:
     """Memory that is not malloc's."""
-    KEPT.append(mmap.mmap(-1, 100 << 10))
-    KEPT[-1][:] = bytes([1]) * (100 << 10)  # type: ignore[index]
+    KEPT.append(mmap.mmap(-1, 200 << 10))
+    KEPT[-1][:] = bytes([1]) * (200 << 10)  # type: ignore[index]
 
 
 def keep_handle() -> None:
