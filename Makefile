@@ -68,13 +68,16 @@ takes.test-gpu      := ARGS
 about.kills         := kill commands again and again, and compare what they leave in the end
 runs.kills          := tests.kills
 takes.kills         := ONLY KILLS SEED ARGS
+about.soak          := train for an hour in one process, changing storage and decoder: does memory stay flat?
+runs.soak           := tests.soak
+takes.soak          := MINUTES ONLY OUT ARGS
 about.lint          := ruff
 about.types         := mypy
 about.format        := let ruff order the code
 about.setup         := make .venv from requirements.lock (every verb does it by itself, once)
 about.help          := this text
 
-commands := train label maps chain tables convert evaluate predict runs report bench bench-compare compare-labels kernels test test-all test-gpu kills
+commands := train label maps chain tables convert evaluate predict runs report bench bench-compare compare-labels kernels test test-all test-gpu kills soak
 verbs := $(commands) lint types format setup help
 
 flags := QUICK PROFILE
@@ -176,8 +179,8 @@ Variables (typed on make's command line; the environment does not count)
   IMAGES      a file or a folder
   ONLY        parts of the bench, with commas: machine, loaders, cold, networks, loop,
               devices, refinery_cost, pooling; scale, only if it is named;
-              or of the kills: conversion
-  KILLS       how many of each of these parts
+              or of the kills: conversion; or of the soak: jpeg-ffcv, blocks-ffcv, ...
+  KILLS       how many of each of these parts     MINUTES     how long the soak trains: 60
   QUICK       1: the bench in three minutes       PROFILE     1: trace one step instead
   PAIRS       resnet50:mobilenet,...              THREADS     that decode (bench): 4, or 1,2,4
   A, B        results of the bench to compare

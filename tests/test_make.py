@@ -95,6 +95,7 @@ def test_every_verb_is_one_command(make):
             ["-m", "bench.compare_labels", "--labels", "a b", "--refinery", "r", "--epochs", "3"],
         ),
         (["kills", "ONLY=conversion", "KILLS=9"], ["-m", "tests.kills", "--only", "conversion", "--kills", "9"]),
+        (["soak", "MINUTES=2", "OUT=a b"], ["-m", "tests.soak", "--minutes", "2", "--out", "a b"]),
         (["test"], ["-m", "pytest", "-m", "not slow and not gpu"]),
         (["test-all"], ["-m", "pytest", "-m", "not gpu"]),
         (["test-gpu"], ["-m", "pytest", "-m", "gpu"]),
