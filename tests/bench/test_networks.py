@@ -14,7 +14,8 @@ import torch
 
 import models
 from bench import networks, refinery_cost
-from bench.__main__ import with_flags
+from bench.__main__ import _FLAGS
+from command import with_flags
 from bench.baseline import Baseline
 from bench.compiler import CompilerNotes
 from bench.environment import environment
@@ -223,7 +224,7 @@ def test_a_profile_is_a_trace_and_its_costliest_operators(settings, tmp_path, ca
 
 def test_flags_need_no_value():
     words = ["--quick", "--only", "loop", "--profile", "false", "--quick"]
-    assert with_flags(words) == ["--quick=true", "--only", "loop", "--profile", "false", "--quick=true"]
+    assert with_flags(words, _FLAGS) == ["--quick=true", "--only", "loop", "--profile", "false", "--quick=true"]
 
 
 @pytest.mark.slow
