@@ -49,7 +49,7 @@ def standalone(name: str, num_classes: int) -> Standalone:
         return Standalone(f"from torchvision.models import {function.__name__}", expression)
     source = inspect.getsource(sys.modules[function.__module__])
     needed = "\n\n".join(_STAND_INS[found] for found in _OURS.findall(source))
-    # In place of the first import from here, which comes last; between two blank lines.
-    source = _OURS.sub("\0", source, count=1)
-    source = _OURS.sub("", source).replace("\0", f"\n{needed}")
+    # In place of the first import from here, all of which come last; between two blank lines.
+    replacements = iter([f"\n{needed}"])
+    source = _OURS.sub(lambda _: next(replacements, ""), source)
     return Standalone(f"from network import {function.__name__}", expression, source)

@@ -1,6 +1,7 @@
 """Writes a trained network as a folder, and checks what it wrote on the validation set first."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -155,7 +156,7 @@ class _Export:
         print("writing model.onnx", flush=True)
         write_onnx(path, self._module, resolution=self._side, metadata=self._metadata)
         session = self._session(path)
-        with on_host_after(self._module, self._device):
+        with _on(self._module, self._device):
             (expected, marks), difference = marks_of(
                 [in_pytorch(self._module, self._device), session], self._loader, self._columns, text="check"
             )
@@ -197,7 +198,7 @@ class _Export:
         self._lines = card.safetensors_lines(
             code, from_timm=from_timm, resolution=self._side, center_ratio=self._ratio
         )
-        with on_host_after(self._module, self._device):
+        with _on(self._module, self._device):
             answer = in_pytorch(self._module, self._device)
             (marks,), _ = marks_of([answer], self._loader, self._columns, text="score")
         answer = in_pytorch(self._module, torch.device("cpu"))
@@ -252,17 +253,12 @@ def in_pytorch(module: nn.Module, device: torch.device) -> Answer:
     return answer
 
 
-class on_host_after:
+@contextmanager
+def _on(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Moves a module to the device, and back to the CPU at the end."""
-
-    def __init__(self, module: nn.Module, device: torch.device):
-        self._module, self._device = module, device
-
-    def __enter__(self) -> None:
-        on_device(self._module, self._device)
-
-    def __exit__(self, *exception: object) -> None:
-        self._module.cpu()
+    on_device(module, device)
+    yield
+    module.cpu()
 
 
 def timm_layout(network: nn.Module, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -286,8 +282,11 @@ def timm_layout(network: nn.Module, folder: Path, config: dict[str, Any]) -> dic
         "mean": config["mean"],
         "std": config["std"],
     }
-    # What its published weights recommend for tests is not of these.
-    for name in ("test_input_size", "test_crop_pct", "label_names", "label_descriptions"):
+    # What is said of the published weights: how they are tested, and, where these do not come from them, their origin.
+    dropped = ["test_input_size", "test_crop_pct", "pool_size", "label_names", "label_descriptions"]
+    if config["trained"] and not config["trained"]["pretrained"]:
+        dropped += ["tag", "license", "origin_url", "paper_ids", "paper_name"]
+    for name in dropped:
         theirs["pretrained_cfg"].pop(name, None)
     return theirs | config
 
