@@ -1,9 +1,9 @@
 """A network without this project: the lines of Python that build it, and the code that they need beside them.
 
-    code = standalone("mobilenet0.25", num_classes=5)
-    code.imports        # from network import MobileNet
-    code.expression     # MobileNet(num_classes=5, width=0.25)
-    code.source         # of the file network.py; None for networks of timm and torchvision
+code = standalone("mobilenet0.25", num_classes=5)
+code.imports        # from network import MobileNet
+code.expression     # MobileNet(num_classes=5, width=0.25)
+code.source         # of the file network.py; None for networks of timm and torchvision
 """
 
 import inspect
@@ -25,7 +25,7 @@ _OURS = re.compile(r"^from (?:models|kernels)\S* import (\w+)\n", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Standalone:
-    """imports: a line. expression: makes the network. source: of the file `network.py` that they need; None for none."""
+    """imports: a line. expression: makes the network. source: of the `network.py` that they need, or None."""
 
     imports: str
     expression: str
@@ -37,7 +37,9 @@ def standalone(name: str, num_classes: int) -> Standalone:
     hub, _, plain = name.partition(":")
     if hub == "torchvision":
         plain = plain.partition(".")[0]
-        return Standalone("from torchvision.models import get_model", f'get_model("{plain}", num_classes={num_classes})')
+        return Standalone(
+            "from torchvision.models import get_model", f'get_model("{plain}", num_classes={num_classes})'
+        )
     if hub == "timm":
         return Standalone("import timm", f'timm.create_model("{plain}", num_classes={num_classes})')
     build = constructor(name)

@@ -15,7 +15,6 @@ import torch
 import models
 from bench import networks, refinery_cost
 from bench.__main__ import _FLAGS
-from command import with_flags
 from bench.baseline import Baseline
 from bench.compiler import CompilerNotes
 from bench.environment import environment
@@ -25,6 +24,7 @@ from bench.pair import Pair
 from bench.pooling import Pooling
 from bench.settings import resolve
 from bench.trace import trace
+from command import with_flags
 from data.sources import image_files
 from train.student import CROPS
 

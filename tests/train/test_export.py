@@ -186,8 +186,6 @@ def test_the_same_file_unchanged_is_kept_and_replaces_an_earlier_export(again, t
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-
-
 def test_int8_that_loses_too_much_is_refused_unless_accepted(again, exported, monkeypatch, tmp_path, capsys):
     marks = iter([0, 12, 0, 12])  # of 15 images, what the network and the quantised file get wrong
 
@@ -333,6 +331,9 @@ def test_bad_input_is_refused_at_once(weights, converted, wordnet_folder, refine
     (tmp_path / "own config" / "config.json").write_text("{}")
     (tmp_path / "file").write_text("")
     data = str(converted.folder)
+    # A network of ImageNet's 1000 classes, and a set of which one class is of ImageNet's larger edition.
+    torch.save(models.build(NAME, 1000).state_dict(), "w.pytar")
+    imagenet, mixed = f"{NAME}:w.pytar", wordnet_folder
     for checkpoint, format, options, says in [
         ("runs/none", "onnx", {}, "^runs/none: no such run folder or file"),
         ("resnet18", "onnx", {}, "^CHECKPOINT=resnet18: names a network without weights"),
@@ -340,6 +341,7 @@ def test_bad_input_is_refused_at_once(weights, converted, wordnet_folder, refine
         (weights[0], "onnx", {"accept_loss": True}, "^accept_loss is for INT8=1"),
         (weights[0], "onnx", {"batch": 0}, "^BATCH=0: must be at least 1"),
         (str(refinery), "onnx", {"data": str(wordnet_folder)}, "was trained on 3 classes, and .* lacks n01491361"),
+        (imagenet, "onnx", {"data": str(mixed), "resolution": SIDE}, "has 1 classes that .* does not know"),
         (weights[0], "onnx", {"data": data, "out": "file"}, "^OUT=file: is a file"),
         (weights[0], "onnx", {"data": data, "out": "file/below"}, "^OUT=file/below: cannot be written"),
         (weights[0], "onnx", {"data": data, "out": "foreign"}, "^OUT=foreign: holds thesis.txt"),

@@ -107,7 +107,9 @@ def readme(config: Mapping[str, Any], lines: str, table: str) -> str:
     """The model card. config: what config.json says. table: latency and size of each file, in Markdown."""
     accuracy, names = config["accuracy"], config["class_names"]
     ratio = config["crop"]["share_of_the_shorter_side"]
-    shown = printable(", ".join(names[:10])) + (f", ... ({len(names)} in all, in config.json)" if len(names) > 10 else "")
+    shown = printable(", ".join(names[:10])) + (
+        f", ... ({len(names)} in all, in config.json)" if len(names) > 10 else ""
+    )
     return f"""\
 ---
 pipeline_tag: image-classification

@@ -24,12 +24,12 @@ INT8_LOSS, STANDARD_ERRORS = 1.0, 2.0
 # Crops uint8 [N, 3, R, R] to probabilities float32 [N, C], on the host.
 Answer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
-_SECONDS, _MOST_CALLS, _FEWEST_CALLS = 1.0, 200, 5
+_SECONDS, _MOST_CALLS, _FEWEST_CALLS = 0.5, 100, 5
 
 
 @dataclass
 class Marks:
-    """What one program said of the images. first, within5: bool [n], whether the label was its first, or within five."""
+    """What one program said of the images. first, within5: bool [n], whether the label was first, or within five."""
 
     first: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     within5: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))

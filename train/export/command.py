@@ -18,7 +18,7 @@ from data.convert import ensure_converted
 from data.loader import Loader, open_loader
 from data.plan import CropRule
 from data.sets import ConvertedSet, find_set
-from models.standalone import Standalone, standalone
+from models.standalone import standalone
 from models.trained import Trained, load_trained, names_network_alone
 from models.weights import load_weights
 from models.xnor import XnorResNet50
@@ -107,9 +107,9 @@ def export(
         data = _own_data(trained, run)
         found = find_set(data)
     columns = scored_columns(trained, found.class_names, str(data))
-    lacking = len(trained.class_names) - len(columns)
-    if run and lacking:
-        raise TrainError(f"DATA={data}: lacks {lacking} classes of {trained.origin}; give a set of the same classes")
+    unknown = sum(column < 0 for column in columns)
+    if unknown:
+        raise TrainError(f"DATA={data}: has {unknown} classes that {trained.origin} does not know; give another set")
     with placed(place) as folder:
         ready = ensure_converted(found)
         side, crop = crops_for(trained, ready.resolution, ready.crop, resolution)
@@ -195,9 +195,7 @@ class _Export:
         if code.source:
             (self._folder / "network.py").write_text(code.source)
         self._check_weights(path)
-        self._lines = card.safetensors_lines(
-            code, from_timm=from_timm, resolution=self._side, center_ratio=self._ratio
-        )
+        self._lines = card.safetensors_lines(code, from_timm=from_timm, resolution=self._side, center_ratio=self._ratio)
         with _on(self._module, self._device):
             answer = in_pytorch(self._module, self._device)
             (marks,), _ = marks_of([answer], self._loader, self._columns, text="score")
@@ -216,8 +214,8 @@ class _Export:
         config = self._config | {"accuracy": accuracy, "files": files}
         cells = [("", "MB", "ms", "top-1", "top-5"), *map(_cells, rows)]
         note = (
-            f"ms: for one crop at a time, median, on this machine's CPU with {torch.get_num_threads()} threads, float32 "
-            "except for int8; without decoding."
+            f"ms: for one crop at a time, median, on this machine's CPU with {torch.get_num_threads()} threads, without "
+            "decoding; float32 except for int8."
         )
         (self._folder / "config.json").write_text(card.as_json(config))
         markdown = "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], ("---",) * 5, *cells[1:]])

@@ -13,7 +13,15 @@ from train import TrainError
 from train.export.card import FORMAT
 
 # All that an export writes.
-FILES = ("config.json", "README.md", "model.onnx", "model.onnx.data", "model-int8.onnx", "model.safetensors", "network.py")
+FILES = (
+    "config.json",
+    "README.md",
+    "model.onnx",
+    "model.onnx.data",
+    "model-int8.onnx",
+    "model.safetensors",
+    "network.py",
+)
 
 
 def check_place(out: Path) -> None:
@@ -26,7 +34,9 @@ def check_place(out: Path) -> None:
     if others:
         raise TrainError(f"OUT={out}: holds {others[0]}, which no export writes; give another OUT, or move it away")
     if any(out.iterdir()) and not _is_export(out):
-        raise TrainError(f"OUT={out}: is no earlier export, and would be overwritten; give another OUT, or move it away")
+        raise TrainError(
+            f"OUT={out}: is no earlier export, and would be overwritten; give another OUT, or move it away"
+        )
 
 
 def _is_export(folder: Path) -> bool:

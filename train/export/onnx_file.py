@@ -72,7 +72,9 @@ def write_onnx(path: Path, module: nn.Module, *, resolution: int, metadata: Mapp
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise TrainError(f"FORMAT=onnx: the network has no form in ONNX ({first_line(error)}); use safetensors") from None
+        raise TrainError(
+            f"FORMAT=onnx: the network has no form in ONNX ({first_line(error)}); use safetensors"
+        ) from None
     assert program
     # Of each node the exporter notes its lines of Python, with the paths of this machine.
     for node in program.model.graph.all_nodes():
