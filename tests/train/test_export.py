@@ -331,9 +331,11 @@ def test_bad_input_is_refused_at_once(weights, converted, wordnet_folder, refine
     (tmp_path / "own config" / "config.json").write_text("{}")
     (tmp_path / "file").write_text("")
     data = str(converted.folder)
-    # A network of ImageNet's 1000 classes, and a set of which one class is of ImageNet's larger edition.
+    # A network of ImageNet's 1000 classes, and a set one of whose classes is not of these.
     torch.save(models.build(NAME, 1000).state_dict(), "w.pytar")
-    imagenet, mixed = f"{NAME}:w.pytar", wordnet_folder
+    imagenet, mixed = f"{NAME}:w.pytar", shutil.copytree(wordnet_folder, tmp_path / "mixed")
+    for part in ("train", "val"):
+        (mixed / part / "n15075141").rename(mixed / part / "n00004475")
     for checkpoint, format, options, says in [
         ("runs/none", "onnx", {}, "^runs/none: no such run folder or file"),
         ("resnet18", "onnx", {}, "^CHECKPOINT=resnet18: names a network without weights"),

@@ -214,8 +214,8 @@ class _Export:
         config = self._config | {"accuracy": accuracy, "files": files}
         cells = [("", "MB", "ms", "top-1", "top-5"), *map(_cells, rows)]
         note = (
-            f"ms: for one crop at a time, median, on this machine's CPU with {torch.get_num_threads()} threads, without "
-            "decoding; float32 except for int8."
+            f"ms: of one crop at a time, median, on this machine's CPU with {torch.get_num_threads()} threads; "
+            "float32, except for int8; without decoding."
         )
         (self._folder / "config.json").write_text(card.as_json(config))
         markdown = "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], ("---",) * 5, *cells[1:]])
@@ -300,8 +300,8 @@ def _calibration(
     """Training crops of the plan, those of the run's first epoch, in batches uint8 [N, 3, R, R]."""
     crop, seed = ready.crop, 0
     if run:
-        said = run.identity["crop"]
-        crop = CropRule(**{name: tuple(value) if isinstance(value, list) else value for name, value in said.items()})
+        rule = run.identity["crop"]
+        crop = CropRule(**rule | {name: tuple(rule[name]) for name in ("scale", "ratio")})
         seed = run.crop_seed
     loader = open_loader(
         ready.beton("train"),
