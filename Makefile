@@ -37,6 +37,9 @@ takes.evaluate      := CHECKPOINT DATA RESOLUTION BATCH DECODER OUT ARGS
 about.predict       := the five likeliest classes of images
 runs.predict        := train.predict
 takes.predict       := CHECKPOINT IMAGES RESOLUTION ARGS
+about.export        := a checkpoint as a folder that other programs use
+runs.export         := train.export
+takes.export        := CHECKPOINT FORMAT INT8 DATA RESOLUTION BATCH DECODER OUT ARGS
 about.runs          := a table of all runs
 runs.runs           := train.runs
 takes.runs          := OUT ARGS
@@ -77,10 +80,10 @@ about.format        := let ruff order the code
 about.setup         := make .venv from requirements.lock (every verb does it by itself, once)
 about.help          := this text
 
-commands := train label maps chain tables convert evaluate predict runs report bench bench-compare compare-labels kernels test test-all test-gpu kills soak
+commands := train label maps chain tables convert evaluate predict export runs report bench bench-compare compare-labels kernels test test-all test-gpu kills soak
 verbs := $(commands) lint types format setup help
 
-flags := QUICK PROFILE
+flags := QUICK PROFILE INT8
 operands := A B
 unique = $(if $1,$(firstword $1) $(call unique,$(filter-out $(firstword $1),$1)))
 variables := $(call unique,$(foreach verb,$(commands),$(filter-out ARGS,$(takes.$(verb))))) ARGS PYTHON
@@ -177,6 +180,7 @@ Variables (typed on make's command line; the environment does not count)
   RUNS        run folders: "runs/scenes/A runs/scenes/B"
   CHECKPOINT  a run's best.pt or last.pt, or what REFINERY takes except a name alone
   IMAGES      a file or a folder
+  FORMAT      onnx, safetensors                   INT8        1: quantised too (onnx)
   ONLY        parts of the bench, with commas: machine, loaders, cold, networks, loop,
               devices, refinery_cost, pooling; scale, only if it is named;
               or of the kills: conversion; or of the soak: jpeg-ffcv, blocks-ffcv, ...

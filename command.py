@@ -7,7 +7,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -148,6 +148,15 @@ def _escape(found: re.Match[str]) -> str:
     # os.fsdecode gives a byte that is no text as a surrogate from 0xDC80 on.
     code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def with_flags(words: Sequence[str], flags: Collection[str]) -> list[str]:
+    """The words of a command line, of which these flags without a value as --flag=true."""
+    following = [*words[1:], "--"]
+    return [
+        f"{word}=true" if word in flags and after.startswith("--") else word
+        for word, after in zip(words, following, strict=True)
+    ]
 
 
 def with_underscores(words: list[str]) -> list[str]:

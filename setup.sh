@@ -241,7 +241,7 @@ for name in sys.argv[1:]:
         wrong.append(f"{name}: {type(why).__name__}: {why}")
 sys.exit("\n".join(wrong) or 0)
 '
-modules=(torch torchvision numba PIL cv2 ffcv timm safetensors jsonargparse tensorboard pytest)
+modules=(torch torchvision numba PIL cv2 ffcv timm safetensors jsonargparse tensorboard onnx onnxscript onnxruntime pytest)
 [[ $(uname -m) != x86_64 ]] || modules+=(nvidia.dali)
 step "Trying them" "$venv/bin/python" -P -c "$try" "${modules[@]}" ||
     failed "installed, but not all of it can be imported" "see the message; 'rm -r .venv' starts afresh"

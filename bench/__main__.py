@@ -5,7 +5,6 @@ make bench ONLY=loaders,loop
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +14,7 @@ from bench.record import table, write, writing
 from bench.scale.measure import measure as measure_scale
 from bench.settings import resolve
 from bench.trace import trace
-from command import run_command
+from command import run_command, with_flags
 from train.device import Precision
 
 _PARTS = {
@@ -119,14 +118,5 @@ def run(
         print("written:", *write(record, found, Path(out)), flush=True)
 
 
-def with_flags(words: Sequence[str]) -> list[str]:
-    """The words of a command line, flags without a value as --flag=true."""
-    following = [*words[1:], "--"]
-    return [
-        f"{word}=true" if word in _FLAGS and after.startswith("--") else word
-        for word, after in zip(words, following, strict=True)
-    ]
-
-
 if __name__ == "__main__":
-    run_command(run, prog="python -m bench", words=with_flags(sys.argv[1:]))
+    run_command(run, prog="python -m bench", words=with_flags(sys.argv[1:], _FLAGS))

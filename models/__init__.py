@@ -88,6 +88,11 @@ def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module
         ) from error
 
 
+def constructor(name: str) -> Callable[..., nn.Module]:
+    """What builds a built-in network, called with num_classes: a class or function, or a partial one of these."""
+    return _NETWORKS[name].build
+
+
 def check_resolution(name: str, resolution: int) -> None:
     """Check that the network takes square crops of `resolution` px and gives one logit a class.
 

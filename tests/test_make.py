@@ -70,6 +70,10 @@ def test_every_verb_is_one_command(make):
     for words, command in [
         (["convert", "DATA=a", "OUT=b"], ["-m", "data.convert", "--data", "a", "--out", "b"]),
         (["evaluate", "CHECKPOINT=c", "DATA=a"], ["-m", "train.evaluate", "--checkpoint", "c", "--data", "a"]),
+        (
+            ["export", "CHECKPOINT=c", "FORMAT=onnx", "INT8=1"],
+            ["-m", "train.export", "--checkpoint", "c", "--format", "onnx", "--int8"],
+        ),
         (["predict", "CHECKPOINT=c", "IMAGES=i"], ["-m", "train.predict", "--checkpoint", "c", "--images", "i"]),
         (["runs"], ["-m", "train.runs"]),
         (["report", "RUNS=a b", "OUT=c"], ["-m", "train.report", "--runs", "a b", "--out", "c"]),

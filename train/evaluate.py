@@ -84,10 +84,10 @@ def evaluate(
     where = device_named(device)
     found, asked = find_images(data, split, real, multi_label)
     trained = load_trained(checkpoint, class_names=found.class_names)
-    columns = _columns(trained, found.class_names, data)
+    columns = scored_columns(trained, found.class_names, data)
     loader: Loader | Originals
     if isinstance(found, Source):
-        side, crop = _crops(trained, found.resolution or _USUAL_RESOLUTION, found.crop or CropRule(), resolution)
+        side, crop = crops_for(trained, found.resolution or _USUAL_RESOLUTION, found.crop or CropRule(), resolution)
         loader = Originals(
             found.val,
             found.class_names,
@@ -102,7 +102,7 @@ def evaluate(
         several = _by_labels(asked, found, loader.files, columns, scores)
     else:
         ready = ensure_converted(found)
-        side, crop = _crops(trained, ready.resolution, ready.crop, resolution)
+        side, crop = crops_for(trained, ready.resolution, ready.crop, resolution)
         loader = validation_loader(
             ready, resolution=side, crop=crop, batch=batch, decoder=decoder, device=where, threads=threads
         )
@@ -187,7 +187,7 @@ def _image_files(data: str, split: str, *, labelled: bool) -> Source:
     return source
 
 
-def _columns(trained: Trained, class_names: Sequence[str], data: str) -> list[int]:
+def scored_columns(trained: Trained, class_names: Sequence[str], data: str) -> list[int]:
     """For each of the set's classes the network's output for it, or -1; says so where they are not the same.
 
     Raises TrainError when the network lacks classes of the set, unless it is one of ImageNet's that has some of them.
@@ -207,7 +207,7 @@ def _columns(trained: Trained, class_names: Sequence[str], data: str) -> list[in
     return columns
 
 
-def _crops(trained: Trained, usual: int, rule: CropRule, asked: int | None) -> tuple[int, CropRule]:
+def crops_for(trained: Trained, usual: int, rule: CropRule, asked: int | None) -> tuple[int, CropRule]:
     """Pixels a side and the validation crop: those asked for, else the network's own, else the set's.
 
     Raises ModelError for a size that the network does not take.

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from command import typed_command
+from data.durable import reason
 from data.sources import scenes_fingerprint
 from train import TrainError
 from train.announce import announce, announce_result
@@ -18,7 +19,6 @@ from train.interrupt import Interrupted
 from train.job import Job, check, find_labels, needs_refinery, resolve
 from train.loop import Trainer
 from train.runs import Run, checkpoint, finished_refinery
-from train.runs.atomic import reason
 from train.runs.record import locked
 from train.score.crop_truth import label_quality
 

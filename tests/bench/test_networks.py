@@ -14,7 +14,7 @@ import torch
 
 import models
 from bench import networks, refinery_cost
-from bench.__main__ import with_flags
+from bench.__main__ import _FLAGS
 from bench.baseline import Baseline
 from bench.compiler import CompilerNotes
 from bench.environment import environment
@@ -24,6 +24,7 @@ from bench.pair import Pair
 from bench.pooling import Pooling
 from bench.settings import resolve
 from bench.trace import trace
+from command import with_flags
 from data.sources import image_files
 from train.student import CROPS
 
@@ -223,7 +224,7 @@ def test_a_profile_is_a_trace_and_its_costliest_operators(settings, tmp_path, ca
 
 def test_flags_need_no_value():
     words = ["--quick", "--only", "loop", "--profile", "false", "--quick"]
-    assert with_flags(words) == ["--quick=true", "--only", "loop", "--profile", "false", "--quick=true"]
+    assert with_flags(words, _FLAGS) == ["--quick=true", "--only", "loop", "--profile", "false", "--quick=true"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,90 @@
+"""The place of an export: a folder that is there as a whole or not at all, and takes the place of exports alone."""
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data.described import read_json
+from data.durable import locked, make_folder, reason, sync_files, sync_folder
+from train import TrainError
+from train.export.card import FORMAT
+
+# All that an export writes.
+FILES = (
+    "config.json",
+    "README.md",
+    "model.onnx",
+    "model.onnx.data",
+    "model-int8.onnx",
+    "model.safetensors",
+    "network.py",
+)
+
+
+def check_place(out: Path) -> None:
+    """Raises TrainError where `out` is something else than an earlier export, or an empty folder."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise TrainError(f"OUT={out}: is a file; give the name of a folder")
+    others = sorted(path.name for path in out.iterdir() if path.name not in FILES)
+    if others:
+        raise TrainError(f"OUT={out}: holds {others[0]}, which no export writes; give another OUT, or move it away")
+    if any(out.iterdir()) and not _is_export(out):
+        raise TrainError(
+            f"OUT={out}: is no earlier export, and would be overwritten; give another OUT, or move it away"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        said = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return False
+    return isinstance(said, dict) and said.get("format") == FORMAT
+
+
+@contextmanager
+def placed(out: Path) -> Iterator[Path]:
+    """An empty folder to be filled, which takes the place of `out` when the context ends without an error.
+
+    An earlier export stays until then. One process at a time writes to a place; others wait.
+    Raises TrainError where it cannot be written, and as check_place.
+    """
+    prefix = f".{out.name}.partial-"
+    try:
+        make_folder(out.parent)
+        waiting = f"{out}: is being written by another process; waiting for it"
+        with locked(out.with_name(f".{out.name}.lock"), waiting) as held:
+            check_place(out)
+            if held:
+                # What killed exports have left.
+                for path in out.parent.glob(f"{prefix}*"):
+                    _give_back(path / "replaced", out)
+                    shutil.rmtree(path, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent, ignore_cleanup_errors=True) as partial:
+                made, replaced = Path(partial, "made"), Path(partial, "replaced")
+                made.mkdir()
+                yield made
+                sync_files(made)
+                # What a user has put there in the meantime is not to be lost.
+                check_place(out)
+                try:
+                    if out.exists():
+                        out.rename(replaced)
+                    made.rename(out)
+                except BaseException:
+                    _give_back(replaced, out)
+                    raise
+                sync_folder(out.parent)
+    except OSError as error:
+        why = reason(error, out) if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        raise TrainError(f"OUT={out}: cannot be written ({why}); give another OUT") from None
+
+
+def _give_back(replaced: Path, out: Path) -> None:
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)
