@@ -219,6 +219,10 @@ def test_tiny_imagenet_with_bad_annotations(tmp_path):
     assert f"{root}/val: 1 classes that {root}/train lacks (n99999999)" in refusal(root)
     file.write_text(good + "val_9.JPEG\tn01440764\t0\t0\t1\t1\n")
     assert open_source(str(root)).notes == (f"{file}: 1 of the images that it names are missing (val_9.JPEG)",)
+    file.write_text(good)
+    write(root / "val" / "val_0.JPEG", picture((9, 9, 9), 0))
+    assert f"1 classes that {root}/train lacks (images)" in refusal(root)
+    (root / "val" / "val_0.JPEG").unlink()
     file.unlink()
     assert f"1 classes that {root}/train lacks (images)" in refusal(root)
 
@@ -323,6 +327,8 @@ def test_ilsvrc_that_does_not_go_together(tmp_path):
     write(root / "ILSVRC2012_devkit_t12.tar.gz", b"nonsense")
     (kit / "meta.mat").unlink()
     assert f"{root}/ILSVRC2012_devkit_t12.tar.gz: damaged" in refusal(root)
+    packed_as(root / "ILSVRC2012_devkit_t12", root / "ILSVRC2012_devkit_t12.tar.gz")
+    assert "no data/meta.mat in it" in refusal(root)
     (root / "ILSVRC2012_img_train.tar").unlink()
     assert "ILSVRC2012_img_train.tar: no such file; it belongs to ILSVRC2012_img_val.tar" in refusal(root)
 
@@ -395,6 +401,12 @@ def test_a_csv_of_files_elsewhere(tmp_path):
     shown(source, "train")
     made = convert_source(source, tmp_path / "out", processes=1)
     assert len(made.image_names("train")) == 6
+
+
+def test_files_of_a_csv_in_folders_of_one_name_are_all_kept(tmp_path):
+    rows = images(tmp_path / "tables") + [[f"../{file}", wnid] for file, wnid in images(tmp_path)]
+    source = open_source(str(table(tmp_path / "tables" / "labels.csv", ["file", "class"], rows)))
+    assert len(shown(source, "train") + shown(source, "val")) == 18
 
 
 def test_a_csv_is_converted_again_when_it_changes(tmp_path):
