@@ -272,8 +272,8 @@ def _arranged(
             val[name] = {path: item for path, item in images.items() if path in held_out}
         count = sum(map(len, val.values()))
         notes += (
-            f"{root} has no split for validation: {count} of its {sum(map(len, parts.train.values()))} images are held out "
-            "for validation (10 % of each class and at least one image, always the same)",
+            f"{root} has no split for validation: {count} of its {sum(map(len, parts.train.values()))} images are held "
+            "out for validation (10 % of each class and at least one image, always the same)",
         )
         if not count:
             raise DataError(f"{root}: too few images to hold any out for validation (2 of a class are needed)")

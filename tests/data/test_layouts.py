@@ -112,8 +112,8 @@ def test_true_words_about_what_is_held_out(tmp_path):
     write_class_folders(tmp_path, 3, 3)
     photograph(0, 40, 40).save(write(tmp_path / "lonely" / "0.jpg", b""))
     assert open_source(str(tmp_path)).notes == (
-        f"{tmp_path} has no split for validation: 3 of its 10 images are held out for validation (10 % of each class and at "
-        "least one image, always the same)",
+        f"{tmp_path} has no split for validation: 3 of its 10 images are held out for validation (10 % of each class "
+        "and at least one image, always the same)",
         f"{tmp_path}: 1 of 4 classes have no images in val (lonely)",
     )
 
