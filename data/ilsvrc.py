@@ -121,7 +121,7 @@ def _ground_truth(root: Path) -> tuple[str, list[str]]:
         (file,) = files
         if file.suffix != ".txt":
             with tarfile.open(file) as kit:
-                meta, numbers = (_member(kit, f"{_DEVKIT}/{part}") for part in (_META, _NUMBERS))
+                meta, numbers = (_member(kit, part) for part in (_META, _NUMBERS))
             return str(file), _by_numbers(meta, numbers.decode(), f"{file}:{_META}", f"{file}:{_NUMBERS}")
         wnids = file.read_text().split("\n")
     except OSError as error:
@@ -138,11 +138,14 @@ def _ground_truth(root: Path) -> tuple[str, list[str]]:
     return str(file), wnids
 
 
-def _member(kit: tarfile.TarFile, name: str) -> bytes:
-    contents = kit.extractfile(name)
-    if contents is None:
-        raise KeyError(f"{name} is no file")
-    return contents.read()
+def _member(kit: tarfile.TarFile, path: str) -> bytes:
+    """The contents of a file of the development kit, by its path in the kit's folder."""
+    for info in kit:
+        if info.isreg() and info.name.endswith(f"/{path}"):
+            contents = kit.extractfile(info)
+            assert contents
+            return contents.read()
+    raise KeyError(f"no {path} in it")
 
 
 def _by_numbers(meta: bytes, numbers: str, meta_place: str, place: str) -> list[str]:

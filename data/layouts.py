@@ -14,10 +14,12 @@ from data.pixels import EXTENSIONS
 VAL_NAMES = ("val", "valid", "validation", "test")
 # Tiny-ImageNet's val/ holds no class folders: this file in it names the class of each image.
 ANNOTATIONS = "val_annotations.txt"
-# Columns of a CSV, in lower case.
-_FILE_COLUMNS = ("file", "filename", "file_name", "filepath", "path", "image")
-_CLASS_COLUMNS = ("class", "label", "class_name", "category")
-_SPLIT_COLUMN = "split"
+# What columns of a CSV are called, in lower case.
+_COLUMNS = {
+    "file": ("file", "filename", "file_name", "filepath", "path", "image"),
+    "class": ("class", "label", "class_name", "category"),
+    "split": ("split",),
+}
 _SHOWN = 3
 
 # What is to be read of each image, by class and by the path within the class.
@@ -67,7 +69,7 @@ def of_folders(root: str, below: str, files: Mapping[str, Any], annotations: Map
     train = _classes(f"{below}train", tops["train"])
     images = tops[val_name]
     listed = annotations.get(f"{val_name}/{ANNOTATIONS}")
-    if listed is not None and {path.rpartition("/")[0] for path in images} <= {"", "images"}:
+    if listed is not None and {path.rpartition("/")[0] for path in images} in ({""}, {"images"}):
         val, missing_notes = _annotated(f"{place}/{ANNOTATIONS}", listed, images)
         return Parts(train, val, f"{below}train", place, notes + missing_notes)
     return Parts(train, _classes(place, images), f"{below}train", place, notes)
@@ -88,25 +90,7 @@ def of_csv(path: Path) -> Parts:
 
     The items are paths. Raises DataError where the table or a line of it is not as it should be, or a file is missing.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file)
-            header = [name.strip().lower() for name in next(rows, [])]
-            columns = {
-                kind: next((header.index(name) for name in names if name in header), None)
-                for kind, names in (("file", _FILE_COLUMNS), ("class", _CLASS_COLUMNS), ("split", (_SPLIT_COLUMN,)))
-            }
-            for kind, names in (("file", _FILE_COLUMNS), ("class", _CLASS_COLUMNS)):
-                if columns[kind] is None:
-                    raise DataError(
-                        f"{path}: its first line names no column of the {kind} ({', '.join(names)}); it names: "
-                        f"{some(header) or 'nothing'}"
-                    )
-            lines = [(rows.line_num, row) for row in rows if any(map(str.strip, row))]
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: no CSV in UTF-8 ({first_line(error)})") from None
+    columns, lines = _table(path)
     found: dict[str, dict[str, dict[str, str]]] = {}
     known: dict[str, int] = {}
     absent = []
@@ -127,12 +111,36 @@ def of_csv(path: Path) -> Parts:
         if not os.path.isfile(file):
             absent.append(f"line {number}: {file}")
         plain = "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
-        found.setdefault(split, {}).setdefault(cells["class"], {})[plain] = file
+        images = found.setdefault(split, {}).setdefault(cells["class"], {})
+        # Two files, such as ../a.jpg and a.jpg, may have one plain name.
+        images[plain if plain not in images else f"{number}/{plain}"] = file
     if not known:
         raise DataError(f"{path}: names no images")
     if absent:
         raise DataError(f"{path}: {len(absent)} of its {len(known)} files are missing ({absent[0]})")
     return _parts_by_split(path, {split: sorted_classes(classes) for split, classes in found.items()})
+
+
+def _table(path: Path) -> tuple[dict[str, int | None], list[tuple[int, list[str]]]]:
+    """Where the columns file, class and split of a CSV are, and its other lines with their numbers."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as table:
+            rows = csv.reader(table)
+            header = [name.strip().lower() for name in next(rows, [])]
+            lines = [(rows.line_num, row) for row in rows if any(map(str.strip, row))]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: no CSV in UTF-8 ({first_line(error)})") from None
+    columns: dict[str, int | None] = {}
+    for kind, names in _COLUMNS.items():
+        columns[kind] = next((header.index(name) for name in names if name in header), None)
+        if columns[kind] is None and kind != "split":
+            raise DataError(
+                f"{path}: its first line names no column of the {kind} ({', '.join(names)}); it names: "
+                f"{some(header) or 'nothing'}"
+            )
+    return columns, lines
 
 
 def _parts_by_split(path: Path, found: dict[str, Classes]) -> Parts:

@@ -31,7 +31,7 @@ from data.described import (
     whole,
 )
 from data.plan import CropRule
-from data.sources import Source, open_source, quick_identity
+from data.sources import Source, crops_for, open_source, quick_identity
 
 _FORMAT = 3
 # Of this one, the resolution is part of the crop rule.
@@ -178,6 +178,26 @@ def is_converted(data: str | Path) -> bool:
     return (Path(data) / "set.json").is_file()
 
 
+def _of_other_writers(folder: Path) -> ConvertedSet | None:
+    """The set of a train.beton and a val.beton that lie in a folder without set.json, if they do.
+
+    Their classes are called by their numbers. Raises DataError where the files cannot be read or their classes differ.
+    """
+    files = {split: folder / f"{split}.beton" for split in ("train", "val")}
+    if not all(map(Path.is_file, files.values())) or (folder / "train").is_dir():
+        return None
+    betons = {split: Beton(file) for split, file in files.items()}
+    train, val = (int(beton.labels.max(initial=-1)) + 1 for beton in betons.values())
+    if train != val or train < 2 or any(beton.labels.min() < 0 for beton in betons.values()):
+        raise DataError(
+            f"{files['val']}: has classes below {val}, and train.beton below {train}; they must be the same"
+        )
+    resolution, crop = crops_for(betons["train"].sizes)
+    fingerprint = hashlib.sha256("".join(beton.fingerprint for beton in betons.values()).encode()).hexdigest()
+    name = folder.resolve().name or "images"
+    return ConvertedSet(folder, name, tuple(map(str, range(train))), resolution, crop, fingerprint, made={})
+
+
 @dataclass(frozen=True)
 class Unconverted:
     """A source that has no converted set yet, or one that no longer fits; data.convert makes it at `folder`."""
@@ -194,11 +214,15 @@ class Unconverted:
 def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Unconverted:
     """The set for what the user gave as DATA: a converted set, or one converted earlier below `cache`, or still to be.
 
+    A folder with train.beton and val.beton of another writer is a converted set whose classes are numbered.
     Quick: nothing is decoded. Raises DataError as open_source and open_set do.
     """
     if is_converted(data):
         return open_set(data)
     path = Path(data)
+    others = _of_other_writers(path)
+    if others:
+        return others
     known = quick_identity(path)
     if known:
         # Asked before the archive is opened: a compressed tar would be unpacked for that.

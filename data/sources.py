@@ -231,19 +231,22 @@ def quick_identity(path: Path) -> tuple[str, str] | None:
 def _refuse_betons(path: Path) -> None:
     """Raises DataError for a .beton, or a folder of them, and says what it is."""
     if path.is_dir():
-        betons = sorted(path.glob("*.beton"))
-        if betons and not any(entry.is_dir() for entry in path.iterdir()):
+        names = [file.name for file in sorted(path.glob("*.beton"))]
+        if not names or any(entry.is_dir() for entry in path.iterdir()):
+            return
+        if {"train.beton", "val.beton"} <= set(names):
             raise DataError(
-                f"DATA={path}: holds .beton files ({layouts.some([file.name for file in betons])}) and no set.json, "
-                "which names the classes; convert the images that they were made from"
+                f"DATA={path}: holds converted images (train.beton, val.beton); here, files of images are needed"
             )
-    elif path.suffix == ".beton":
-        if (path.parent / "set.json").is_file():
-            raise DataError(f"DATA={path}: is one part of a converted set; give the set's folder: DATA={path.parent}")
+        raise DataError(
+            f"DATA={path}: holds .beton files ({layouts.some(names)}), but not both train.beton and val.beton; give "
+            "them these names, or convert the images that they were made from"
+        )
+    if path.suffix == ".beton":
         beton = Beton(path)
         raise DataError(
-            f"DATA={path}: is a .beton by itself ({beton.num_samples} images of {len(np.unique(beton.labels))} "
-            "classes), whose classes have no names; convert the images that it was made from"
+            f"DATA={path}: is a .beton of {beton.num_samples} images of {len(np.unique(beton.labels))} classes; give "
+            f"the folder that it lies in, with train.beton and val.beton: DATA={path.parent}"
         )
 
 
@@ -272,8 +275,8 @@ def _arranged(
             val[name] = {path: item for path, item in images.items() if path in held_out}
         count = sum(map(len, val.values()))
         notes += (
-            f"{root} has no train/ and val/: {count} of its {sum(map(len, parts.train.values()))} images are held out "
-            "for validation (10 % of each class and at least one image, always the same)",
+            f"{root} has no split for validation: {count} of its {sum(map(len, parts.train.values()))} images are held "
+            "out for validation (10 % of each class and at least one image, always the same)",
         )
         if not count:
             raise DataError(f"{root}: too few images to hold any out for validation (2 of a class are needed)")

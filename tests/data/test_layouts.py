@@ -14,7 +14,8 @@ from scipy.io import savemat
 from data import DataError
 from data.beton import Beton, Encoded, write_beton
 from data.convert import convert_source
-from data.sets import Unconverted, find_set
+from data.loader import open_loader
+from data.sets import ConvertedSet, Unconverted, find_set
 from data.sources import Source, open_source
 from tests.pictures import photograph, write_class_folders
 
@@ -112,8 +113,8 @@ def test_true_words_about_what_is_held_out(tmp_path):
     write_class_folders(tmp_path, 3, 3)
     photograph(0, 40, 40).save(write(tmp_path / "lonely" / "0.jpg", b""))
     assert open_source(str(tmp_path)).notes == (
-        f"{tmp_path} has no train/ and val/: 3 of its 10 images are held out for validation (10 % of each class and at "
-        "least one image, always the same)",
+        f"{tmp_path} has no split for validation: 3 of its 10 images are held out for validation (10 % of each class "
+        "and at least one image, always the same)",
         f"{tmp_path}: 1 of 4 classes have no images in val (lonely)",
     )
 
@@ -219,6 +220,10 @@ def test_tiny_imagenet_with_bad_annotations(tmp_path):
     assert f"{root}/val: 1 classes that {root}/train lacks (n99999999)" in refusal(root)
     file.write_text(good + "val_9.JPEG\tn01440764\t0\t0\t1\t1\n")
     assert open_source(str(root)).notes == (f"{file}: 1 of the images that it names are missing (val_9.JPEG)",)
+    file.write_text(good)
+    write(root / "val" / "val_0.JPEG", picture((9, 9, 9), 0))
+    assert f"1 classes that {root}/train lacks (images)" in refusal(root)
+    (root / "val" / "val_0.JPEG").unlink()
     file.unlink()
     assert f"1 classes that {root}/train lacks (images)" in refusal(root)
 
@@ -323,6 +328,8 @@ def test_ilsvrc_that_does_not_go_together(tmp_path):
     write(root / "ILSVRC2012_devkit_t12.tar.gz", b"nonsense")
     (kit / "meta.mat").unlink()
     assert f"{root}/ILSVRC2012_devkit_t12.tar.gz: damaged" in refusal(root)
+    packed_as(root / "ILSVRC2012_devkit_t12", root / "ILSVRC2012_devkit_t12.tar.gz")
+    assert "no data/meta.mat in it" in refusal(root)
     (root / "ILSVRC2012_img_train.tar").unlink()
     assert "ILSVRC2012_img_train.tar: no such file; it belongs to ILSVRC2012_img_val.tar" in refusal(root)
 
@@ -397,6 +404,12 @@ def test_a_csv_of_files_elsewhere(tmp_path):
     assert len(made.image_names("train")) == 6
 
 
+def test_files_of_a_csv_in_folders_of_one_name_are_all_kept(tmp_path):
+    rows = images(tmp_path / "tables") + [[f"../{file}", wnid] for file, wnid in images(tmp_path)]
+    source = open_source(str(table(tmp_path / "tables" / "labels.csv", ["file", "class"], rows)))
+    assert len(shown(source, "train") + shown(source, "val")) == 18
+
+
 def test_a_csv_is_converted_again_when_it_changes(tmp_path):
     rows = images(tmp_path)
     path = table(tmp_path / "labels.csv", ["file", "class"], rows)
@@ -446,14 +459,45 @@ def test_a_csv_that_is_refused(tmp_path):
 # ---- .beton files
 
 
-def test_betons_are_refused_by_what_they_are(converted, tmp_path):
-    file = converted.beton("train")
-    assert f"is one part of a converted set; give the set's folder: DATA={file.parent}" in refusal(file)
-    jpeg = picture((9, 9, 9), 0)
-    alone = tmp_path / "train.beton"
-    write_beton(alone, [Encoded(jpeg, 40, 40, label) for label in (0, 4, 4)], at_most=3)
-    assert "is a .beton by itself (3 images of 2 classes), whose classes have no names" in refusal(alone)
-    assert "holds .beton files (train.beton) and no set.json" in refusal(tmp_path)
+def others_beton(path: Path, labels: list[int]) -> Path:
+    """Without our seal, as other writers' files are."""
+    images = [Encoded(picture((9 * label, 90, 9), number), 40, 40, label) for number, label in enumerate(labels)]
+    write_beton(path, images, at_most=len(images))
+    contents = path.read_bytes()
+    path.write_bytes(contents.replace(b"label-refinery 1", bytes(16)))
+    return path
+
+
+def test_a_folder_of_betons_of_other_writers_is_used(tmp_path):
+    others_beton(tmp_path / "train.beton", [0, 1, 2, 2])
+    others_beton(tmp_path / "val.beton", [2, 0])
+    found = find_set(str(tmp_path))
+    assert isinstance(found, ConvertedSet)
+    assert (found.class_names, found.resolution, found.name) == (("0", "1", "2"), 32, tmp_path.name)
+    (batch,) = open_loader(found.beton("val"), resolution=24, batch_size=2, decoder="torchvision", train=False).epoch(0)
+    assert batch.labels.tolist() == [2, 0]
+    before = found.source_fingerprint
+    others_beton(tmp_path / "val.beton", [2, 1])
+    assert find_set(str(tmp_path)).source_fingerprint != before
+    assert "holds converted images (train.beton, val.beton); here, files of images are needed" in refusal(tmp_path)
+    others_beton(tmp_path / "val.beton", [1, 0])
+    with pytest.raises(
+        DataError, match="val.beton: has classes below 2, and train.beton below 3; they must be the same"
+    ):
+        find_set(str(tmp_path))
+    # An image folder that has them as well is an image folder.
+    write_class_folders(tmp_path / "train", 2, 2)
+    write_class_folders(tmp_path / "val", 2, 1)
+    assert isinstance(find_set(str(tmp_path), cache=tmp_path / "cache"), Unconverted)
+
+
+def test_other_betons_are_refused_by_what_they_are(tmp_path):
+    alone = others_beton(tmp_path / "train.beton", [0, 4, 4])
+    assert refusal(alone) == (
+        f"DATA={alone}: is a .beton of 3 images of 2 classes; give the folder that it lies in, with train.beton and "
+        f"val.beton: DATA={tmp_path}"
+    )
+    assert "holds .beton files (train.beton), but not both train.beton and val.beton; give" in refusal(tmp_path)
     write(alone, b"nonsense")
     assert "not a .beton file" in refusal(alone)
     # Beside class folders it is no matter.
