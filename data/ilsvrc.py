@@ -144,7 +144,7 @@ def _member(kit: tarfile.TarFile, path: str) -> bytes:
         if info.isreg() and info.name.endswith(f"/{path}"):
             contents = kit.extractfile(info)
             assert contents
-            return contents.read()
+            return contents.read(archives.MOST_BYTES)
     raise KeyError(f"no {path} in it")
 
 
