@@ -26,7 +26,7 @@ from train import TrainError
 from train.device import device_named, on_device, set_tf32_and_allocator
 from train.evaluate import crops_for, scored_columns
 from train.export import card
-from train.export.check import Answer, Marks, check_equal, check_loss, crops_of, marks_of, milliseconds
+from train.export.check import Marks, check_equal, check_loss, crops_of, in_pytorch, marks_of, milliseconds
 from train.export.folder import check_place, placed
 from train.export.onnx_file import Probabilities, Session, check_packages, quantise, write_onnx
 from train.runs import Run, read_run, table_text
@@ -239,16 +239,6 @@ class _Export:
         own, read = self._trained.network.state_dict(), load_weights(path).state
         if own.keys() != read.keys() or not all(torch.equal(own[name], read[name]) for name in own):
             raise TrainError(f"{path.name}: does not read as it was written; see that the disk is in order")
-
-
-def in_pytorch(module: nn.Module, device: torch.device) -> Answer:
-    """What a network with its normalisation and softmax, on the device, answers."""
-
-    @torch.inference_mode()
-    def answer(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return module(torch.from_numpy(crops).to(device)).cpu().numpy()
-
-    return answer
 
 
 @contextmanager
