@@ -30,6 +30,7 @@ from train import TrainError
 from train.export import command
 from train.export.check import Difference, Marks, check_equal, check_loss
 from train.export.command import export
+from train.runs.__main__ import table
 
 NAME, SIDE = "mobilenet0.25", 32
 MEAN, STD = (torch.tensor(part).view(1, 3, 1, 1) for part in models.normalisation(NAME))
@@ -357,6 +358,18 @@ def test_bad_input_is_refused_at_once(weights, converted, wordnet_folder, refine
             export(checkpoint, format, **options)
         assert "\n" not in str(caught.value)
     assert (tmp_path / "foreign" / "thesis.txt").read_text() == "years of work"
+
+
+def test_runs_are_drawn_by_accuracy_and_milliseconds(refinery, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    table(str(refinery.parent), figure="a.svg")
+    drawn = Path("a.svg").read_text()
+    assert drawn.startswith("<?xml")
+    assert "resnet18" in re.findall(r"<!-- (.*?) -->", drawn)
+    for figure, says in [("a.txt", "^FIGURE=a.txt: end its name in .svg"), ("no/a.svg", "there is no folder no")]:
+        with pytest.raises(TrainError, match=says):
+            table(str(refinery.parent), figure=figure)
+    assert not Path("a.txt").exists()
 
 
 def test_a_missing_package_is_named(weights, converted, monkeypatch):

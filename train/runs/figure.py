@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from command import UserError
 from data.durable import reason, replacing
@@ -51,9 +52,13 @@ def draw(runs: Sequence[Run], path: Path) -> None:
                 if teacher:
                     axes.plot([latency, teacher[1]], [top1, _top1(teacher[0])], "-", color="0.8", zorder=0)
             axes.set(xscale="log", ylabel="top-1 %", title=name)
+            # Plain numbers: names with a $ in them are to be shown as they are, so powers of ten cannot be.
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
             axes.set_xlabel(f"ms a crop, one at a time, on this machine's CPU with {torch.get_num_threads()} threads")
             axes.grid(alpha=0.3, which="both")
-            axes.margins(0.15)
+            axes.margins(0.25)
         sheet.legend(
             handles=[axes.plot([], [], "o", color=f"C{n}", label=of)[0] for n, of in enumerate(_LEGEND)],
             loc="outside lower center",
