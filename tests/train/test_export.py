@@ -340,6 +340,9 @@ def test_bad_input_is_refused_at_once(weights, converted, wordnet_folder, refine
     }
     state = {"format": CHECKPOINT_FORMAT, "model": weights[1].state_dict(), "network": described}
     torch.save(state, "two.pytar")
+    shutil.copytree(refinery, "moved")
+    configuration = Path("moved/config.yaml").read_text()
+    Path("moved/config.yaml").write_text(configuration.replace(f"data: {data}", "data: gone"))
     for checkpoint, format, options, says in [
         ("runs/none", "onnx", {}, "^runs/none: no such run folder or file"),
         ("resnet18", "onnx", {}, "^CHECKPOINT=resnet18: names a network without weights"),
@@ -347,6 +350,7 @@ def test_bad_input_is_refused_at_once(weights, converted, wordnet_folder, refine
         (weights[0], "onnx", {"accept_loss": True}, "^accept_loss is for INT8=1"),
         (weights[0], "onnx", {"batch": 0}, "^BATCH=0: must be at least 1"),
         (str(refinery), "onnx", {"data": str(wordnet_folder)}, "was trained on 3 classes, and .* lacks n01491361"),
+        ("moved", "onnx", {}, "^moved/last.pt: was trained on gone; give it, or other images, as DATA"),
         ("two.pytar", "onnx", {"data": str(wordnet_folder)}, "has 1 classes that .* does not know"),
         (weights[0], "onnx", {"data": data, "out": "file"}, "^OUT=file: is a file"),
         (weights[0], "onnx", {"data": data, "out": "file/below"}, "^OUT=file/below: cannot be written"),

@@ -14,6 +14,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import nn
 
+from data import DataError
 from data.convert import ensure_converted
 from data.loader import Loader, open_loader
 from data.plan import CropRule
@@ -105,7 +106,12 @@ def export(
     check_place(place)
     if not found:
         data = _own_data(trained, run)
-        found = find_set(data)
+        try:
+            found = find_set(data)
+        except DataError as error:
+            raise TrainError(
+                f"{trained.origin}: was trained on {data}; give it, or other images, as DATA ({error})"
+            ) from None
     columns = scored_columns(trained, found.class_names, str(data))
     unknown = sum(column < 0 for column in columns)
     if unknown:
