@@ -42,7 +42,7 @@ runs.export         := train.export
 takes.export        := CHECKPOINT FORMAT INT8 DATA RESOLUTION BATCH DECODER OUT ARGS
 about.runs          := a table of all runs
 runs.runs           := train.runs
-takes.runs          := OUT ARGS
+takes.runs          := OUT FIGURE ARGS
 option.runs.OUT     := --folder
 about.report        := figures of what runs have learned
 runs.report         := train.report
@@ -180,6 +180,7 @@ Variables (typed on make's command line; the environment does not count)
   RUNS        run folders: "runs/scenes/A runs/scenes/B"
   CHECKPOINT  a run's best.pt or last.pt, or what REFINERY takes except a name alone
   IMAGES      a file or a folder
+  FIGURE      accuracy against milliseconds of all runs, as .svg or .png
   FORMAT      onnx, safetensors                   INT8        1: quantised too (onnx)
   ONLY        parts of the bench, with commas: machine, loaders, cold, networks, loop,
               devices, refinery_cost, pooling; scale, only if it is named;

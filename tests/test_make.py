@@ -76,6 +76,7 @@ def test_every_verb_is_one_command(make):
         ),
         (["predict", "CHECKPOINT=c", "IMAGES=i"], ["-m", "train.predict", "--checkpoint", "c", "--images", "i"]),
         (["runs"], ["-m", "train.runs"]),
+        (["runs", "FIGURE=a.svg"], ["-m", "train.runs", "--figure", "a.svg"]),
         (["report", "RUNS=a b", "OUT=c"], ["-m", "train.report", "--runs", "a b", "--out", "c"]),
         (["bench", "ONLY=loaders", "THREADS=2"], ["-m", "bench", "--only", "loaders", "--threads", "2"]),
         (["bench", "ONLY=devices", "GPUS=2"], ["-m", "bench", "--only", "devices", "--gpus", "2"]),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from data.loader import CropBatch, Loader
 from data.progress import images_bar
@@ -93,6 +94,16 @@ def marks_of(
 def crops_of(batch: CropBatch) -> NDArray[np.uint8]:
     """The crops of a batch as ONNX files take them: uint8 [N, 3, R, R] on the host, row by row."""
     return np.ascontiguousarray(batch.crops.cpu().numpy())
+
+
+def in_pytorch(module: nn.Module, device: torch.device) -> Answer:
+    """What a network with its normalisation and softmax, on the device, answers."""
+
+    @torch.inference_mode()
+    def answer(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return module(torch.from_numpy(crops).to(device)).cpu().numpy()
+
+    return answer
 
 
 def check_equal(difference: Difference, expected: Marks, found: Marks, *, binary: bool) -> str:

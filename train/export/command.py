@@ -14,6 +14,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import nn
 
+from data import DataError
 from data.convert import ensure_converted
 from data.loader import Loader, open_loader
 from data.plan import CropRule
@@ -26,7 +27,7 @@ from train import TrainError
 from train.device import device_named, on_device, set_tf32_and_allocator
 from train.evaluate import crops_for, scored_columns
 from train.export import card
-from train.export.check import Answer, Marks, check_equal, check_loss, crops_of, marks_of, milliseconds
+from train.export.check import Marks, check_equal, check_loss, crops_of, in_pytorch, marks_of, milliseconds
 from train.export.folder import check_place, placed
 from train.export.onnx_file import Probabilities, Session, check_packages, quantise, write_onnx
 from train.runs import Run, read_run, table_text
@@ -105,7 +106,12 @@ def export(
     check_place(place)
     if not found:
         data = _own_data(trained, run)
-        found = find_set(data)
+        try:
+            found = find_set(data)
+        except DataError as error:
+            raise TrainError(
+                f"{trained.origin}: was trained on {data}; give it, or other images, as DATA ({error})"
+            ) from None
     columns = scored_columns(trained, found.class_names, str(data))
     unknown = sum(column < 0 for column in columns)
     if unknown:
@@ -239,16 +245,6 @@ class _Export:
         own, read = self._trained.network.state_dict(), load_weights(path).state
         if own.keys() != read.keys() or not all(torch.equal(own[name], read[name]) for name in own):
             raise TrainError(f"{path.name}: does not read as it was written; see that the disk is in order")
-
-
-def in_pytorch(module: nn.Module, device: torch.device) -> Answer:
-    """What a network with its normalisation and softmax, on the device, answers."""
-
-    @torch.inference_mode()
-    def answer(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return module(torch.from_numpy(crops).to(device)).cpu().numpy()
-
-    return answer
 
 
 @contextmanager

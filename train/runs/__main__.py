@@ -13,17 +13,25 @@ from train.runs import all_runs, progress_of, table_text
 _HEADS = ("data", "model", "refinery", "px", "epochs", "seed", "top-1", "top-5", "images/s", "minutes", "state", "run")
 
 
-def table(folder: str = "runs") -> None:
+def table(folder: str = "runs", figure: str | None = None) -> None:
     """Prints a table of all runs in a folder and below.
 
     Args:
         folder: where runs lie
+        figure: a file (.svg, .png, .pdf) to draw accuracy against milliseconds a crop in, of all finished runs, whose
+            networks are timed for it on this machine's CPU
     """
+    if figure:
+        # Loaded here: the table needs no PyTorch.
+        from train.runs.figure import check_figure, draw
+
+        check_figure(Path(figure))
     root = Path(folder)
     if not root.is_dir():
         raise TrainError(f"{folder}: no such folder; no run has been made here yet")
     rows: list[tuple[str, ...]] = [_HEADS]
-    for run in all_runs(root):
+    runs = list(all_runs(root))
+    for run in runs:
         identity, result = run.identity, run.result or {}
         refinery = identity["refinery"]
         rows.append(
@@ -44,7 +52,10 @@ def table(folder: str = "runs") -> None:
         )
     if len(rows) == 1:
         raise TrainError(f"{folder}: no runs in it yet")
-    print(table_text(rows), end="")
+    print(table_text(rows), end="", flush=True)
+    if figure:
+        draw([run for run in runs if run.result], Path(figure))
+        print(f"written to {figure}")
 
 
 if __name__ == "__main__":
