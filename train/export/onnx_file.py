@@ -94,7 +94,10 @@ def as_text(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 def _binarise() -> Any:
     """kernels.binarise as ONNX has it: the signs, and what training would need, which nothing reads."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    # Its operators take numbers too, which their types do not say.
+    op: Any = opset18
 
     def binarise(x: Any) -> Any:
         one, none = op.CastLike(1.0, x), op.CastLike(0.0, x)
