@@ -175,7 +175,7 @@ Variables (typed on make's command line; the environment does not count)
   IMAGES      a file or a folder
   ONLY        parts of the bench, with commas: machine, loaders, cold, networks, loop,
               devices, refinery_cost, pooling; scale, only if it is named;
-              or of the kills: conversion
+              or of the kills: conversion, training, validation, labels, maps, make
   KILLS       how many of each of these parts
   QUICK       1: the bench in three minutes       PROFILE     1: trace one step instead
   PAIRS       resnet50:mobilenet,...              THREADS     that decode (bench): 4, or 1,2,4
