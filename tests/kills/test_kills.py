@@ -15,7 +15,7 @@ from tests.kills.tries import ROOT
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "kills"),
-    [("conversion", 12), ("training", 14), ("validation", 7), ("labels", 4), ("maps", 2), ("make", 4)],
+    [("conversion", 12), ("training", 7), ("validation", 7), ("labels", 4), ("maps", 2), ("make", 4)],
 )
 def test_commands_survive_kills(case, kills):
     words = ["-m", "tests.kills", "--only", case, "--kills", str(kills)]
