@@ -184,7 +184,8 @@ Variables (typed on make's command line; the environment does not count)
   FORMAT      onnx, safetensors                   INT8        1: quantised too (onnx)
   ONLY        parts of the bench, with commas: machine, loaders, cold, networks, loop,
               devices, refinery_cost, pooling; scale, only if it is named;
-              or of the kills: conversion; or of the soak: jpeg-ffcv, blocks-ffcv, ...
+              or of the kills: conversion, training, validation, labels, maps, make;
+              or of the soak: jpeg-ffcv, blocks-ffcv, ...
   KILLS       how many of each of these parts     MINUTES     how long the soak trains: 60
   QUICK       1: the bench in three minutes       PROFILE     1: trace one step instead
   PAIRS       resnet50:mobilenet,...              THREADS     that decode (bench): 4, or 1,2,4
