@@ -167,8 +167,8 @@ def _run(words: Sequence[str], folder: Path, aim: Aim, reporter: Connection, log
     def call(name: str, path: str) -> None:
         if not inside or not path.startswith(f"{folder}/"):
             return
-        # Names with times, process numbers and the keys of runs in them are those of one file.
-        point = f"{name} {re.sub('-[0-9a-f]{8}|[0-9]+', '#', path.removeprefix(f'{folder}/'))}"
+        # Names with times, process numbers, keys of runs and tempfile's letters in them are those of one file.
+        point = f"{name} {re.sub('-[a-z0-9_]{8}(?=/|$)|[0-9]+', '#', path.removeprefix(f'{folder}/'))}"
         points[point] += 1
         if point == aim.point and points[point] == aim.time:
             reporter.send(("killed", name))
