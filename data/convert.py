@@ -7,13 +7,10 @@ What it writes is described in data/sets.py.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import multiprocessing
 import os
-import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -39,7 +36,7 @@ from tqdm import tqdm
 from command import first_line, printable, run_command
 from data import DataError, blocks, tiles
 from data.beton import PAGE_SIZE, Beton, Encoded, write_beton
-from data.durable import locked, sync_files, sync_folder
+from data.durable import is_full, locked, move_folder, partial_prefix, remove_leftovers, sync_files
 from data.pixels import upright_rgb
 from data.progress import images_bar
 from data.sets import ConvertedSet, Unconverted, is_converted, names_file, open_set, still_fitting
@@ -139,19 +136,19 @@ def convert_source(
         waiting = f"{out}: is being converted by another process; waiting for it"
         with _stopping_on_signals(out), locked(out.with_name(f".{out.name}.lock"), waiting) as held:
             if held:
-                _remove_leftovers(out)
+                remove_leftovers(out)
             if replace and (made := still_fitting(out, source.fingerprint, source)):
                 return made
             if out.exists() and not replace:
                 raise DataError(f"{out}: exists already; give another OUT or remove it first")
             with tempfile.TemporaryDirectory(
-                prefix=_partial_prefix(out), dir=out.parent, ignore_cleanup_errors=True
+                prefix=partial_prefix(out), dir=out.parent, ignore_cleanup_errors=True
             ) as partial:
                 encoding = _Encoding(storage, processes or len(os.sched_getaffinity(0)), max_pixels)
                 rejects = _write_set(source, Path(partial, "set"), encoding)
-                _move(Path(partial, "set"), out, replaced=Path(partial, "replaced"))
+                move_folder(Path(partial, "set"), out, replaced=Path(partial, "replaced"))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise DataError(f"{out}: the disk is full; free some space first (nothing was left half-done)") from None
         raise DataError(f"{out}: could not be written ({error.strerror}); nothing was left half-done") from None
     except BrokenProcessPool:
@@ -205,36 +202,6 @@ def _print_repeated(val: Split, train_files: NDArray[np.uint64], val_files: NDAr
             f"{printable(str(val.items[repeated[0]]))}); they make the accuracy look better than it is",
             flush=True,
         )
-
-
-def _move(made: Path, out: Path, *, replaced: Path) -> None:
-    """Moves a complete set to its place. What is there goes to `replaced`, and comes back if moving fails."""
-    try:
-        if out.exists():
-            out.rename(replaced)
-        made.rename(out)
-    except BaseException:
-        _give_back(replaced, out)
-        raise
-    sync_folder(out.parent)
-
-
-def _give_back(replaced: Path, out: Path) -> None:
-    if replaced.exists() and not out.exists():
-        replaced.rename(out)
-
-
-def _partial_prefix(out: Path) -> str:
-    return f".{out.name}.partial-"
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Removes what killed conversions to this place have left. Only for who holds the lock of the place."""
-    for path in out.parent.iterdir():
-        if re.fullmatch(re.escape(_partial_prefix(out)) + r"\w+", path.name):
-            # Of one that was killed between the two steps of replacing a set.
-            _give_back(path / "replaced", out)
-            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,11 @@ def check_fields(said: Any, fields: Mapping[str, Fits], *, of: str = "") -> None
             raise ValueError(f"{of}{name} is {shown if len(shown) <= _SHOWN else f'{shown[:_SHOWN]}...'}")
 
 
+def of_type(*types: type) -> Fits:
+    """A value of one of these types; true and false are no numbers."""
+    return lambda value: isinstance(value, types) and not isinstance(value, bool)
+
+
 def whole(low: int, high: int) -> Fits:
     """A whole number within these bounds."""
     return lambda value: type(value) is int and low <= value <= high

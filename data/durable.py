@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -127,12 +129,48 @@ def sync_files(folder: Path) -> None:
     sync_folder(folder)
 
 
+def partial_prefix(out: Path) -> str:
+    """How the names of folders begin that lie beside `out` and are to take its place, made under its lock."""
+    return f".{out.name}.partial-"
+
+
+def move_folder(made: Path, out: Path, *, replaced: Path) -> None:
+    """Moves a complete folder to its place. What is there goes to `replaced`, and comes back if moving fails."""
+    try:
+        if out.exists():
+            out.rename(replaced)
+        made.rename(out)
+    except BaseException:
+        _give_back(replaced, out)
+        raise
+    sync_folder(out.parent)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes what killed processes have left that were to fill `out`. Only for the process that holds its lock."""
+    for path in out.parent.iterdir():
+        if re.fullmatch(re.escape(partial_prefix(out)) + r"\w+", path.name):
+            # Of one that was killed between the two steps of replacing a folder.
+            _give_back(path / "replaced", out)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _give_back(replaced: Path, out: Path) -> None:
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk, or a user's share of it, is full."""
+    return error.errno in _FULL
+
+
 def reason(error: BaseException, path: Path) -> str:
     """Why the file could not be written, for a message; a full disk is called that."""
     cause: BaseException | None = error
     # torch.save may raise an error of its own on the way out.
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
-    if isinstance(cause, OSError) and cause.errno in _FULL:
+    if isinstance(cause, OSError) and is_full(cause):
         return f"the disk of {path.parent} is full"
     return (cause.strerror if isinstance(cause, OSError) else None) or first_line(error)

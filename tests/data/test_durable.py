@@ -15,8 +15,8 @@ import pytest
 
 from data import DataError
 from data.beton import PAGE_SIZE
-from data.convert import _CHUNK_BYTES, Storage, _chunk, _move, _stopping_on_signals, convert_source, ensure_converted
-from data.durable import locked
+from data.convert import _CHUNK_BYTES, Storage, _chunk, _stopping_on_signals, convert_source, ensure_converted
+from data.durable import locked, move_folder
 from data.sets import Unconverted, find_set
 from data.sources import open_source
 from tests.kills.harness import await_end_of
@@ -121,7 +121,7 @@ def test_a_set_is_not_lost_when_it_cannot_be_replaced(tmp_path):
     out.mkdir()
     (out / "mine").touch()
     with pytest.raises(FileNotFoundError):
-        _move(tmp_path / "missing", out, replaced=tmp_path / "replaced")
+        move_folder(tmp_path / "missing", out, replaced=tmp_path / "replaced")
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(out) == ["mine"]
 

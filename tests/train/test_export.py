@@ -30,6 +30,7 @@ from train import TrainError
 from train.export import command
 from train.export.check import Difference, Marks, check_equal, check_loss
 from train.export.command import export
+from train.export.folder import placed
 from train.runs.__main__ import table
 
 NAME, SIDE = "mobilenet0.25", 32
@@ -429,3 +430,12 @@ def test_the_binary_network_as_onnx(converted, tmp_path):
     export(f"resnet50-xnor:{tmp_path / 'w.pytar'}", "onnx", **options)
     (said,) = session_of(tmp_path / "out/model.onnx").run(None, {"images": crops(3).numpy()})
     assert said.shape == (3, 3)
+
+
+def test_what_killed_exports_left_is_removed_and_nothing_else(tmp_path):
+    others = [".other.partial-abc", ".out.partial-b.partial-abc"]
+    for name in (*others, ".out.partial-abc_12"):
+        (tmp_path / name).mkdir()
+    with placed(tmp_path / "out") as folder:
+        (folder / "model.onnx").touch()
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "out"])

@@ -1,14 +1,21 @@
 """The place of an export: a folder that is there as a whole or not at all, and takes the place of exports alone."""
 
-import errno
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from data.described import read_json
-from data.durable import locked, make_folder, reason, sync_files, sync_folder
+from data.durable import (
+    is_full,
+    locked,
+    make_folder,
+    move_folder,
+    partial_prefix,
+    reason,
+    remove_leftovers,
+    sync_files,
+)
 from train import TrainError
 from train.export.card import FORMAT
 
@@ -54,37 +61,23 @@ def placed(out: Path) -> Iterator[Path]:
     An earlier export stays until then. One process at a time writes to a place; others wait.
     Raises TrainError where it cannot be written, and as check_place.
     """
-    prefix = f".{out.name}.partial-"
     try:
         make_folder(out.parent)
         waiting = f"{out}: is being written by another process; waiting for it"
         with locked(out.with_name(f".{out.name}.lock"), waiting) as held:
             check_place(out)
             if held:
-                # What killed exports have left.
-                for path in out.parent.glob(f"{prefix}*"):
-                    _give_back(path / "replaced", out)
-                    shutil.rmtree(path, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent, ignore_cleanup_errors=True) as partial:
-                made, replaced = Path(partial, "made"), Path(partial, "replaced")
+                remove_leftovers(out)
+            with tempfile.TemporaryDirectory(
+                prefix=partial_prefix(out), dir=out.parent, ignore_cleanup_errors=True
+            ) as partial:
+                made = Path(partial, "made")
                 made.mkdir()
                 yield made
                 sync_files(made)
                 # What a user has put there in the meantime is not to be lost.
                 check_place(out)
-                try:
-                    if out.exists():
-                        out.rename(replaced)
-                    made.rename(out)
-                except BaseException:
-                    _give_back(replaced, out)
-                    raise
-                sync_folder(out.parent)
+                move_folder(made, out, replaced=Path(partial, "replaced"))
     except OSError as error:
-        why = reason(error, out) if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        why = reason(error, out) if is_full(error) else error.strerror or str(error)
         raise TrainError(f"OUT={out}: cannot be written ({why}); give another OUT") from None
-
-
-def _give_back(replaced: Path, out: Path) -> None:
-    if replaced.exists() and not out.exists():
-        replaced.rename(out)

@@ -2,30 +2,32 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from command import printable
+from data.described import check_fields, of_type, read_json
 from data.plan import seed_of_generation
 from train import TrainError
 
-# The keys that all runs have, and the types of their values, in the files that describe them.
+# The keys that all runs have, and what their values may be, in the files that describe them.
 _IDENTITY = {
-    "data": dict,
-    "model": str,
-    "refinery": dict | None,
-    "labels": dict,
-    "crop": dict,
-    "resolution": int,
-    "epochs": int,
-    "seed": int,
+    "data": of_type(dict),
+    "model": of_type(str),
+    "refinery": of_type(dict, NoneType),
+    "labels": of_type(dict),
+    "crop": of_type(dict),
+    "resolution": of_type(int),
+    "epochs": of_type(int),
+    "seed": of_type(int),
 }
-_NUMBER = int | float
+_NUMBER = of_type(int, float)
 _RESULT = dict.fromkeys(("top1", "top5", "best_top1", "images_per_second_per_device", "seconds"), _NUMBER)
-_METRICS = {"epoch": int} | dict.fromkeys(("loss", "top1", "top5", "images_per_second_per_device"), _NUMBER)
+_METRICS = {"epoch": of_type(int)} | dict.fromkeys(("loss", "top1", "top5", "images_per_second_per_device"), _NUMBER)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], TrainError | None]:
     for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line)
-            _check_types(values, _METRICS)
+            check_fields(values, _METRICS)
             by_epoch[values["epoch"]] = values
         except ValueError:
             if number < len(lines):
@@ -158,20 +160,20 @@ def read_run(folder: Path) -> Run | None:
 def _read_object(path: Path) -> Any:
     """What a file of JSON holds. Raises ValueError, which says why, where it cannot be read."""
     try:
-        return json.loads(path.read_bytes())
+        return read_json(path)
     except OSError as error:
         raise ValueError(error.strerror) from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise ValueError("not JSON") from None
 
 
 def _identity(values: Any) -> dict[str, Any]:
     """An identity as this version writes it. Raises ValueError, which names the first wrong key, for anything else."""
-    _check_types(values, _IDENTITY)
-    _check_types(values["data"], {"name": str, "fingerprint": str}, "data.")
-    _check_types(values["crop"], {"scale": list, "ratio": list}, "crop.")
+    check_fields(values, _IDENTITY)
+    check_fields(values["data"], dict.fromkeys(("name", "fingerprint"), of_type(str)), of="data.")
+    check_fields(values["crop"], dict.fromkeys(("scale", "ratio"), of_type(list)), of="crop.")
     if values["refinery"] is not None:
-        _check_types(values["refinery"], {"network": str}, "refinery.")
+        check_fields(values["refinery"], {"network": of_type(str)}, of="refinery.")
     return _as_written_now(values)
 
 
@@ -190,22 +192,11 @@ def _result(path: Path) -> dict[str, Any] | None:
         return None
     try:
         result = _read_object(path)
-        _check_types(result, _RESULT)
+        check_fields(result, _RESULT)
     except ValueError as error:
         print(f"warning: {path}: is damaged ({error}); the run's own command makes it again", flush=True)
         return None
     return result
-
-
-def _check_types(values: Any, types: Mapping[str, Any], prefix: str = "") -> None:
-    """Raises ValueError, which names the first wrong key, unless values is a dict that has these keys and types."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{prefix.rstrip('.') or 'it'} is no mapping")
-    for key, kind in types.items():
-        if key not in values:
-            raise ValueError(f"{prefix}{key} is missing")
-        if not isinstance(values[key], kind) or isinstance(values[key], bool):
-            raise ValueError(f"{prefix}{key} is {values[key]!r}")
 
 
 def _as_written_now(identity: dict[str, Any]) -> dict[str, Any]:
