@@ -17,7 +17,7 @@ import models
 from bench import images
 from bench.baseline import Baseline
 from bench.compiler import CompilerNotes, compiler_note
-from bench.limit import LIMIT, limit, limit_note, with_shares
+from bench.limit import demand_note, limit_notes, limits, with_shares
 from bench.pair import CLASSES, Pair
 from bench.process import CallFailed, Process
 from bench.record import Column, Record, Row, ran, step_columns
@@ -153,7 +153,7 @@ def measure(settings: Settings) -> Record:
             "step alone, on one batch that lies on the device. baseline: Pillow in a DataLoader with "
             f"{threads} workers, transforms, float32, eager, NCHW, the refinery in training mode (bench/baseline.py). "
             "On a CPU loop and step keep freed memory (train/device.py); the baseline is as PyTorch comes.",
-            limit_note(settings),
+            *limit_notes(settings),
             *_findings(rows),
         ],
         rows=rows,
@@ -163,7 +163,8 @@ def measure(settings: Settings) -> Record:
 
 
 def _contenders(pair: Pair, files: list[str], folder: Path, threads: int) -> list[Contender]:
-    flops = sum(pair.flops())
+    refinery, student = pair.demands()
+    demand = refinery.plus(student)
     failed = ""
     if not pair.why_not():
         try:
@@ -173,12 +174,12 @@ def _contenders(pair: Pair, files: list[str], folder: Path, threads: int) -> lis
         except CallFailed as error:
             failed = str(error)
     ours = [
-        pair.contender(STEP, partial(_stepping, folder=folder, threads=threads), flops),
-        pair.contender(LOOP, partial(_looping, folder=folder, threads=threads), flops),
+        pair.contender(STEP, partial(_stepping, folder=folder, threads=threads), demand),
+        pair.contender(LOOP, partial(_looping, folder=folder, threads=threads), demand),
     ]
     return [
-        limit(pair),
-        pair.contender(BASELINE, partial(Baseline, files=files, workers=threads), flops),
+        *limits(pair),
+        pair.contender(BASELINE, partial(Baseline, files=files, workers=threads), demand),
         *(Contender(each.build, each.row, each.not_run or failed) for each in ours),
     ]
 
@@ -187,12 +188,7 @@ def _findings(rows: list[Row]) -> list[str]:
     """What follows from the rows: the loop against the step and the baseline, the limit, the compiler's."""
     measured = ran(rows)
     rates = {name: row["rate"]["median"] for name, row in measured.items()}
-    notes = []
-    if LIMIT in measured:
-        flops = measured[LIMIT]["flops"]
-        notes.append(
-            f"{flops / 1e9:.3g} GFLOP an image in a step; the device does {rates[LIMIT] * flops / 1e12:.3g} TFLOP/s."
-        )
+    notes = demand_note(measured)
     if LOOP in rates and STEP in rates:
         notes.append(f"The loop reaches {100 * rates[LOOP] / rates[STEP]:.1f} % of the bare step (target: 95 %).")
     if LOOP in rates and BASELINE in rates:

@@ -44,14 +44,17 @@ class MatrixProduct(Runner):
 
 
 class Copy(Runner):
-    """Copies within the device's memory, whose bytes count twice, read and written; or to it from pinned memory."""
+    """Copies within the device's memory, whose bytes count twice, read and written; or to it from pinned memory.
 
-    def __init__(self, device: str, *, from_host: bool):
+    size_of_one: bytes that count as one.
+    """
+
+    def __init__(self, device: str, *, from_host: bool, size_of_one: float = 1e9):
         self.device = device
         size = _BYTES[device]
         self._to = torch.zeros(size, dtype=torch.uint8, device=device)
         self._from = torch.zeros(size, dtype=torch.uint8).pin_memory() if from_host else torch.zeros_like(self._to)
-        self._amount = _AT_ONCE[device] * size * (1 if from_host else 2) / 1e9
+        self._amount = _AT_ONCE[device] * size * (1 if from_host else 2) / size_of_one
 
     def run(self) -> Work:
         for _ in range(_AT_ONCE[self.device]):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import models
 from bench.compiler import CompilerNotes, compiler_note
-from bench.limit import LIMIT, limit, limit_note, with_shares
+from bench.limit import demand_note, limit_notes, limits, with_shares
 from bench.pair import CLASSES, Pair, batch, crops, refinery
 from bench.record import Column, Record, Row, ran, step_columns
 from bench.settings import Settings
@@ -172,7 +172,7 @@ def measure(settings: Settings) -> Record:
             f"Batches of {settings.batch} crops of {settings.resolution} px that lie on the device, "
             f"{settings.computing}, random weights. images/s of one device: median, lowest and highest of "
             f"{settings.turns} turns of {settings.seconds:g} s or more, in turns, after an untimed one each.",
-            limit_note(settings),
+            *limit_notes(settings),
             *notes,
         ],
         rows=rows,
@@ -182,25 +182,21 @@ def measure(settings: Settings) -> Record:
 
 
 def _contenders(pair: Pair) -> list[Contender]:
-    forward, training = pair.flops()
+    forward, training = pair.demands()
     return [
-        limit(pair),
+        *limits(pair),
         pair.contender(REFINERY, RefineryForward, forward),
         pair.contender(STUDENT, StudentPass, training),
         pair.contender(OPTIMIZER, Optimizing),
         pair.contender(BARE, partial(Stepping, networks=False)),
-        pair.contender(STEP, partial(Stepping, networks=True), forward + training),
+        pair.contender(STEP, partial(Stepping, networks=True), forward.plus(training)),
     ]
 
 
 def _findings(title: str, rows: list[Row]) -> list[str]:
     """What follows from the rows of a pair: the limit in figures, the time outside networks, the compiler's words."""
     measured = ran(rows)
-    notes = []
-    if LIMIT in measured:
-        row = measured[LIMIT]
-        rate = row["rate"]["median"] * row["flops"] / 1e12
-        notes.append(f"{title}: {row['flops'] / 1e9:.3g} GFLOP an image in a step; the device does {rate:.3g} TFLOP/s.")
+    notes = [f"{title}: {note}" for note in demand_note(measured)]
     if all(name in measured for name in (REFINERY, STUDENT, OPTIMIZER, BARE, STEP)):
         seconds = {name: row["batch"] / row["rate"]["median"] for name, row in measured.items()}
         step = seconds[STEP]

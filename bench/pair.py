@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from bench.settings import Settings
+from bench.traffic import traffic
 from bench.turns import Contender, Runner
 from data.loader import CropBatch
 from train.device import on_device
 from train.labels.refinery import Refinery
 
 CLASSES = 1000
+
+
+class Demand(NamedTuple):
+    """What an image asks of the device.
+
+    flops: operations of its matrix products and convolutions (torch.utils.flop_counter). bytes: read and written in the
+    device's memory (bench.traffic), of a batch's weights its share.
+    """
+
+    flops: float
+    bytes: float
+
+    def plus(self, other: "Demand") -> "Demand":
+        return Demand(self.flops + other.flops, self.bytes + other.bytes)
 
 
 @dataclass(frozen=True)
@@ -38,14 +54,26 @@ class Pair:
             return str(error)
         return ""
 
-    def flops(self) -> tuple[float, float]:
-        """Operations of an image in products and convolutions: refinery forward; student forward and backward.
+    def demands(self) -> tuple["Demand", "Demand"]:
+        """What an image asks of the device: of the refinery's forward; of the student's forward and backward.
 
         Zeros where the networks cannot take the crops.
         """
         if self.why_not():
-            return 0.0, 0.0
-        return self._flops(self.refinery, backward=False), self._flops(self.student, backward=True)
+            return Demand(0.0, 0.0), Demand(0.0, 0.0)
+        return self._demand(self.refinery, backward=False), self._demand(self.student, backward=True)
+
+    def _demand(self, name: str, *, backward: bool) -> "Demand":
+        settings = self.settings
+        moved = traffic(
+            name,
+            backward=backward,
+            batch=settings.batch,
+            resolution=settings.resolution,
+            autocast=settings.autocast,
+            classes=CLASSES,
+        )
+        return Demand(self._flops(name, backward=backward), moved.bytes_per_image)
 
     def _flops(self, name: str, *, backward: bool) -> float:
         images, side = 2, self.settings.resolution  # batch normalisation in training refuses a single value a channel
@@ -55,14 +83,15 @@ class Pair:
                 logits.sum().backward()
         return counter.get_total_flops() / images
 
-    def contender(self, name: str, build: Callable[["Pair"], Runner], flops: float | None = None) -> Contender:
-        """One of the pair's; build takes the pair. flops: an image's, of its matrix products and convolutions."""
+    def contender(self, name: str, build: Callable[["Pair"], Runner], demand: "Demand | None" = None) -> Contender:
+        """One of the pair's; build takes the pair. demand: what an image asks of the device."""
         row = {
             "name": name,
             "group": str(self),
             "unit": "images/s",
             "batch": self.settings.batch,
-            "flops": flops,
+            "flops": demand.flops if demand else None,
+            "bytes": demand.bytes if demand else None,
         }
         return Contender(partial(build, self), row, self.why_not())
 

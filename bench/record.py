@@ -46,8 +46,11 @@ DEVICE_MEMORY = optional("GPU MB", "peak_device_memory_bytes", lambda value: f"{
 
 def step_columns(device: str, *more: Column) -> tuple[Column, ...]:
     """The columns of rows that are steps, or parts of steps."""
-    share = optional("of limit", "share_of_limit", lambda share: f"{100 * share:.0f} %")
-    common = (*rate_columns("images/s"), BATCH_TIME, share, *more, MEMORY)
+    shares = [
+        optional(head, key, lambda share: f"{100 * share:.0f} %")
+        for head, key in (("of products", "share_of_flops"), ("of copies", "share_of_bytes"))
+    ]
+    common = (*rate_columns("images/s"), BATCH_TIME, *shares, *more, MEMORY)
     return (*common, DEVICE_MEMORY) if device == "cuda" else common
 
 

@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,14 +21,22 @@ Precision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
+# Where NVIDIA's driver shows its devices and its version.
+_DEVICES, _DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
+
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def device_named(name: str) -> torch.device:
-    """`auto` (a CUDA device where there is one), `cpu`, `cuda` or `cuda:N`. Raises TrainError for any other."""
+    """`auto` (a CUDA device where there is one), `cpu`, `cuda` or `cuda:N`.
+
+    Raises TrainError for any other, and for auto on a machine whose GPU PyTorch cannot use.
+    """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         # Of several processes on a machine, each has been given one.
         return torch.device("cuda", torch.cuda.current_device()) if group().world > 1 else torch.device("cuda")
+    if name in ("auto", "cuda") and (why := _why_no_gpu()):
+        raise TrainError(f"device={name}: {why}, or use device=cpu")
     if name == "auto":
         return torch.device("cpu")
     try:
@@ -38,6 +48,27 @@ def device_named(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise TrainError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use device=cpu")
     return device
+
+
+def _why_no_gpu() -> str:
+    """Why PyTorch cannot use the NVIDIA GPU of this machine, and what to do; "" where there is none or it is hidden."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    if hidden or not any(_DEVICES.glob("nvidia[0-9]*")):
+        return ""
+    try:
+        found = re.search(r"\d+\.\d+[\d.]*", _DRIVER.read_text())
+    except OSError:
+        found = None
+    driver = f"driver {found[0]}" if found else "driver of unknown version"
+    if torch.version.cuda is None:
+        return (
+            f"this machine has an NVIDIA GPU ({driver}), and PyTorch {torch.__version__} comes without CUDA; "
+            "install one with it"
+        )
+    return (
+        f"this machine has an NVIDIA GPU, which PyTorch {torch.__version__} (CUDA {torch.version.cuda}) cannot use with "
+        f"its {driver}; update the driver"
+    )
 
 
 def precision_on(device: torch.device, asked: Precision = "auto") -> Precision:

@@ -18,7 +18,7 @@ from bench.__main__ import _FLAGS
 from bench.baseline import Baseline
 from bench.compiler import CompilerNotes
 from bench.environment import environment
-from bench.limit import LIMIT, with_shares
+from bench.limit import COPIES, PRODUCTS, demand_note, with_shares
 from bench.networks import BARE, OPTIMIZER, REFINERY, STEP, STUDENT, Optimizing, RefineryForward, Stepping, StudentPass
 from bench.pair import Pair
 from bench.pooling import Pooling
@@ -81,7 +81,7 @@ def bench(*words: str, out: Path, timeout: int = 280) -> dict[str, dict]:
 
 def test_operations_are_counted_as_published(settings):
     pair = Pair("resnet18", "resnet18", replace(settings, resolution=224))
-    forward, training = pair.flops()
+    forward, training = (demand.flops for demand in pair.demands())
     assert forward == pytest.approx(2 * 1.814e9, rel=0.01)  # multiply-adds of torchvision's documentation
     # Backward does it twice more, except for the gradient with respect to the image.
     stem = 2 * 64 * 3 * 7 * 7 * 112 * 112
@@ -111,30 +111,35 @@ def test_a_step_trains_on_its_batch(pair, real):
 
 
 def test_shares_and_bookkeeping_follow_from_the_rates():
-    def row(name: str, rate: float, flops: float | None) -> dict:
-        return {"name": name, "batch": 10, "flops": flops, "rate": {"median": rate}}
+    def row(name: str, rate: float, flops: float | None, size: float | None) -> dict:
+        return {"name": name, "batch": 10, "flops": flops, "bytes": size, "rate": {"median": rate}}
 
     rows = [
-        row(LIMIT, 1000, 3e9),  # 3 TFLOP/s
-        row(REFINERY, 500, 1e9),
-        row(STUDENT, 200, 2e9),
-        row(OPTIMIZER, 10_000, None),
-        row(BARE, 5000, None),
-        row(STEP, 125, 3e9),
-        {"name": "another", "not_run": "x", "flops": 1e9},
+        row(PRODUCTS, 1000, 3e9, 3e8),  # 3 TFLOP/s
+        row(COPIES, 500, 3e9, 3e8),  # 150 GB/s
+        row(REFINERY, 500, 1e9, 2e8),
+        row(STUDENT, 200, 2e9, 1e8),
+        row(OPTIMIZER, 10_000, None, None),
+        row(BARE, 5000, None, None),
+        row(STEP, 125, 3e9, 3e8),
+        {"name": "another", "not_run": "x", "flops": 1e9, "bytes": 1e8},
     ]
-    shares = {row["name"]: row.get("share_of_limit") for row in with_shares(rows)}
-    assert shares == {
-        LIMIT: None,
+    found = with_shares(rows)
+    assert {row["name"]: row["share_of_flops"] for row in found if "share_of_flops" in row} == {
         REFINERY: pytest.approx(500 / 3000),
         STUDENT: pytest.approx(400 / 3000),
-        OPTIMIZER: None,
-        BARE: None,
         STEP: pytest.approx(0.125),
-        "another": None,
     }
+    assert {row["name"]: row["share_of_bytes"] for row in found if "share_of_bytes" in row} == {
+        REFINERY: pytest.approx(100 / 150),
+        STUDENT: pytest.approx(20 / 150),
+        STEP: pytest.approx(37.5 / 150),
+    }
+    (note,) = demand_note({row["name"]: row for row in rows[:2]})
+    assert "3 GFLOP and 300 MB an image" in note
+    assert "3 TFLOP/s and copies 150 GB/s: at most 500 images/s" in note
     limit, bookkeeping = networks._findings("a → b", rows)
-    assert limit == "a → b: 3 GFLOP an image in a step; the device does 3 TFLOP/s."
+    assert limit == f"a → b: {note}"
     # A step of 80 ms: refinery 20, student 50; optimizer 1, normalise, loss and metrics 2.
     assert "takes 3.8 % of a step, measured alone" in bookkeeping
     assert bookkeeping.endswith("beyond the two networks measured alone is 12.5 %.")
@@ -231,11 +236,12 @@ def test_flags_need_no_value():
 def test_the_loop_is_measured_beside_its_step_and_the_baseline(converted, tmp_path):
     record = bench("--only", "loop", "--data", str(converted.folder), out=tmp_path / "results")["loop"]
     rows = {row["name"]: row for row in record["rows"]}
-    assert list(rows) == [LIMIT, "baseline", "step", "loop"]
+    assert list(rows) == [PRODUCTS, COPIES, "baseline", "step", "loop"]
     rates = {name: row["rate"]["median"] for name, row in rows.items()}
     for name in ("baseline", "loop"):
         assert 0 < rows[name]["waiting"] < 1
-        assert rows[name]["share_of_limit"] == pytest.approx(rates[name] / rates[LIMIT])
+        assert rows[name]["share_of_flops"] == pytest.approx(rates[name] / rates[PRODUCTS])
+        assert rows[name]["share_of_bytes"] == pytest.approx(rates[name] / rates[COPIES])
         assert all(turn["amount"] % 8 == 0 for turn in rows[name]["turns"])
     notes = "\n".join(record["notes"])
     assert f"The loop reaches {100 * rates['loop'] / rates['step']:.1f} % of the bare step" in notes

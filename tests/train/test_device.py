@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-from train.device import autocast_type, precision_on, set_tf32_and_allocator
+from train import TrainError
+from train import device as device_module
+from train.device import autocast_type, device_named, precision_on, set_tf32_and_allocator
 
 CPU = torch.device("cpu")
 
@@ -63,3 +65,24 @@ print(faults() - before)
         for how in ("kept", "handed back")
     }
     assert faults["kept"] < 1000 < faults["handed back"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine whose GPU PyTorch cannot use, or none")
+def test_a_gpu_whose_driver_is_too_old_does_not_become_a_cpu(tmp_path, monkeypatch):
+    """On a machine of a GPU, files in the place of those that its driver shows."""
+    (tmp_path / "nvidiactl").touch()
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021\nGCC version:  gcc 9\n"
+    )
+    monkeypatch.setattr(device_module, "_DEVICES", tmp_path)
+    monkeypatch.setattr(device_module, "_DRIVER", tmp_path / "version")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device_named("auto") == CPU
+    (tmp_path / "nvidia0").touch()
+    for name in ("auto", "cuda"):
+        with pytest.raises(TrainError, match=rf"^device={name}: .*driver 470\.57\.02.* or use device=cpu$"):
+            device_named(name)
+    assert device_named("cpu") == CPU
+    # Hidden from this process, it is not missed.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert device_named("auto") == CPU

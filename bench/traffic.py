@@ -1,0 +1,282 @@
+"""The bytes that a network must move through the device's memory: what bounds a step wherever products are fast.
+
+Counted on the graph of operations that PyTorch traces, forward and backward, under the rules of a compiler that fuses
+well (`_Passes`). Nothing is computed, so any device's figures can be had on any machine.
+"""
+
+import operator
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import get_decompositions
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import models
+from kernels.normalise import Normalise
+
+aten = torch.ops.aten
+
+# What a pass over memory is for.
+PRODUCTS, STATISTICS, POINTWISE, ADDED, POOLING, OTHER = (
+    "convolutions and products",
+    "statistics",
+    "normalise and activate",
+    "residual add",
+    "pooling",
+    "other",
+)
+BACKWARD = ", backward"
+
+_PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm"}
+_VIEWS = {
+    *("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "t", "permute", "transpose", "expand", "as_strided"),
+    *("detach", "alias", "slice", "select", "unbind", "split", "split_with_sizes", "flatten"),
+}
+# Pointwise to a compiler, which PyTorch's own tags leave out.
+_POINTWISE = {"_to_copy", "copy", "clone", "lift_fresh_copy"}
+# Values that are made where they are used.
+_MADE = {
+    "full",
+    "full_like",
+    "zeros",
+    "zeros_like",
+    "ones",
+    "ones_like",
+    "new_zeros",
+    "scalar_tensor",
+    "empty",
+    "arange",
+}
+# Batch normalisation and others, as the reductions and pointwise operations that it consists of.
+_TAKEN_APART = (
+    aten.native_batch_norm,
+    aten._native_batch_norm_legit,
+    aten._native_batch_norm_legit_functional,
+    aten._native_batch_norm_legit_no_training,
+    aten._batch_norm_with_update,
+    aten._batch_norm_with_update_functional,
+    aten.native_batch_norm_backward,
+    aten.batch_norm_backward,
+    aten.native_layer_norm,
+    aten.native_layer_norm_backward,
+    *(aten._softmax, aten._softmax_backward_data, aten.native_dropout, aten.native_dropout_backward),
+    *(aten.hardtanh, aten.hardtanh_backward, aten.hardswish, aten.hardswish_backward, aten.hardsigmoid),
+    *(aten.hardsigmoid_backward, aten.silu, aten.silu_backward, aten.gelu, aten.gelu_backward, aten.elu_backward),
+)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes read and written in a step, by what for. images: of a batch."""
+
+    by_pass: dict[str, int]
+    images: int
+
+    @property
+    def bytes_per_image(self) -> float:
+        return sum(self.by_pass.values()) / self.images
+
+
+def traffic(
+    name: str,
+    *,
+    backward: bool,
+    batch: int,
+    resolution: int,
+    autocast: torch.dtype | None = torch.bfloat16,
+    classes: int = 1000,
+) -> Traffic:
+    """What a network of models.build moves from uint8 crops to logits with batch statistics, and back to its gradients.
+
+    autocast: bfloat16, float16, or None for float32 throughout.
+    Left out, being small: labels, loss, metrics. Raises ModelError for a name that models.build does not know.
+    """
+    network = models.build(name, classes).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    normalise = Normalise(models.normalisation(name))
+
+    def run(crops: Tensor, gradient: Tensor, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Any:
+        computing = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None, cache_enabled=False)
+        with torch.set_grad_enabled(backward), computing:
+            logits = torch.func.functional_call(network, (weights, buffers), (normalise(crops),))
+        return torch.autograd.grad(logits, list(weights.values()), gradient.to(logits.dtype)) if backward else logits
+
+    crops = torch.zeros(batch, resolution, resolution, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    inputs = crops, torch.zeros(batch, classes), dict(network.named_parameters()), dict(network.named_buffers())
+    trace = make_fx(
+        run,
+        decomposition_table=get_decompositions(_TAKEN_APART),  # type: ignore[arg-type]
+        tracing_mode="fake",
+        _allow_non_fake_inputs=True,  # the constants of normalisation
+    )
+    return Traffic(dict(_Passes(list(trace(*inputs).graph.nodes)).counted()), batch)
+
+
+class _Passes:
+    """A graph's operations as passes over memory, as a compiler makes them that fuses well.
+
+    - Products, convolutions, pooling and all that is not known here read their inputs and write their outputs.
+    - Pointwise operations are computed where their result is used, from what lies in memory. A result is itself written
+      where a product needs it, and where several passes use it and reading it costs them less than reading its inputs.
+    - Reductions read what their inputs are computed from, once for those of one size that have some of it in common and
+      do not wait for each other.
+    """
+
+    def __init__(self, nodes: list[Node]):
+        self._nodes = [node for node in nodes if node.op == "call_function"]
+        self._kinds = {node: _kind(node) for node in nodes}
+        self._outputs = {_plain(node) for node in nodes[-1].all_input_nodes}
+        self._before = self._ancestors(nodes)
+        self._gradient = next(node for node in nodes if node.op == "placeholder" and node.name.startswith("gradient"))
+        # What lies in memory of what a pointwise result, or a view of it, is computed from.
+        self._read: dict[Node, frozenset[Node]] = {}
+        self._choose_written(nodes)
+
+    def counted(self) -> Counter[str]:
+        """Bytes by pass."""
+        found: Counter[str] = Counter()
+        for node in self._nodes:
+            kind, when = self._kinds[node], BACKWARD if self._is_before(self._gradient, node) else ""
+            if kind == "pointwise" and self._read[node] == {node}:
+                largest, *others = sorted(map(_bytes, self._least(self._inputs(node))), reverse=True) or [0]
+                # Not of the vectors of channels, whose running statistics are sums too.
+                images = node.meta["val"].dim() > 1 and not when
+                added = sum(size for size in others if 2 * size > largest) if images else 0
+                found[POINTWISE + when] += largest + sum(others) - added + _bytes(node)
+                found[ADDED + when] += added
+            elif kind in (PRODUCTS, POOLING, OTHER):
+                found[kind + when] += sum(map(_bytes, self._inputs(node))) + _bytes(node)
+                if node.target is aten.convolution_backward.default:
+                    found[kind + when] += self._read_again(node)
+        for group in self._reductions():
+            when = BACKWARD if self._is_before(self._gradient, group[0]) else ""
+            read = self._least(frozenset().union(*map(self._inputs, group)))
+            found[STATISTICS + when] += sum(map(_bytes, read)) + sum(map(_bytes, group))
+        return +found
+
+    def _read_again(self, node: Node) -> int:
+        """Bytes of the output's gradient, where one kernel makes the input's of it and another the weights'."""
+        gradient, wanted = node.args[0], node.args[-1]
+        assert isinstance(gradient, Node)
+        assert isinstance(wanted, list | tuple)
+        return sum(map(_bytes, self._read[gradient])) if all(wanted[:2]) else 0
+
+    def _least(self, read: frozenset[Node]) -> frozenset[Node]:
+        """What a pass has to read: not what it can compute again from values that it reads anyway, as a ReLU's sign."""
+        for value in sorted(read, key=self._place.__getitem__, reverse=True):
+            if self._kinds[value] == "pointwise":
+                others = (read - {value}) | self._inputs(value)
+                if sum(map(_bytes, others)) < sum(map(_bytes, read)):
+                    read = others
+        return read
+
+    def _choose_written(self, nodes: list[Node]) -> None:
+        passes: dict[Node, set[Node]] = {}
+        needed = set(self._outputs)
+        for node in reversed(nodes):
+            users = [user for user in node.users if user.op == "call_function"]
+            if (
+                any(self._kinds[user] in (PRODUCTS, POOLING, OTHER) for user in users)
+                or node.target is aten.copy_.default
+            ):
+                needed.add(_plain(node))
+            if node in needed and self._kinds[node] == "view":
+                needed.add(_plain(node))
+            passes[node] = set()
+            for user in users:
+                ends = self._kinds[user] not in ("pointwise", "view") or user in needed
+                passes[node] |= {user} if ends else passes[user]
+        for node in nodes:
+            kind = self._kinds[node]
+            if kind == "made":
+                self._read[node] = frozenset()
+            elif kind in ("pointwise", "view"):
+                inputs = self._inputs(node)
+                # Reductions of the same values are one pass.
+                reductions = [user for user in passes[node] if self._kinds[user] == "reduction"]
+                count = len(passes[node]) - max(0, len(reductions) - 1)
+                reading = sum(map(_bytes, inputs))
+                cheaper = len(node.users) > 1 and count * reading > reading + count * _bytes(node)
+                written = kind == "pointwise" and (node in needed or cheaper)
+                self._read[node] = frozenset({node}) if written else inputs
+            else:
+                self._read[node] = frozenset({node})
+
+    def _inputs(self, node: Node) -> frozenset[Node]:
+        return frozenset().union(*(self._read[value] for value in node.all_input_nodes))
+
+    def _largest_inputs(self, node: Node) -> frozenset[Node]:
+        inputs = self._inputs(node)
+        largest = max(map(_bytes, inputs), default=0)
+        return frozenset(value for value in inputs if _bytes(value) == largest)
+
+    def _reductions(self) -> list[list[Node]]:
+        """The reductions, those together that are done in one pass."""
+        groups: list[list[Node]] = []
+        for node in self._nodes:
+            if self._kinds[node] != "reduction":
+                continue
+            for group in groups:
+                alike = any(self._largest_inputs(node) & self._largest_inputs(other) for other in group)
+                if alike and not any(self._is_before(other, node) for other in group):
+                    group.append(node)
+                    break
+            else:
+                groups.append([node])
+        return groups
+
+    def _ancestors(self, nodes: list[Node]) -> dict[Node, int]:
+        """Of each node the set of those that it is computed from, as bits of their places, its own among them."""
+        self._place = {node: place for place, node in enumerate(nodes)}
+        found: dict[Node, int] = {}
+        for node, place in self._place.items():
+            found[node] = 1 << place
+            for value in node.all_input_nodes:
+                found[node] |= found[value]
+        return found
+
+    def _is_before(self, node: Node, other: Node) -> bool:
+        return bool(self._before[other] >> self._place[node] & 1)
+
+
+def _kind(node: Node) -> str:
+    """Of an operation: a pass, "reduction", "pointwise", "view", "item" of several results, or "made" from nothing."""
+    if node.op != "call_function":
+        return "input"
+    if node.target is operator.getitem:
+        return "item"
+    assert isinstance(node.target, torch._ops.OpOverload)
+    name = node.target.overloadpacket.__name__
+    if name in _MADE:
+        return "made"
+    if name in _VIEWS:
+        return "view"
+    if name in _PRODUCTS:
+        return PRODUCTS
+    if "pool" in name:
+        return POOLING
+    if torch.Tag.reduction in node.target.tags:
+        return "reduction"
+    if torch.Tag.pointwise in node.target.tags or name in _POINTWISE:
+        return "pointwise"
+    return OTHER
+
+
+def _plain(node: Node) -> Node:
+    """What a view is a view of."""
+    while _kind(node) == "view":
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _bytes(node: Node) -> int:
+    """The size of a value; of several results, of those that are used."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return sum(_bytes(user) for user in node.users if _kind(user) == "item" and user.users)
+    # Where a maximum lies in its window takes a byte, as compilers keep it.
+    size = 1 if value.dtype == torch.int64 and _kind(node) == "item" else value.element_size()
+    return value.numel() * size

@@ -1,0 +1,126 @@
+"""Bytes that networks move: against counts by hand, and against what PyTorch's compiler counts of its own kernels."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from bench.traffic import ADDED, BACKWARD, POINTWISE, POOLING, PRODUCTS, STATISTICS, traffic
+from kernels.normalise import Normalise
+
+BATCH, SIDE = 4, 64
+
+
+def moved(name: str, *, backward: bool = False, batch: int = BATCH, side: int = SIDE, **how) -> dict[str, int]:
+    return traffic(name, backward=backward, batch=batch, resolution=side, **how).by_pass
+
+
+def shapes(name: str) -> list[tuple[nn.Module, int, int]]:
+    """Each layer of a network with the numbers of values that go in and come out."""
+    network = models.build(name, 1000)
+    found: list[tuple[nn.Module, int, int]] = []
+    for layer in network.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(lambda layer, given, out: found.append((layer, given[0].numel(), out.numel())))
+    network(torch.zeros(BATCH, 3, SIDE, SIDE))
+    return found
+
+
+def weights_of(layers: list[nn.Module]) -> int:
+    return sum(layer.weight.numel() for layer in layers)
+
+
+def test_a_chain_of_layers_by_hand():
+    layers = shapes("mobilenet0.25")
+    products = [(layer, given, out) for layer, given, out in layers if isinstance(layer, nn.Conv2d | nn.Linear)]
+    normalised = sum(out for layer, _, out in layers if isinstance(layer, nn.BatchNorm2d))
+    channels = sum(layer.num_features for layer, *_ in layers if isinstance(layer, nn.BatchNorm2d))
+    averaged = [out for *_, out in layers][-2]
+    weights = weights_of([layer for layer, *_ in products])
+    image = BATCH * 3 * SIDE * SIDE
+    # float32 weights are read and written as bfloat16 in a pass of their own, and uint8 crops as well.
+    prepared = 6 * weights + 3 * image
+    forward = {
+        PRODUCTS: 2 * sum(given + out for _, given, out in products) + 2 * weights,
+        # Two float32 of each channel are written; the mean of the last maps is taken as well.
+        STATISTICS: 2 * normalised + 8 * channels + 2 * averaged,
+        # The last maps are never written: their mean is taken as they are made. Of each channel ten float32: two
+        # running statistics are moved, and each value needs its statistics, weight and bias.
+        POINTWISE: 4 * (normalised - averaged) + 40 * channels + prepared,
+    }
+    found = moved("mobilenet0.25")
+    for name, size in forward.items():
+        assert found[name] == pytest.approx(size, rel=0.01), name
+    assert found.get(ADDED, 0) < 0.001 * sum(found.values())
+    # Back: both gradients of a product read that of its output; each normalisation reads its input and its output's
+    # gradient once for sums and once for its input's gradient, and the sign of a ReLU follows from the former.
+    found = moved("mobilenet0.25", backward=True)
+    first = products[0][1]
+    assert found[PRODUCTS + BACKWARD] == pytest.approx(
+        2 * sum(2 * given + 2 * out for _, given, out in products) - 2 * first + 4 * weights, rel=0.03
+    )
+    assert found[STATISTICS + BACKWARD] == pytest.approx(2 * 2 * normalised, rel=0.1)
+    assert found[POINTWISE + BACKWARD] == pytest.approx(3 * 2 * normalised + 6 * weights, rel=0.05)
+
+
+def test_residuals_are_read_in_the_pass_that_adds_them():
+    layers = shapes("resnet18")
+    outputs = [out for layer, _, out in layers if isinstance(layer, nn.ReLU)]
+    # Of the two ReLUs of a block the second follows the addition; the last one's is part of the mean that follows.
+    assert moved("resnet18")[ADDED] == 2 * sum(outputs[2::2][:-1])
+    pooled = next((given, out) for layer, given, out in layers if isinstance(layer, nn.MaxPool2d))
+    # Only backward needs to know where the maximum was, a byte each.
+    assert moved("resnet18")[POOLING] == 2 * sum(pooled)
+    assert moved("resnet18", backward=True)[POOLING] == 2 * sum(pooled) + pooled[1]
+
+
+def test_float32_moves_about_twice_as_much():
+    narrow, wide = (sum(moved("resnet18", batch=256, autocast=kind).values()) for kind in (torch.bfloat16, None))
+    # Crops of uint8 are read by both, and float32 weights need no copy in another type.
+    assert 1.7 * narrow < wide < 2 * narrow
+
+
+def test_images_count_and_weights_are_shared():
+    one, two = (traffic("mobilenet0.25", backward=True, batch=batch, resolution=SIDE) for batch in (8, 16))
+    weights = sum(weight.numel() for weight in models.build("mobilenet0.25", 1000).parameters())
+    saved = one.bytes_per_image - two.bytes_per_image
+    assert 8 * weights / 16 < saved < 32 * weights / 16
+
+
+@pytest.mark.parametrize(
+    ("name", "backward", "low", "high"),
+    # MB an image at 224 px: the range of counts by hand, which differ in what they take for fused.
+    [("resnet50", False, 117, 123), ("mobilenet", True, 139, 143), ("resnet50", True, 340, 370)],
+)
+def test_published_networks(name, backward, low, high):
+    counted = traffic(name, backward=backward, batch=64, resolution=224)
+    assert low < counted.bytes_per_image / 1e6 < high
+
+
+@pytest.mark.slow
+def test_the_compiler_counts_the_same_of_its_kernels():
+    import torch._inductor.compile_fx as compiler
+    import torch._inductor.config
+    from torch._inductor import metrics
+
+    network = models.build("mobilenet0.25", 1000).to(memory_format=torch.channels_last).train()
+    normalise = Normalise(models.normalisation("mobilenet0.25"))
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def forward(crops: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return network(normalise(crops))
+
+    before = compiler.inductor_metrics_log.level
+    compiler.inductor_metrics_log.setLevel(logging.INFO)
+    try:
+        with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
+            metrics.reset()
+            torch._dynamo.reset()
+            forward(torch.zeros(16, SIDE, SIDE, 3, dtype=torch.uint8).permute(0, 3, 1, 2))
+    finally:
+        compiler.inductor_metrics_log.setLevel(before)
+    ours = sum(moved("mobilenet0.25", batch=16).values())
+    assert metrics.num_bytes_accessed == pytest.approx(ours, rel=0.02)
