@@ -19,7 +19,7 @@ from data.beton import Beton
 from data.decoders.prefetch import default_threads
 from data.durable import make_folder, reason, replacing
 from data.sets import ConvertedSet, find_set
-from models.trained import Trained, load_trained, names_network_alone
+from models.trained import Trained, load_trained, names_network_alone, parse_spec
 from train import TrainError
 from train.config import Config, parse_both
 from train.device import set_tf32_and_allocator
@@ -87,8 +87,8 @@ def look(config: Config, options: LookOptions = LookOptions()) -> Path:
         config = _as_trained(config, run)
     if needs_refinery(config):
         raise TrainError(
-            f"REFINERY={config.refinery}: names a network without weights; give its run folder, NAME:FILE, or published "
-            f"weights as timm:NAME:pretrained"
+            f"REFINERY={config.refinery}: names a network without weights; give its run folder, NAME:FILE, or "
+            "published weights as timm:NAME:pretrained"
         )
     out = _place(config, run) if config.out or run else None
     found = find_set(config.data)
@@ -131,28 +131,40 @@ def _run_at(checkpoint: str | None) -> Run | None:
 
 def _as_trained(config: Config, run: Run) -> Config:
     """The configuration with what a run was trained on, where nothing else was typed."""
-    identity = run.identity
+    identity, said = run.identity, _config_of(run)
     known = {name: identity[name] for name in ("resolution", "batch", "copies", "order") if name in identity}
     known |= {f"crop.{name}": value for name, value in identity["crop"].items()}
     known |= {f"augment.{name}": value for name, value in identity.get("augment", {}).items()}
-    if "data" not in config.given:
-        known["data"] = _data_of(run)
-    if identity.get("epochs"):
-        known["epochs"] = identity["epochs"]
-    # Of a recipe, only crops count here, and they are known.
+    known["epochs"] = identity["epochs"]
+    known["data"] = said.get("data")
+    if not isinstance(config.given.get("data", known["data"]), str):
+        raise TrainError(f"{run.folder / 'config.yaml'}: missing or damaged; say with DATA what the run was trained on")
+    if not {"refinery", "labels.stored"} & set(config.given):
+        known |= _labels_of(said)
+    # Of a recipe, only crops and labels count here, and they are known.
     return config.replace({name: value for name, value in known.items() if name not in config.given})
 
 
-def _data_of(run: Run) -> str:
-    path = run.folder / "config.yaml"
+def _config_of(run: Run) -> dict[str, Any]:
+    """What a run was asked for; empty where its file is missing or damaged."""
     try:
-        said = yaml.safe_load(path.read_text())
+        said = yaml.safe_load((run.folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         said = None
-    data = said.get("data") if isinstance(said, dict) else None
-    if not isinstance(data, str):
-        raise TrainError(f"{path}: missing or damaged; say with DATA what the run was trained on")
-    return data
+    return said if isinstance(said, dict) else {}
+
+
+def _labels_of(said: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run's labels; without what they came from where that is gone, of which a notice is printed."""
+    labels = said.get("labels")
+    asked = {"refinery": said.get("refinery")}
+    asked |= {f"labels.{name}": value for name, value in labels.items()} if isinstance(labels, dict) else {}
+    refinery, stored = asked["refinery"], asked.get("labels.stored")
+    file = parse_spec(str(refinery))[1] if refinery else stored
+    if file is not None and file != "pretrained" and not Path(str(file)).exists():
+        print(f"{file}: is gone, from which the run had its labels; the page shows the images' own", flush=True)
+        return {}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _place(config: Config, run: Run | None, name: str = "") -> Path:
@@ -278,5 +290,8 @@ def _notes(
         number = sections.suspicious(answers)
         if number:
             words = sections.count(number, "image is", "images are")
-            notes.append(f"{words} probably mislabelled in {sections.SPLIT_NAMES[split]}: see Suspects.")
+            notes.append(
+                f"In {sections.SPLIT_NAMES[split]}, {words} with confidence called something else than their label by "
+                f"{answers.whose}: see Suspects."
+            )
     return notes

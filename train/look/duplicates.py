@@ -50,7 +50,7 @@ def find_duplicates(train: Beton, val: Beton) -> list[Duplicates]:
     with images_bar(sum(map(len, candidates)), "duplicates", leave=False) as bar:
         for group in candidates:
             for split, index in group:
-                equal[hashlib.blake2b(betons[split].encoded(index)).digest()].append((split, index))
+                equal[hashlib.blake2b(betons[split].encoded(index).data).digest()].append((split, index))
             bar.update(len(group))
     found = [
         Duplicates(tuple(group), tuple(sorted({int(betons[split].labels[index]) for split, index in group})))

@@ -24,13 +24,13 @@ def learning(metrics: Sequence[dict[str, Any]], *, same_loss: bool) -> Section:
     last = metrics[-1]
     words = (
         f"After each of {count(len(metrics), 'epoch', 'epochs')}. Training values are means over the epoch, while the "
-        "network still learned, on random crops; validation is on central crops, which are easier: the lines of the two "
-        "may cross without anything being wrong."
+        "network still learned, on random crops; validation is on central crops, which are easier: the lines of the "
+        "two may cross without anything being wrong."
     )
     if validated and not same_loss:
         words += (
-            " The training loss is the distance to the labels of crops (0 where they are equal), the validation loss the "
-            "cross entropy with the images' own labels; so they stand apart."
+            " The training loss is the distance to the labels of crops (0 where they are equal), the validation loss "
+            "the cross entropy with the images' own labels; so they stand apart."
         )
     if not validated:
         words += " The run recorded no validation loss."
@@ -59,9 +59,9 @@ def worst_classes(images: Pictured, answers: Answers) -> Section:
     ]
     top1, top5 = (100 * float(hits.mean()) for hits in (answers.right, answers.within5))
     body = paragraph(
-        f"{answers.whose}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(answers.labels):,} validation images (central "
-        f"crops). The {count(len(rows), 'class', 'classes')} with the lowest accuracy; with few images a class may stand "
-        "here by chance."
+        f"{answers.whose}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(answers.labels):,} validation images "
+        f"(central crops). The {count(len(rows), 'class', 'classes')} with the lowest accuracy; with few images a "
+        "class may stand here by chance."
     )
     body += table(["class", "images", "top-1", "taken most often for"], rows, numbers=("images", "top-1"))
     shown = []
@@ -76,15 +76,15 @@ def worst_classes(images: Pictured, answers: Answers) -> Section:
 
 
 def confusion_matrix(images: Pictured, answers: Answers) -> Section:
-    pairs = answers.confused()
+    counts, _ = answers.of_classes()
     rows = [
         [
             images.names[label],
             images.names[predicted],
             f"{times:,}",
-            percent(times / int((answers.labels == label).sum())),
+            percent(times / int(counts[label])),
         ]
-        for label, predicted, times in pairs[:_PAIRS]
+        for label, predicted, times in answers.confused()[:_PAIRS]
     ]
     listing = paragraph("No validation image is taken for another class.")
     if rows:
@@ -98,8 +98,8 @@ def confusion_matrix(images: Pictured, answers: Answers) -> Section:
     png, together = matrix.picture(shares[np.ix_(order, order)], names)
     caption = (
         "A row is a class by the set, a column by the network, a cell the share of the row's images (numbers in %). "
-        "Classes that are confused with each other stand side by side: squares along the diagonal are groups of classes "
-        "that look alike to the network. The scale favours small shares."
+        "Classes that are confused with each other stand side by side: squares along the diagonal are groups of "
+        "classes that look alike to the network. The scale favours small shares."
     )
     if together > 1:
         caption += f" A point is {together} x {together} classes and shows the highest of their shares."

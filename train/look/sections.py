@@ -25,7 +25,7 @@ _SUSPECTS_OF_VAL = 12
 # Of more classes, these many of the largest and of the smallest are listed.
 _LISTED = 500
 _OPEN = 25
-# An image with less than the first for its label and more than the second for another class is probably mislabelled.
+# A network that gives its label less than the first, and another class more than the second, is sure of that one.
 _UNLIKELY, _SURE = 0.01, 0.9
 
 SPLIT_NAMES = {"train": "train", "val": "validation"}
@@ -62,9 +62,9 @@ class Pictured:
 
 
 def percent(share: float) -> str:
-    """0 to 1 as "61 %"; what is small or nearly all keeps a digit more."""
+    """0 to 1 as "61 %", on one line; what is small or nearly all keeps a digit more."""
     value = 100 * share
-    return f"{value:.1f} %" if 0 < value < 1 or 99 < value < 100 else f"{value:.0f} %"
+    return f"{value:.{int(0 < value < 1 or 99 < value < 100)}f}\N{NO-BREAK SPACE}%"
 
 
 def count(number: int, one: str, many: str) -> str:
@@ -112,10 +112,10 @@ def classes(images: Pictured, first: FirstCrops, accuracy: NDArray[np.float64] |
     body += figure(
         charts.sizes(shorter, first.sides, first.resolution),
         f"Shorter sides of images: {low} to {high} px, median {middle}. Crops: median {np.median(first.sides):.0f} px.",
-        f"Left: the shorter sides of all images as they are stored ({low} to {high} px, median {middle}; conversion may "
-        f"have reduced them). Right: the sides (square root of the area) of {first.count:,} training crops; those left "
-        f"of the dashed line, {percent(first.enlarged / first.count)}, are enlarged to the {first.resolution} px that "
-        "the network sees.",
+        f"Left: the shorter sides of all images as they are stored ({low} to {high} px, median {middle}; conversion "
+        f"may have reduced them). Right: the sides (square root of the area) of {first.count:,} training crops; those "
+        f"left of the dashed line, {percent(first.enlarged / first.count)}, are enlarged to the {first.resolution} px "
+        "that the network sees.",
     )
     return Section("classes", "Classes and sizes", body)
 
@@ -124,11 +124,8 @@ def classes(images: Pictured, first: FirstCrops, accuracy: NDArray[np.float64] |
 
 
 def crops(images: Pictured, first: FirstCrops, job: Job, by_refinery: Answers | None) -> Section:
-    known = (
-        {}
-        if by_refinery is None
-        else dict(zip(by_refinery.indices.tolist(), range(len(by_refinery.indices)), strict=True))
-    )
+    indices = [] if by_refinery is None else by_refinery.indices.tolist()
+    known = {index: place for place, index in enumerate(indices)}
     shown = []
     for each in first.crops:
         place = known.get(each.index)
@@ -138,8 +135,8 @@ def crops(images: Pictured, first: FirstCrops, job: Job, by_refinery: Answers | 
         shown.append(_crop_card(images, each, whole))
     augmented = job.augment is not None and job.config.augment.describe()
     body = paragraph(
-        f"The first {count(len(first.crops), 'crop', 'crops')} of the first training step that show all classes in turn "
-        f"(crop seed {job.crop_seed}, epoch 1), as the network gets them: {first.resolution} px"
+        f"The first {count(len(first.crops), 'crop', 'crops')} of the first training step, chosen to show all "
+        f"classes in turn, as the network gets them: {first.resolution} px"
         + (f", with {augmented}" if augmented else "")
         + ". Left the image with the box of the crop, thin the boxes of the next epochs; right the crop, which may be "
         "mirrored. Labels: what the set says of the image, what training takes as the label of the crop"
@@ -211,7 +208,7 @@ def duplicates(images: Pictured, found: Sequence[Duplicates]) -> Section:
 
 
 def suspicious(answers: Answers) -> int:
-    """How many images are probably mislabelled: the network all but excludes their label and is sure of another."""
+    """Of how many images the network all but excludes the label and is sure of another class."""
     return int(((answers.of_label < _UNLIKELY) & (answers.confidence > _SURE)).sum())
 
 
