@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from command import printable
 from data.beton import Beton
 from data.sets import ConvertedSet
 from train.job import Job
@@ -79,10 +80,11 @@ def classes(images: Pictured, first: FirstCrops, accuracy: NDArray[np.float64] |
     train, val = images.counts("train"), images.counts("val")
     order = np.argsort(-train, kind="stable")
     listed = [*order] if len(order) <= 2 * _LISTED else [*order[:_LISTED], *order[-_LISTED:]]
+    folders = [printable(name) for name in images.data.class_names]
     rows = [
         [
             images.names[each],
-            *([images.data.class_names[each]] if images.names[each] != images.data.class_names[each] else [""]),
+            "" if images.names[each] == folders[each] else folders[each],
             f"{train[each]:,}",
             percent(train[each] / max(train.sum(), 1)),
             f"{val[each]:,}",
