@@ -52,7 +52,7 @@ def worst_classes(images: Pictured, answers: Answers) -> Section:
         [
             images.names[each],
             f"{counts[each]:,}",
-            f"{accuracy[each]:.0f} %",
+            percent(accuracy[each] / 100),
             ", ".join(f"{images.names[other]} ({times})" for other, times in taken.get(each, [])[:2]) or "–",
         ]
         for each in order

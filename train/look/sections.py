@@ -88,7 +88,7 @@ def classes(images: Pictured, first: FirstCrops, accuracy: NDArray[np.float64] |
             f"{train[each]:,}",
             percent(train[each] / max(train.sum(), 1)),
             f"{val[each]:,}",
-            *([] if accuracy is None else ["–" if np.isnan(accuracy[each]) else f"{accuracy[each]:.0f} %"]),
+            *([] if accuracy is None else ["–" if np.isnan(accuracy[each]) else percent(accuracy[each] / 100)]),
         ]
         for each in listed
     ]
@@ -100,7 +100,7 @@ def classes(images: Pictured, first: FirstCrops, accuracy: NDArray[np.float64] |
     summary = (
         f"All {len(rows):,} classes"
         if len(listed) == len(order)
-        else (f"The {_LISTED} largest and {_LISTED} smallest of {len(order):,} classes")
+        else f"The {_LISTED} largest and {_LISTED} smallest of {len(order):,} classes"
     )
     shorter = np.concatenate([beton.sizes.min(axis=1) for beton in images.betons.values()]).astype(float)
     low, middle, high = (int(each) for each in np.percentile(shorter, (0, 50, 100)))
