@@ -117,8 +117,8 @@ def _runs(report: ReportData, path: Path) -> Figure:
     figures.by_run(report.names, values, path)
     return Figure(
         path,
-        "Top-1 accuracy, run by run. The crops of training and of validation are drawn alike, and what lies between "
-        "the two is what a run has learned by heart; the central crop of a validation image is easier. "
+        "Top-1 accuracy, run by run. The crops of training and of validation are drawn alike, and the difference "
+        "shows what a run has learned by heart; the central crop of a validation image is easier than either. "
         f"{_counted(report, 'train', 'val_crops', 'val')}",
         "; ".join(
             f"{name}: {', '.join(f'{of_runs[place]:.1f} % on {kind}' for kind, of_runs in values.items())}"
