@@ -41,6 +41,7 @@ def class_counts(names: Sequence[str], train: NDArray[np.int64], val: NDArray[np
         axes.set_xlim(1, len(names))
         axes.set_xlabel("class, by its training images")
         axes.set_ylabel("images")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _legend(axes)
     return _png(figure)
@@ -56,9 +57,10 @@ def sizes(images: NDArray[np.float64], crops: NDArray[np.float64], resolution: i
     for axes, values, label in zip(
         panels, (images, crops), ("shorter side of an image, px", "side of a training crop, px"), strict=True
     ):
-        axes.hist(values, bins=np.linspace(0, highest, 40), color=_TRAIN)
+        axes.hist(values, bins=np.linspace(0, highest, 40).tolist(), color=_TRAIN)
         axes.axvline(resolution, color="black", linestyle="--", linewidth=1)
-        axes.set_xlim(0, highest)
+        # Room for the name of the line.
+        axes.set(xlim=(0, highest), ylim=(0, 1.15 * axes.get_ylim()[1]))
         axes.set_xlabel(label)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     panels[0].set_ylabel("images")

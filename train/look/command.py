@@ -31,7 +31,7 @@ from train.look.answers import Answers, Judge, chosen
 from train.look.crops import FirstCrops, first_crops
 from train.look.duplicates import Duplicates, find_duplicates
 from train.report.analysis import Compute, readable
-from train.runs import Run, read_run
+from train.runs import Run, finished_refinery, read_run
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,13 @@ def look(config: Config, options: LookOptions = LookOptions()) -> Path:
     run = _run_at(options.checkpoint)
     if run:
         config = _as_trained(config, run)
-    if needs_refinery(config):
-        raise TrainError(
-            f"REFINERY={config.refinery}: names a network without weights; give its run folder, NAME:FILE, or "
-            "published weights as timm:NAME:pretrained"
-        )
     out = _place(config, run) if config.out or run else None
     found = find_set(config.data)
     # A set that is yet to be converted has the name of its source.
     out = out or _place(config, None, found.name if isinstance(found, ConvertedSet) else found.source.name)
     network = _network(options.checkpoint, run, found.class_names, config.data) if options.checkpoint else None
-    data, (labels,) = check([_without_out(config)])
-    job = resolve(_without_out(config), data, labels)
+    # For training, `out` names a folder.
+    job = _job(config.replace({"out": None}))
     if run:
         job = replace(job, crop_seed=run.crop_seed, seed=run.crop_seed)
     set_tf32_and_allocator(job.device, job.config.precision)
@@ -113,12 +108,25 @@ def look(config: Config, options: LookOptions = LookOptions()) -> Path:
     return out
 
 
-def _without_out(config: Config) -> Config:
-    """The configuration without `out`, which for training names a folder."""
-    return config.replace({"out": None})
-
-
 # ---- what is asked for
+
+
+def _job(config: Config) -> Job:
+    """The run that the options describe, with the finished refinery that a training would find. Raises as `look`."""
+    if not needs_refinery(config):
+        data, (labels,) = check([config])
+        return resolve(config, data, labels)
+    refinery = config.as_refinery(str(config.refinery), {"pretrained": None})
+    data, (ground_truth,) = check([refinery, config])
+    wanted = resolve(refinery, data, ground_truth)
+    run = finished_refinery(Path(config.runs), wanted.identity)
+    if not run:
+        raise TrainError(
+            f"REFINERY={config.refinery}: has no finished run on {data.name} at {wanted.resolution} px; train it "
+            "first, or give a run folder, NAME:FILE, or published weights as timm:NAME:pretrained"
+        )
+    print(f"refinery: {run.folder} is used", flush=True)
+    return _job(config.replace({"refinery": str(run.folder)}))
 
 
 def _run_at(checkpoint: str | None) -> Run | None:
@@ -132,10 +140,10 @@ def _run_at(checkpoint: str | None) -> Run | None:
 def _as_trained(config: Config, run: Run) -> Config:
     """The configuration with what a run was trained on, where nothing else was typed."""
     identity, said = run.identity, _config_of(run)
-    known = {name: identity[name] for name in ("resolution", "batch", "copies", "order") if name in identity}
+    kept = ("epochs", "resolution", "batch", "copies", "order")
+    known: dict[str, Any] = {name: identity[name] for name in kept if name in identity}
     known |= {f"crop.{name}": value for name, value in identity["crop"].items()}
     known |= {f"augment.{name}": value for name, value in identity.get("augment", {}).items()}
-    known["epochs"] = identity["epochs"]
     known["data"] = said.get("data")
     if not isinstance(config.given.get("data", known["data"]), str):
         raise TrainError(f"{run.folder / 'config.yaml'}: missing or damaged; say with DATA what the run was trained on")

@@ -12,7 +12,7 @@ from scipy.spatial.distance import squareform
 # Above this the table of confused pairs says more than a picture, and takes less memory.
 MOST_CLASSES = 2000
 NAMED = 40
-_SIDE, _LARGEST_CELL = 900, 56
+_SIDE, _LARGEST_CELL = 1000, 56
 # The order of the leaves takes time with the cube of their number.
 _MOST_OPTIMAL = 1000
 _DPI = 100
@@ -55,7 +55,7 @@ def picture(shares: NDArray[np.float32], names: list[str]) -> tuple[bytes, int]:
     width, height = side + around + 90, side + around + 10
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     axes = figure.add_axes((around / width, around / height, side / width, side / height))
-    shown = axes.imshow(drawn, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    shown = axes.imshow(drawn, cmap="Blues", norm=PowerNorm(0.5 if named else 0.33, 0, 1), interpolation="nearest")
     if named:
         axes.set_xticks(range(classes), short, rotation=90, fontsize=points)
         axes.set_yticks(range(classes), short, fontsize=points)

@@ -146,10 +146,11 @@ def crops(images: Pictured, first: FirstCrops, job: Job, by_refinery: Answers | 
         + "; marked where it is another class than the image's."
     )
     body += paragraph(f"Labels of crops: {job.labels.describe()}.")
-    body += paragraph(
-        f"Over the {first.count:,} crops of this step, the likeliest class of the crop's label is the image's for "
-        f"{percent(first.agree / first.count)}; on average the label gives the image's class {percent(first.given)}."
-    )
+    if first.given < 1:
+        body += paragraph(
+            f"Over the {first.count:,} crops of this step, the likeliest class of the crop's label is the image's for "
+            f"{percent(first.agree / first.count)}; on average the label gives the image's class {percent(first.given)}."
+        )
     return Section("crops", "Crops and their labels", body + cards(shown, double=True))
 
 
