@@ -85,6 +85,9 @@ def look(config: Config, options: LookOptions = LookOptions()) -> Path:
     run = _run_at(options.checkpoint)
     if run:
         config = _as_trained(config, run)
+    if config.labels.stored and "epochs" not in config.given:
+        # The first one is looked at, and there may be no more.
+        config = config.replace({"epochs": 1})
     out = _place(config, run) if config.out or run else None
     found = find_set(config.data)
     # A set that is yet to be converted has the name of its source.

@@ -12,6 +12,7 @@ from data.beton import Beton
 from data.loader import CropBatch
 from data.sources import scenes_fingerprint
 from kernels.normalise import Normalise
+from train.augment import kept, partners
 from train.device import computing_in, on_device
 from train.job import Job
 from train.look.answers import Judge
@@ -28,7 +29,7 @@ class Crop:
     index: its image. image: uint8 [height, width, 3], as stored. boxes: (top, left, height, width) of its crops in the
     first epochs; the first is this one. pixels: uint8 [R, R, 3], as the network sees it. label: the image's class.
     said: the three likeliest classes by the label that training uses. by_network: by the checkpoint; None without one.
-    truth: on `scenes` what the crop shows; None where nobody knows.
+    truth: on `scenes` what the crop shows, unless it is mixed; None where nobody knows.
     """
 
     index: int
@@ -70,6 +71,7 @@ def first_crops(job: Job, beton: Beton, names: Sequence[str], most: int, checkpo
     loader = job.open_crops(labels, resolution=resolution, drop_last=False)
     batch = next(loader.epoch(job.plan_epoch(0)))
     seen = mixed = batch.crops
+    draws = None
     if job.augment:
         draws = job.augment.draw(len(batch.crops), resolution, epoch=0, step=0)
         coloured = job.augment.colour(batch.crops, draws)
@@ -77,7 +79,12 @@ def first_crops(job: Job, beton: Beton, names: Sequence[str], most: int, checkpo
         seen = {"plain": batch.crops, "coloured": coloured, "mixed": mixed}[labels.sees]
     with computing_in(job.autocast, job.device):
         targets = labels(batch if seen is batch.crops else replace(batch, crops=seen))
-    chances = targets.distribution(len(names)).cpu()
+    chances = targets.distribution(len(names))
+    if job.augment and job.augment.mixes and draws is not None and labels.sees != "mixed":
+        # As the loss of a step weights the labels of the two.
+        share = kept(draws)[:, None]
+        chances = share * chances + (1 - share) * chances[partners(draws)]
+    chances = chances.cpu()
     own = batch.labels.cpu()
     rows = _of_all_classes(own.numpy(), most)
     sides = np.sqrt(batch.boxes[:, 2:].double().prod(dim=1).cpu().numpy())
@@ -105,9 +112,10 @@ def _crops(
     pixels = shown[rows].round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     indices, boxes = batch.indices[rows].cpu().numpy(), batch.boxes[rows].cpu().numpy()
     said = likeliest(chances[rows], names)
-    by_network = _by_network(job, checkpoint, batch.crops[rows], names) if checkpoint else None
+    by_network = _by_network(job, checkpoint, shown[rows], names) if checkpoint else None
     truth: list[str | None] = [None] * len(rows)
-    if job.data.source_fingerprint == scenes_fingerprint():
+    mixes = job.augment is not None and job.augment.mixes
+    if job.data.source_fingerprint == scenes_fingerprint() and not mixes:
         shows = scenes.crop_truth("train", indices, boxes).tolist()
         truth = [names[label] if label >= 0 else "nothing (ground)" for label in shows]
     later = [

@@ -149,7 +149,7 @@ def crops(images: Pictured, first: FirstCrops, job: Job, by_refinery: Answers | 
     if first.given < 1:
         body += paragraph(
             f"Over the {first.count:,} crops of this step, the likeliest class of the crop's label is the image's for "
-            f"{percent(first.agree / first.count)}; on average the label gives the image's class {percent(first.given)}."
+            f"{percent(first.agree / first.count)}; on average the label gives {percent(first.given)} to the image's."
         )
     return Section("crops", "Crops and their labels", body + cards(shown, double=True))
 
