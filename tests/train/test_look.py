@@ -370,9 +370,11 @@ def test_duplicates_are_found_within_and_across_splits(tmp_path):
     assert [(each.contradictory, each.across) for each in found] == [(True, False), (False, True), (False, False)]
     out = tmp_path / "page.html"
     look(configure(WORDS | {"data": str(data.folder), "batch": 4, "out": str(out)}))
-    words = Page(out.read_text()).words
+    found_page = Page(out.read_text())
+    words = found_page.words
     assert "3 images are there more than once, byte for byte: 1 with different labels, 1 both in train" in words
-    assert "train/class0/001.jpg, train/class2/copy.jpg" in words
+    for file in ("train/class0/001.jpg", "train/class2/copy.jpg", "val/class1/copy.jpg"):
+        assert f"<div class=file>{file}</div>" in found_page.text
     # Files of other writers have no checksums.
     for beton in betons:
         beton.checksums = None

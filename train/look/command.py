@@ -6,6 +6,7 @@ make look DATA=images/ CHECKPOINT=runs/images/...
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -207,7 +208,9 @@ def _network(checkpoint: str, run: Run | None, class_names: Sequence[str], data:
 def _page(job: Job, network: _Network | None, most: int) -> bytes:
     data, config = job.data, job.config
     betons = {split: Beton(data.beton(split)) for split in ("train", "val")}
-    images = sections.Pictured(data, readable(data.class_names), betons, _files(data, betons))
+    # Names may come from other people's files, and be of any length.
+    names = tuple(map(page.shortened, readable(data.class_names)))
+    images = sections.Pictured(data, names, betons, _files(data, betons))
     compute = Compute(job.device, config.decoder, config.threads or default_threads(), min(config.batch, 256))
     checkpoint = refinery = None
     if network:
@@ -219,7 +222,9 @@ def _page(job: Job, network: _Network | None, most: int) -> bytes:
         refinery = _judge(job, trained, columns, f"the refinery {trained.name} ({trained.origin})")
     judge = refinery or checkpoint
     rows = {split: chosen(beton, most, seed=config.seed) for split, beton in betons.items()}
-    with matplotlib.rc_context({"text.parse_math": False}):
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        # Letters that the charts' font lacks are there in the tables.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         twice = find_duplicates(betons["train"], betons["val"])
         first = first_crops(job, betons["train"], images.names, sections.CROPS, checkpoint)
         judged: dict[str, Answers] = {}
@@ -257,7 +262,7 @@ def _page(job: Job, network: _Network | None, most: int) -> bytes:
 
 
 def _judge(job: Job, trained: Trained, columns: Sequence[int], whose: str) -> Judge:
-    side, rule = crops_for(trained, job.data.resolution, job.data.crop, None)
+    side, rule = crops_for(trained, job.resolution, job.data.crop, None)
     return Judge(whose, trained, columns, side, rule, job.config.precision)
 
 

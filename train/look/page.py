@@ -57,10 +57,20 @@ class Section:
     body: str
 
 
+def shortened(name: str) -> str:
+    """At most 80 characters of a name."""
+    return name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…"
+
+
 def text(name: str) -> str:
     """Any text as HTML on one line; what is longer than 80 characters is cut off."""
-    shown = printable(name)
-    return html.escape(shown if len(shown) <= _LETTERS else f"{shown[: _LETTERS - 1]}…")
+    return html.escape(shortened(printable(name)))
+
+
+def _path(file: str) -> str:
+    """Of a longer one the end, which says more."""
+    shown = printable(file)
+    return html.escape(shown if len(shown) <= _LETTERS else f"…{shown[1 - _LETTERS :]}")
 
 
 def paragraph(words: str, *, quiet: bool = False) -> str:
@@ -95,18 +105,19 @@ def folded(summary: str, body: str) -> str:
     return f"<details><summary>{text(summary)}</summary>{body}</details>"
 
 
-def card(pictures: Sequence[tuple[str, str]], lines: Sequence[tuple[str, str, bool]], file: str) -> str:
+def card(pictures: Sequence[tuple[str, str]], lines: Sequence[tuple[str, str, bool]], *files: str) -> str:
     """Pictures with what is known of them.
 
     pictures: (data: address, what it shows). lines: (who says it, what it says, whether to mark it as another class
-    than the image's). file: which image it is.
+    than the image's). files: which image it is.
     """
     shown = "".join(f'<img alt="{text(alt)}" src="{address}">' for address, alt in pictures)
     said = "".join(
         f"<dt>{text(who)}</dt><dd>{f'<span class=other>{text(what)}</span>' if other else text(what)}</dd>"
         for who, what, other in lines
     )
-    return f"<div class=card><div class=pictures>{shown}</div><dl>{said}</dl><div class=file>{text(file)}</div></div>"
+    named = "".join(f"<div class=file>{_path(file)}</div>" for file in files)
+    return f"<div class=card><div class=pictures>{shown}</div><dl>{said}</dl>{named}</div>"
 
 
 def cards(several: Sequence[str], *, double: bool = False) -> str:

@@ -195,8 +195,7 @@ def duplicates(images: Pictured, found: Sequence[Duplicates]) -> Section:
         some = list(dict.fromkeys([*kinds.values(), *each.members]))[:_OF_A_GROUP]
         lines = [(SPLIT_NAMES[split], images.label(split, index), each.contradictory) for split, index in some]
         lines.append(("copies", f"{len(each.members):,}", False))
-        files = ", ".join(images.place(split, index) for split, index in some)
-        shown.append(card([(images.thumbnail(*some[0]), "the image")], lines, files))
+        shown.append(card([(images.thumbnail(*some[0]), "the image")], lines, *(images.place(*each) for each in some)))
     body += cards(shown)
     if len(found) > len(shown):
         rows = [
