@@ -84,6 +84,7 @@ def learning_curves(metrics: Sequence[dict[str, Any]], *, same_loss: bool) -> by
     for number, (key, label, colour) in enumerate(losses):
         axes = panels[number if apart else 0]
         _curve(axes, metrics, key, colour, label)
+        axes.set_ylim(bottom=0)
         axes.set_ylabel("loss, nats" if not apart else ("distance to the labels" if not number else "loss, nats"))
     of_accuracy = panels[-1]
     for key, label, colour, style in (

@@ -115,7 +115,7 @@ def mistakes(images: Pictured, answers: Answers) -> Section:
     wrong = int((~answers.right).sum())
     body = paragraph(
         f"{count(wrong, 'validation image is', 'validation images are')} taken for another class. Those to whose label "
-        "the network gives least; a wrong label in the set is as likely as a mistake of the network:"
+        "the network gives least; in some it may be the label that is wrong:"
     )
     return Section("mistakes", "Worst mistakes", body + doubted(images, "val", answers, MISTAKES))
 
