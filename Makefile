@@ -31,6 +31,9 @@ takes.tables        := TABLES DATA OUT GPUS ARGS
 about.convert       := write images as a converted set (train does it when needed)
 runs.convert        := data.convert
 takes.convert       := DATA OUT ARGS
+about.look          := one page of images, crops, labels and duplicates, and of curves and mistakes of a checkpoint
+runs.look           := train.look
+takes.look          := DATA REFINERY CHECKPOINT RESOLUTION BATCH OUT ARGS
 about.evaluate      := top-1 and top-5 of a checkpoint
 runs.evaluate       := train.evaluate
 takes.evaluate      := CHECKPOINT DATA RESOLUTION BATCH DECODER OUT ARGS
@@ -80,7 +83,7 @@ about.format        := let ruff order the code
 about.setup         := make .venv from requirements.lock (every verb does it by itself, once)
 about.help          := this text
 
-commands := train label maps chain tables convert evaluate predict export runs report bench bench-compare compare-labels kernels test test-all test-gpu kills soak
+commands := train label maps chain tables convert look evaluate predict export runs report bench bench-compare compare-labels kernels test test-all test-gpu kills soak
 verbs := $(commands) lint types format setup help
 
 flags := QUICK PROFILE INT8

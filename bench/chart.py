@@ -1,12 +1,27 @@
-"""The figure of loaders and files: grouped by what they read, in the colours of ours, peers and limits."""
+"""Figures of parts whose rates are no bars: of loaders and files, and of what a step consists of."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.record import Record, figure, title
+from bench.record import Record, bars, figure, title
 
 _COLOURS = {"ours": "tab:blue", "peer": "tab:orange", "limit": "0.6"}
 _MARKERS = "os^Dv<>P*X"
+
+
+def by_time(record: Record, found: dict[str, Any], path: Path) -> None:
+    """Bars of milliseconds a batch, of rows whose unit is images/s and that know their `batch`.
+
+    Parts of a step add up in time: as rates, what takes next to none would have the longest bars.
+    """
+    rows = []
+    for row in record.rows:
+        if "rate" in row:
+            slowest, median, fastest = (1000 * row["batch"] / row["rate"][key] for key in ("min", "median", "max"))
+            row = row | {"unit": "ms a batch", "rate": {"median": median, "min": fastest, "max": slowest}}
+        rows.append(row)
+    bars(replace(record, rows=rows), found, path)
 
 
 def by_storage(record: Record, found: dict[str, Any], path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+from bench.chart import by_time
 from bench.compiler import CompilerNotes, compiler_note
 from bench.limit import demand_note, limit_notes, limits, with_shares
 from bench.pair import CLASSES, Pair, batch, crops, refinery
@@ -178,6 +179,7 @@ def measure(settings: Settings) -> Record:
         rows=rows,
         identity=(Column("pair", lambda row: row["group"]), Column("what", lambda row: row["name"])),
         figures=step_columns(settings.device),
+        chart=by_time,
     )
 
 

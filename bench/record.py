@@ -78,7 +78,7 @@ class Record:
     rows: one a measurement, as in_turns gives them; `name` and `group` are its own in the part. Those of what takes no
     time have neither `unit` nor `rate`.
     identity, figures: columns of the table: what is known of every row, and what only of those that ran.
-    chart: draws the figure into a file; called as chart(record, found, path). Default: bars, a colour for each group.
+    chart: draws the figure into a file; called as chart(record, found, path). Default: `bars`.
     sections: several tables in place of the one, whose columns are then not used.
     """
 
@@ -95,7 +95,7 @@ class Record:
 def write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
     """Writes DATE-PART-DEVICE.json, .md and .png into the folder and returns their paths; `found`: environment().
 
-    Raises BenchError where they cannot be written.
+    There is no .png of a part of which nothing was measured. Raises BenchError where they cannot be written.
     """
     with writing(folder):
         return _write(record, found, folder)
@@ -123,7 +123,12 @@ def _write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
     }
     paths[0].write_text(json.dumps(described, indent=1) + "\n")
     paths[1].write_text(f"# {record.part}\n\n{table(record, found)}")
-    (record.chart or _bars)(record, found, paths[2])
+    measured = ran(record.rows) if record.chart else any("rate" in row for row in record.rows)
+    if not measured:
+        # One of an earlier start on this day would not fit the table.
+        paths.pop().unlink(missing_ok=True)
+        return paths
+    (record.chart or bars)(record, found, paths[2])
     return paths
 
 
@@ -197,19 +202,31 @@ def title(record: Record, found: dict[str, Any]) -> str:
     return f"{record.part}: {found['device']}, {found['cpu']['cores']} cores, {found['date'][:10]}"
 
 
-def _bars(record: Record, found: dict[str, Any], path: Path) -> None:
-    """Horizontal bars, a colour for each group: the median, with whiskers from the lowest to the highest."""
+def bars(record: Record, found: dict[str, Any], path: Path) -> None:
+    """Horizontal bars, a colour for each group: the median, with whiskers from the lowest to the highest.
+
+    A name has as many bars as there are groups with a row of it.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     rows = [row for row in record.rows if "rate" in row]
     units = list(dict.fromkeys(row["unit"] for row in rows)) or [""]
     names = [list(dict.fromkeys(row["name"] for row in rows if row["unit"] == unit)) for unit in units]
     groups = list(dict.fromkeys(row["group"] for row in rows))
-    heights = [0.8 + 0.32 * len(labels) * max(len(groups), 1) for labels in names]
+    members = {
+        (unit, name): [row for row in rows if (row["unit"], row["name"]) == (unit, name)]
+        for unit, labels in zip(units, names, strict=True)
+        for name in labels
+    }
+    most = [
+        max((len(members[unit, name]) for name in labels), default=1) for unit, labels in zip(units, names, strict=True)
+    ]
+    heights = [0.8 + 0.32 * len(labels) * count for labels, count in zip(names, most, strict=True)]
     sheet = Figure(figsize=(9, 0.8 + sum(heights)), layout="constrained")
     panels = sheet.subplots(len(units), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for axes, unit, labels in zip(panels, units, names, strict=True):
-        height = 0.8 / max(len(groups), 1)
+    for axes, unit, labels, count in zip(panels, units, names, most, strict=True):
+        height = 0.8 / count
         for number, group in enumerate(groups):
             drawn = [row for row in rows if row["unit"] == unit and row["group"] == group]
             rates = [row["rate"] for row in drawn]
@@ -218,8 +235,12 @@ def _bars(record: Record, found: dict[str, Any], path: Path) -> None:
                 [rate["median"] - rate["min"] for rate in rates],
                 [rate["max"] - rate["median"] for rate in rates],
             ]
-            ys = [labels.index(row["name"]) + (number - (len(groups) - 1) / 2) * height for row in drawn]
-            axes.barh(ys, medians, height, xerr=whiskers, capsize=2.5, label=group, ecolor="0.25")
+            ys = []
+            for row in drawn:
+                beside = members[unit, row["name"]]
+                ys.append(labels.index(row["name"]) + (beside.index(row) - (len(beside) - 1) / 2) * height)
+            colour = f"C{number % 10}"
+            axes.barh(ys, medians, height, xerr=whiskers, capsize=2.5, color=colour, label=group, ecolor="0.25")
             for y, rate in zip(ys, rates, strict=True):
                 text = figure(rate["median"])
                 axes.annotate(text, (rate["max"], y), (5, 0), textcoords="offset points", va="center")
@@ -230,5 +251,7 @@ def _bars(record: Record, found: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_title(title(record, found), fontsize=10)
     if len(groups) > 1:
-        panels[0].legend(frameon=False)
+        # Below the panels, where there is no bar.
+        handles = [Patch(color=f"C{number % 10}", label=group) for number, group in enumerate(groups)]
+        sheet.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3), frameon=False)
     sheet.savefig(path, dpi=120)

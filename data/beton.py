@@ -90,7 +90,7 @@ class Beton:
     starts, lengths: int64 [n], place of each image's bytes. pages: int64 [n], the file page that holds each image.
     bytes: uint8, the whole file, mapped. fingerprint: hex digest of index and contents; of the index alone where the
     file has no seal, which still differs whenever an image was added, dropped, moved or encoded to another length.
-    identity: of the file, as it was opened.
+    identity: of the file, as it was opened. checksums: uint32 [n], CRC-32 of each image's bytes; None without a seal.
     Raises DataError when the file is missing, cut short, damaged, or of another format.
 
     A file that is removed, or replaced by another one, stays mapped as it was. What is written to the file itself is
@@ -141,20 +141,20 @@ class Beton:
         self.pages = self.starts // int(header["page_size"])
         self.bytes = np.frombuffer(mapped, dtype=np.uint8)
         if seal is None:
-            self._checksums = None
+            self.checksums = None
             digest = _digest(self.sizes, self.labels, self.starts, self.lengths, self.raw)
         else:
-            self._checksums = self._verified_checksums(seal, sealed, file_size)
+            self.checksums = self._verified_checksums(seal, sealed, file_size)
             digest = seal["digest"].tobytes()
         self.fingerprint = digest.hex()
-        self._trusted = np.full(self.num_samples, self._checksums is None)
+        self._trusted = np.full(self.num_samples, self.checksums is None)
 
     def encoded(self, index: int) -> NDArray[np.uint8]:
         """The stored bytes of one image: uint8 [length], a view of the mapped file. Raises DataError if damaged."""
         start = self.starts[index]
         data = self.bytes[start : start + self.lengths[index]]
-        if self._checksums is not None and not self._trusted[index]:
-            if zlib.crc32(data.data) != self._checksums[index]:
+        if self.checksums is not None and not self._trusted[index]:
+            if zlib.crc32(data.data) != self.checksums[index]:
                 raise DataError(f"{self.path}: image {index} is damaged (its checksum differs); convert the set again")
             self._trusted[index] = True
         return data

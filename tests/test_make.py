@@ -74,6 +74,22 @@ def test_every_verb_is_one_command(make):
             ["export", "CHECKPOINT=c", "FORMAT=onnx", "INT8=1"],
             ["-m", "train.export", "--checkpoint", "c", "--format", "onnx", "--int8"],
         ),
+        (
+            [
+                "look",
+                "DATA=a",
+                "REFINERY=r",
+                "CHECKPOINT=c",
+                "RESOLUTION=64",
+                "BATCH=8",
+                "OUT=o.html",
+                "ARGS=--images 9",
+            ],
+            [
+                *("-m", "train.look", "--data", "a", "--refinery", "r", "--checkpoint", "c", "--resolution", "64"),
+                *("--batch", "8", "--out", "o.html", "--images", "9"),
+            ],
+        ),
         (["predict", "CHECKPOINT=c", "IMAGES=i"], ["-m", "train.predict", "--checkpoint", "c", "--images", "i"]),
         (["runs"], ["-m", "train.runs"]),
         (["runs", "FIGURE=a.svg"], ["-m", "train.runs", "--figure", "a.svg"]),

@@ -123,10 +123,19 @@ def _write(rows: list[dict[str, Any]], runs: Sequence[Run], root: Path) -> None:
         (folder / "chain.txt").write_text(text)
         (folder / "chain.json").write_text(json.dumps(rows, indent=1) + "\n")
         names = [f"{row['generation']} {row['model']}" for row in rows]
-        figures.by_run(names, [row["train_top1"] for row in rows], [row["top1"] for row in rows], folder / "chain.png")
+        values = {
+            "training crops, last epoch": [row["train_top1"] for row in rows],
+            "validation images": [row["top1"] for row in rows],
+        }
+        figures.by_run(names, values, folder / "chain.png")
     except OSError as error:
         raise TrainError(f"{folder}: the table of generations cannot be written ({error.strerror})") from None
-    print(f"{text}\n{folder}: chain.txt, chain.json, chain.png", flush=True)
+    print(
+        f"{text}\ntrain top-1: on the random training crops of the last epoch, while the network still learned; top-1, "
+        "top-5: on central\ncrops of validation images, which are easier. gap: train top-1 less top-1, of these two "
+        f"kinds of crops.\n{folder}: chain.txt, chain.json, chain.png",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

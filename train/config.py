@@ -333,16 +333,19 @@ def parse(words: Sequence[str]) -> Config:
     return parse_both(words, _Nothing, prog="python -m train", about=about)[0]
 
 
-def parse_both(words: Sequence[str], own: type[_Own], *, prog: str, about: str) -> tuple[Config, _Own]:
+def parse_both(
+    words: Sequence[str], own: type[_Own], *, prog: str, about: str, several_devices: bool = True
+) -> tuple[Config, _Own]:
     """As `parse`, for a command that also has options of its own, which the dataclass `own` lists.
 
-    prog, about: what --help says of the command.
+    prog, about: what --help says of the command. several_devices: it runs on these (train.launch).
     """
-    # train.launch takes these two before the parser sees the rest.
-    about += (
-        " --gpus N starts N processes, one per device; --max_restarts K starts them again, up to K times, after one "
-        "was killed or failed."
-    )
+    if several_devices:
+        # train.launch takes these two before the parser sees the rest.
+        about += (
+            " --gpus N starts N processes, one per device; --max_restarts K starts them again, up to K times, after "
+            "one was killed or failed."
+        )
     parser = ArgumentParser(prog=prog, description=about, exit_on_error=False, print_config=None)
     parser.add_argument("--config", action="config", help="a YAML file of options; those typed behind it count more")
     parser.add_argument("--print_config", action="store_true", help="print all options with their values, and end")

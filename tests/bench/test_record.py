@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from bench.chart import by_storage, by_time
 from bench.environment import environment
-from bench.record import BATCH_TIME, MEMORY, Column, Record, optional, rate_columns, table, write
+from bench.record import BATCH_TIME, MEMORY, Column, Record, bars, optional, rate_columns, table, write
 
 
 def ran(name: str, group: str, median: float, **more) -> dict:
@@ -70,7 +73,31 @@ def test_a_part_is_written_as_json_table_and_chart(tmp_path):
     assert Image.open(paths[2]).width > 500
 
 
-def test_a_part_that_did_not_run_is_written_too(tmp_path):
-    nothing = Record("loop", {}, [], [RECORD.rows[2]], RECORD.identity, RECORD.figures)
-    for path in write(nothing, environment("cpu"), tmp_path):
-        assert path.stat().st_size > 0
+def test_a_part_that_did_not_run_is_written_without_a_chart(tmp_path):
+    write(Record("loop", {}, [], RECORD.rows, RECORD.identity, RECORD.figures), environment("cpu"), tmp_path)
+    for chart in (None, by_storage):
+        nothing = Record("loop", {}, [], [RECORD.rows[2]], RECORD.identity, RECORD.figures, chart)
+        paths = write(nothing, environment("cpu"), tmp_path)
+        assert [path.suffix for path in paths] == [".json", ".md"]
+        assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+def test_bars_stand_beside_their_names(monkeypatch, tmp_path):
+    """Those that only one group has as well as those that two have."""
+    rows = [ran("step", "a", 1000.0), ran("step", "b", 500.0), ran("optimizer", "b", 80.0), RECORD.rows[2]]
+    sheets: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: sheets.append(self))
+    for chart in (bars, by_time):
+        chart(Record("networks", {}, [], rows, (), ()), environment("cpu"), tmp_path / "networks.png")
+    (rates,), (times,) = sheets[0].axes, sheets[1].axes
+    for axes in (rates, times):
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["step", "optimizer"]
+        places = [bar.get_y() + bar.get_height() / 2 for bar in axes.patches]
+        assert places == pytest.approx([-0.2, 0.2, 1])
+    assert [bar.get_width() for bar in rates.patches] == pytest.approx([1000, 500, 80])
+    # Batches of 10: what is fast takes little time.
+    assert [bar.get_width() for bar in times.patches] == pytest.approx([10, 20, 125])
+    assert {text.get_text() for text in times.texts} == {"10", "20", "125"}
+    assert times.get_xlabel().startswith("ms a batch")
+    (segment, *_) = times.collections[0].get_segments()
+    assert sorted(segment[:, 0]) == pytest.approx([10 / 1.1, 10 / 0.9])

@@ -25,7 +25,7 @@ from models.trained import load_trained
 from tests.pictures import photograph, write_class_folders
 from train import TrainError
 from train.config import parse
-from train.report import analysis
+from train.report import analysis, figures
 from train.report.analysis import Accuracies, Accuracy, Compute, Subject
 from train.report.command import report
 from train.runs import read_run
@@ -126,6 +126,9 @@ def test_accuracy_of_each_class_is_what_counting_gives(reported, trained, data):
     """Counted image by image, in another order and other batches."""
     splits = {
         "train": training_loader(data, 1000, batch_size=7, drop_last=False),
+        "val_crops": open_loader(
+            data.beton("val"), resolution=32, seed=1000, crop=data.crop, decoder="ffcv", batch_size=7, drop_last=False
+        ),
         "val": open_loader(data.beton("val"), resolution=32, batch_size=4, train=False, crop=data.crop),
     }
     assert data.crop.center_ratio == 1.0
@@ -190,15 +193,15 @@ def test_the_page_holds_all_figures_and_needs_nothing_else(reported, data):
 
 def test_the_page_says_what_was_counted(reported, trained):
     page = Page((reported / "report.html").read_text())
-    first, second = page.texts["td"][:8], page.texts["td"][8:]
+    first, second = page.texts["td"][:9], page.texts["td"][9:]
     assert first[:3] == ["1", "resnet18", "ground truth"]
     assert second[:3] == ["2", "mobilenet0.25", "resnet18"]
     for row, run in zip((first, second), trained, strict=True):
         (kept,) = run.folder.glob("accuracies-*.json")
         written = json.loads(kept.read_text())
-        train1, val = written["train"]["top1"], written["val"]
+        train1, crops, val = written["train"]["top1"], written["val_crops"]["top1"], written["val"]
         assert row[3:] == [
-            *(f"{value:.2f}" for value in (val["top1"], val["top5"], train1, train1 - val["top1"])),
+            *(f"{value:.2f}" for value in (val["top1"], val["top5"], train1, crops, train1 - crops)),
             run.folder.name,
         ]
     captions = page.texts["figcaption"]
@@ -207,7 +210,8 @@ def test_the_page_says_what_was_counted(reported, trained):
     assert "statistics of the batch, 16 training crops" in captions[1]
     assert "training image 7, which the set labels a<b" in captions[1]
     assert "training image 20, which the set labels $5 & $6" in captions[2]
-    assert "The 3 classes are sorted" in captions[3]
+    assert "one random crop of each of 15 validation images" in captions[0]
+    assert "a point is one of the 3 classes; on the dashed line" in captions[3]
     assert "a dot is a class (of 16 images)" in captions[4]
     assert "a dot is a class (of 5 images)" in captions[5]
     assert "3 training images, a random crop of each" in captions[6]
@@ -232,7 +236,9 @@ def test_what_is_known_is_not_computed_again(reported, trained, data, tmp_path, 
     assert {path: path.read_bytes() for path in trained[1].folder.glob("accuracies-*")} == before
 
 
-@pytest.mark.parametrize(("classes", "sizes"), [(2, {2}), (3, {3}), (10, {2}), (45, {2, 3}), (1000, {50})])
+@pytest.mark.parametrize(
+    ("classes", "sizes"), [(1, {1}), (2, {1}), (5, {1}), (20, {1}), (21, {3}), (45, {3}), (61, {3, 4}), (1000, {50})]
+)
 def test_bins_of_classes(classes, sizes):
     rng = np.random.default_rng(classes)
     train, val = rng.uniform(0, 100, classes).tolist(), rng.uniform(0, 100, classes).tolist()
@@ -241,16 +247,19 @@ def test_bins_of_classes(classes, sizes):
         Accuracies(
             Accuracy(0, 0, [(4, accuracy) for accuracy in train] + unknown),
             Accuracy(0, 0, [(4, accuracy) for accuracy in val] + unknown[::-1]),
+            Accuracy(0, 0, [(4, 50.0)] * (classes + 2)),
         )
     )
     pairs = sorted(zip(train, val, strict=True))
     assert set(found.sizes.tolist()) == sizes
     assert len(found.sizes) <= 20
-    for size, mean_train, mean_val, spread in zip(found.sizes, found.train, found.val, found.spread, strict=True):
+    for size, mean_train, mean_val, low, high in zip(
+        found.sizes, found.train, found.val, found.low, found.high, strict=True
+    ):
         members, pairs = pairs[:size], pairs[size:]
         assert mean_train == pytest.approx(sum(t for t, _ in members) / size)
-        assert mean_val == pytest.approx(mean := sum(v for _, v in members) / size)
-        assert spread**2 == pytest.approx(sum((v - mean) ** 2 for _, v in members) / size)
+        assert mean_val == pytest.approx(sum(v for _, v in members) / size)
+        assert (low, high) == (min(v for _, v in members), max(v for _, v in members))
     assert not pairs
 
 
@@ -418,3 +427,40 @@ def test_bad_inputs_end_in_one_line_before_anything_slow(copies, refusal, data, 
     config.write_text("{")
     assert f"{config}: missing or damaged; say with DATA" in refusal("--runs", student)
     assert not list(tmp_path.glob("report-*"))
+
+
+@pytest.fixture
+def axes_of(monkeypatch, tmp_path):
+    """Draws a figure of one pair of axes and returns these."""
+
+    def axes_of(draw: Callable[..., None], *values: object):
+        sheets: list = []
+        monkeypatch.setattr(figures.Figure, "savefig", lambda self, path, **_: sheets.append(self))
+        draw(*values, tmp_path / "figure.png")
+        (axes,) = sheets[0].axes
+        return axes
+
+    return axes_of
+
+
+def test_figure_1_begins_at_0_and_joins_no_runs(axes_of):
+    values = {"training crops": [97.0, 100.0], "validation images": [95.0, 96.0]}
+    axes = axes_of(figures.by_run, ["1 a", "2 b"], values)
+    assert axes.get_xlim()[0] == 0
+    assert not axes.lines
+    assert [bar.get_width() for bar in axes.patches] == [97, 100, 95, 96]
+    assert {bar.get_x() for bar in axes.patches} == {0}
+
+
+@pytest.mark.parametrize(("classes", "points"), [(5, 5), (40, 13)])
+def test_figure_4_stays_within_0_and_100(axes_of, classes, points):
+    rng = np.random.default_rng(0)
+    train, val = (Accuracy(0, 0, [(4, each) for each in rng.choice([0.0, 50.0, 100.0], classes)]) for _ in range(2))
+    bins = analysis.binned(Accuracies(train, val, val))
+    axes = axes_of(figures.by_training_accuracy, ["1 a"], [bins])
+    assert len(axes.lines[0].get_xdata()) == points
+    # Bars of bins alone, and within what an accuracy can be.
+    bars = np.concatenate([line for drawn in axes.collections for line in drawn.get_segments()] or [np.zeros((0, 2))])
+    assert (len(bars) > 0) == (classes > 20)
+    assert ((bars >= 0) & (bars <= 100)).all()
+    assert axes.get_xlim() == axes.get_ylim()

@@ -5,7 +5,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,8 @@ from train.score import score, validation_loader
 Labels = list[tuple[str, float]]
 
 _LABELS_SHOWN = 3
-# A line of twenty points can be read; with few classes, a point still has the mean of two.
-_MOST_BINS = 20
+# Twenty points can be read. So many classes have a point each; of more, a bin has three at least.
+_MOST_BINS, _LEAST_OF_A_BIN = 20, 3
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,19 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Of one network. train: on one random crop of each training image; val: on the validation images."""
+    """Of one network. train, val_crops: on one random crop of each image of training and of validation, by one rule.
+
+    val: on the central crops of the validation images, which are easier.
+    """
 
     train: Accuracy
+    val_crops: Accuracy
     val: Accuracy
+
+    @property
+    def gap(self) -> float:
+        """Training less validation top-1, on crops of the same kind, in points."""
+        return self.train.top1 - self.val_crops.top1
 
 
 def readable(class_names: Sequence[str]) -> tuple[str, ...]:
@@ -101,9 +110,9 @@ def readable(class_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def accuracies(subject: Subject, data: ConvertedSet, *, seed: int, compute: Compute) -> Accuracies:
-    """The accuracy of each class, of the network in evaluation mode, on training crops and on validation images.
+    """The accuracy of each class, of the network in evaluation mode, on images of training and of validation.
 
-    The training crops are those that the plan draws for epoch 0 of `seed`, one of each image.
+    The random crops are those that the plan draws for epoch 0 of `seed`, one of each image.
     Computed once and kept in the run's folder, named by all that they depend on; that includes decoder, kind of device
     and precision, since a network that is unsure of a crop may turn with the rounding of a pixel.
     Raises DataError for damaged images.
@@ -122,31 +131,34 @@ def accuracies(subject: Subject, data: ConvertedSet, *, seed: int, compute: Comp
     # One that was cut short while it was written is computed again.
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         kept = json.loads(path.read_text())
-        found = Accuracies(*(_accuracy(**kept[split]) for split in ("train", "val")))
+        found = Accuracies(*(_accuracy(**kept[each.name]) for each in fields(Accuracies)))
         print(f"{subject.name}: accuracy of each class from {path}", flush=True)
         return found
     resolution, rule = subject.resolution, subject.rule
     loading: dict[str, Any] = {"decoder": compute.decoder, "device": compute.device, "threads": compute.threads}
-    train = open_loader(
-        data.beton("train"),
-        resolution=resolution,
-        batch_size=compute.batch,
-        seed=seed,
-        order="sequential",
-        drop_last=False,
-        crop=rule,
-        **loading,
+    train, val_crops = (
+        open_loader(
+            data.beton(split),
+            resolution=resolution,
+            batch_size=compute.batch,
+            seed=seed,
+            order="sequential",
+            drop_last=False,
+            crop=rule,
+            **loading,
+        )
+        for split in ("train", "val")
     )
     val = validation_loader(data, resolution=resolution, crop=rule, batch=compute.batch, **loading)
     print(
-        f"{subject.name}: accuracy of each class on {train.num_samples} training crops and {val.num_samples} "
-        "validation images",
+        f"{subject.name}: accuracy of each class on {train.num_samples} training and {val.num_samples} validation "
+        "images",
         flush=True,
     )
     network = on_device(subject.trained.network, compute.device)
     autocast = autocast_type(subject.precision)
     splits = []
-    for loader in (train, val):
+    for loader in (train, val_crops, val):
         scores = score(network, loader, subject.trained.normalisation, device=compute.device, autocast=autocast)
         splits.append(_accuracy(scores.top1, scores.top5, scores.per_class))
     found = Accuracies(*splits)
@@ -172,29 +184,32 @@ def of_classes(accuracy: Accuracy) -> NDArray[np.float64]:
 class Bins:
     """Classes sorted by training accuracy and binned, each float64 [bins], in percent (Figure 4 of the paper).
 
-    train: mean training accuracy of the bin's classes. val, spread: mean and standard deviation of their validation
-    accuracies. sizes: int, how many classes they are.
+    train: mean training accuracy of the bin's classes. val: mean of their validation accuracies, on the same kind of
+    crops; low, high: the lowest and the highest of these. sizes: int, how many classes they are.
     """
 
     train: NDArray[np.float64]
     val: NDArray[np.float64]
-    spread: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
     sizes: NDArray[np.int64]
 
 
 def binned(found: Accuracies) -> Bins:
-    """Bins of equally many classes (give or take one): of two at least, and at most twenty bins.
+    """A bin for each class, of up to twenty classes; of more, bins of equally many (give or take one), three at least.
 
     Classes without training or validation images are left out.
     """
-    train, val = of_classes(found.train), of_classes(found.val)
+    train, val = of_classes(found.train), of_classes(found.val_crops)
     known = np.flatnonzero(np.isfinite(train) & np.isfinite(val))
     ordered = known[np.argsort(train[known], kind="stable")]
-    members = np.array_split(ordered, min(_MOST_BINS, max(1, len(ordered) // 2)))
+    few = len(ordered) <= _MOST_BINS
+    members = np.array_split(ordered, len(ordered) if few else min(_MOST_BINS, len(ordered) // _LEAST_OF_A_BIN))
     return Bins(
         train=np.array([train[ids].mean() for ids in members]),
         val=np.array([val[ids].mean() for ids in members]),
-        spread=np.array([val[ids].std() for ids in members]),
+        low=np.array([val[ids].min() for ids in members]),
+        high=np.array([val[ids].max() for ids in members]),
         sizes=np.array([len(ids) for ids in members]),
     )
 

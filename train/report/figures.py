@@ -4,7 +4,7 @@ All are six inches wide, so that their letters can be read on a telephone.
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,53 +25,52 @@ _COLUMNS = 3
 # classes beyond these have the last one.
 _CLASS_COLOURS = ("#8da0cb", "#fc8d62", "#66c2a5", "#e78ac3", "#ffd92f", "#c0c0c0")
 _OTHERS = -1
+# What accuracies were counted on, in figures whose colours are not those of runs.
+_KIND_COLOURS = ("#9ecae1", "#4292c6", "#08306b")
 _SMALLEST_POINTS = 5.0
 
 
-def by_run(names: Sequence[str], train: Sequence[float], val: Sequence[float], path: Path) -> None:
-    """Train and validation accuracy, in percent, run by run (Figure 1 of the paper)."""
-    figure, axes = _chart(3.4)
-    places = range(len(names))
-    for values, label, marker in ((train, "training crops", "s"), (val, "validation images", "o")):
-        axes.plot(places, values, marker=marker, label=label)
-    for place in places:
-        # The number of the upper point stands above it and that of the lower below: they never meet.
-        for value, other, upward in ((train[place], val[place], True), (val[place], train[place], False)):
-            above = value > other or (value == other and upward)
-            axes.annotate(
-                f"{value:.1f}",
-                (place, value),
-                (0, 6 if above else -6),
-                textcoords="offset points",
-                ha="center",
-                va="bottom" if above else "top",
-                fontsize=9,
-            )
-    axes.set_xticks(places, [_folded(name, 14) for name in names])
-    axes.margins(x=0.12, y=0.2)
-    axes.set_ylabel("top-1, %")
-    _legend(axes)
+def by_run(names: Sequence[str], values: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Accuracies in percent, run by run, as bars from 0 (Figure 1 of the paper, whose runs are one chain).
+
+    values: a number for each run, by what was counted.
+    """
+    figure, axes = _chart(0.9 + len(names) * (0.24 * len(values) + 0.25))
+    height = 0.8 / len(values)
+    for number, (label, of_runs) in enumerate(values.items()):
+        places = [place + (number - (len(values) - 1) / 2) * height for place in range(len(names))]
+        axes.barh(places, of_runs, height, color=_KIND_COLOURS[number % len(_KIND_COLOURS)], label=label)
+        for place, value in zip(places, of_runs, strict=True):
+            axes.annotate(f" {value:.1f}", (value, place), va="center", fontsize=9)
+    axes.set_yticks(range(len(names)), [_folded(name, 16) for name in names])
+    # Room for a number behind a bar of 100 %.
+    axes.set(xlim=(0, 108), ylim=(len(names) - 0.5, -0.5), xticks=range(0, 101, 20))
+    axes.set_xlabel("top-1, %")
+    _legend(axes, columns=len(values))
     figure.savefig(path, dpi=_DPI)
 
 
 def by_training_accuracy(names: Sequence[str], bins: Sequence[Bins], path: Path) -> None:
-    """Validation over training accuracy of binned classes, one line a run (Figure 4 of the paper)."""
-    figure, axes = _chart(4.2)
+    """Validation over training accuracy of classes, or of bins of them, one colour a run (Figure 4 of the paper)."""
+    figure, axes = _chart(5.4)
+    single = all((each.sizes == 1).all() for each in bins)
     for number, (name, each) in enumerate(zip(names, bins, strict=True)):
         axes.errorbar(
             each.train,
             each.val,
-            yerr=each.spread,
+            yerr=None if single else [each.val - each.low, each.high - each.val],
             color=_colour(number),
             marker=_MARKERS[number % len(_MARKERS)],
+            # A line through single classes would only zigzag.
+            linestyle="" if single else "-",
             elinewidth=0.8,
             label=_folded(name, 40),
         )
-    low = max(0.0, min(float(min(each.train.min(), (each.val - each.spread).min())) for each in bins))
-    high = min(100.0, max(float(max(each.train.max(), (each.val + each.spread).max())) for each in bins))
-    axes.plot([low, high], [low, high], color="0.6", linestyle="--", linewidth=1, zorder=0)
-    axes.set_xlabel("accuracy on training crops, mean of the bin, %")
-    axes.set_ylabel("validation accuracy, %")
+    axes.plot([0, 100], [0, 100], color="0.6", linestyle="--", linewidth=1, zorder=0)
+    axes.set(xlim=(-2, 102), ylim=(-2, 102))
+    axes.set_aspect("equal")
+    axes.set_xlabel(f"accuracy on training crops{'' if single else ', mean of the bin'}, %")
+    axes.set_ylabel("accuracy on validation crops, %")
     _legend(axes)
     figure.savefig(path, dpi=_DPI)
 
@@ -256,9 +255,18 @@ def _chart(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: Axes, columns: int = 2) -> None:
     # Above the axes, where no line passes.
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+    axes.legend(
+        frameon=False,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=columns,
+        borderaxespad=0,
+        fontsize=9,
+        columnspacing=1,
+        handlelength=1.5,
+    )
 
 
 def _show(axes: Axes, image: NDArray[np.uint8]) -> None:

@@ -16,19 +16,20 @@ from train.labels import origin_of
 from train.report import analysis, figures
 from train.report.analysis import Accuracies, Compute, Labelling, Subject
 
-HEADS = ("run", "model", "labels from", "top-1", "top-5", "train top-1", "gap", "folder")
+HEADS = ("run", "model", "labels from", "top-1", "top-5", "train crops", "val crops", "gap", "folder")
 _CROPS_OF_ONE = 6
 
 # Colours follow the reader's theme by the system's own names; figures are dark on white in both.
 _STYLE = """
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 0 auto; padding: 1rem;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 0 auto; padding: 1rem;
   background: Canvas; color: CanvasText; }
 h1 { font-size: 1.5rem; line-height: 1.25; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.6rem; text-align: left; border-bottom: 1px solid #8886; white-space: nowrap; }
 .number { text-align: right; }
+td.name { white-space: normal; overflow-wrap: anywhere; min-width: 11rem; }
 figure { margin: 2.5rem 0; }
 img { display: block; width: 100%; height: auto; box-sizing: border-box; padding: 0.5rem; border-radius: 0.5rem;
   background: white; }
@@ -91,16 +92,13 @@ def write(report: ReportData, seen: Sequence[int], unseen: Sequence[int], folder
 
 
 def rows(report: ReportData) -> list[list[str]]:
-    """The table of the runs, below HEADS. Accuracies in percent; gap: training less validation top-1."""
+    """The table of the runs, below HEADS. Accuracies in percent, gap in points."""
     return [
         [
             str(number),
             subject.run.identity["model"],
             origin_of(subject.run.identity),
-            *(
-                f"{x:.2f}"
-                for x in (found.val.top1, found.val.top5, found.train.top1, found.train.top1 - found.val.top1)
-            ),
+            *(f"{x:.2f}" for x in (found.val.top1, found.val.top5, found.train.top1, found.val_crops.top1, found.gap)),
             subject.run.folder.name,
         ]
         for number, (subject, found) in enumerate(zip(report.subjects, report.accuracies, strict=True), 1)
@@ -111,14 +109,20 @@ def rows(report: ReportData) -> list[list[str]]:
 
 
 def _runs(report: ReportData, path: Path) -> Figure:
-    train, val = [each.train.top1 for each in report.accuracies], [each.val.top1 for each in report.accuracies]
-    figures.by_run(report.names, train, val, path)
-    values = zip(report.names, train, val, strict=True)
+    values = {
+        "training crops": [each.train.top1 for each in report.accuracies],
+        "validation crops": [each.val_crops.top1 for each in report.accuracies],
+        "validation images": [each.val.top1 for each in report.accuracies],
+    }
+    figures.by_run(report.names, values, path)
     return Figure(
         path,
-        f"Top-1 accuracy on training crops and on validation images, run by run. {_counted(report, 'train', 'val')}",
+        "Top-1 accuracy, run by run. The crops of training and of validation are drawn alike, and the difference "
+        "shows what a run has learned by heart; the central crop of a validation image is easier than either. "
+        f"{_counted(report, 'train', 'val_crops', 'val')}",
         "; ".join(
-            f"{name}: {seen:.1f} % on training crops, {unseen:.1f} % in validation" for name, seen, unseen in values
+            f"{name}: {', '.join(f'{of_runs[place]:.1f} % on {kind}' for kind, of_runs in values.items())}"
+            for place, name in enumerate(report.names)
         ),
     )
 
@@ -132,12 +136,18 @@ def _bins(report: ReportData, path: Path) -> Figure:
         f"{each.train[-1]:.0f} %"
         for name, each in zip(report.names, bins, strict=True)
     )
+    drawn = (
+        f"Accuracy on validation crops over that on training crops, which are drawn alike: a point is one of the "
+        f"{_classes(report)}"
+        if max(sizes) == 1
+        else "Accuracy on validation crops of classes that are about as accurate on training crops, which are drawn "
+        f"alike. The {_classes(report)} are sorted by each run's own accuracy on training crops and put into bins of "
+        f"{_span(sizes, 'class', 'classes')}. A point is the mean over a bin, its bar reaches from the lowest to the "
+        "highest class in it"
+    )
     return Figure(
         path,
-        f"Validation accuracy of classes that are about as accurate in training. The {_classes(report)} are sorted "
-        f"by each run's own accuracy on training crops and put into bins of {_span(sizes, 'class', 'classes')}. A "
-        "point is the mean over a bin, its bar the standard deviation of the validation accuracies in it; on the "
-        f"dashed line both accuracies are equal. {_counted(report, 'train', 'val')}",
+        f"{drawn}; on the dashed line both accuracies are equal. {_counted(report, 'train', 'val_crops')}",
         "A line for each run, validation accuracy over training accuracy. " + "; ".join(ends),
     )
 
@@ -166,6 +176,7 @@ def _counted(report: ReportData, *splits: str) -> str:
     crops = {
         "train": f"one random crop of each of {report.train.num_samples:,} training images (seed {report.seed}, "
         "epoch 0)",
+        "val_crops": f"one random crop of each of {report.val.num_samples:,} validation images",
         "val": f"the central crop of each of {report.val.num_samples:,} validation images",
     }
     return f"{report.data.name}: {', '.join(crops[split] for split in splits)}. {_WEIGHTS}"
@@ -293,8 +304,9 @@ counts as right where the likeliest class is its image's.</p>
 {_table(HEADS, rows(report))}
 </div>
 <p>Accuracies in percent. top-1, top-5: on the central crop of each of {report.val.num_samples:,} validation images.
-train top-1: on one random crop of each of {report.train.num_samples:,} training images (seed {report.seed}, epoch
-0: crops that no run was trained on), the network in evaluation mode. gap: train top-1 less top-1.
+train crops, val crops: top-1 on one random crop of each of {report.train.num_samples:,} training and
+{report.val.num_samples:,} validation images (seed {report.seed}, epoch 0: crops that no run was trained on), which are
+harder than central ones; the network in evaluation mode. gap: train crops less val crops, both random.
 {_rule(report)}.</p>
 {figures_of_page}
 </main>
@@ -317,8 +329,8 @@ def _rule(report: ReportData) -> str:
 
 
 def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    numbers = ("top-1", "top-5", "train top-1", "gap")
-    kinds = [' class="number"' if head in numbers else "" for head in heads]
+    numbers = ("top-1", "top-5", "train crops", "val crops", "gap")
+    kinds = [' class="number"' if head in numbers else ' class="name"' if head == "folder" else "" for head in heads]
 
     def line(tag: str, cells: Sequence[str]) -> str:
         marked = (f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
