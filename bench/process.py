@@ -37,7 +37,7 @@ class Process:
         self._connection, theirs = multiprocessing.Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bench.process", str(theirs.fileno())],
+                [sys.executable, "-m", f"{__package__}.process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,

@@ -14,4 +14,4 @@ if __name__ == "__main__":
         with joined(config.device):
             train(config)
 
-    exit_on_user_error(lambda: on_devices("train", sys.argv[1:], parse, work))
+    exit_on_user_error(lambda: on_devices(__package__, sys.argv[1:], parse, work))
