@@ -99,6 +99,11 @@ def typed_command() -> str:
     return os.environ.get("TYPED_COMMAND") or f"{starter} -m {module} {shlex.join(sys.argv[1:])}"
 
 
+def safe_path() -> list[str]:
+    """The option of Python by which a further interpreter leaves out the current folder's modules, as this one does."""
+    return ["-P"] if sys.flags.safe_path else []
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says first, or its type where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

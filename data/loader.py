@@ -94,8 +94,8 @@ def _laid_out(part: torch.Tensor) -> torch.Tensor:
 class Loader:
     """Crop batches of a `.beton`: random crops in random order for training, central crops in file order else.
 
-    Iterated over, it takes the place of a DataLoader: each pass is the epoch after that of the pass before, from 0 on or
-    from what `set_epoch` was given. `len(loader)` is `steps`.
+    Iterated over, it takes the place of a DataLoader: each pass is the epoch after that of the pass before, from 0 on
+    or from what `set_epoch` was given. `len(loader)` is `steps`.
 
     resolution: pixels a side. batch_size: crops a batch. decoder: see data.decoders.choose. train: random crops by
     `crop`, in the order that `order` names: random, quasi-random (random within groups of file pages, for files larger
