@@ -35,10 +35,10 @@ label-refinery VERB --help lists a verb's options; label-refinery --version prin
 
 def main() -> NoReturn:
     """Becomes the verb's program, as `python -m` would start it. Ends with status 2 and one line for a bad verb."""
-    verbs = json.loads(Path(__file__).with_name("verbs.json").read_text())
+    listed = json.loads(Path(__file__).with_name("verbs.json").read_text())
     words = sys.argv[1:]
     try:
-        module, options = program(words, verbs)
+        module, options = program(words, listed)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -50,21 +50,22 @@ def main() -> NoReturn:
     os.execv(sys.executable, [sys.executable, "-P", "-m", f"{__package__}.{module}", *options])
 
 
-def program(words: list[str], verbs: dict[str, Any]) -> tuple[str, list[str]]:
+def program(words: list[str], listed: dict[str, Any]) -> tuple[str, list[str]]:
     """The module that a command line asks for and its options; or "" and what is to be shown.
 
-    verbs: as setup.py takes them from the Makefile. Raises ValueError, in one line, for what is no command.
+    listed: what setup.py takes from the Makefile. Raises ValueError, in one line, for what is no command.
     """
+    verbs = listed["verbs"]
     verb, *rest = words or ["--help"]
     if verb in ("--help", "-h", "help"):
         width = max(map(len, verbs)) + 2
-        listed = "\n".join(f"  {name:<{width}}{said['about']}" for name, said in verbs.items() if name)
-        return "", [_HELP.format(verbs=listed).rstrip()]
+        lines = [f"  {name:<{width}}{said['about']}" for name, said in verbs.items()]
+        return "", [_HELP.format(verbs="\n".join(lines)).rstrip()]
     if verb == "--version":
         from importlib.metadata import version
 
         return "", [version("label-refinery")]
-    if not verb or verb not in verbs:
+    if verb not in verbs:
         near = difflib.get_close_matches(verb, verbs, 1)
         raise ValueError(
             f"{ascii(verb)[1:-1]}: no such verb; " + (f"did you mean {near[0]}?" if near else "--help lists them")
@@ -72,19 +73,19 @@ def program(words: list[str], verbs: dict[str, Any]) -> tuple[str, list[str]]:
     options = []
     for word in rest:
         found = _VARIABLE.fullmatch(word)
-        options += _options(*found.groups(), verbs[verb]["options"], verbs[""]) if found else [word]
+        options += _options(*found.groups(), verbs[verb]["options"], listed) if found else [word]
     return verbs[verb]["module"], options
 
 
-def _options(variable: str, value: str, named: dict[str, str], kinds: dict[str, list[str]]) -> list[str]:
+def _options(variable: str, value: str, named: dict[str, str], listed: dict[str, Any]) -> list[str]:
     """What a variable becomes, as in the Makefile: raw words of ARGS; an operand; a flag unless it is 0; an option."""
     if variable == "ARGS":
         return shlex.split(value)
     if not value:
         raise ValueError(f"{variable} is empty: give it a value or leave it out")
-    if variable in kinds["operands"]:
+    if variable in listed["operands"]:
         return [value]
     option = named.get(variable, f"--{variable.lower()}")
-    if variable in kinds["flags"]:
+    if variable in listed["flags"]:
         return [] if value == "0" else [option]
     return [option, value]

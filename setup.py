@@ -17,9 +17,11 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 from setuptools.errors import SetupError
 
 PACKAGE = "label_refinery"
@@ -30,29 +32,32 @@ FILE_NAMES = ("train.maps",)
 _LOADERS = ("__import__", "import_module", "find_spec", "run_module", "set_forkserver_preload")
 
 
-def verbs_of(makefile: str) -> dict[str, dict]:
-    """What the Makefile says of each verb that is a command of ours: `module`, `about`, and names of `options`.
+def verbs_of(makefile: str) -> dict[str, Any]:
+    """What the Makefile says: of each verb that is a command of ours its `module`, `about`, and names of `options`.
 
-    Under "" are the variables that are flags and operands.
+    And which variables are `flags` and which are `operands`.
     """
-    lines = re.findall(r"^(\w+)\.([\w.-]+?) *:= *(.*)$", makefile, re.MULTILINE)
     said: dict[str, dict[str, str]] = {}
-    for key, name, value in lines:
+    for key, name, value in re.findall(r"^(\w+)\.([\w.-]+?) *:= *(.*)$", makefile, re.MULTILINE):
         said.setdefault(key, {})[name] = value
-    verbs: dict[str, dict] = {}
+    verbs = {}
     for verb, module in said["runs"].items():
         if module.split()[0].split(".")[0] in ROOMS:
             options = {name.split(".", 1)[1]: to for name, to in said["option"].items() if name.split(".")[0] == verb}
             verbs[verb] = {"module": module, "about": said["about"][verb], "options": options}
-    kinds = {kind: re.search(rf"^{kind} := (.*)$", makefile, re.MULTILINE) for kind in ("flags", "operands")}
-    verbs[""] = {kind: found[1].split() for kind, found in kinds.items() if found}
-    return verbs
+    kinds = dict(re.findall(r"^(flags|operands) := (.*)$", makefile, re.MULTILINE))
+    return {
+        "verbs": verbs,
+        "others": sorted(set(said["about"]) - set(verbs)),
+        "flags": kinds["flags"].split(),
+        "operands": kinds["operands"].split(),
+    }
 
 
-def rewritten(source: str, name: str, modules: set[str], verbs: dict[str, dict], others: set[str]) -> str:
+def rewritten(source: str, name: str, modules: set[str], listed: dict[str, Any]) -> str:
     """A module's text as it is installed, line by line.
 
-    modules: all that are packed, by their names in the checkout. others: verbs of the Makefile that are not installed.
+    modules: all that are packed, by their names in the checkout. listed: see verbs_of.
     Raises SetupError for what it cannot rewrite.
     """
     lines = source.splitlines(keepends=True)
@@ -69,12 +74,12 @@ def rewritten(source: str, name: str, modules: set[str], verbs: dict[str, dict],
                 _replace(lines, node, f"import {alias.name}", f"from {PACKAGE} import {alias.name}", name)
         elif found := _named_modules(node, modules):
             raise SetupError(f"{name}:{node.lineno}: {found[0]!r} names a module; use __name__ or __package__")
-    return with_console_commands("".join(lines), name, verbs, others)
+    return with_console_commands("".join(lines), name, listed)
 
 
-def with_console_commands(text: str, name: str, verbs: dict[str, dict], others: set[str]) -> str:
+def with_console_commands(text: str, name: str, listed: dict[str, Any]) -> str:
     """A text in which commands are those of the console. Raises SetupError for one that is not installed."""
-    verb_of = {verb["module"]: key for key, verb in verbs.items() if key}
+    verb_of = {said["module"]: verb for verb, said in listed["verbs"].items()}
 
     def typed(found: re.Match[str]) -> str:
         before, space, module = found.groups()
@@ -84,11 +89,11 @@ def with_console_commands(text: str, name: str, verbs: dict[str, dict], others: 
         return f"label-refinery{before if before.strip(' ') else space}{verb_of[module]}"
 
     def made(found: re.Match[str]) -> str:
-        if found[1] in others:
+        if found[1] in listed["others"]:
             raise SetupError(f"{name}: {found[0]!r} is no command of the package; say it so that it holds there too")
         return f"label-refinery {found[1]}"
 
-    known = sorted([*verb_of.values(), *others], key=len, reverse=True)
+    known = sorted([*verb_of.values(), *listed["others"]], key=len, reverse=True)
     text = re.sub(rf"\bpython(\s+)-m(\s+)((?:{'|'.join(ROOMS)})\b(?:\.\w+)*)", typed, text)
     return re.sub(rf"\bmake ({'|'.join(map(re.escape, known))})\b(?!-)", made, text)
 
@@ -122,11 +127,7 @@ class Below(build_py):
     """Copies the rooms below one package."""
 
     def run(self) -> None:
-        if self.editable_mode:
-            raise SetupError("pip install -e: the checkout is used as it is (make help); to install: pip install .")
-        makefile = Path("Makefile").read_text("utf-8")
-        self.verbs = verbs_of(makefile)
-        self.others = set(re.findall(r"^about\.([\w-]+)", makefile, re.MULTILINE)) - set(self.verbs)
+        self.listed = verbs_of(Path("Makefile").read_text("utf-8"))
         # Packages count as modules too.
         paths = [Path(path).with_suffix("") for *_, path in self.find_all_modules()]
         self.packed = {".".join(part.parts) for path in paths for part in (path, path.parent)}
@@ -135,13 +136,13 @@ class Below(build_py):
         super().run()
         root = Path(self.build_lib, PACKAGE)
         for recipe in root.rglob("*.yaml"):
-            text = with_console_commands(recipe.read_text("utf-8"), recipe.name, self.verbs, self.others)
+            text = with_console_commands(recipe.read_text("utf-8"), recipe.name, self.listed)
             recipe.write_text(text, "utf-8")
         version = self.distribution.metadata.version
         (root / "__init__.py").write_text(
             f'"""{self.distribution.metadata.description}."""\n\n__version__ = "{version}"\n'
         )
-        (root / "verbs.json").write_text(json.dumps(self.verbs, indent=1) + "\n")
+        (root / "verbs.json").write_text(json.dumps(self.listed, indent=1) + "\n")
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         if package == PACKAGE:
@@ -151,12 +152,19 @@ class Below(build_py):
     def build_module(self, module, module_file, package):
         target, copied = super().build_module(module, module_file, package)
         text = Path(module_file).read_text("utf-8")
-        Path(target).write_text(rewritten(text, module_file, self.packed, self.verbs, self.others), "utf-8")
+        Path(target).write_text(rewritten(text, module_file, self.packed, self.listed), "utf-8")
         return target, copied
 
     def get_source_files(self) -> list[str]:
         return [*super().get_source_files(), "Makefile"]
 
 
+class Refused(editable_wheel):
+    """Links to the checkout's modules would not be what is installed."""
+
+    def run(self) -> None:
+        raise SetupError("pip install -e: the checkout is used as it is (make help); to install: pip install .")
+
+
 if __name__ == "__main__":
-    setup(cmdclass={"build_py": Below})
+    setup(cmdclass={"build_py": Below, "editable_wheel": Refused})

@@ -1,18 +1,17 @@
 """A network trained by a loop of your own, in plain PyTorch, on crops from this project's loader.
 
-    pip install label-refinery          # or: pip install path/to/its/checkout
-    python plain_pytorch.py path/to/images
+pip install path/to/the/checkout
+python plain_pytorch.py path/to/images
 """
 
 import sys
 
 import torch
-from torch.nn.functional import cross_entropy
-from torchvision.models import resnet18
-
 from label_refinery.data.convert import ensure_converted
 from label_refinery.data.loader import open_loader
 from label_refinery.data.sets import find_set
+from torch.nn.functional import cross_entropy
+from torchvision.models import resnet18
 
 images = ensure_converted(find_set(sys.argv[1]))  # below converted/; done once
 common = {"resolution": images.resolution, "batch_size": 32, "crop": images.crop}

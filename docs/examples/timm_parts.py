@@ -1,5 +1,6 @@
 """A student of timm on a refinery's labels, with timm's normalisation, optimizer, schedule and averaged weights.
 
+    pip install path/to/the/checkout
     python timm_parts.py path/to/images refinery.pt
 
 refinery.pt: a state dict of timm's resnet18 with as many classes as there are class folders.
@@ -9,15 +10,14 @@ import sys
 
 import timm
 import torch
+from label_refinery.data.convert import ensure_converted
+from label_refinery.data.loader import open_loader
+from label_refinery.data.sets import find_set
 from timm.data.loader import PrefetchLoader
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3, accuracy
-
-from label_refinery.data.convert import ensure_converted
-from label_refinery.data.loader import open_loader
-from label_refinery.data.sets import find_set
 
 EPOCHS = 2
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,7 +40,7 @@ scheduler = CosineLRScheduler(optimizer, t_initial=EPOCHS * len(loader), t_in_ep
 compute_loss = SoftTargetCrossEntropy()
 
 step = 0
-for epoch in range(EPOCHS):
+for _ in range(EPOCHS):
     student.train()
     for crops, _ in loader:
         with torch.no_grad():
