@@ -73,7 +73,7 @@ def program(words: list[str], listed: dict[str, Any]) -> tuple[str, list[str]]:
     options = []
     for word in rest:
         found = _VARIABLE.fullmatch(word)
-        options += _options(*found.groups(), verbs[verb]["options"], listed) if found else [word]
+        options += _options(found[1], found[2], verbs[verb]["options"], listed) if found else [word]
     return verbs[verb]["module"], options
 
 

@@ -72,7 +72,7 @@ def rewritten(source: str, name: str, modules: set[str], listed: dict[str, Any])
                 _replace(lines, node, f"import {alias.name} as", f"import {PACKAGE}.{alias.name} as", name)
             else:
                 _replace(lines, node, f"import {alias.name}", f"from {PACKAGE} import {alias.name}", name)
-        elif found := _named_modules(node, modules):
+        elif isinstance(node, ast.expr) and (found := _named_modules(node, modules)):
             raise SetupError(f"{name}:{node.lineno}: {found[0]!r} names a module; use __name__ or __package__")
     return with_console_commands("".join(lines), name, listed)
 
@@ -98,7 +98,7 @@ def with_console_commands(text: str, name: str, listed: dict[str, Any]) -> str:
     return re.sub(rf"\bmake ({'|'.join(map(re.escape, known))})\b(?!-)", made, text)
 
 
-def _named_modules(node: ast.AST, modules: set[str]) -> list[str]:
+def _named_modules(node: ast.expr, modules: set[str]) -> list[str]:
     """The strings that name modules of ours: dotted ones anywhere, rooms alone where they are loaded or after -m."""
     if isinstance(node, ast.Constant):
         name = str(node.value).rstrip(".")

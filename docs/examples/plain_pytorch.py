@@ -19,7 +19,7 @@ loader = open_loader(images.beton("train"), **common)
 val_loader = open_loader(images.beton("val"), train=False, **common)
 
 network = resnet18(num_classes=loader.num_classes)
-optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
 
 
 def normalised(crops):

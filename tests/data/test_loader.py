@@ -1,9 +1,11 @@
 """The loader: steps, shards, restarts, copies, pairings and look-ups."""
 
+import gc
 import inspect
 import io
 import itertools
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -102,6 +104,20 @@ def test_a_pass_left_early_is_over_and_leaves_nothing_at_work(converted):
     begun = iter(loader)
     assert next(iter(loader)).epoch == 21
     assert next(begun).epoch == 20
+
+
+def test_a_loader_that_is_gone_leaves_no_threads(converted):
+    before = decoding_threads()
+    loader = loader_of(converted)
+    left = iter(loader)
+    next(left)
+    assert decoding_threads() - before
+    del loader, left
+    gc.collect()
+    ends = time.monotonic() + 60
+    while decoding_threads() - before and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not decoding_threads() - before
 
 
 def test_set_epoch_sets_the_next_pass_and_those_after_it(converted):
