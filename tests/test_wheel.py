@@ -17,7 +17,8 @@ import torch
 from data.sources import scenes_fingerprint
 from tests.pictures import write_class_folders
 
-pytestmark = pytest.mark.slow
+# The first use on a machine compiles its decoder.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -87,7 +88,7 @@ def clean() -> dict[str, str]:
 
 def run(*words: object, status: int = 0) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        list(map(str, words)), env=clean() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280
+        list(map(str, words)), env=clean() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
