@@ -71,6 +71,9 @@ takes.test-all      := ARGS
 about.test-gpu      := the tests that need a GPU
 runs.test-gpu       := pytest -m gpu
 takes.test-gpu      := ARGS
+about.test-wheel    := build the package, install it in an empty environment, and try it
+runs.test-wheel     := pytest tests/test_wheel.py
+takes.test-wheel    := ARGS
 about.kills         := kill commands again and again, and compare what they leave in the end
 runs.kills          := tests.kills
 takes.kills         := ONLY KILLS SEED ARGS
@@ -83,7 +86,7 @@ about.format        := let ruff order the code
 about.setup         := make .venv from requirements.lock (every verb does it by itself, once)
 about.help          := this text
 
-commands := train label maps chain tables convert look evaluate predict export runs report bench bench-compare compare-labels kernels test test-all test-gpu kills soak
+commands := train label maps chain tables convert look evaluate predict export runs report bench bench-compare compare-labels kernels test test-all test-gpu test-wheel kills soak
 verbs := $(commands) lint types format setup help
 
 flags := QUICK PROFILE INT8

@@ -92,11 +92,18 @@ def _lack_of_memory(error: BaseException) -> str | None:
 
 def typed_command() -> str:
     """The command that the user typed, to be typed again."""
+    if typed := os.environ.get("TYPED_COMMAND"):
+        return typed
     spec = sys.modules["__main__"].__spec__
-    module = spec.name.removesuffix(".__main__") if spec else "train"
+    words = ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]] if spec else sys.argv
     # Of torchrun's own options its processes know nothing.
     starter = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python"
-    return os.environ.get("TYPED_COMMAND") or f"{starter} -m {module} {shlex.join(sys.argv[1:])}"
+    return f"{starter} {shlex.join(words)}"
+
+
+def safe_path() -> list[str]:
+    """The option of Python by which a further interpreter leaves out the current folder's modules, as this one does."""
+    return ["-P"] if sys.flags.safe_path else []
 
 
 def first_line(error: BaseException) -> str:

@@ -80,5 +80,8 @@ def _versions() -> dict[str, str | None]:
 
 
 def _git(*words: str) -> str:
+    # Installed, it may lie in an environment within someone else's repository.
+    if not (_ROOT / ".git").exists():
+        return ""
     done = subprocess.run(["git", "-C", str(_ROOT), *words], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from command import safe_path
+
 _TICKS = os.sysconf("SC_CLK_TCK")
 # Seconds without an answer after which a process counts as hanging.
 _PATIENCE = 1200
@@ -37,7 +39,7 @@ class Process:
         self._connection, theirs = multiprocessing.Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bench.process", str(theirs.fileno())],
+                [sys.executable, *safe_path(), "-m", f"{__package__}.process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,

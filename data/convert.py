@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -282,7 +283,7 @@ def _encode_ahead(split: Split, encoding: _Encoding) -> Iterator[_Result]:
     storage, processes = encoding.storage, encoding.processes
     # A fresh server process: forking one that runs PyTorch's threads can deadlock. It imports once for all.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data.blocks", "data.tiles", "data.pixels"])
+    context.set_forkserver_preload([__name__])
     chunk = _chunk(storage)
     stop_seen, stop = context.Pipe(duplex=False)
     arguments = (stop_seen, encoding.max_pixels)
@@ -294,7 +295,7 @@ def _encode_ahead(split: Split, encoding: _Encoding) -> Iterator[_Result]:
             for start in range(0, len(split.items), chunk):
                 items = [split.items[i] for i in range(start, min(start + chunk, len(split.items)))]
                 # It may start a process.
-                with _signals_held_back():
+                with _signals_held_back(), _main_left_out():
                     waiting.append(pool.submit(_encode_chunk, split.read, items, storage))
                 if len(waiting) > _CHUNKS_AHEAD * processes:
                     yield from waiting.popleft().result()
@@ -333,6 +334,20 @@ def _signals_held_back() -> Iterator[None]:
             signal.signal(number, handler)
         if asked:
             signal.raise_signal(asked[0])
+
+
+@contextlib.contextmanager
+def _main_left_out() -> Iterator[None]:
+    """Processes that are started in this context do not run the program's script again, as they otherwise would.
+
+    They need nothing of it, and a script without an `if __name__ == "__main__"` would convert in each of them.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _chunk(storage: Storage) -> int:
@@ -415,4 +430,7 @@ def encode(image: Image.Image, storage: Storage) -> Encoded:
 
 
 if __name__ == "__main__":
-    run_command(convert, prog="python -m data.convert")
+    # Not this copy of the module, which its processes could not import by name.
+    from data.convert import convert as command
+
+    run_command(command, prog="python -m data.convert")

@@ -50,6 +50,8 @@ class CropBatch:
     sizes: int32 [B, 2] (height, width) of the stored images. flips: bool [B].
     paired: for each pairing asked for, uint8 [B, 3, r, r]. labels_on_disk: what the label source fetched, [B, ...], or
     None.
+
+    `crops, labels = batch` is what most training loops take of it.
     """
 
     crops: torch.Tensor
@@ -62,6 +64,10 @@ class CropBatch:
     flips: torch.Tensor
     paired: dict[Pairing, torch.Tensor] = field(default_factory=dict)
     labels_on_disk: torch.Tensor | None = None
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield self.crops
+        yield self.labels
 
     def first(self, count: int) -> "CropBatch":
         """The first crops of the batch, with all that belongs to them."""
@@ -87,6 +93,9 @@ def _laid_out(part: torch.Tensor) -> torch.Tensor:
 
 class Loader:
     """Crop batches of a `.beton`: random crops in random order for training, central crops in file order else.
+
+    Iterated over, it takes the place of a DataLoader: each pass is the epoch after that of the pass before, from 0 on
+    or from what `set_epoch` was given. `len(loader)` is `steps`.
 
     resolution: pixels a side. batch_size: crops a batch. decoder: see data.decoders.choose. train: random crops by
     `crop`, in the order that `order` names: random, quasi-random (random within groups of file pages, for files larger
@@ -144,6 +153,7 @@ class Loader:
         self._rank, self._world = rank, world
         self._order = order if train else "sequential"
         self._paired, self._fetch = paired, fetch
+        self._next_epoch = 0
         self.num_samples = beton.num_samples
         self.class_names = _class_names(beton)
         self.num_classes = len(self.class_names)
@@ -168,6 +178,23 @@ class Loader:
             max_batch=batch_size,
             resident=resident,
         )
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[CropBatch]:
+        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
+        return self.epoch(epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass is this epoch, 0 or above, and those after it are the following ones.
+
+        A run that is continued calls it once, with the first epoch that is left; a call before every pass does no harm.
+        Raises DataError for a number below 0.
+        """
+        if epoch < 0:
+            raise DataError(f"epoch={epoch}: must be at least 0")
+        self._next_epoch = epoch
 
     def epoch(self, epoch: int, start_step: int = 0, blocks: Sequence[int] | None = None) -> Iterator[CropBatch]:
         """The batches of one epoch from start_step on; those before it cost nothing.

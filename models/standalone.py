@@ -20,7 +20,7 @@ _STAND_INS = {
     initialise.__name__: "def initialise(network):\n    pass  # the weights come from a file\n",
     "binarise": "def binarise(x):\n    return torch.where(x >= 0, 1, torch.where(x < 0, -1, x))\n",
 }
-_OURS = re.compile(r"^from (?:models|kernels)\S* import (\w+)\n", re.MULTILINE)
+_OURS = re.compile(r"^from (?:label_refinery\.)?(?:models|kernels)\S* import (\w+)\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,7 @@ def test_every_verb_is_one_command(make):
         (["test"], ["-m", "pytest", "-m", "not slow and not gpu"]),
         (["test-all"], ["-m", "pytest", "-m", "not gpu"]),
         (["test-gpu"], ["-m", "pytest", "-m", "gpu"]),
+        (["test-wheel"], ["-m", "pytest", "tests/test_wheel.py"]),
     ]:
         assert words_of(make(*words)) == command
 

@@ -1,17 +1,18 @@
 """Trains a network:  python -m train --model mobilenet --refinery resnet50"""
 
-# Imports wait: the processes that convert images start from this file and need none of PyTorch.
+import sys
+
+from command import exit_on_user_error
+from train.config import Config, parse
+from train.distributed import joined
+from train.launch import on_devices
+from train.train import train
+
+
+def work(config: Config) -> None:
+    with joined(config.device):
+        train(config)
+
+
 if __name__ == "__main__":
-    import sys
-
-    from command import exit_on_user_error
-    from train.config import Config, parse
-    from train.distributed import joined
-    from train.launch import on_devices
-    from train.train import train
-
-    def work(config: Config) -> None:
-        with joined(config.device):
-            train(config)
-
-    exit_on_user_error(lambda: on_devices("train", sys.argv[1:], parse, work))
+    exit_on_user_error(lambda: on_devices(__package__, sys.argv[1:], parse, work))

@@ -52,7 +52,7 @@ def main() -> None:
         with joined(config.device):
             chain(config, own.models.split())
 
-    on_devices("train.chain", sys.argv[1:], parse, work)
+    on_devices(f"{__package__}.chain", sys.argv[1:], parse, work)
 
 
 def chain(config: Config, models: Sequence[str]) -> list[Run]:

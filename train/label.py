@@ -71,7 +71,7 @@ def main() -> None:
         with joined(asked[0].device):
             label(*asked)
 
-    on_devices("train.label", sys.argv[1:], parse, work, kept="finished epochs are kept")
+    on_devices(f"{__package__}.label", sys.argv[1:], parse, work, kept="finished epochs are kept")
 
 
 def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from command import typed_command, with_underscores
+from command import safe_path, typed_command, with_underscores
 from train import TrainError
 
 # What ends all processes of a command.
@@ -90,7 +90,7 @@ def _launch(count: int, restarts: int, module: str, words: Sequence[str], kept: 
         ),
     )
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", module, *words)
+        elastic_launch(config, sys.executable)("-u", *safe_path(), "-m", module, *words)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         # Of a peer that was lost the code is 1; of the one that knows why, another.

@@ -83,7 +83,9 @@ def main() -> None:
         with joined(asked[0].device):
             make_maps(*asked)
 
-    on_devices("train.maps", sys.argv[1:], parse, work, kept="maps are made in one go, so type the command again")
+    on_devices(
+        f"{__package__}.maps", sys.argv[1:], parse, work, kept="maps are made in one go, so type the command again"
+    )
 
 
 def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:

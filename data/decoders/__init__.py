@@ -78,7 +78,7 @@ def choose(name: str, device: torch.device, *, in_blocks: bool = False) -> str:
         order = ("dali", "ffcv", "torchvision") if device.type == "cuda" else tuple(_NEEDS)
         return next(candidate for candidate in order if _installed(candidate))
     if not _installed(name):
-        raise DataError(f"decoder={name}: the package {_NEEDS[name]} is missing; run `make setup`, or use decoder=auto")
+        raise DataError(f"decoder={name}: the package {_NEEDS[name]} is missing; install it, or use decoder=auto")
     return name
 
 
@@ -94,7 +94,7 @@ def build_decoder(
 ) -> Decoder:
     """The decoder that `choose` names, for requests of at most max_batch images. resident: see data.decoders.blocks."""
     chosen = choose(name, device, in_blocks=beton.in_blocks)
-    module = importlib.import_module(f"data.decoders.{chosen}")
+    module = importlib.import_module(f".{chosen}", __package__)
     own = {"resident": resident} if chosen == _OF_BLOCKS else {}
     return module.Decoder(beton, views=views, device=device, threads=threads, max_batch=max_batch, **own)
 

@@ -41,7 +41,7 @@ def _libjpeg_turbo() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(extension))
     except OSError as error:
-        raise DataError(f"decoder=ffcv: {error}; run `make setup`, or use decoder=torchvision") from None
+        raise DataError(f"decoder=ffcv: {error}; install FFCV anew, or use decoder=torchvision") from None
 
 
 _turbo = _libjpeg_turbo()

@@ -160,6 +160,27 @@ def test_damaged_names_are_refused(converted, tmp_path, harm):
         open_set(tmp_path / "set").image_names("train")
 
 
+def test_a_script_without_a_guard_converts_once(tmp_path):
+    """Python runs the script again in each process that is started, unless it is kept from that."""
+    write_class_folders(tmp_path / "images" / "train", 2, 3)
+    write_class_folders(tmp_path / "images" / "val", 2, 1)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('begun', flush=True)\nfrom data.convert import convert\nconvert('images', 'set', processes=2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("begun") == 1
+    assert Beton(tmp_path / "set" / "train.beton").num_samples == 6
+
+
 def test_a_split_without_a_readable_image_is_refused(tmp_path):
     root = tmp_path / "set"
     for label in "ab":

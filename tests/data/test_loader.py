@@ -1,8 +1,11 @@
 """The loader: steps, shards, restarts, copies, pairings and look-ups."""
 
+import gc
 import inspect
 import io
 import itertools
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +21,10 @@ from data.plan import CropRule
 def loader_of(converted, split="train", **options):
     options = {"resolution": 32, "batch_size": 8, "threads": 2, "decoder": "ffcv"} | options
     return open_loader(converted.beton(split), **options)
+
+
+def decoding_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("decode")}
 
 
 def test_its_options_are_those_that_other_programs_give():
@@ -72,6 +79,67 @@ def test_an_epoch_left_half_way_harms_nothing(converted):
         for _ in itertools.islice(loader.epoch(1), 1):
             pass
         assert torch.equal(next(iter(loader.epoch(0))).crops, whole.crops)
+
+
+def test_a_pass_is_the_next_epoch(converted):
+    loader = loader_of(converted)
+    first, second = list(loader), list(loader)
+    assert len(first) == len(second) == len(loader) == loader.steps
+    for epoch, batches in enumerate([first, second]):
+        assert {batch.epoch for batch in batches} == {epoch}
+        for ours, batch in zip(batches, loader.epoch(epoch), strict=True):
+            assert torch.equal(ours.crops, batch.crops)
+            assert torch.equal(ours.indices, batch.indices)
+
+
+def test_a_pass_left_early_is_over_and_leaves_nothing_at_work(converted):
+    before = decoding_threads()
+    loader = loader_of(converted)
+    for epoch in range(20):
+        for batch in loader:
+            assert batch.epoch == epoch
+            break
+    assert len(decoding_threads() - before) <= 2
+    # Its number counts from when it was begun, not from its first batch.
+    begun = iter(loader)
+    assert next(iter(loader)).epoch == 21
+    assert next(begun).epoch == 20
+
+
+def test_a_loader_that_is_gone_leaves_no_threads(converted):
+    before = decoding_threads()
+    loader = loader_of(converted)
+    left = iter(loader)
+    next(left)
+    assert decoding_threads() - before
+    del loader, left
+    ends = time.monotonic() + 60
+    while decoding_threads() - before and time.monotonic() < ends:
+        # What a thread is at work on holds the decoder for a moment longer.
+        gc.collect()
+        time.sleep(0.05)
+    assert not decoding_threads() - before
+
+
+def test_set_epoch_sets_the_next_pass_and_those_after_it(converted):
+    loader = loader_of(converted)
+    loader.set_epoch(7)
+    assert [next(iter(loader)).epoch for _ in range(3)] == [7, 8, 9]
+    for epoch in (2, 3, 3, 0):
+        loader.set_epoch(epoch)
+        assert next(iter(loader)).epoch == epoch
+    # Passes of one's own choice do not count.
+    next(loader.epoch(30))
+    assert next(iter(loader)).epoch == 1
+    with pytest.raises(DataError, match="^epoch=-1: must be at least 0"):
+        loader.set_epoch(-1)
+
+
+def test_a_batch_unpacks_to_crops_and_labels(converted):
+    batch = next(loader_of(converted).epoch(0))
+    crops, labels = batch
+    assert crops is batch.crops
+    assert labels is batch.labels
 
 
 def test_ranks_train_on_equal_full_batches(converted):

@@ -379,7 +379,7 @@ def test_runs_are_drawn_by_accuracy_and_milliseconds(refinery, tmp_path, monkeyp
 
 def test_a_missing_package_is_named(weights, converted, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(TrainError, match="^FORMAT=onnx needs the package onnxruntime .*make setup"):
+    with pytest.raises(TrainError, match="^FORMAT=onnx needs the package onnxruntime .*pip install"):
         export(weights[0], "onnx", data=str(converted.folder))
 
 

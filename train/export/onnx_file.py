@@ -46,8 +46,8 @@ def check_packages() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise TrainError(
-                f"FORMAT=onnx needs the package {name} ({first_line(error)}); make setup installs it, or: "
-                f"pip install {' '.join(_PACKAGES)}"
+                f"FORMAT=onnx needs the package {name} ({first_line(error)}); install "
+                f"it: pip install {' '.join(_PACKAGES)}"
             ) from None
 
 

@@ -45,7 +45,7 @@ def main() -> None:
         with joined(asked[0].device):
             _make_asked(*asked)
 
-    on_devices("train.tables", sys.argv[1:], parse, work)
+    on_devices(__package__, sys.argv[1:], parse, work)
 
 
 def _make_asked(config: Config, own: TablesOptions) -> None:
