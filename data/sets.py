@@ -211,9 +211,10 @@ class Unconverted:
         return self.source.class_names
 
 
-def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Unconverted:
+def find_set(data: str, *, opened: Source | None = None, cache: str | Path = "converted") -> ConvertedSet | Unconverted:
     """The set for what the user gave as DATA: a converted set, or one converted earlier below `cache`, or still to be.
 
+    opened: what open_source gives for it, where it is known already.
     A folder with train.beton and val.beton of another writer is a converted set whose classes are numbered.
     Quick: nothing is decoded. Raises DataError as open_source and open_set do.
     """
@@ -230,7 +231,7 @@ def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Un
         converted = still_fitting(_cache_folder(cache, name, str(path.resolve())), fingerprint)
         if converted:
             return converted
-    source = open_source(data)
+    source = opened or open_source(data)
     folder = _cache_folder(cache, source.name, data if source.crop else str(path.resolve()))
     converted = still_fitting(folder, source.fingerprint, source)
     return converted or Unconverted(source, folder, stale=folder.exists())
