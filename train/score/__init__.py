@@ -93,7 +93,7 @@ def score(
     columns: for each class of the loader the network's output that stands for it, or -1 where the network lacks it;
     None where the two are the same. The network chooses among the loader's classes alone, and images of classes that
     it lacks are not scored. together: the processes whose loaders have the set's images among them.
-    stop: whether to stop, asked before each batch. each: called after each batch that has images to score.
+    stop: whether to stop, asked before each batch. each: called after each batch.
     Raises Stopped where `stop` says so in any process, and TrainError where no image is left.
     """
     answer = answering(network, normalisation, device=device, autocast=autocast)

@@ -32,8 +32,8 @@ def format_named(out: str, option: str = "OUT") -> Format:
 class Rows:
     """Writes rows about images, in batches. Each names the image's file and the likeliest classes.
 
-    write: takes the text. class_names: by their numbers. most: classes that a row names. labelled: each row also has the image's label, whether it is
-    the likeliest class, and its probability.
+    write: takes the text. class_names: by their numbers. most: classes that a row names. labelled: each row
+    also has the image's label, whether it is the likeliest class, and its probability.
     In CSV and JSON probabilities have six digits, and a class has its name and the same in words.
     """
 
