@@ -109,7 +109,7 @@ def evaluate(
         else:
             found, asked = find_images(data, split, real, multi_label, run=run)
             trained = load_trained(checkpoint, class_names=found.class_names, which=which)
-        if said := taken(trained):
+        if said := taken(trained, checkpoint):
             print(printable(said), flush=True)
         columns = scored_columns(trained, found.class_names, data)
         if not write:
@@ -157,14 +157,14 @@ def evaluate(
     print(f"written to {out}{f' and {predictions}' if predictions else ''}")
 
 
-def taken(trained: Trained) -> str | None:
-    """Which checkpoint of a run was taken, in words; None for weights from elsewhere."""
+def taken(trained: Trained, checkpoint: str) -> str | None:
+    """Which file of a run was taken for what the user named as its checkpoint; None for weights from elsewhere."""
     if trained.file is None or trained.epoch is None:
         return None
-    others = [which for which in ("last", "best") if which != trained.file.stem]
-    other = [f"{which}.pt" for which in others if trained.file.with_name(f"{which}.pt").is_file()]
-    beside = f" ({', '.join(other)} is beside it)" if other else ""
-    return f"checkpoint {trained.file}, after epoch {trained.epoch}{beside}"
+    other = "best" if trained.file.stem == "last" else "last"
+    is_choice = Path(checkpoint).is_dir() and trained.file.with_name(f"{other}.pt").is_file()
+    rest = f" (--which {other} takes {other}.pt)" if is_choice else ""
+    return f"checkpoint {trained.file}, after epoch {trained.epoch}{rest}"
 
 
 def _identity(images: Images, data: str) -> list[Any]:

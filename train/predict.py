@@ -76,10 +76,10 @@ def predict(
         _notice(note)
     with result_file(Path(out), begins=BEGINS[kind]) if out else _standard_output() as write:
         trained = load_trained(checkpoint, which=which)
-        if said := taken(trained):
-            _notice(said)
         side = (trained.resolution or _USUAL_RESOLUTION) if resolution is None else resolution
         trained.check_resolution(side)
+        if said := taken(trained, checkpoint):
+            _notice(said)
         network = on_device(trained.network, where)
         precision = precision_on(where)
         set_tf32_and_allocator(where, precision)
@@ -98,7 +98,8 @@ def predict(
         rows = Rows(write, kind, names, most=min(5, len(names)), labelled=False)
         started, read = time.perf_counter(), 0
         # A bar would run into what is printed on the same terminal.
-        with images_bar(len(files), "predict", leave=False, shown=bool(out) or not sys.stdout.isatty()) as bar:
+        shown = len(files) > batch and (bool(out) or not sys.stdout.isatty())
+        with images_bar(len(files), "predict", leave=False, shown=shown) as bar:
             for crops in loader.epoch():
                 likeliest, probabilities = likeliest_five(answer(crops.crops))
                 rows.add(
@@ -133,7 +134,10 @@ def _notice(text: str) -> None:
 
 @contextmanager
 def _standard_output() -> Iterator[Write]:
-    """Gives what prints text at once. Raises TrainError where it cannot be written; a reader that leaves ends it all."""
+    """Gives what prints text at once. Ends the program where its reader has left (`| head`).
+
+    Raises TrainError where the text cannot be written.
+    """
 
     def write(text: str) -> None:
         try:

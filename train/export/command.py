@@ -99,13 +99,12 @@ def export(
         check_place(Path(out))
     if format == "onnx":
         check_packages()
-    found = find_set(data) if data else None
-    trained = load_trained(checkpoint, class_names=found.class_names if found else None)
+    given = find_set(data) if data else None
+    trained = load_trained(checkpoint, class_names=given.class_names if given else None)
     run = run_of(trained.file)
     place = Path(out) if out else _beside(trained, format)
     check_place(place)
-    if not found:
-        data, found = on_own_data(trained.origin, run, find_set)
+    data, found = (data, given) if data and given else on_own_data(trained.origin, run, find_set)
     columns = scored_columns(trained, found.class_names, str(data))
     unknown = sum(column < 0 for column in columns)
     if unknown:
