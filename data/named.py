@@ -29,7 +29,8 @@ def files_named(named: str) -> Found:
             words = []
         if len(words) < 2:
             raise DataError(f"IMAGES={named}: no such file or folder{_no_match(named)}")
-        files, notes = [], ()
+        files: list[str] = []
+        notes: tuple[str, ...] = ()
         for word in words:
             of_word = _found(word, listed=False)
             if of_word is None:

@@ -123,8 +123,7 @@ def evaluate(
             resolution,
             {"batch": batch, "decoder": decoder, "device": where, "threads": threads},
         )
-        if isinstance(loader, Originals):
-            _check_names(loader.files, asked, data)
+        _check_names(names, asked, data)
         known = sum(column >= 0 for column in columns)
         rows = Rows(write_rows, kind, found.class_names, most=min(5, known), labelled=True) if write_rows else None
 
@@ -134,7 +133,7 @@ def evaluate(
                 rows.add(images, said.likeliest, said.probabilities, (said.labels, said.of_label))
 
         scores = _scored(trained, loader, columns, where, add)
-        several = _by_labels(asked, found, loader.files, columns, scores) if isinstance(loader, Originals) else {}
+        several = _by_labels(asked, found, names, columns, scores) if isinstance(found, Source) else {}
         _print(scores, several, side, known=known)
         result = {
             "checkpoint": trained.origin,
