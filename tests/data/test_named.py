@@ -11,7 +11,17 @@ from data.named import files_named
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.jpg", "b.png", "my photo.jpg", "don't.jpg", "x[1].jpg", "x1.jpg", "photo", "notes.md", "p/q/r.webp"):
+    for name in (
+        "a.jpg",
+        "b.png",
+        "my photo.jpg",
+        "don't.jpg",
+        "x[1].jpg",
+        "x1.jpg",
+        "photo",
+        "notes.md",
+        "p/q/r.webp",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "p" / "s.JPG").touch()

@@ -25,16 +25,21 @@ def test_it_is_there_when_it_is_complete(tmp_path):
     assert names(path.parent) == ["result.json"]
 
 
+def fill(path: Path, text: str, ending: BaseException | None = None) -> None:
+    with result_file(path, begins="{") as write:
+        write(text)
+        if ending:
+            raise ending
+
+
 def test_a_failure_leaves_the_one_before(tmp_path):
     path = tmp_path / "result.json"
     path.write_text("{1}")
     # Errors that are not of the file pass as they are.
-    with pytest.raises(OSError, match="the network is gone"), result_file(path, begins="{") as write:
-        write("{2")
-        raise OSError("the network is gone")
-    with pytest.raises(KeyboardInterrupt), result_file(path, begins="{") as write:
-        write("{2")
-        raise KeyboardInterrupt
+    with pytest.raises(OSError, match="the network is gone"):
+        fill(path, "{2", OSError("the network is gone"))
+    with pytest.raises(KeyboardInterrupt):
+        fill(path, "{2", KeyboardInterrupt())
     assert path.read_text() == "{1}"
     assert names(tmp_path) == ["result.json"]
 
@@ -46,11 +51,10 @@ def test_a_full_disk_leaves_the_one_before(size, tmp_path):
     path.write_text("{1}")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
     try:
-        with pytest.raises(TrainError, match=r"^OUT=.*result.json: cannot be written \(.*\); name another file with OUT$"):
-            with result_file(path, begins="{") as write:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
-                write("{" * size)
+        with pytest.raises(TrainError, match=r"^OUT=.*json: cannot be written \(.*\); name another file with OUT$"):
+            fill(path, "{" * size)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
