@@ -15,12 +15,13 @@ from typing import Any, Literal
 import torch
 
 from command import printable, run_command
+from data.beton import Beton
 from data.convert import ensure_converted
 from data.loader import Loader
 from data.originals import Originals
 from data.plan import CropRule
 from data.sets import ConvertedSet, names_file
-from data.sources import Source, Split
+from data.sources import Source
 from models.classes import are_imagenet, by_id, class_columns, lacking
 from models.trained import Trained, Which, digest_of, load_trained
 from train import TrainError
@@ -116,21 +117,19 @@ def evaluate(
             labels = [digest_of(Path(file)) for file in (real, multi_label) if file]
             out = str(_beside(trained, data, key_of([_identity(found, data), labels, resolution])))
             write = files.enter_context(result_file(Path(out), begins=BEGINNING))
-        side, loader, names = _opened(
-            found,
-            trained,
-            run if is_given(data, run) else None,
-            resolution,
-            {"batch": batch, "decoder": decoder, "device": where, "threads": threads},
-        )
+        loading = {"batch": batch, "decoder": decoder, "device": where, "threads": threads}
+        side, loader, images = _opened(found, trained, resolution, loading)
+        if run and is_given(data, run) and isinstance(images, ConvertedSet):
+            _print_change(images, run)
+        names = _files_of(images) if asked or predictions else []
         _check_names(names, asked, data)
         known = sum(column >= 0 for column in columns)
         rows = Rows(write_rows, kind, found.class_names, most=min(5, known), labelled=True) if write_rows else None
 
         def add(said: Said) -> None:
             if rows:
-                images = [names[index] for index in said.indices.tolist()]
-                rows.add(images, said.likeliest, said.probabilities, (said.labels, said.of_label))
+                scored = [names[index] for index in said.indices.tolist()]
+                rows.add(scored, said.likeliest, said.probabilities, (said.labels, said.of_label))
 
         scores = _scored(trained, loader, columns, where, add)
         several = _by_labels(asked, found, names, columns, scores) if isinstance(found, Source) else {}
@@ -172,12 +171,9 @@ def _identity(images: Images, data: str) -> list[Any]:
 
 
 def _opened(
-    found: Images, trained: Trained, run: Run | None, resolution: int | None, loading: Mapping[str, Any]
-) -> tuple[int, Loader | Originals, Sequence[str]]:
-    """Pixels a side of the crops, what gives them, and the file of each image. run: the one whose own images these are.
-
-    loading: batch, decoder, device and threads.
-    """
+    found: Images, trained: Trained, resolution: int | None, loading: Mapping[str, Any]
+) -> tuple[int, Loader | Originals, Source | ConvertedSet]:
+    """Pixels a side of the crops, what gives them, and what that reads. loading: batch, decoder, device and threads."""
     if isinstance(found, Source):
         side, crop = crops_for(trained, found.resolution or _USUAL_RESOLUTION, found.crop or CropRule(), resolution)
         originals = Originals(
@@ -189,26 +185,30 @@ def _opened(
             device=loading["device"],
             threads=loading["threads"],
         )
-        return side, originals, _paths(found.val)
+        return side, originals, found
     ready = ensure_converted(found)
-    if run and ready.fingerprint != run.identity["data"]["fingerprint"]:
-        print(f"{printable(ready.name)}: these are other images than those that the run was trained on", flush=True)
     side, crop = crops_for(trained, ready.resolution, ready.crop, resolution)
-    loader = validation_loader(ready, resolution=side, crop=crop, **loading)
-    return side, loader, _stored_names(ready, loader.num_samples)
+    return side, validation_loader(ready, resolution=side, crop=crop, **loading), ready
 
 
-def _paths(split: Split) -> list[str]:
-    """The file of each image: its path, or of an archive's its name there."""
-    names = split.names or range(len(split.items))
-    return [item if isinstance(item, str) else str(name) for item, name in zip(split.items, names, strict=True)]
+def _print_change(images: ConvertedSet, run: Run) -> None:
+    """Prints a notice where what the run was given as DATA has changed."""
+    if images.fingerprint != run.identity["data"]["fingerprint"]:
+        print(
+            printable(f"{run.data}: holds other images than when the run was trained, or stores them otherwise"),
+            flush=True,
+        )
 
 
-def _stored_names(images: ConvertedSet, count: int) -> list[str]:
-    """The file of each validation image as CLASS/FILE; its number where it comes from no file."""
-    if names_file(images.folder, "val").is_file():
-        return images.image_names("val")
-    return [str(index) for index in range(count)]
+def _files_of(images: Source | ConvertedSet) -> list[str]:
+    """The file of each image: its path; of an archive's or a stored image CLASS/FILE; its number where it has none."""
+    if isinstance(images, ConvertedSet):
+        if names_file(images.folder, "val").is_file():
+            return images.image_names("val")
+        return [str(index) for index in range(Beton(images.beton("val")).num_samples)]
+    items = images.val.items
+    names = images.val.names or range(len(items))
+    return [item if isinstance(item, str) else str(name) for item, name in zip(items, names, strict=True)]
 
 
 def _print(scores: Scores, several: Mapping[str, Accuracy], side: int, *, known: int) -> None:

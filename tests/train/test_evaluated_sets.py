@@ -57,7 +57,7 @@ def test_without_data_the_runs_own(place, capsys):
     out = capsys.readouterr().out
     assert "data plain, the run's own\n" in out
     assert f"checkpoint {place}/last.pt, after epoch 2 (--which best takes best.pt)\n" in out
-    assert "other images" not in out
+    assert "other images" not in out  # than when it was trained
 
 
 def test_images_of_the_run_are_never_scored_though_they_have_no_split(place, tmp_path, capsys):
@@ -151,7 +151,9 @@ def test_images_that_have_changed_since_are_noticed(workplace, tmp_path, monkeyp
     write_class_folders(tmp_path / "more", 2, 1, seed=77)
     (tmp_path / "more" / "class0" / "000.jpg").rename(tmp_path / "plain" / "class0" / "new.jpg")
     scored(tmp_path / folder.relative_to(root))
-    assert "plain: these are other images than those that the run was trained on\n" in capsys.readouterr().out
+    assert (
+        "plain: holds other images than when the run was trained, or stores them otherwise\n" in capsys.readouterr().out
+    )
 
 
 def test_a_network_of_more_classes_names_those_of_the_data(wordnet_folder, tmp_path, monkeypatch):
