@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast, get_args
 
 import torch
 
@@ -30,7 +30,7 @@ from train.runs import Run, key_of
 from train.score import Said, Scores, score, validation_loader
 from train.score.images import Asked, Images, find_images, is_given, is_whole, on_own_data, run_named
 from train.score.multilabel import Accuracy, Answers
-from train.score.predictions import BEGINS, Rows, format_named
+from train.score.predictions import BEGINS, Rows, check_choice, format_named
 from train.score.result_file import result_file
 
 # What results begin with.
@@ -49,10 +49,10 @@ def evaluate(
     decoder: str = "auto",
     device: str = "auto",
     threads: int | None = None,
-    split: Literal["val", "all"] | None = None,
+    split: str | None = None,
     real: str | None = None,
     multi_label: str | None = None,
-    which: Which | None = None,
+    which: str | None = None,
     predictions: str | None = None,
 ) -> None:
     """Scores a checkpoint on the validation images of a set, and writes the scores with the accuracy of each class.
@@ -92,6 +92,11 @@ def evaluate(
     kind = format_named(predictions, "PREDICTIONS") if predictions else "csv"
     if batch < 1:
         raise TrainError(f"BATCH={batch}: must be at least 1")
+    check_choice("split", split, ("val", "all"))
+    check_choice("WHICH", which, get_args(Which))
+    chosen = cast(Which | None, which)
+    if out and predictions and Path(out).resolve() == Path(predictions).resolve():
+        raise TrainError(f"PREDICTIONS={predictions}: is OUT too; give two files")
     with ExitStack() as files:
         # First of all: hours of scoring are not to end at a file that cannot be written.
         write = files.enter_context(result_file(Path(out), begins=BEGINNING)) if out else None
@@ -102,14 +107,14 @@ def evaluate(
         )
         run = run_named(checkpoint, needed=data is None)
         if data is None:
-            trained = load_trained(checkpoint, which=which)
+            trained = load_trained(checkpoint, which=chosen)
             data, (found, asked) = on_own_data(
                 trained.origin, run, lambda own: find_images(own, split, real, multi_label, run=run)
             )
             print(printable(f"data {data}, the run's own"), flush=True)
         else:
             found, asked = find_images(data, split, real, multi_label, run=run)
-            trained = load_trained(checkpoint, class_names=found.class_names, which=which)
+            trained = load_trained(checkpoint, class_names=found.class_names, which=chosen)
         if said := taken(trained, checkpoint):
             print(printable(said), flush=True)
         columns = scored_columns(trained, found.class_names, data)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 from PIL import Image
@@ -30,7 +30,7 @@ from train import TrainError
 from train.device import autocast_type, device_named, on_device, precision_on, set_tf32_and_allocator
 from train.evaluate import taken
 from train.score import answering, likeliest_five
-from train.score.predictions import BEGINS, Format, Rows, format_named
+from train.score.predictions import BEGINS, Format, Rows, check_choice, format_named
 from train.score.result_file import Write, result_file
 
 # For networks that don't say it.
@@ -41,12 +41,12 @@ def predict(
     checkpoint: str,
     images: str,
     out: str | None = None,
-    format: Format | None = None,
+    format: str | None = None,
     resolution: int | None = None,
     batch: int = 256,
     device: str = "auto",
     threads: int | None = None,
-    which: Which | None = None,
+    which: str | None = None,
 ) -> None:
     """Names the five likeliest classes of images, ImageNet's also in words.
 
@@ -70,12 +70,14 @@ def predict(
     for name, value in {"BATCH": batch, "threads": threads}.items():
         if value is not None and value < 1:
             raise TrainError(f"{name}={value}: must be at least 1")
-    kind = format or (format_named(out) if out else "text")
+    check_choice("FORMAT", format, get_args(Format))
+    check_choice("WHICH", which, get_args(Which))
+    kind = cast(Format, format) if format else (format_named(out) if out else "text")
     files, notes = files_named(images)
     for note in notes:
         _notice(note)
     with result_file(Path(out), begins=BEGINS[kind]) if out else _standard_output() as write:
-        trained = load_trained(checkpoint, which=which)
+        trained = load_trained(checkpoint, which=cast(Which | None, which))
         side = (trained.resolution or _USUAL_RESOLUTION) if resolution is None else resolution
         trained.check_resolution(side)
         if said := taken(trained, checkpoint):
@@ -118,8 +120,10 @@ def predict(
 
 
 def _opened(file: str) -> Image.Image:
+    if not os.path.lexists(file):
+        raise ValueError("no such file")
     # A pipe would be waited for.
-    if os.path.lexists(file) and not os.path.isfile(file):
+    if not os.path.isfile(file):
         raise ValueError("a folder" if os.path.isdir(file) else "a link to nothing, or no regular file")
     return open_image(file)
 

@@ -202,6 +202,9 @@ def test_bad_options_are_refused_before_anything_slow(place, tmp_path, monkeypat
         (run, {"out": "/proc/scores.json"}, TrainError, "OUT=/proc/scores.json: cannot be written"),
         (run, {"predictions": "own.csv"}, TrainError, "PREDICTIONS=own.csv: is no earlier result"),
         (run, {"predictions": "a.txt"}, TrainError, "PREDICTIONS=a.txt: give a name that ends in .csv, .json or"),
+        (run, {"out": "same.csv", "predictions": "./same.csv"}, TrainError, "PREDICTIONS=./same.csv: is OUT too"),
+        (run, {"which": "worst"}, TrainError, "WHICH=worst: unknown; use last or best"),
+        (run, {"split": "test"}, TrainError, "split=test: unknown; use val or all"),
         (run, {"batch": 0}, TrainError, "BATCH=0: must be at least 1"),
         (
             f"{run}/last.pt",

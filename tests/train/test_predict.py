@@ -148,6 +148,8 @@ def test_bad_options_are_refused_before_the_network_is_loaded(place):
         ({"out": "out.txt"}, "OUT=out.txt: give a name that ends in .csv, .json or .jsonl"),
         ({"out": "own.csv"}, "OUT=own.csv: is no earlier result"),
         ({"out": "images"}, "OUT=images: give a name that ends"),
+        ({"format": "xml"}, "FORMAT=xml: unknown; use text or csv or json or jsonl"),
+        ({"which": "worst"}, "WHICH=worst: unknown; use last or best"),
         ({"batch": 0}, "BATCH=0: must be at least 1"),
         ({"threads": 0}, "threads=0: must be at least 1"),
         ({"device": "tpu"}, "device=tpu"),

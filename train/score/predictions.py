@@ -29,6 +29,12 @@ def format_named(out: str, option: str = "OUT") -> Format:
     return found
 
 
+def check_choice(option: str, value: str | None, choices: Sequence[str]) -> None:
+    """Raises TrainError for a value that is none of the choices; None is one."""
+    if value not in (None, *choices):
+        raise TrainError(f"{option}={value}: unknown; use {' or '.join(choices)}")
+
+
 class Rows:
     """Writes rows about images, in batches. Each names the image's file and the likeliest classes.
 
