@@ -36,10 +36,10 @@ runs.look           := train.look
 takes.look          := DATA REFINERY CHECKPOINT RESOLUTION BATCH OUT ARGS
 about.evaluate      := top-1 and top-5 of a checkpoint
 runs.evaluate       := train.evaluate
-takes.evaluate      := CHECKPOINT DATA RESOLUTION BATCH DECODER OUT ARGS
+takes.evaluate      := CHECKPOINT WHICH DATA RESOLUTION BATCH DECODER PREDICTIONS OUT ARGS
 about.predict       := the five likeliest classes of images
 runs.predict        := train.predict
-takes.predict       := CHECKPOINT IMAGES RESOLUTION ARGS
+takes.predict       := CHECKPOINT WHICH IMAGES RESOLUTION BATCH FORMAT OUT ARGS
 about.export        := a checkpoint as a folder that other programs use
 runs.export         := train.export
 takes.export        := CHECKPOINT FORMAT INT8 DATA RESOLUTION BATCH DECODER OUT ARGS
@@ -185,9 +185,12 @@ Variables (typed on make's command line; the environment does not count)
   TABLES      which tables of the papers: 1,4,relabel-labels
   RUNS        run folders: "runs/scenes/A runs/scenes/B"
   CHECKPOINT  a run's best.pt or last.pt, or what REFINERY takes except a name alone
-  IMAGES      a file or a folder
+  WHICH       best or last, of a CHECKPOINT that is a run folder: last
+  IMAGES      a file, a folder, a pattern, @list.txt with one path a line, or several of these
+  PREDICTIONS a file for each image's label and likeliest classes: .csv, .json or .jsonl
   FIGURE      accuracy against milliseconds of all runs, as .svg or .png
   FORMAT      onnx, safetensors                   INT8        1: quantised too (onnx)
+              (of predictions: text, csv, json, jsonl)
   ONLY        parts of the bench, with commas: machine, loaders, cold, networks, loop,
               devices, refinery_cost, pooling; scale, only if it is named;
               or of the kills: conversion, training, validation, labels, maps, make;

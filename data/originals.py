@@ -2,8 +2,9 @@
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,10 +34,15 @@ def central_crop(image: Image.Image, *, resolution: int, center_ratio: float) ->
     return np.array(crop.resize((resolution, resolution), Image.Resampling.BILINEAR))
 
 
+def _name_on_screen(item: Any, reason: str) -> None:
+    tqdm.write(printable(f"left out: {item}: {reason}"), file=sys.stderr)
+
+
 class Originals:
     """The central crop of each image of a split, once, in order, as data.loader.Loader gives them; for evaluation.
 
-    num_samples: images in the split; those that cannot be read are named and left out of the batches.
+    num_samples: images in the split; those that cannot be read are left out of the batches.
+    left_out: called with the item of each of these, and why it cannot be read (default: prints that).
     num_classes, class_names: of the set. files: names of the images' files, without their folders.
     """
 
@@ -50,6 +56,7 @@ class Originals:
         center_ratio: float = 224 / 256,
         device: str | torch.device = "cpu",
         threads: int | None = None,
+        left_out: Callable[[Any, str], None] = _name_on_screen,
     ):
         for name, value in {"resolution": resolution, "batch_size": batch_size, "threads": threads}.items():
             if value is not None and value < 1:
@@ -59,6 +66,7 @@ class Originals:
         self._batch_size = batch_size
         self._device = torch.device(device)
         self._threads = threads or default_threads()
+        self._left_out = left_out
         self.class_names = tuple(class_names)
         self.num_classes = len(self.class_names)
         self.num_samples = len(split.items)
@@ -97,7 +105,7 @@ class Originals:
         for index, future in zip(indices, futures, strict=True):
             result = future.result()
             if isinstance(result, str):
-                tqdm.write(printable(f"left out: {self._split.items[index]}: {result}"), file=sys.stderr)
+                self._left_out(self._split.items[index], result)
             else:
                 read.append((index, *result))
         if not read:

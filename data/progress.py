@@ -13,7 +13,7 @@ def silence() -> None:
     _silent = True
 
 
-def images_bar(total: int, name: str, *, done: int = 0, leave: bool = True) -> tqdm:
+def images_bar(total: int, name: str, *, done: int = 0, leave: bool = True, shown: bool = True) -> tqdm:
     """A bar over `total` images, `done` of them before it began; in a log file it prints a line every 30 s."""
     return tqdm(
         total=total,
@@ -23,5 +23,5 @@ def images_bar(total: int, name: str, *, done: int = 0, leave: bool = True) -> t
         leave=leave,
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
         dynamic_ncols=True,
-        disable=_silent,
+        disable=_silent or not shown,
     )

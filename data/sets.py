@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from command import first_line
-from data import DataError
+from data import DataError, ilsvrc
 from data.beton import Beton, FileIdentity, identity_of
 from data.described import (
     Fits,
@@ -30,8 +30,9 @@ from data.described import (
     text,
     whole,
 )
+from data.layouts import val_folder
 from data.plan import CropRule
-from data.sources import Source, crops_for, open_source, quick_identity
+from data.sources import TORCHVISION_SETS, Source, crops_for, open_source, quick_identity
 
 _FORMAT = 3
 # Of this one, the resolution is part of the crop rule.
@@ -210,6 +211,10 @@ class Unconverted:
     def class_names(self) -> tuple[str, ...]:
         return self.source.class_names
 
+    @property
+    def source_fingerprint(self) -> str:
+        return self.source.fingerprint
+
 
 def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Unconverted:
     """The set for what the user gave as DATA: a converted set, or one converted earlier below `cache`, or still to be.
@@ -234,6 +239,22 @@ def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Un
     folder = _cache_folder(cache, source.name, data if source.crop else str(path.resolve()))
     converted = still_fitting(folder, source.fingerprint, source)
     return converted or Unconverted(source, folder, stale=folder.exists())
+
+
+def open_unsplit(data: str) -> Source | None:
+    """All images of a set without a split for validation, as open_source gives the whole of it; None for other sets.
+
+    Raises DataError as open_source does.
+    """
+    path = Path(data)
+    named = data == "scenes" or data in TORCHVISION_SETS
+    if named or not path.exists() or is_converted(data) or _of_other_writers(path):
+        return None
+    # Known without listing the images.
+    if val_folder(path) or (path.is_dir() and ilsvrc.is_distributed(path)):
+        return None
+    source = open_source(data, whole=None)
+    return None if len(source.train.items) else source
 
 
 def _cache_folder(cache: str | Path, name: str, location: str) -> Path:

@@ -55,13 +55,14 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def open_source(data: str, *, whole: bool = False) -> Source:
+def open_source(data: str, *, whole: bool | None = False) -> Source:
     """Opens `scenes`, a torchvision set by name, or by path an image folder, an archive (zip, tar) of one, or a CSV.
 
     By path also a folder of ImageNet's tars (data/ilsvrc.py) or of Parquet files (data/parquet.py). The layouts of
     folders and of a CSV: data/layouts.py.
 
-    whole: of class folders alone, all images are val's and none train's, for a set that is only evaluated on.
+    whole: of images without splits, as in class folders alone, all are val's and none train's, for a set that is only
+    evaluated on; with None, one that has splits is opened as it is.
     A compressed tar is unpacked to a temporary file first; see open_archive.
     Raises DataError for a name that is neither a set nor a folder nor a file of these kinds, one without images or with
     one class, classes in val that train lacks, a damaged or encrypted archive, a set that cannot be downloaded, and for
@@ -155,7 +156,7 @@ def _from_array(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _folder(root: Path, whole: bool = False) -> Source:
+def _folder(root: Path, whole: bool | None = False) -> Source:
     files: dict[str, str] = {}
     skipped: tuple[str, ...] = ()
     # Of a folder with train/ and val/ nothing else is looked at: a test/ beside them may be large.
@@ -182,7 +183,7 @@ def _annotations(root: Path, val_name: str | None) -> dict[str, bytes]:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def _archive(path: Path, whole: bool = False) -> Source:
+def _archive(path: Path, whole: bool | None = False) -> Source:
     fingerprint = archives.fingerprint(path)
     archive = archives.open_archive(path)
     parts = layouts.of_folders(str(path), archive.below, archive.files, archive.annotations)
@@ -190,20 +191,20 @@ def _archive(path: Path, whole: bool = False) -> Source:
     return Source(archives.archive_name(path), names, train, val, fingerprint, notes=notes)
 
 
-def _csv(path: Path, whole: bool = False) -> Source:
+def _csv(path: Path, whole: bool | None = False) -> Source:
     names, train, val, notes = _arranged(str(path), layouts.of_csv(path), open_image, whole)
     fingerprint = _fingerprint(path.parent, [train, val], path.read_bytes())
     return Source(path.stem, names, train, val, fingerprint, notes=notes)
 
 
-def _ilsvrc(root: Path, whole: bool = False) -> Source:
+def _ilsvrc(root: Path, whole: bool | None = False) -> Source:
     fingerprint = ilsvrc.fingerprint(root)
     parts, read_train, read_val = ilsvrc.open_distributed(root)
     names, train, val, notes = _arranged(str(root), parts, read_train, whole)
     return Source(root.resolve().name, names, train, replace(val, read=read_val), fingerprint, notes=notes)
 
 
-def _parquet(root: Path, whole: bool = False) -> Source:
+def _parquet(root: Path, whole: bool | None = False) -> Source:
     parts = parquet.open_splits(root)
     names, *splits, notes = _arranged(str(root), parts, parquet.read_row, whole)
     # Images that are stored together are read together.
@@ -251,7 +252,7 @@ def _refuse_betons(path: Path) -> None:
 
 
 def _arranged(
-    root: str, parts: layouts.Parts, read: Callable[[Any], Image.Image], whole: bool
+    root: str, parts: layouts.Parts, read: Callable[[Any], Image.Image], whole: bool | None
 ) -> tuple[tuple[str, ...], Split, Split, tuple[str, ...]]:
     """Class names, train and val splits, and notes; images without splits are split, or as a whole are val's."""
     train, val = parts.train, parts.val
@@ -265,7 +266,7 @@ def _arranged(
                 f"{parts.val_place}: {len(unknown)} classes that {parts.train_place} lacks ({layouts.some(unknown)}); "
                 "remove them or add their training images"
             )
-    elif whole:
+    elif whole is not False:
         train, val = {}, parts.train
     else:
         train, val = {}, {}

@@ -5,9 +5,10 @@ or is scored on a set of any of them.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
-from models.imagenet import class_ids
+from models.imagenet import class_ids, synonyms
 
 _NUMBERS = frozenset(map(str, range(1000)))
 
@@ -23,7 +24,24 @@ def by_id(class_names: Sequence[str]) -> tuple[str, ...]:
 
 def are_imagenet(class_names: Sequence[str]) -> bool:
     """Whether all are classes of ImageNet, in any of its editions."""
-    return all(re.fullmatch(r"n\d{8}", name) for name in by_id(class_names))
+    return all(map(_is_wordnet_id, by_id(class_names)))
+
+
+def readable(class_names: Sequence[str]) -> tuple[str, ...]:
+    """The classes in words: those of ImageNet as people call them, all others by their names.
+
+    No two are the same: where the usual word is that of two classes, further ones are added, or the WordNet id.
+    """
+    ids = by_id(class_names)
+    known = [synonyms(name) if _is_wordnet_id(name) else [] for name in ids]
+    names = [words[0] if words else name for words, name in zip(known, class_names, strict=True)]
+    for longer in (
+        [", ".join(words) or name for words, name in zip(known, names, strict=True)],
+        [f"{name} ({id})" if words else name for name, words, id in zip(names, known, ids, strict=True)],
+    ):
+        count = Counter(names)
+        names = [more if count[name] > 1 else name for name, more in zip(names, longer, strict=True)]
+    return tuple(names)
 
 
 def class_columns(outputs: Sequence[str], class_names: Sequence[str]) -> list[int]:
@@ -39,3 +57,7 @@ def lacking(columns: Sequence[int], class_names: Sequence[str]) -> str:
     """Names the first few of the classes whose column is -1."""
     names = [name for name, column in zip(class_names, columns, strict=True) if column < 0]
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _is_wordnet_id(name: str) -> bool:
+    return re.fullmatch(r"n\d{8}", name) is not None

@@ -1,6 +1,7 @@
-"""The classes of ImageNet, as networks trained on it order them."""
+"""The classes of ImageNet, as networks trained on it order them, and their names in words."""
 
 from functools import cache
+from typing import Any
 
 
 @cache
@@ -17,3 +18,19 @@ def class_ids(outputs: int = 1000) -> tuple[str, ...] | None:
 
     edition = infer_imagenet_subset({"num_classes": outputs})
     return tuple(ImageNetInfo(edition).label_names()) if edition else None
+
+
+def synonyms(wordnet_id: str) -> list[str]:
+    """What a class of ImageNet is called (`cassette player`), the usual word first; empty where that is not known."""
+    try:
+        return _names_in_words().label_name_to_description(wordnet_id).split(", ")
+    except KeyError:
+        return []
+
+
+@cache
+def _names_in_words() -> Any:
+    """Timm's list of ImageNet's classes. Kept, because it reads the words of all 21,000 at first."""
+    from timm.data import ImageNetInfo
+
+    return ImageNetInfo()

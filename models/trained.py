@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from models.classes import by_id, class_columns
 from models.imagenet import class_ids
 from models.weights import count_outputs, load_into, load_weights
 
+# Of a run: its last checkpoint, or that of the epoch with the highest top-1.
+Which = Literal["last", "best"]
+
 # What takes the place of a file for the weights that a hub publishes.
 _PRETRAINED = "pretrained"
 
@@ -27,6 +31,7 @@ class Trained:
 
     file: None for weights that a hub published. class_names: of its outputs, in order.
     resolution, center_ratio: pixels a side it was trained at, and its validation crop; None where the file doesn't say.
+    epoch: after how many epochs of its run it was saved; None where the file doesn't say.
     generation: 0 where it learned from the ground truth, or where its file doesn't say; its refinery's + 1 otherwise.
     """
 
@@ -38,6 +43,7 @@ class Trained:
     resolution: int | None = None
     center_ratio: float | None = None
     generation: int = 0
+    epoch: int | None = None
 
     @property
     def origin(self) -> str:
@@ -105,24 +111,30 @@ def names_network_alone(spec: str) -> bool:
     return parse_spec(spec)[1] is None
 
 
-def load_trained(spec: str, *, class_names: Sequence[str] | None = None) -> Trained:
+def load_trained(spec: str, *, class_names: Sequence[str] | None = None, which: Which | None = None) -> Trained:
     """Loads a run folder (its last.pt), a checkpoint file of ours, NAME:FILE, or NAME:pretrained.
 
+    which: of a run folder, the checkpoint of its last epoch (default) or of the one with the highest top-1.
     class_names: those of the data. A bare file of weights names no classes: its are these, unless it has as many
     outputs as ImageNet has classes and these are some of ImageNet's, or not known; then its are ImageNet's, in the
     order of all published networks.
 
-    Raises ModelError for a path that is not there, for files that do not fit the network, and for published weights
-    that cannot be fetched.
+    Raises ModelError for a path that is not there, for files that do not fit the network, for published weights that
+    cannot be fetched, and for `which` of what is no run folder.
     """
     name, file = parse_spec(spec)
+    if file is None:
+        raise ModelError(f"{spec}: names a network without weights; give a run folder or a file")
+    if which and not (file and Path(file).is_dir()):
+        raise ModelError(f"{spec}: is not the folder of a run, of which --which {which} is one file; leave --which out")
     if name and file == _PRETRAINED:
         return _published(name)
-    path = Path(file or "")
+    path = Path(file)
     if path.is_dir():
-        if not (path / "last.pt").is_file():
-            raise ModelError(f"{path}: no last.pt in it; is it the folder of a run?")
-        path = path / "last.pt"
+        chosen = path / f"{which or 'last'}.pt"
+        if not chosen.is_file():
+            raise ModelError(f"{path}: no {chosen.name} in it; is it the folder of a run?")
+        path = chosen
     if not path.is_file():
         raise ModelError(f"{spec}: no such run folder or file, nor the name of a network ({', '.join(models.names())})")
     weights = load_weights(path)
@@ -150,6 +162,7 @@ def load_trained(spec: str, *, class_names: Sequence[str] | None = None) -> Trai
             resolution=described["resolution"],
             center_ratio=described["center_ratio"],
             generation=described.get("generation", 0),  # checkpoints of earlier versions don't say
+            epoch=weights.epoch,
         )
     return Trained(network, name, path, names, models.normalisation(name))
 

@@ -33,11 +33,13 @@ class Weights:
 
     state: tensors by their name in the plain network, without what DataParallel and torch.compile prefix.
     network: what models.trained needs to know of it (its name, class names, ...), from a checkpoint of ours; else None.
+    epoch: how many epochs a checkpoint of ours has behind it; None where nothing says.
     """
 
     path: Path
     state: dict[str, Tensor]
     network: dict[str, Any] | None
+    epoch: int | None = None
 
 
 def load_weights(path: str | PathLike[str]) -> Weights:
@@ -50,11 +52,13 @@ def load_weights(path: str | PathLike[str]) -> Weights:
     if not isinstance(content, dict):
         raise ModelError(f"{path}: holds a {type(content).__name__}; {_WANTED}")
     state: Any = content
-    network = None
+    network = epoch = None
     if content.get("format") == CHECKPOINT_FORMAT:
         state, network = content.get("model"), content.get("network")
         if not isinstance(network, dict) or not isinstance(network.get("name"), str):
             raise ModelError(f"{path}: is a checkpoint that does not name its network; write it again")
+        progress = content.get("progress")
+        epoch = progress.get("epoch") if isinstance(progress, dict) else None
     else:
         for key in ("state_dict", "model"):
             if isinstance(content.get(key), dict):
@@ -62,7 +66,7 @@ def load_weights(path: str | PathLike[str]) -> Weights:
                 break
     if not isinstance(state, dict) or not state or not all(map(_is_weight, state.items())):
         raise ModelError(f"{path}: holds no weights; {_WANTED}")
-    return Weights(path, _plain_names(state), network)
+    return Weights(path, _plain_names(state), network, epoch if isinstance(epoch, int) else None)
 
 
 def count_outputs(weights: Weights, *, name: str) -> int | None:

@@ -91,6 +91,17 @@ def test_every_verb_is_one_command(make):
             ],
         ),
         (["predict", "CHECKPOINT=c", "IMAGES=i"], ["-m", "train.predict", "--checkpoint", "c", "--images", "i"]),
+        (
+            ["predict", "CHECKPOINT=c", "WHICH=best", "IMAGES=a/*.jpg b", "OUT=p.csv"],
+            [
+                *("-m", "train.predict", "--checkpoint", "c", "--which", "best", "--images", "a/*.jpg b"),
+                *("--out", "p.csv"),
+            ],
+        ),
+        (
+            ["evaluate", "CHECKPOINT=c", "WHICH=best", "PREDICTIONS=p.csv"],
+            ["-m", "train.evaluate", "--checkpoint", "c", "--which", "best", "--predictions", "p.csv"],
+        ),
         (["runs"], ["-m", "train.runs"]),
         (["runs", "FIGURE=a.svg"], ["-m", "train.runs", "--figure", "a.svg"]),
         (["report", "RUNS=a b", "OUT=c"], ["-m", "train.report", "--runs", "a b", "--out", "c"]),

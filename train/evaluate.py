@@ -1,61 +1,64 @@
 """Scores a trained network on a validation set: top-1, top-5 and the accuracy of each class, ReaL and multi-label.
 
-python -m train.evaluate --checkpoint runs/scenes/... --data images/
+python -m train.evaluate --checkpoint runs/scenes/... --which best
 python -m train.evaluate --checkpoint torchvision:resnet50:pretrained --data imagenet/val --split all --real real.json
-make evaluate CHECKPOINT=runs/scenes/... DATA=images/
+make evaluate CHECKPOINT=runs/images/... DATA=test/ PREDICTIONS=predictions.csv
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, cast, get_args
 
 import torch
 
 from command import printable, run_command
+from data.beton import Beton
 from data.convert import ensure_converted
 from data.loader import Loader
 from data.originals import Originals
 from data.plan import CropRule
-from data.sets import ConvertedSet, Unconverted, find_set, is_converted
-from data.sources import Source, open_source
+from data.sets import ConvertedSet, names_file
+from data.sources import Source
 from models.classes import are_imagenet, by_id, class_columns, lacking
-from models.trained import Trained, load_trained
+from models.trained import Trained, Which, digest_of, load_trained
 from train import TrainError
 from train.device import autocast_type, device_named, on_device, precision_on, set_tf32_and_allocator
-from train.score import Scores, score, validation_loader
-from train.score.multilabel import (
-    Accuracy,
-    Answers,
-    Labels,
-    multi_label_accuracy,
-    read_multi_label,
-    read_real,
-    real_accuracy,
-)
+from train.runs import Run, key_of
+from train.score import Said, Scores, score, validation_loader
+from train.score.images import Asked, Images, find_images, is_given, is_whole, on_own_data, run_named
+from train.score.multilabel import Accuracy, Answers
+from train.score.predictions import BEGINS, Rows, check_choice, format_named
+from train.score.result_file import result_file
+
+# What results begin with.
+BEGINNING = '{\n "checkpoint": '
 
 # For images whose set has no crop rule, where the network doesn't say either.
 _USUAL_RESOLUTION = 224
 
-# Labels of images that may have several, and how they are counted, by what they are called.
-_Asked = dict[str, tuple[Labels, Callable[[Labels, Answers], Accuracy]]]
-
 
 def evaluate(
     checkpoint: str,
-    data: str = "scenes",
+    data: str | None = None,
     out: str | None = None,
     resolution: int | None = None,
     batch: int = 256,
     decoder: str = "auto",
     device: str = "auto",
     threads: int | None = None,
-    split: Literal["val", "all"] = "val",
+    split: str | None = None,
     real: str | None = None,
     multi_label: str | None = None,
+    which: str | None = None,
+    predictions: str | None = None,
 ) -> None:
     """Scores a checkpoint on the validation images of a set, and writes the scores with the accuracy of each class.
+
+    Of images that have no split for validation, as class folders alone, all are scored, from their files as they are;
+    of those that the run was trained on, the tenth that it held out.
 
     Where the set has only some of the network's classes, the network chooses among these. A network of some of
     ImageNet's classes is scored on the images of these. Folders numbered 0 to 999, as ImageNetV2's are, are ImageNet's
@@ -67,78 +70,150 @@ def evaluate(
     Args:
         checkpoint: a run folder, a checkpoint file, NAME:FILE for a bare file of weights, or for published ones
             timm:NAME:pretrained or torchvision:NAME:pretrained
-        data: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette
-        out: the JSON file to write (default: beside the checkpoint; for published weights, here)
+        data: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette (default: the run's own)
+        out: the JSON file to write (default: beside the checkpoint, a file for each set and way of scoring it; for
+            published weights, here)
         resolution: pixels a side of the crops (default: what the network was trained at)
         batch: crops at a time
         decoder: auto, ffcv, dali or torchvision
         device: auto, cpu, cuda or cuda:N
         threads: decoding threads (default: one per processor)
-        split: all scores every image of class folders without train/ and val/, not the tenth of them that training
-            holds out: for sets made for evaluation. Like real and multi_label it reads the image files as they are
+        split: of images that have no split for validation: val scores the tenth that training holds out, all scores
+            every one (default: all, but of the run's own data val). All, real and multi_label read the image files as
+            they are
         real: real.json, for ReaL accuracy too: of the images with labels there (ILSVRC2012_val_00000001 and so on), the
             share whose likeliest class is one of them
         multi_label: human_accuracy_v3.0.0.json, for multi-label accuracy too: the share of a class's images whose
             likeliest class experts judged right or unclear, without problematic images; the mean over the classes
+        which: of a run folder, the checkpoint of its last epoch, or of its best one (default: last)
+        predictions: a file to write with each image's label and likeliest classes: .csv, .json or .jsonl
     """
     where = device_named(device)
-    found, asked = find_images(data, split, real, multi_label)
-    trained = load_trained(checkpoint, class_names=found.class_names)
-    columns = scored_columns(trained, found.class_names, data)
-    loader: Loader | Originals
+    kind = format_named(predictions, "PREDICTIONS") if predictions else "csv"
+    if batch < 1:
+        raise TrainError(f"BATCH={batch}: must be at least 1")
+    check_choice("split", split, ("val", "all"))
+    check_choice("WHICH", which, get_args(Which))
+    chosen = cast(Which | None, which)
+    if out and predictions and Path(out).resolve() == Path(predictions).resolve():
+        raise TrainError(f"PREDICTIONS={predictions}: is OUT too; give two files")
+    with ExitStack() as files:
+        # First of all: hours of scoring are not to end at a file that cannot be written.
+        write = files.enter_context(result_file(Path(out), begins=BEGINNING)) if out else None
+        write_rows = (
+            files.enter_context(result_file(Path(predictions), begins=BEGINS[kind], option="PREDICTIONS"))
+            if predictions
+            else None
+        )
+        run = run_named(checkpoint, needed=data is None)
+        if data is None:
+            trained = load_trained(checkpoint, which=chosen)
+            data, (found, asked) = on_own_data(
+                trained.origin, run, lambda own: find_images(own, split, real, multi_label, run=run)
+            )
+            print(printable(f"data {data}, the run's own"), flush=True)
+        else:
+            found, asked = find_images(data, split, real, multi_label, run=run)
+            trained = load_trained(checkpoint, class_names=found.class_names, which=chosen)
+        if said := taken(trained, checkpoint):
+            print(printable(said), flush=True)
+        columns = scored_columns(trained, found.class_names, data)
+        if not write:
+            labels = [digest_of(Path(file)) for file in (real, multi_label) if file]
+            out = str(_beside(trained, data, key_of([_identity(found, data), labels, resolution])))
+            write = files.enter_context(result_file(Path(out), begins=BEGINNING))
+        loading = {"batch": batch, "decoder": decoder, "device": where, "threads": threads}
+        side, loader, images = _opened(found, trained, resolution, loading)
+        if run and is_given(data, run) and isinstance(images, ConvertedSet):
+            _print_change(images, run)
+        names = _files_of(images) if asked or predictions else []
+        _check_names(names, asked, data)
+        known = sum(column >= 0 for column in columns)
+        rows = Rows(write_rows, kind, found.class_names, most=min(5, known), labelled=True) if write_rows else None
+
+        def add(said: Said) -> None:
+            if rows:
+                scored = [names[index] for index in said.indices.tolist()]
+                rows.add(scored, said.likeliest, said.probabilities, (said.labels, said.of_label))
+
+        scores = _scored(trained, loader, columns, where, add)
+        several = _by_labels(asked, found, names, columns, scores) if isinstance(found, Source) else {}
+        _print(scores, several, side, known=known)
+        result = {
+            "checkpoint": trained.origin,
+            "network": trained.name,
+            "data": data,
+            "split": "all" if is_whole(found) else "val",
+            "resolution": side,
+            "top1": scores.top1,
+            "top5": scores.top5,
+            "images": scores.images,
+            **{kind.lower().replace("-", "_"): asdict(accuracy) for kind, accuracy in several.items()},
+            "per_class": {
+                name: {"images": images, "top1": top1}
+                for name, (images, top1) in zip(found.class_names, scores.per_class, strict=True)
+            },
+        }
+        write(json.dumps(result, indent=1) + "\n")
+        if rows:
+            rows.close()
+    print(f"written to {out}{f' and {predictions}' if predictions else ''}")
+
+
+def taken(trained: Trained, checkpoint: str) -> str | None:
+    """Which file of a run was taken for what the user named as its checkpoint; None for weights from elsewhere."""
+    if trained.file is None or trained.epoch is None:
+        return None
+    other = "best" if trained.file.stem == "last" else "last"
+    is_choice = Path(checkpoint).is_dir() and trained.file.with_name(f"{other}.pt").is_file()
+    rest = f" (--which {other} takes {other}.pt)" if is_choice else ""
+    return f"checkpoint {trained.file}, after epoch {trained.epoch}{rest}"
+
+
+def _identity(images: Images, data: str) -> list[Any]:
+    fingerprint = images.fingerprint if isinstance(images, Source) else images.source_fingerprint
+    return [str(Path(data).resolve()), fingerprint, is_whole(images)]
+
+
+def _opened(
+    found: Images, trained: Trained, resolution: int | None, loading: Mapping[str, Any]
+) -> tuple[int, Loader | Originals, Source | ConvertedSet]:
+    """Pixels a side of the crops, what gives them, and what that reads. loading: batch, decoder, device and threads."""
     if isinstance(found, Source):
         side, crop = crops_for(trained, found.resolution or _USUAL_RESOLUTION, found.crop or CropRule(), resolution)
-        loader = Originals(
+        originals = Originals(
             found.val,
             found.class_names,
             resolution=side,
-            batch_size=batch,
+            batch_size=loading["batch"],
             center_ratio=crop.center_ratio,
-            device=where,
-            threads=threads,
+            device=loading["device"],
+            threads=loading["threads"],
         )
-        _check_names(loader.files, asked, data)
-        scores = _scored(trained, loader, columns, where)
-        several = _by_labels(asked, found, loader.files, columns, scores)
-    else:
-        ready = ensure_converted(found)
-        side, crop = crops_for(trained, ready.resolution, ready.crop, resolution)
-        loader = validation_loader(
-            ready, resolution=side, crop=crop, batch=batch, decoder=decoder, device=where, threads=threads
+        return side, originals, found
+    ready = ensure_converted(found)
+    side, crop = crops_for(trained, ready.resolution, ready.crop, resolution)
+    return side, validation_loader(ready, resolution=side, crop=crop, **loading), ready
+
+
+def _print_change(images: ConvertedSet, run: Run) -> None:
+    """Prints a notice where what the run was given as DATA has changed."""
+    if images.fingerprint != run.identity["data"]["fingerprint"]:
+        print(
+            printable(f"{run.data}: holds other images than when the run was trained, or stores them otherwise"),
+            flush=True,
         )
-        scores, several = _scored(trained, loader, columns, where), {}
-    _print(scores, several, side, known=sum(column >= 0 for column in columns))
-    written = {
-        "checkpoint": trained.origin,
-        "network": trained.name,
-        "data": data,
-        "resolution": side,
-        "top1": scores.top1,
-        "top5": scores.top5,
-        "images": scores.images,
-        **{kind.lower().replace("-", "_"): asdict(accuracy) for kind, accuracy in several.items()},
-        "per_class": {
-            name: {"images": images, "top1": top1}
-            for name, (images, top1) in zip(found.class_names, scores.per_class, strict=True)
-        },
-    }
-    _write(written, Path(out) if out else _beside(trained, data))
 
 
-def find_images(
-    data: str, split: str, real: str | None, multi_label: str | None
-) -> tuple[Source | ConvertedSet | Unconverted, _Asked]:
-    """What is to be scored, from image files or as a converted set, and the labels that were asked for; see evaluate.
-
-    Raises DataError and TrainError for what cannot be.
-    """
-    asked: _Asked = {}
-    if real:
-        asked["ReaL"] = read_real(Path(real)), real_accuracy
-    if multi_label:
-        asked["multi-label"] = read_multi_label(Path(multi_label)), multi_label_accuracy
-    from_files = split == "all" or bool(asked)
-    return _image_files(data, split, labelled=bool(asked)) if from_files else find_set(data), asked
+def _files_of(images: Source | ConvertedSet) -> list[str]:
+    """The file of each image: its path; of an archive's or a stored image CLASS/FILE; its number where it has none."""
+    if isinstance(images, ConvertedSet):
+        if names_file(images.folder, "val").is_file():
+            return images.image_names("val")
+        return [str(index) for index in range(Beton(images.beton("val")).num_samples)]
+    items = images.val.items
+    names = images.val.names or range(len(items))
+    return [item if isinstance(item, str) else str(name) for item, name in zip(items, names, strict=True)]
 
 
 def _print(scores: Scores, several: Mapping[str, Accuracy], side: int, *, known: int) -> None:
@@ -152,14 +227,14 @@ def _print(scores: Scores, several: Mapping[str, Accuracy], side: int, *, known:
         )
 
 
-def _check_names(files: Sequence[str], asked: _Asked, data: str) -> None:
+def _check_names(files: Sequence[str], asked: Asked, data: str) -> None:
     for kind, (labels, _) in asked.items():
         if not any(Path(file).stem in labels for file in files):
             raise TrainError(f"DATA={data}: none of its files is named as one that has {kind} labels")
 
 
 def _by_labels(
-    asked: _Asked, source: Source, files: Sequence[str], columns: Sequence[int], scores: Scores
+    asked: Asked, source: Source, files: Sequence[str], columns: Sequence[int], scores: Scores
 ) -> dict[str, Accuracy]:
     """The accuracies by the labels that were asked for."""
     ids = by_id(source.class_names)
@@ -170,21 +245,6 @@ def _by_labels(
         choices=frozenset(name for name, column in zip(ids, columns, strict=True) if column >= 0),
     )
     return {kind: accuracy(labels, answers) for kind, (labels, accuracy) in asked.items()}
-
-
-def _image_files(data: str, split: str, *, labelled: bool) -> Source:
-    """The image files of a set, whose val split is to be scored."""
-    if is_converted(data):
-        raise TrainError(
-            f"DATA={data}: is a converted set, and this is scored on the files as they are; give the folder or archive "
-            "that it was made from"
-        )
-    source = open_source(data, whole=split == "all")
-    if labelled and not are_imagenet(source.class_names):
-        raise TrainError(f"DATA={data}: is of other classes than ImageNet's, for which real and multi_label are")
-    for note in source.notes:
-        print(printable(note), flush=True)
-    return source
 
 
 def scored_columns(trained: Trained, class_names: Sequence[str], data: str) -> list[int]:
@@ -217,26 +277,28 @@ def crops_for(trained: Trained, usual: int, rule: CropRule, asked: int | None) -
     return side, replace(rule, center_ratio=trained.center_ratio or rule.center_ratio)
 
 
-def _scored(trained: Trained, loader: Loader | Originals, columns: Sequence[int], device: torch.device) -> Scores:
+def _scored(
+    trained: Trained,
+    loader: Loader | Originals,
+    columns: Sequence[int],
+    device: torch.device,
+    each: Callable[[Said], None],
+) -> Scores:
     network = on_device(trained.network, device)
     precision = precision_on(device)
     set_tf32_and_allocator(device, precision)
     autocast = autocast_type(precision)
-    return score(network, loader, trained.normalisation, device=device, autocast=autocast, columns=columns)
+    return score(network, loader, trained.normalisation, device=device, autocast=autocast, columns=columns, each=each)
 
 
-def _beside(trained: Trained, data: str) -> Path:
-    """Where scores are written unless the user says so: beside the checkpoint; for published weights, here."""
-    folder, stem = (trained.file.parent, trained.file.stem) if trained.file else (Path(), trained.name)
-    return folder / f"evaluation-{stem.replace(':', '-')}-{Path(data).resolve().name}.json"
+def _beside(trained: Trained, data: str, key: str) -> Path:
+    """Where scores are written unless the user says so: beside the checkpoint; for published weights, here.
 
-
-def _write(written: dict, target: Path) -> None:
-    try:
-        target.write_text(json.dumps(written, indent=1) + "\n")
-    except OSError as error:
-        raise TrainError(f"{target}: cannot be written ({error.strerror}); name another file with OUT") from None
-    print(f"written to {target}")
+    key: of the set and the way in which it is scored; sets in different places may have the same name.
+    """
+    folder, stem = (trained.file.parent, trained.file.name) if trained.file else (Path(), trained.name)
+    stem = stem.removesuffix(".pt").replace(":", "-").replace("/", "-")
+    return folder / f"evaluation-{stem}-{Path(data).resolve().name}-{key}.json"
 
 
 if __name__ == "__main__":

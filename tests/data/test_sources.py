@@ -8,6 +8,7 @@ import pytest
 
 from data import DataError
 from data.plan import CropRule
+from data.sets import open_unsplit
 from data.sources import crops_for, open_source
 from tests.pictures import photograph, write_class_folders
 
@@ -147,3 +148,24 @@ def test_a_set_made_for_evaluation_is_val_as_a_whole(tmp_path):
     for data in (str(tmp_path / "both"), "scenes"):
         with pytest.raises(DataError, match=f"{data}: has images for training and others for validation; leave"):
             open_source(data, whole=True)
+    assert open_source(str(tmp_path / "both"), whole=None).train.labels.tolist() == [0, 1]
+    unsplit = open_source(str(root), whole=None)
+    assert (unsplit.val.items, unsplit.fingerprint) == (whole.val.items, whole.fingerprint)
+
+
+def test_only_of_images_without_splits_all_are_val(converted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = write_class_folders(tmp_path / "plain", 2, 3)
+    unsplit = open_unsplit("plain")
+    assert unsplit
+    assert len(unsplit.val.items) == 6
+    # A folder of a set's name is not meant by it.
+    root.rename("scenes")
+    for part in ("train", "test"):
+        write_class_folders(tmp_path / "both" / part, 2, 2)
+    (tmp_path / "betons").mkdir()
+    for part in ("train", "val"):
+        (tmp_path / "betons" / f"{part}.beton").symlink_to(converted.beton(part))
+    for data in ("scenes", "both", "betons", str(converted.folder), "cifar10", "absent"):
+        assert open_unsplit(data) is None, data
+    assert open_unsplit("./scenes") is not None

@@ -2,7 +2,7 @@
 
 import random
 
-from models.classes import are_imagenet, by_id, class_columns, lacking
+from models.classes import are_imagenet, by_id, class_columns, lacking, readable
 from models.imagenet import class_ids
 
 IDS = class_ids()
@@ -40,3 +40,17 @@ def test_what_is_lacking_is_named():
     ours = ["ant", "bee", "cat", "dog", "eel"]
     assert lacking(class_columns(["bee"], ours), ours) == "ant, cat, dog, ..."
     assert lacking(class_columns(["bee", "dog", "ant"], ours), ours) == "cat, eel"
+
+
+def test_names_in_words():
+    words = readable(IDS)
+    assert words[:2] == ("tench", "goldfish")
+    assert len(set(words)) == 1000
+    assert words[IDS.index("n02979186")] == "cassette player"
+    # Of the two cranes not even further words differ; of the two maillots these do.
+    assert {words[IDS.index(name)] for name in ("n02012849", "n03126707")} == {"crane (n02012849)", "crane (n03126707)"}
+    assert {words[IDS.index(name)] for name in ("n03710637", "n03710721")} == {"maillot", "maillot, tank suit"}
+    assert readable(sorted(map(str, range(1000))))[:4] == (words[0], words[1], words[10], words[100])
+    # Alone, a crane is one.
+    assert readable(["n02012849", "n00004475", "n99999999", "ant"]) == ("crane", "organism", "n99999999", "ant")
+    assert readable(["tench", "n01440764"]) == ("tench", "tench, Tinca tinca")

@@ -14,7 +14,6 @@ import yaml
 from numpy.typing import NDArray
 from torch import nn
 
-from data import DataError
 from data.convert import ensure_converted
 from data.loader import Loader, open_loader
 from data.plan import CropRule
@@ -30,8 +29,9 @@ from train.export import card
 from train.export.check import Marks, check_equal, check_loss, crops_of, in_pytorch, marks_of, milliseconds
 from train.export.folder import check_place, placed
 from train.export.onnx_file import Probabilities, Session, check_packages, quantise, write_onnx
-from train.runs import Run, read_run, table_text
+from train.runs import Run, run_of, table_text
 from train.score import validation_loader
+from train.score.images import on_own_data
 
 FLAGS = ("--int8", "--accept_loss", "--accept-loss")
 
@@ -99,19 +99,12 @@ def export(
         check_place(Path(out))
     if format == "onnx":
         check_packages()
-    found = find_set(data) if data else None
-    trained = load_trained(checkpoint, class_names=found.class_names if found else None)
-    run = _run_of(trained)
+    given = find_set(data) if data else None
+    trained = load_trained(checkpoint, class_names=given.class_names if given else None)
+    run = run_of(trained.file)
     place = Path(out) if out else _beside(trained, format)
     check_place(place)
-    if not found:
-        data = _own_data(trained, run)
-        try:
-            found = find_set(data)
-        except DataError as error:
-            raise TrainError(
-                f"{trained.origin}: was trained on {data}; give it, or other images, as DATA ({error})"
-            ) from None
+    data, found = (data, given) if data and given else on_own_data(trained.origin, run, find_set)
     columns = scored_columns(trained, found.class_names, str(data))
     unknown = sum(column < 0 for column in columns)
     if unknown:
@@ -310,23 +303,6 @@ def _calibration(
         drop_last=False,
     )
     return (crops_of(batch) for batch in islice(loader.epoch(0), _CALIBRATION // _CALIBRATION_BATCH))
-
-
-def _run_of(trained: Trained) -> Run | None:
-    """The run that a checkpoint is of; None for weights from elsewhere."""
-    return read_run(trained.file.parent) if trained.file and trained.file.suffix == ".pt" else None
-
-
-def _own_data(trained: Trained, run: Run | None) -> str:
-    """What a run was given as DATA. Raises TrainError where nothing says."""
-    try:
-        said = yaml.safe_load((run.folder / "config.yaml").read_text()) if run else None
-    except (OSError, ValueError, yaml.YAMLError):
-        said = None
-    data = said.get("data") if isinstance(said, dict) else None
-    if not isinstance(data, str):
-        raise TrainError(f"{trained.origin}: does not say what it was trained on; name validation images with DATA")
-    return data
 
 
 def _beside(trained: Trained, format: str) -> Path:

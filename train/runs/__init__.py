@@ -9,6 +9,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import yaml
+
 from command import printable
 from data.described import check_fields, of_type, read_json
 from data.plan import seed_of_generation
@@ -73,6 +75,16 @@ class Run:
             if damage or missing:
                 raise damage or no_metrics(self.metrics_file, self.identity["epochs"])
         return lines
+
+    @property
+    def data(self) -> str | None:
+        """What it was given as DATA; None where its configuration is missing or damaged."""
+        try:
+            said = yaml.safe_load((self.folder / "config.yaml").read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            return None
+        data = said.get("data") if isinstance(said, dict) else None
+        return data if isinstance(data, str) else None
 
     @property
     def metrics_file(self) -> Path:
@@ -155,6 +167,11 @@ def read_run(folder: Path) -> Run | None:
             return None
         identity = stored
     return Run(folder, identity, _result(folder / "result.json"))
+
+
+def run_of(weights: Path | None) -> Run | None:
+    """The run that a file of weights is a checkpoint of; None for weights from elsewhere. Raises as read_run."""
+    return read_run(weights.parent) if weights and weights.suffix == ".pt" else None
 
 
 def _read_object(path: Path) -> Any:

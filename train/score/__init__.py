@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.loader import Loader, open_loader
+from data.loader import CropBatch, Loader, open_loader
 from data.originals import Originals
 from data.plan import CropRule
 from data.progress import images_bar
@@ -36,6 +36,45 @@ class Scores:
     predicted: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a network said of the images of a batch that are scored.
+
+    indices, labels: int64 [n], images of the set, and their classes. likeliest: int64 [n, k], the likeliest classes of
+    those that are chosen among, five unless there are fewer; probabilities: theirs, float32 [n, k].
+    of_label: float32 [n], the probability of each image's label.
+    """
+
+    indices: torch.Tensor
+    labels: torch.Tensor
+    likeliest: torch.Tensor
+    probabilities: torch.Tensor
+    of_label: torch.Tensor
+
+
+def answering(
+    network: nn.Module, normalisation: Normalisation, *, device: torch.device, autocast: torch.dtype | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The network in evaluation mode, as a function of crops uint8 [B, 3, R, R] to logits float32 [B, outputs]."""
+    network.eval()
+    normalise = Normalise(normalisation).to(device)
+
+    @torch.inference_mode()
+    def logits(crops: torch.Tensor) -> torch.Tensor:
+        with computing_in(autocast, device):
+            return network(normalise(crops)).float()
+
+    return logits
+
+
+def likeliest_five(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The five likeliest classes, int64 [B, 5], and all probabilities, float32 [B, C], of logits [B, C].
+
+    Of fewer classes, all of them.
+    """
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices, logits.softmax(dim=1)
+
+
 @torch.inference_mode()
 def score(
     network: nn.Module,
@@ -47,17 +86,17 @@ def score(
     columns: Sequence[int] | None = None,
     together: Group = ALONE,
     stop: Callable[[], bool] = lambda: False,
+    each: Callable[[Said], None] | None = None,
 ) -> Scores:
     """Runs the network over the loader's images, in evaluation mode.
 
     columns: for each class of the loader the network's output that stands for it, or -1 where the network lacks it;
     None where the two are the same. The network chooses among the loader's classes alone, and images of classes that
     it lacks are not scored. together: the processes whose loaders have the set's images among them.
-    stop: whether to stop, asked before each batch. Raises Stopped where it says so in any process, and TrainError where
-    no image is left.
+    stop: whether to stop, asked before each batch. each: called after each batch.
+    Raises Stopped where `stop` says so in any process, and TrainError where no image is left.
     """
-    network.eval()
-    normalise = Normalise(normalisation).to(device)
+    answer = answering(network, normalisation, device=device, autocast=autocast)
     num_classes = loader.num_classes
     known = torch.tensor(range(num_classes) if columns is None else columns)
     # The loader's classes to choose from, and the outputs that stand for them.
@@ -72,13 +111,14 @@ def score(
             stopped = stop()
             if stopped:
                 break
-            with computing_in(autocast, device):
-                logits = network(normalise(batch.crops)).float()
-            likeliest = choices[logits[:, outputs].topk(min(5, len(choices)), dim=1).indices]
+            first_five, probabilities = likeliest_five(answer(batch.crops)[:, outputs])
+            likeliest = choices[first_five]
             predicted[batch.indices] = likeliest[:, 0]
             hits = likeliest == batch.labels[:, None]
             for row, weights in enumerate((torch.isin(batch.labels, choices), hits[:, 0], hits.any(dim=1))):
                 counts[row].scatter_add_(0, batch.labels, weights.long())
+            if each:
+                each(_said(batch, choices, first_five, probabilities))
             bar.update(len(batch.labels))
     if any(together.largest([stopped])):
         raise Stopped
@@ -93,6 +133,19 @@ def score(
         images=total,
         per_class=[(n, 100 * right / n if n else None) for n, right in zip(images, first, strict=True)],
         predicted=predicted.cpu(),
+    )
+
+
+def _said(batch: CropBatch, choices: torch.Tensor, first_five: torch.Tensor, probabilities: torch.Tensor) -> Said:
+    """choices: int64, the classes that the columns of `probabilities` stand for, in order; first_five: of these."""
+    scored = torch.isin(batch.labels, choices)
+    labels, probabilities, first_five = batch.labels[scored], probabilities[scored], first_five[scored]
+    return Said(
+        indices=batch.indices[scored],
+        labels=labels,
+        likeliest=choices[first_five],
+        probabilities=probabilities.gather(1, first_five),
+        of_label=probabilities.gather(1, torch.searchsorted(choices, labels)[:, None])[:, 0],
     )
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from train import TrainError
 from train.config import Config, configure, parse_both
 from train.distributed import group, joined
-from train.evaluate import find_images
 from train.job import check
 from train.launch import on_devices
 from train.runs import table_text
+from train.score.images import find_images
 from train.tables.rows import Tables
 from train.tables.text import TITLES, Row, Setting, TablesOptions, markdown, result_of
 
