@@ -1,5 +1,6 @@
 """The loop of a run, or of several at once: epochs of steps, a validation after each, checkpoints and metrics."""
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -305,6 +306,8 @@ class Trainer:
             "train_top5": 100 * sums[TOP5] / crops,
             "top1": student.scores.top1,
             "top5": student.scores.top5,
+            # JSON has no name for infinity, nor for what is no number.
+            "val_loss": student.scores.loss if math.isfinite(student.scores.loss) else None,
             "images_per_second_per_device": crops / progress.train_seconds / self.job.group.world,
             "waiting": progress.waited_seconds / progress.train_seconds,
             "lr": student.lr,

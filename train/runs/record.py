@@ -98,8 +98,8 @@ class Record:
             (f"{name}, " if name else "")
             + f"epoch {metrics['epoch']}/{self._config.epochs}: loss {metrics['loss']:.3f}, "
             f"train top-1 {metrics['train_top1']:.1f} %; validation top-1 {metrics['top1']:.2f} %, "
-            f"top-5 {metrics['top5']:.2f} %; {metrics['images_per_second_per_device']:.0f} images/s, "
-            f"{100 * metrics['waiting']:.0f} % waiting for data"
+            f"top-5 {metrics['top5']:.2f} %, loss {_shown(metrics['val_loss'])}; "
+            f"{metrics['images_per_second_per_device']:.0f} images/s, {100 * metrics['waiting']:.0f} % waiting for data"
         )
         self._metrics.append(metrics)
 
@@ -175,6 +175,10 @@ class Silent(Record):
 
     def finish(self, result: dict[str, Any]) -> Run:
         return replace(self._run, result=result)
+
+
+def _shown(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"
 
 
 def _lines(values: Sequence[dict[str, Any]]) -> str:
