@@ -14,6 +14,7 @@ from command import typed_command
 from data.loader import CropBatch, Loader
 from data.progress import images_bar
 from train import TrainError
+from train.balance import class_weights
 from train.device import on_device, set_tf32_and_allocator
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
@@ -61,6 +62,8 @@ class Trainer:
             forget_compiled_steps(len(job.resolutions))
         self.students = [Student.of(each) for each in jobs]
         self.labels = on_device(job.labels.open(job), job.device)
+        self._loaders: dict[int, Loader] = {}
+        self.loader = self.loader_at(job.resolution)
         self.step = Step(
             self.students,
             self.labels,
@@ -77,9 +80,9 @@ class Trainer:
             together=job.group,
             reduce=config.reduce,
             seed=job.seed,
+            truth=config.loss.truth,
+            weights=class_weights(self.loader.images_per_class, config.loss.balance) if config.loss.balance else None,
         )
-        self._loaders: dict[int, Loader] = {}
-        self.loader = self.loader_at(job.resolution)
         self.validation = validation_loader(
             job.data,
             resolution=job.resolution,
