@@ -190,7 +190,9 @@ class Config:
         save_minutes: how often a checkpoint is written within an epoch; what a kill costs at most
         device: auto, cpu, cuda or cuda:N
         decoder: auto, ffcv, dali or torchvision
-        threads: decoding threads of each process (default: one per processor, which the processes of a machine share)
+        threads: that decode, and as many that compute on the CPU, in each process (default: one per processor that the
+            process may use, its container's limit counted in, which the processes of a machine share; for computing
+            also OMP_NUM_THREADS). The last bits of weights depend on how many compute, on a CPU
         resident: on a GPU, the share of its free memory that a set stored as blocks may take; of a larger one the host
             reads the blocks
         precision: bf16 or fp16 autocast, tf32 or fp32; what the device has no units for is replaced by what it has

@@ -23,7 +23,7 @@ from data.sources import Source, open_source
 from models.classes import are_imagenet, by_id, class_columns, lacking
 from models.trained import Trained, load_trained
 from train import TrainError
-from train.device import autocast_type, device_named, on_device, precision_on, set_tf32_and_allocator
+from train.device import autocast_type, device_named, on_device, precision_on, set_tf32_and_allocator, set_threads
 from train.score import Scores, score, validation_loader
 from train.score.multilabel import (
     Accuracy,
@@ -73,7 +73,7 @@ def evaluate(
         batch: crops at a time
         decoder: auto, ffcv, dali or torchvision
         device: auto, cpu, cuda or cuda:N
-        threads: decoding threads (default: one per processor)
+        threads: that decode, and as many that compute on the CPU (default: one per processor)
         split: all scores every image of class folders without train/ and val/, not the tenth of them that training
             holds out: for sets made for evaluation. Like real and multi_label it reads the image files as they are
         real: real.json, for ReaL accuracy too: of the images with labels there (ILSVRC2012_val_00000001 and so on), the
@@ -82,6 +82,7 @@ def evaluate(
             likeliest class experts judged right or unclear, without problematic images; the mean over the classes
     """
     where = device_named(device)
+    set_threads(threads)
     found, asked = find_images(data, split, real, multi_label)
     trained = load_trained(checkpoint, class_names=found.class_names)
     columns = scored_columns(trained, found.class_names, data)

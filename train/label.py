@@ -20,7 +20,7 @@ from command import exit_on_user_error, typed_command
 from data.loader import CropBatch
 from train import TrainError
 from train.config import Config, configure, parse_both
-from train.device import computing_in, on_device, set_tf32_and_allocator
+from train.device import computing_in, on_device, set_tf32_and_allocator, set_threads
 from train.distributed import ALONE, Group, group, joined
 from train.interrupt import Stop, stop_on_signal
 from train.job import Job
@@ -90,6 +90,7 @@ def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
     # Batches are those of one process.
     (job,) = with_refinery([configure(given)], ALONE)
     set_tf32_and_allocator(job.device, job.config.precision)
+    set_threads(job.config.threads)
     labeller = Labeller(job, options, together)
     together.check_same(asdict(labeller.description) | {"epochs": epochs})
     store = together.in_turn(lambda: create_store(folder, labeller.description))

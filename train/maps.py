@@ -23,7 +23,7 @@ from models.cells import CellLogits
 from models.trained import Trained
 from train import TrainError
 from train.config import Config, configure, parse_both
-from train.device import computing_in, on_device, set_tf32_and_allocator
+from train.device import computing_in, on_device, set_tf32_and_allocator, set_threads
 from train.distributed import ALONE, Group, group, joined
 from train.interrupt import Stop, stop_on_signal
 from train.job import Job
@@ -101,6 +101,7 @@ def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
     # Batches are those of one process.
     (job,) = with_refinery([configure(given)], ALONE)
     set_tf32_and_allocator(job.device, job.config.precision)
+    set_threads(job.config.threads)
     mapper = Mapper(job, options, together)
     together.check_same(asdict(mapper.description))
     store = together.in_turn(lambda: create_store(Path(str(config.out)), mapper.description))

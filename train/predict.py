@@ -17,7 +17,7 @@ from data.sources import image_files
 from kernels.normalise import Normalise
 from models.trained import load_trained
 from train import TrainError
-from train.device import device_named, on_device
+from train.device import device_named, on_device, set_threads
 
 
 @torch.inference_mode()
@@ -32,6 +32,7 @@ def predict(checkpoint: str, images: str, resolution: int | None = None, device:
         device: auto, cpu, cuda or cuda:N
     """
     where = device_named(device)
+    set_threads()
     path = Path(images)
     files, notes = image_files(path) if path.is_dir() else Found([str(path)] if path.is_file() else [], ())
     for note in notes:
