@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from command import exit_on_user_error, typed_command
+from data.durable import in_units
 from data.loader import CropBatch
 from train import TrainError
 from train.config import Config, configure, parse_both
@@ -27,7 +28,7 @@ from train.job import Job
 from train.labels.description import Description, data_part, refinery_part
 from train.labels.refinery import Refinery, RefineryLabels
 from train.labels.rows import Exact, Packed, Rows
-from train.labels.store import Store, check_asked, create_store, existing_store, in_units
+from train.labels.store import Store, check_asked, create_store, existing_store
 from train.launch import on_devices
 from train.rounds import in_rounds, own_blocks
 from train.step import COMPILER_OPTIONS, forget_compiled_steps, is_out_of_memory, reason

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from command import exit_on_user_error, run_command, typed_command
+from data.durable import in_units
 from data.loader import Pairing, open_loader
 from kernels.normalise import Normalise
 from models.cells import CellLogits
@@ -31,7 +32,7 @@ from train.labels.description import Description, data_part, refinery_part
 from train.labels.maps import check_classes, existing_maps
 from train.labels.refinery import RefineryLabels
 from train.labels.rows import CellRows
-from train.labels.store import Store, check_asked, create_store, in_units
+from train.labels.store import Store, check_asked, create_store
 from train.launch import on_devices
 from train.report.maps import show
 from train.rounds import in_rounds, own_blocks
