@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
 from tqdm import tqdm
 
 from data.durable import make_folder, reason, write_text
@@ -92,6 +93,10 @@ class Record:
             f"{name} was {last.get(name)} and is {value}" for name, value in start.items() if value != last.get(name)
         ]
 
+    def show(self, picture: Image) -> None:
+        """Keeps a picture of labelled crops, among the plots."""
+        self._board.add_crops(picture)
+
     def add(self, metrics: dict[str, Any], *, name: str | None) -> None:
         """Prints an epoch's metrics, which `save` then keeps. name: the network's, where several train at once."""
         tqdm.write(
@@ -160,6 +165,9 @@ class Silent(Record):
 
     def begin(self, start: dict[str, Any], epochs: int, steps: int) -> list[str]:
         return []
+
+    def show(self, picture: Image) -> None:
+        """Nothing."""
 
     def add(self, metrics: dict[str, Any], *, name: str | None) -> None:
         """Nothing."""
