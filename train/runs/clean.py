@@ -122,7 +122,7 @@ def _user_of(folder: Path, others: list[Run]) -> Run | None:
                     path = Path(text).resolve()
                     if path == there or path.parent == there:
                         return other
-    known = {}
+    known: dict[str, Run] = {}
     for other in others:
         refinery, pretrained = other.identity["refinery"], other.identity.get("pretrained")
         known |= {digest: other for digest in ((refinery or {}).get("weights"), pretrained) if digest}
