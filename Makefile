@@ -47,6 +47,10 @@ about.runs          := a table of all runs
 runs.runs           := train.runs
 takes.runs          := OUT FIGURE ARGS
 option.runs.OUT     := --folder
+about.clean-runs    := what failed and stopped runs take, and, with ARGS=--yes, removing them
+runs.clean-runs     := train.runs.clean
+takes.clean-runs    := OUT ARGS
+option.clean-runs.OUT := --folder
 about.report        := figures of what runs have learned
 runs.report         := train.report
 takes.report        := RUNS DATA OUT ARGS
@@ -86,7 +90,7 @@ about.format        := let ruff order the code
 about.setup         := make .venv from requirements.lock (every verb does it by itself, once)
 about.help          := this text
 
-commands := train label maps chain tables convert look evaluate predict export runs report bench bench-compare compare-labels kernels test test-all test-gpu test-wheel kills soak
+commands := train label maps chain tables convert look evaluate predict export runs clean-runs report bench bench-compare compare-labels kernels test test-all test-gpu test-wheel kills soak
 verbs := $(commands) lint types format setup help
 
 flags := QUICK PROFILE INT8

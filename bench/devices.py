@@ -25,6 +25,7 @@ from bench.process import CallFailed, Process, answers
 from bench.record import DEVICE_MEMORY, MEMORY, Column, Record, Row, figure, optional, ran, rate_columns
 from bench.settings import Settings
 from bench.turns import Contender, Runner, Work, in_turns
+from data.processors import processors
 from train.config import Config
 from train.distributed import PeerLost, Reduce, joined
 from train.launch import share_processors
@@ -217,7 +218,7 @@ def add_efficiency(rows: list[Row]) -> None:
 def _notes(pair: Pair, count: int, threads: int, rows: list[Row]) -> list[str]:
     settings = pair.settings
     on_cpu = (
-        f"A device is a process on the CPU with {max(len(os.sched_getaffinity(0)) // settings.gpus, 1)} of its "
+        f"A device is a process on the CPU with {max(processors() // settings.gpus, 1)} of its "
         "processors, unless OMP_NUM_THREADS says otherwise. "
     )
     with torch.device("meta"):

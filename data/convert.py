@@ -39,6 +39,7 @@ from data import DataError, blocks, tiles
 from data.beton import PAGE_SIZE, Beton, Encoded, write_beton
 from data.durable import is_full, locked, move_folder, partial_prefix, remove_leftovers, sync_files
 from data.pixels import upright_rgb
+from data.processors import processors
 from data.progress import images_bar
 from data.sets import ConvertedSet, Unconverted, is_converted, names_file, open_set, still_fitting
 from data.sources import Source, Split, crops_for, open_source
@@ -145,7 +146,7 @@ def convert_source(
             with tempfile.TemporaryDirectory(
                 prefix=partial_prefix(out), dir=out.parent, ignore_cleanup_errors=True
             ) as partial:
-                encoding = _Encoding(storage, processes or len(os.sched_getaffinity(0)), max_pixels)
+                encoding = _Encoding(storage, processes or processors(), max_pixels)
                 rejects = _write_set(source, Path(partial, "set"), encoding)
                 move_folder(Path(partial, "set"), out, replaced=Path(partial, "replaced"))
     except OSError as error:

@@ -174,3 +174,11 @@ def reason(error: BaseException, path: Path) -> str:
     if isinstance(cause, OSError) and is_full(cause):
         return f"the disk of {path.parent} is full"
     return (cause.strerror if isinstance(cause, OSError) else None) or first_line(error)
+
+
+def in_units(size: int) -> str:
+    """A number of bytes, as people read it."""
+    value, units = float(size), ["bytes", "kB", "MB", "GB", "TB", "PB", "EB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"

@@ -196,6 +196,11 @@ class Loader:
             raise DataError(f"epoch={epoch}: must be at least 0")
         self._next_epoch = epoch
 
+    @property
+    def images_per_class(self) -> NDArray[np.int64]:
+        """How many images of the file, on all ranks, each class has: int64 [C]."""
+        return np.bincount(self._beton.labels, minlength=self.num_classes)
+
     def epoch(self, epoch: int, start_step: int = 0, blocks: Sequence[int] | None = None) -> Iterator[CropBatch]:
         """The batches of one epoch from start_step on; those before it cost nothing.
 

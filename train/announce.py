@@ -1,11 +1,13 @@
 """Prints what a run is before it starts, and its result when it has ended."""
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from command import printable
+from train.balance import class_weights
 from train.config import LossConfig
 from train.job import Job
 from train.loop import Trainer
@@ -17,8 +19,14 @@ def announce(trainer: Trainer) -> None:
     config, crop = job.config, job.crop
     low, high = (f"{100 * share:g}" for share in crop.scale)
     labels = job.labels.describe()
-    if config.loss != LossConfig():
-        labels += f"; loss {config.loss.kind}, temperature {config.loss.temperature:g}"
+    loss = config.loss
+    if replace(loss, truth=0.0, balance=0.0) != LossConfig():
+        labels += f"; loss {loss.kind}, temperature {loss.temperature:g}"
+    if loss.truth:
+        labels += f"; {100 * loss.truth:g} % ground truth in the loss"
+    if loss.balance:
+        weights = class_weights(trainer.loader.images_per_class, loss.balance)
+        labels += f"; classes weigh {weights[weights > 0].min():.2g} to {weights.max():.2g} (balance {loss.balance:g})"
     if config.jitter:
         labels += f"; adversarial jitter, eta {config.jitter:g}"
     first, last = job.resolutions[0], job.resolution

@@ -106,18 +106,36 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """How the student's output is compared with the refinery's.
+    """How the student's output is compared with its labels.
+
+    A crop of class y that its label source labels p, and of which the student says q, has the loss
+    weight(y) ((1 - truth) loss(p, q) + truth CE(y, q)), where CE is -log q[y] at temperature 1. A crop that is mixed of
+    two has the mean of these of both images, by their shares, and a jittered one the class of its image.
 
     Args:
         kind: soft, KL from label to output, as in the paper; hard, cross-entropy to the label's likeliest class;
             reversed, KL from output to label; l2, the squared difference of probabilities
         temperature: what both networks' logits are divided by
+        truth: the share of cross-entropy to the image's own label in the loss, 0 to below 1, for labels that are not
+            the ground truth already
+        balance: how far classes with few images count more, for sets where some have many more than others: the loss of
+            a class with n images is multiplied by n ** -balance, over its mean (0: all images count the same; 1: all
+            classes do; 0.5: between them, where the rarest have only a few images). Each epoch has the same crops
     """
 
     kind: Literal["soft", "hard", "reversed", "l2"] = "soft"
     temperature: float = 1.0
+    truth: float = 0.0
+    balance: float = 0.0
 
     def __post_init__(self):
+        if not 0 <= self.truth < 1:
+            raise TrainError(
+                f"loss.truth={self.truth:g}: give a share from 0 to below 1; for the ground truth alone, leave out the "
+                "refinery"
+            )
+        if not 0 <= self.balance <= 1:
+            raise TrainError(f"loss.balance={self.balance:g}: must be 0 to 1")
         if not self.temperature > 0:
             raise TrainError(f"loss.temperature={self.temperature}: must be above 0")
 
@@ -172,7 +190,9 @@ class Config:
         save_minutes: how often a checkpoint is written within an epoch; what a kill costs at most
         device: auto, cpu, cuda or cuda:N
         decoder: auto, ffcv, dali or torchvision
-        threads: decoding threads of each process (default: one per processor, which the processes of a machine share)
+        threads: that decode, and as many that compute on the CPU, in each process (default: one per processor that the
+            process may use, its container's limit counted in, which the processes of a machine share; for computing
+            also OMP_NUM_THREADS). The last bits of weights depend on how many compute, on a CPU
         resident: on a GPU, the share of its free memory that a set stored as blocks may take; of a larger one the host
             reads the blocks
         precision: bf16 or fp16 autocast, tf32 or fp32; what the device has no units for is replaced by what it has

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from data.processors import processors
 from train import TrainError
 from train.distributed import group
 
@@ -66,8 +67,8 @@ def _why_no_gpu() -> str:
             "install one with it"
         )
     return (
-        f"this machine has an NVIDIA GPU, which PyTorch {torch.__version__} (CUDA {torch.version.cuda}) cannot use with "
-        f"its {driver}; update the driver"
+        f"this machine has an NVIDIA GPU, which PyTorch {torch.__version__} (CUDA {torch.version.cuda}) cannot use "
+        f"with its {driver}; update the driver"
     )
 
 
@@ -112,6 +113,20 @@ def set_tf32_and_allocator(device: torch.device, precision: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if device.type == "cpu":
         _keep_freed_memory()
+
+
+def set_threads(asked: int | None = None) -> None:
+    """Sets how many threads compute on the CPU, for the whole process; the last bits of weights depend on it.
+
+    asked: so many; None: as many as PyTorch takes, which is one per core, or OMP_NUM_THREADS where that is set, but no
+    more than there are processors for this process (data.processors), which the processes of a run on a machine share.
+    Raises TrainError for numbers below 1.
+    """
+    if asked is not None and asked < 1:
+        raise TrainError(f"threads={asked}: must be at least 1")
+    if asked is None and "OMP_NUM_THREADS" in os.environ:
+        return
+    torch.set_num_threads(asked or min(torch.get_num_threads(), max(processors() // group().beside, 1)))
 
 
 def _keep_freed_memory() -> None:

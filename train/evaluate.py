@@ -25,7 +25,7 @@ from data.sources import Source
 from models.classes import are_imagenet, by_id, class_columns, lacking
 from models.trained import Trained, Which, digest_of, load_trained
 from train import TrainError
-from train.device import autocast_type, device_named, on_device, precision_on, set_tf32_and_allocator
+from train.device import autocast_type, device_named, on_device, precision_on, set_tf32_and_allocator, set_threads
 from train.runs import Run, key_of
 from train.score import Said, Scores, score, validation_loader
 from train.score.images import Asked, Images, find_images, is_given, is_whole, on_own_data, run_named
@@ -77,7 +77,7 @@ def evaluate(
         batch: crops at a time
         decoder: auto, ffcv, dali or torchvision
         device: auto, cpu, cuda or cuda:N
-        threads: decoding threads (default: one per processor)
+        threads: that decode, and as many that compute on the CPU (default: one per processor)
         split: of images that have no split for validation: val scores the tenth that training holds out, all scores
             every one (default: all, but of the run's own data val). All, real and multi_label read the image files as
             they are
@@ -89,6 +89,7 @@ def evaluate(
         predictions: a file to write with each image's label and likeliest classes: .csv, .json or .jsonl
     """
     where = device_named(device)
+    set_threads(threads)
     kind = format_named(predictions, "PREDICTIONS") if predictions else "csv"
     if batch < 1:
         raise TrainError(f"BATCH={batch}: must be at least 1")

@@ -244,7 +244,7 @@ def _identity(config: Config, data: ConvertedSet, crop: CropRule, labels: Labels
     pretrained = config.pretrained
     if pretrained and pretrained not in models.HUBS:
         pretrained = digest_of(Path(pretrained))
-    identity = {
+    identity: dict[str, Any] = {
         "data": {"name": data.name, "fingerprint": data.fingerprint},
         "model": config.model,
         "pretrained": pretrained,
@@ -267,9 +267,12 @@ def _identity(config: Config, data: ConvertedSet, crop: CropRule, labels: Labels
         "precision": config.precision,
         "seed": config.seed,
     }
+    # So that runs from before there was any keep their identity.
     if not (config.augment.colours or config.augment.mixes):
-        # So that runs from before there was any keep their identity.
         del identity["augment"]
+    for name in ("truth", "balance"):
+        if not identity["loss"][name]:
+            del identity["loss"][name]
     if config.replicas and config.replicas > 1:
         identity |= {"replicas": config.replicas, "reduced": "bf16" if config.reduce == "bf16" else "fp32"}
     # As JSON gives it back, so that it compares equal with what was read from a run's folder.

@@ -17,17 +17,18 @@ import torch
 from numpy.typing import NDArray
 
 from command import exit_on_user_error, typed_command
+from data.durable import in_units
 from data.loader import CropBatch
 from train import TrainError
 from train.config import Config, configure, parse_both
-from train.device import computing_in, on_device, set_tf32_and_allocator
+from train.device import computing_in, on_device, set_tf32_and_allocator, set_threads
 from train.distributed import ALONE, Group, group, joined
 from train.interrupt import Stop, stop_on_signal
 from train.job import Job
 from train.labels.description import Description, data_part, refinery_part
 from train.labels.refinery import Refinery, RefineryLabels
 from train.labels.rows import Exact, Packed, Rows
-from train.labels.store import Store, check_asked, create_store, existing_store, in_units
+from train.labels.store import Store, check_asked, create_store, existing_store
 from train.launch import on_devices
 from train.rounds import in_rounds, own_blocks
 from train.step import COMPILER_OPTIONS, forget_compiled_steps, is_out_of_memory, reason
@@ -90,6 +91,7 @@ def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
     # Batches are those of one process.
     (job,) = with_refinery([configure(given)], ALONE)
     set_tf32_and_allocator(job.device, job.config.precision)
+    set_threads(job.config.threads)
     labeller = Labeller(job, options, together)
     together.check_same(asdict(labeller.description) | {"epochs": epochs})
     store = together.in_turn(lambda: create_store(folder, labeller.description))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from command import safe_path, typed_command, with_underscores
+from data.processors import processors
 from train import TrainError
 
 # What ends all processes of a command.
@@ -46,7 +47,7 @@ def on_devices(
 
 def share_processors(count: int) -> None:
     """Gives processes started from now on, `count` at a time, as many threads each as there are processors for."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(processors() // count, 1)))
 
 
 def _taken(words: list[str], option: str, what: str, *, least: int) -> tuple[int | None, list[str]]:

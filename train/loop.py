@@ -1,5 +1,6 @@
 """The loop of a run, or of several at once: epochs of steps, a validation after each, checkpoints and metrics."""
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,14 @@ from command import typed_command
 from data.loader import CropBatch, Loader
 from data.progress import images_bar
 from train import TrainError
-from train.device import on_device, set_tf32_and_allocator
+from train.balance import class_weights
+from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
+from train.labels.ground_truth import GroundTruthLabels
+from train.report.analysis import readable
 from train.runs import checkpoint
+from train.runs.crops import labelled_crops
 from train.score import Stopped, validation_loader
 from train.step import Step, forget_compiled_steps, is_out_of_memory
 from train.student import CROPS, LOSS, TOP1, TOP5, Student
@@ -60,6 +65,8 @@ class Trainer:
             forget_compiled_steps(len(job.resolutions))
         self.students = [Student.of(each) for each in jobs]
         self.labels = on_device(job.labels.open(job), job.device)
+        self._loaders: dict[int, Loader] = {}
+        self.loader = self.loader_at(job.resolution)
         self.step = Step(
             self.students,
             self.labels,
@@ -76,9 +83,9 @@ class Trainer:
             together=job.group,
             reduce=config.reduce,
             seed=job.seed,
+            truth=config.loss.truth,
+            weights=class_weights(self.loader.images_per_class, config.loss.balance) if config.loss.balance else None,
         )
-        self._loaders: dict[int, Loader] = {}
-        self.loader = self.loader_at(job.resolution)
         self.validation = validation_loader(
             job.data,
             resolution=job.resolution,
@@ -91,6 +98,8 @@ class Trainer:
         self.progress = Progress()
         self._waiting = Waiting(job.device)
         self._stop = Stop()
+        # Whether the run is at its start, whose crops are still to be shown.
+        self._at_start = False
         # Steps from one agreement of all processes on what to do to the next.
         self._apart = 1
 
@@ -132,6 +141,9 @@ class Trainer:
         with images_bar(loader.steps * batch_size, name, done=progress.step * batch_size) as bar:
             mark = looked = saved = time.perf_counter()
             for batch in self._fetched(loader.epoch(job.plan_epoch(progress.epoch), progress.step)):
+                if self._at_start:
+                    # Counts in no rate.
+                    mark += self._show(batch)
                 self._set_rates(progress.epoch + progress.step / loader.steps)
                 self._train_on(batch, progress.epoch, progress.step)
                 progress.step += 1
@@ -214,6 +226,7 @@ class Trainer:
             "torch": torch.__version__,
         }
         (changes, *_) = [student.record.begin(start, progress.epoch, progress.step) for student in self.students]
+        self._at_start = not (progress.epoch or progress.step)
         if (progress.epoch or progress.step) and progress.epoch < job.config.epochs:
             print(
                 f"continuing in epoch {progress.epoch + 1} of {job.config.epochs}, "
@@ -230,6 +243,27 @@ class Trainer:
             if batch is None:
                 return
             yield batch
+
+    def _show(self, batch: CropBatch) -> float:
+        """Adds a picture of the run's first crops and labels to its plots; returns the seconds that it took."""
+        self._at_start = False
+        started, job = time.perf_counter(), self.job
+        if job.group.first:
+            # Of a replica's crops, with whose batch statistics they are labelled in training.
+            part = batch.part(0, job.replicas // job.group.world)
+            try:
+                with torch.no_grad(), computing_in(job.autocast, job.device):
+                    targets = self.labels(part)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    return 0.0  # the step has a better answer to it
+                raise
+            own = isinstance(job.labels, GroundTruthLabels)
+            source = None if own else "refinery" if job.labels.refinery else "label"
+            picture = labelled_crops(part, targets, readable(job.data.class_names), labelled_by=source)
+            for student in self.students:
+                student.record.show(picture)
+        return time.perf_counter() - started
 
     def _set_rates(self, epoch: float) -> None:
         for student in self.students:
@@ -305,6 +339,8 @@ class Trainer:
             "train_top5": 100 * sums[TOP5] / crops,
             "top1": student.scores.top1,
             "top5": student.scores.top5,
+            # JSON has no name for infinity, nor for what is no number.
+            "val_loss": student.scores.loss if math.isfinite(student.scores.loss) else None,
             "images_per_second_per_device": crops / progress.train_seconds / self.job.group.world,
             "waiting": progress.waited_seconds / progress.train_seconds,
             "lr": student.lr,

@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from command import exit_on_user_error, run_command, typed_command
+from data.durable import in_units
 from data.loader import Pairing, open_loader
 from kernels.normalise import Normalise
 from models.cells import CellLogits
 from models.trained import Trained
 from train import TrainError
 from train.config import Config, configure, parse_both
-from train.device import computing_in, on_device, set_tf32_and_allocator
+from train.device import computing_in, on_device, set_tf32_and_allocator, set_threads
 from train.distributed import ALONE, Group, group, joined
 from train.interrupt import Stop, stop_on_signal
 from train.job import Job
@@ -31,7 +32,7 @@ from train.labels.description import Description, data_part, refinery_part
 from train.labels.maps import check_classes, existing_maps
 from train.labels.refinery import RefineryLabels
 from train.labels.rows import CellRows
-from train.labels.store import Store, check_asked, create_store, in_units
+from train.labels.store import Store, check_asked, create_store
 from train.launch import on_devices
 from train.report.maps import show
 from train.rounds import in_rounds, own_blocks
@@ -103,6 +104,7 @@ def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
     # Batches are those of one process.
     (job,) = with_refinery([configure(given)], ALONE)
     set_tf32_and_allocator(job.device, job.config.precision)
+    set_threads(job.config.threads)
     mapper = Mapper(job, options, together)
     together.check_same(asdict(mapper.description))
     store = together.in_turn(lambda: create_store(Path(str(config.out)), mapper.description))

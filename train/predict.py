@@ -27,7 +27,7 @@ from data.progress import images_bar
 from data.sources import Split
 from models.trained import Which, load_trained
 from train import TrainError
-from train.device import autocast_type, device_named, on_device, precision_on, set_tf32_and_allocator
+from train.device import autocast_type, device_named, on_device, precision_on, set_tf32_and_allocator, set_threads
 from train.evaluate import taken
 from train.score import answering, likeliest_five
 from train.score.predictions import BEGINS, Format, Rows, check_choice, format_named
@@ -63,13 +63,14 @@ def predict(
         resolution: pixels a side of the crop (default: what the network was trained at)
         batch: crops at a time
         device: auto, cpu, cuda or cuda:N
-        threads: decoding threads (default: one per processor)
+        threads: that decode, and as many that compute on the CPU (default: one per processor)
         which: of a run folder, the checkpoint of its last epoch, or of its best one (default: last)
     """
     where = device_named(device)
     for name, value in {"BATCH": batch, "threads": threads}.items():
         if value is not None and value < 1:
             raise TrainError(f"{name}={value}: must be at least 1")
+    set_threads(threads)
     check_choice("FORMAT", format, get_args(Format))
     check_choice("WHICH", which, get_args(Which))
     kind = cast(Format, format) if format else (format_named(out) if out else "text")

@@ -5,10 +5,10 @@ Nothing here waits for the device: the students' sums stay on it until they are 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from data.loader import CropBatch
 from data.plan import seed_of_part
@@ -46,6 +46,8 @@ class Step:
     fails, a notice is printed and the steps go on uncompiled, or under `strict` TrainError is raised. cuda_graphs: the
     compiled graph is recorded and replayed, kernels and all, as CUDA graphs.
     replicas: parts of a step, of all devices, each with batch statistics of its own; the running ones are the first's.
+    truth, weights: the share of cross entropy to the images' own labels in the loss, 0 to below 1, and what the losses
+    of each class's images are multiplied by, float32 [C], None for 1 (train.config.LossConfig).
     together, reduce: who computes them, and how their gradients are added (train.distributed). seed: with several
     parts, of what networks draw themselves.
     """
@@ -68,10 +70,13 @@ class Step:
         together: Group = ALONE,
         reduce: Reduce = "sum",
         seed: int = 0,
+        truth: float = 0.0,
+        weights: torch.Tensor | None = None,
     ):
         self.students = students
         self.labels = labels
         self._loss, self._temperature, self._jitter, self._augment = loss, temperature, jitter, augment
+        self._truth, self._class_weights = truth, None if weights is None else weights.to(device)
         self._device, self._autocast = device, autocast
         self._replicas, self._group, self._reduce, self._seed = replicas, together, reduce, seed
         self._normalise = [Normalise(student.normalisation).to(device) for student in students]
@@ -199,22 +204,42 @@ class Step:
                 for student, normalise in zip(self.students, self._normalise, strict=True)
             ]
         losses, counted = [], []
+        # Jittered crops lie behind the clean ones.
+        labels = batch.labels.repeat(2) if self._jitter else batch.labels
         crops = torch.full((), len(batch.labels), dtype=torch.float64, device=self._device)
         for logits in outputs:
-            loss = self._loss_of(targets, logits, draws).mean()
+            loss = self._loss_of(targets, logits, labels, draws).mean()
             top1, top5 = correct(logits[: len(batch.labels)], batch.labels)
             losses.append(loss)
             counted.append(torch.stack([loss.detach().double() * crops, top1.double(), top5.double(), crops]))
         return torch.stack(losses), torch.stack(counted)
 
-    def _loss_of(self, targets: Targets, logits: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
-        """Each crop's loss, float32 [B]: of a mixed crop the weighted sum of two, unless the mixture has a label."""
-        compared = partial(Targets.loss, student=logits, kind=self._loss, temperature=self._temperature)
-        own = compared(targets)
-        if draws is None or not (self._augment and self._augment.mixes) or self.labels.sees == "mixed":
+    def _loss_of(
+        self, targets: Targets, logits: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Each crop's loss, float32 [B]: of a mixed crop the weighted sum of two, unless the mixture has a label.
+
+        labels: the images' own, int64 [B], of which a mixed crop always has two.
+        """
+        own = self._compared(targets, logits, labels)
+        if draws is None or not (self._augment and self._augment.mixes):
             return own
-        share = kept(draws)
-        return share * own + (1 - share) * compared(targets.at(partners(draws)))
+        share, others = kept(draws), partners(draws)
+        if self.labels.sees != "mixed":
+            theirs = self._compared(targets.at(others), logits, labels[others])
+        elif self._truth or self._class_weights is not None:
+            theirs = self._compared(targets, logits, labels[others])
+        else:
+            return own
+        return share * own + (1 - share) * theirs
+
+    def _compared(self, targets: Targets, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Each crop's loss by these targets and own labels of images, float32 [B]; see LossConfig."""
+        loss = targets.loss(logits, kind=self._loss, temperature=self._temperature)
+        if self._truth:
+            own = F.cross_entropy(logits.float(), labels, reduction="none")
+            loss = (1 - self._truth) * loss + self._truth * own
+        return loss if self._class_weights is None else self._class_weights[labels] * loss
 
 
 def correct(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from data.sources import scenes_fingerprint
 from train import TrainError
 from train.announce import announce, announce_result
 from train.config import Config
+from train.device import set_threads
 from train.distributed import Group
 from train.interrupt import Interrupted
 from train.job import Job, check, find_labels, needs_refinery, resolve
@@ -139,6 +140,7 @@ def _train_jobs(jobs: Sequence[Job]) -> list[Run]:
             shared = str([value for key, value in asdict(job.config).items() if key not in _OWN])
             unfinished.setdefault((reached, shared), []).append(job)
     for together in unfinished.values():
+        set_threads(together[0].config.threads)
         trainer = Trainer(together)
         announce(trainer)
         # Of several processes, the first one's words are all's.

@@ -27,6 +27,7 @@ from torch import Tensor
 from command import printable, typed_command
 from data import DataError
 from data.convert import ensure_converted
+from data.durable import in_units
 from data.folders import files_below
 from data.progress import images_bar
 from data.sets import ConvertedSet, Unconverted, find_set
@@ -35,7 +36,7 @@ from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.labels.description import Description, data_part
 from train.labels.maps import check_classes, existing_maps, open_maps
 from train.labels.rows import CellRows
-from train.labels.store import Store, create_store, in_units, open_store
+from train.labels.store import Store, create_store, open_store
 
 _ENDING = ".pt"
 

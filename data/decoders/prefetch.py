@@ -1,7 +1,6 @@
 """Batches made ahead of their use by a pool of threads, in order: what the two CPU decoders share."""
 
 import math
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from data.decoders import BATCHES_AHEAD, Request, View
+from data.processors import processors
 
 # Images that one thread takes at a time: few enough that all threads end a batch together.
 _IMAGES_AT_ONCE = 16
@@ -122,5 +122,5 @@ class _Upload:
 
 
 def default_threads() -> int:
-    """The processors this process may use."""
-    return len(os.sched_getaffinity(0))
+    """One per processor that this process may use."""
+    return processors()

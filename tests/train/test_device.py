@@ -1,17 +1,22 @@
 """What a device computes in, and the settings of the process."""
 
 import ctypes
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from train import TrainError
 from train import device as device_module
-from train.device import autocast_type, device_named, precision_on, set_tf32_and_allocator
+from train.device import autocast_type, device_named, precision_on, set_tf32_and_allocator, set_threads
+from train.distributed import Group
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 def test_what_a_device_has_no_units_for_is_replaced():
@@ -86,3 +91,65 @@ def test_a_gpu_whose_driver_is_too_old_does_not_become_a_cpu(tmp_path, monkeypat
     # Hidden from this process, it is not missed.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert device_named("auto") == CPU
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """PyTorch's number of threads, which comes back after the test; OMP_NUM_THREADS is not set."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("torchs", "processors", "beside", "asked", "found"),
+    [
+        (64, 2, 1, None, 2),  # a container with a limit
+        (32, 64, 1, None, 32),  # a core has two processors
+        (64, 64, 8, None, 8),
+        (64, 2, 8, None, 1),
+        (64, 2, 1, 5, 5),
+        (1, 2, 1, None, 1),
+    ],
+)
+def test_threads_that_compute(threads, monkeypatch, torchs, processors, beside, asked, found):
+    monkeypatch.setattr("train.device.processors", lambda: processors)
+    monkeypatch.setattr("train.device.group", lambda: Group(world=beside, beside=beside))
+    torch.set_num_threads(torchs)
+    set_threads(asked)
+    assert torch.get_num_threads() == found
+
+
+def test_omp_num_threads_counts_unless_threads_are_asked_for(threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setattr("train.device.processors", lambda: 2)
+    torch.set_num_threads(7)
+    set_threads()
+    assert torch.get_num_threads() == 7
+    set_threads(3)
+    assert torch.get_num_threads() == 3
+
+
+def test_threads_below_one_are_refused():
+    for asked in (0, -1):
+        with pytest.raises(TrainError, match=f"threads={asked}: must be at least 1"):
+            set_threads(asked)
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "passive"), ("active", "active")])
+def test_threads_of_commands_do_not_spin(given, found):
+    """The variable must be there before PyTorch is loaded; the user's own counts."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "true", "PYTHONPATH": str(ROOT)} | ({"OMP_WAIT_POLICY": given} if given else {})
+    done = subprocess.run(
+        [sys.executable, "-m", "train.evaluate", "--help"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0
+    assert f"OMP_WAIT_POLICY = '{found.upper()}'" in done.stderr
+
+
+def test_a_run_computes_with_the_threads_that_were_asked_for(run, threads):
+    folder = run("--threads", "2", "--epochs", "1").folder
+    (start,) = (json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines())
+    assert start["threads"] == torch.get_num_threads() == 2

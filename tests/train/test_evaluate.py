@@ -70,6 +70,9 @@ def test_a_network_of_all_classes_chooses_among_those_of_the_data(wordnet_folder
     assert torch.equal(scores.predicted, likeliest[:, 0])
     assert scores.top1 == pytest.approx(100 * right.mean().item())
     assert scores.top5 == 100  # of three
+    logits = logits_of(network, source.val.items)[:, columns]
+    loss = -logits.softmax(dim=1)[range(15), source.val.labels].log().mean()
+    assert scores.loss == pytest.approx(loss.item(), rel=1e-5)
     for label, (images, top1) in enumerate(scores.per_class):
         assert images == 5
         assert top1 == pytest.approx(100 * right[source.val.labels == label].mean().item())
@@ -105,6 +108,9 @@ def test_a_network_of_some_classes_is_scored_on_the_images_of_these(tmp_path):
     labels = torch.from_numpy(source.val.labels)
     scored = (labels == 1) | (labels == 4)
     assert scores.top1 == pytest.approx(100 * (chosen == labels)[scored].float().mean().item())
+    right = torch.where(labels == 4, 0, 1)  # among the network's two classes that count, the first and the last
+    losses = -logits[:, [0, 2]].softmax(dim=1)[range(18), right].log()
+    assert scores.loss == pytest.approx(losses[scored].mean().item(), rel=1e-5)
 
 
 class Colours(nn.Module):

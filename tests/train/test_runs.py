@@ -9,8 +9,10 @@ import torch
 import yaml
 
 import models
+from data.loader import open_loader
+from kernels.normalise import Normalise
 from models import ModelError
-from models.trained import digest_of
+from models.trained import digest_of, load_trained
 from tests.stopping import stop_at
 from train import TrainError
 from train.config import parse
@@ -21,6 +23,7 @@ from train.runs import all_runs, checkpoint, finished_refinery, read_run
 from train.runs.__main__ import table
 from train.runs.record import locked
 from train.step import Step
+from train.student import Student
 from train.train import train
 
 
@@ -62,6 +65,38 @@ def test_what_a_run_leaves(run, bf16_units, capsys):
     assert (start["epoch"], start["step"], start["decoder"], start["compiled"]) == (0, 0, "ffcv", False)
     assert start["torch"] == torch.__version__
     assert [again.folder for again in train(parse(["--config", str(folder / "config.yaml")]))] == [folder]
+
+
+def test_the_validation_loss_is_recorded(run, converted, capsys):
+    """It is the mean cross entropy of the validation crops with the images' labels, whatever the labels in training."""
+    folder = run("--labels.smoothing", "0.2", "--epochs", "1").folder
+    (line,) = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    trained = load_trained(str(folder))
+    total, images = 0.0, 0
+    for batch in open_loader(converted.beton("val"), resolution=32, batch_size=4, train=False).epoch(0):
+        with torch.inference_mode():
+            logits = trained.network.eval()(Normalise(trained.normalisation)(batch.crops))
+        total -= logits.double().log_softmax(dim=1)[range(len(logits)), batch.labels].sum().item()
+        images += len(logits)
+    assert images == 15
+    assert line["val_loss"] == pytest.approx(total / images, rel=1e-4)
+    assert f"top-5 {line['top5']:.2f} %, loss {line['val_loss']:.3f}; " in capsys.readouterr().out
+
+
+def test_a_validation_loss_that_is_not_finite_stays_json(run, monkeypatch, capsys):
+    """Statistics of batches may spoil the network that is scored while the one in training is sound."""
+    original = Student.score
+
+    def score(self, *others):
+        scores = original(self, *others)
+        scores.loss = float("inf")
+        return scores
+
+    monkeypatch.setattr(Student, "score", score)
+    finished = run("--epochs", "1")
+    assert '"val_loss": null' in (finished.folder / "metrics.jsonl").read_text()
+    assert "loss not finite; " in capsys.readouterr().out
+    assert finished.metrics[0]["val_loss"] is None
 
 
 def test_a_finished_run_is_not_repeated(run, capsys):

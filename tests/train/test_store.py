@@ -19,11 +19,12 @@ import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from data.durable import in_units
 from tests.damage import bytes_of, documents
 from train import TrainError
 from train.labels.description import Description, differences
 from train.labels.rows import CellRows
-from train.labels.store import Store, check_folder, create_store, in_units, open_store
+from train.labels.store import Store, check_folder, create_store, open_store
 from train.runs import key_of
 
 ROOT = Path(__file__).parents[2]

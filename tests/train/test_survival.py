@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from models import ModelError
 from models.trained import load_trained
@@ -635,9 +637,20 @@ def test_plots_are_what_tensorboard_reads(run, stopped):
     run("--out", "run")
     events = EventAccumulator("run/tensorboard").Reload()
     metrics = read_run(stopped).metrics
-    points = events.Scalars("top1")
+    assert set(events.Tags()["scalars"]) == {
+        *("train/loss", "train/top1", "train/top5", "train/lr"),
+        *("validation/loss", "validation/top1", "validation/top5"),
+        *("speed/images_per_second_per_device", "speed/waiting"),
+    }
+    points = events.Scalars("validation/top1")
     assert [point.step for point in points] == [1, 2]
     assert [point.value for point in points] == pytest.approx([line["top1"] for line in metrics])
+    losses = [point.value for point in events.Scalars("validation/loss")]
+    assert losses == pytest.approx([line["val_loss"] for line in metrics])
+    # At the start of the run, and not again where it goes on.
+    (picture,) = events.Images("train/crops")
+    assert picture.step == 0
+    assert Image.open(io.BytesIO(picture.encoded_image_string)).size == (picture.width, picture.height)
 
 
 # Stops.

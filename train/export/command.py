@@ -23,7 +23,7 @@ from models.trained import Trained, load_trained, names_network_alone
 from models.weights import load_weights
 from models.xnor import XnorResNet50
 from train import TrainError
-from train.device import device_named, on_device, set_tf32_and_allocator
+from train.device import device_named, on_device, set_tf32_and_allocator, set_threads
 from train.evaluate import crops_for, scored_columns
 from train.export import card
 from train.export.check import Marks, check_equal, check_loss, crops_of, in_pytorch, marks_of, milliseconds
@@ -84,7 +84,7 @@ def export(
         batch: crops at a time
         decoder: auto, ffcv, dali or torchvision
         device: where PyTorch runs: auto, cpu, cuda or cuda:N; onnxruntime runs on the CPU
-        threads: decoding threads (default: one per processor)
+        threads: that decode, and as many that compute on the CPU (default: one per processor)
     """
     if int8 and format != "onnx":
         raise TrainError(f"INT8=1 is for FORMAT=onnx, not {format}; leave one of them out")
@@ -95,6 +95,7 @@ def export(
     if names_network_alone(checkpoint):
         raise TrainError(f"CHECKPOINT={checkpoint}: names a network without weights; give a run folder or a file")
     where = device_named(device)
+    set_threads(threads)
     if out:
         check_place(Path(out))
     if format == "onnx":

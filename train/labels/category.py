@@ -42,7 +42,7 @@ class TaxonomyLabels(Labels):
     file: Path
     table: torch.Tensor
 
-    options = ("labels.taxonomy", "loss.kind", "loss.temperature")
+    options = ("labels.taxonomy", "loss.kind", "loss.temperature", "loss.truth")
     elsewhere = "takes the place of a refinery; give one of them"
 
     @classmethod

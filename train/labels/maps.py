@@ -59,7 +59,7 @@ class MapLabels(LabelsFromStore):
 
     pooled: str
 
-    options = ("labels.stored", "labels.pooled", "refinery", "loss.kind")
+    options = ("labels.stored", "labels.pooled", "refinery", "loss.kind", "loss.truth")
 
     @classmethod
     def asked(cls, given: StoredOptions, config: Asked) -> bool:

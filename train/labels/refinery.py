@@ -60,6 +60,7 @@ class RefineryLabels(Labels):
         "labels.per",
         "loss.kind",
         "loss.temperature",
+        "loss.truth",
         "jitter",
         "augment.refinery_sees",
     )

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.beton import Beton
-from data.durable import locked, sync_folder
+from data.durable import in_units, locked, sync_folder
 from data.sets import ConvertedSet
 from models.trained import load_trained, names_network_alone
 from train import TrainError
@@ -338,14 +338,6 @@ def create_store(folder: Path, description: Description) -> Store:
     if others:
         raise TrainError(f"OUT={folder}: holds other labels ({'; '.join(others)}); give another folder")
     return store
-
-
-def in_units(size: int) -> str:
-    """A number of bytes, as people read it."""
-    value, units = float(size), ["bytes", "kB", "MB", "GB", "TB", "PB", "EB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
 
 
 def _size_of(path: Path) -> int | None:

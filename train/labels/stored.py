@@ -24,7 +24,10 @@ class StoredLabels(LabelsFromStore):
 
     epochs: int
 
-    options = ("labels.stored", "labels.cycle", "labels.pooled", "refinery", "loss.kind", "loss.temperature")
+    options = (
+        *("labels.stored", "labels.cycle", "labels.pooled"),
+        *("refinery", "loss.kind", "loss.temperature", "loss.truth"),
+    )
 
     @classmethod
     def asked(cls, given: StoredOptions, config: Asked) -> bool:

@@ -21,7 +21,7 @@ from data.sets import ConvertedSet, find_set
 from models import ModelError
 from models.trained import load_trained, names_network_alone
 from train import TrainError
-from train.device import device_named, precision_on, set_tf32_and_allocator
+from train.device import device_named, precision_on, set_tf32_and_allocator, set_threads
 from train.labels.refinery import seen_at
 from train.report import page
 from train.report.analysis import (
@@ -65,9 +65,10 @@ def report(
         batch: crops at a time
         decoder: auto, ffcv, dali or torchvision
         device: auto, cpu, cuda or cuda:N
-        threads: decoding threads (default: one per processor)
+        threads: that decode, and as many that compute on the CPU (default: one per processor)
     """
     where = device_named(device)
+    set_threads(threads)
     decoders.choose(decoder, where)
     for name, value in {"batch": batch, "threads": threads}.items():
         if value is not None and value < 1:

@@ -5,16 +5,25 @@ make runs
 """
 
 from pathlib import Path
+from typing import Any
 
 from command import run_command
 from train import TrainError
-from train.runs import all_runs, progress_of, table_text
+from train.runs import all_runs, table_text
+from train.runs.state import config_of, differences, is_failed_start, last_written, state_of
 
-_HEADS = ("data", "model", "refinery", "px", "epochs", "seed", "top-1", "top-5", "images/s", "minutes", "state", "run")
+_HEADS = (
+    *("data", "model", "refinery", "px", "epochs", "seed", "recipe", "top-1", "top-5", "images/s", "minutes"),
+    *("written", "differs in", "state", "run"),
+)
+_DIFFERS = _HEADS.index("differs in")
 
 
 def table(folder: str = "runs", figure: str | None = None) -> None:
-    """Prints a table of all runs in a folder and below.
+    """Prints a table of all runs in a folder and below, without those that ended before there was anything to keep.
+
+    "written" is when the result, or else the last checkpoint, was. "differs in" lists the options in which a run
+    differs from others of its data, network, refinery and recipe, besides those in columns of their own.
 
     Args:
         folder: where runs lie
@@ -29,9 +38,15 @@ def table(folder: str = "runs", figure: str | None = None) -> None:
     root = Path(folder)
     if not root.is_dir():
         raise TrainError(f"{folder}: no such folder; no run has been made here yet")
+    found = list(all_runs(root))
+    runs = [run for run in found if not is_failed_start(run)]
+    failed = len(found) - len(runs)
+    left_out = f"{failed} failed start{'s' * (failed > 1)} left out (make clean-runs lists them)" if failed else ""
+    if not runs:
+        raise TrainError(f"{folder}: no runs in it yet" + (f"; {left_out}" if left_out else ""))
+    recipes = [_recipe(config_of(run)) for run in runs]
     rows: list[tuple[str, ...]] = [_HEADS]
-    runs = list(all_runs(root))
-    for run in runs:
+    for run, recipe, differs in zip(runs, recipes, differences(runs, recipes), strict=True):
         identity, result = run.identity, run.result or {}
         refinery = identity["refinery"]
         rows.append(
@@ -42,20 +57,30 @@ def table(folder: str = "runs", figure: str | None = None) -> None:
                 str(identity["resolution"]),
                 str(identity["epochs"]),
                 str(identity["seed"]),
+                recipe,
                 f"{result['top1']:.2f}" if result else "",
                 f"{result['top5']:.2f}" if result else "",
                 f"{result['images_per_second_per_device']:.0f}" if result else "",
                 f"{result['seconds'] / 60:.1f}" if result else "",
-                progress_of(run),
+                last_written(run),
+                differs,
+                state_of(run),
                 str(run.folder),
             )
         )
-    if len(rows) == 1:
-        raise TrainError(f"{folder}: no runs in it yet")
+    if not any(row[_DIFFERS] for row in rows[1:]):
+        rows = [row[:_DIFFERS] + row[_DIFFERS + 1 :] for row in rows]
     print(table_text(rows), end="", flush=True)
+    if left_out:
+        print(left_out, flush=True)
     if figure:
         draw([run for run in runs if run.result], Path(figure))
         print(f"written to {figure}")
+
+
+def _recipe(config: dict[str, Any]) -> str:
+    """A recipe as it was named, a file without its folder."""
+    return Path(str(config.get("recipe") or "-")).name
 
 
 if __name__ == "__main__":

@@ -1,28 +1,47 @@
-"""TensorBoard's curves of a run."""
+"""TensorBoard's curves of a run, and a picture of its first crops."""
 
+import io
 import os
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from data.durable import reason
 
+# The metrics of an epoch (metrics.jsonl) by their names in TensorBoard, which groups them by what precedes the slash.
+_TAGS = {
+    "train/loss": "loss",
+    "train/top1": "train_top1",
+    "train/top5": "train_top5",
+    "train/lr": "lr",
+    "validation/loss": "val_loss",
+    "validation/top1": "top1",
+    "validation/top5": "top5",
+    "speed/images_per_second_per_device": "images_per_second_per_device",
+    "speed/waiting": "waiting",
+}
+
 
 class Board:
     """Writes a point of each metric for each epoch into a folder, in a file of this start's own.
 
+    Points are grouped as train/..., validation/... and speed/... .
     epoch: the first one (1, 2, ...) of this start; points of it and later ones that are there already are dropped.
     What cannot be written costs these plots alone: a warning is printed once, and the run goes on.
     """
 
     def __init__(self, folder: Path, *, epoch: int):
         # TensorBoard's own writer has a thread, in which a full disk ends with a traceback.
-        self._file = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        seconds, fraction = f"{time.time():.6f}".split(".")
+        # As TensorBoard's writer would call it: W&B's sync takes no others.
+        name = f"events.out.tfevents.{seconds}.{socket.gethostname()}.{os.getpid()}.{fraction}"
+        self._file = folder / name
         self._works = True
         self._write(
             Event(step=epoch, file_version="brain.Event:2"),
@@ -31,8 +50,18 @@ class Board:
 
     def add(self, metrics: dict[str, Any]) -> None:
         """Adds the points of an epoch."""
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        points = {tag: metrics[name] for tag, name in _TAGS.items() if metrics[name] is not None}
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in points.items()]
         self._write(Event(step=metrics["epoch"], summary=Summary(value=values)))
+
+    def add_crops(self, picture: Image) -> None:
+        """Adds a picture of labelled crops, at the start of the run."""
+        encoded = io.BytesIO()
+        picture.save(encoded, "png")
+        image = Summary.Image(
+            height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue()
+        )
+        self._write(Event(step=0, summary=Summary(value=[Summary.Value(tag="train/crops", image=image)])))
 
     def _write(self, *events: Event) -> None:
         if not self._works:

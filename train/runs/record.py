@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
 from tqdm import tqdm
 
 from data.durable import make_folder, reason, write_text
@@ -92,14 +93,18 @@ class Record:
             f"{name} was {last.get(name)} and is {value}" for name, value in start.items() if value != last.get(name)
         ]
 
+    def show(self, picture: Image) -> None:
+        """Keeps a picture of labelled crops, among the plots."""
+        self._board.add_crops(picture)
+
     def add(self, metrics: dict[str, Any], *, name: str | None) -> None:
         """Prints an epoch's metrics, which `save` then keeps. name: the network's, where several train at once."""
         tqdm.write(
             (f"{name}, " if name else "")
             + f"epoch {metrics['epoch']}/{self._config.epochs}: loss {metrics['loss']:.3f}, "
             f"train top-1 {metrics['train_top1']:.1f} %; validation top-1 {metrics['top1']:.2f} %, "
-            f"top-5 {metrics['top5']:.2f} %; {metrics['images_per_second_per_device']:.0f} images/s, "
-            f"{100 * metrics['waiting']:.0f} % waiting for data"
+            f"top-5 {metrics['top5']:.2f} %, loss {_shown(metrics['val_loss'])}; "
+            f"{metrics['images_per_second_per_device']:.0f} images/s, {100 * metrics['waiting']:.0f} % waiting for data"
         )
         self._metrics.append(metrics)
 
@@ -161,6 +166,9 @@ class Silent(Record):
     def begin(self, start: dict[str, Any], epochs: int, steps: int) -> list[str]:
         return []
 
+    def show(self, picture: Image) -> None:
+        """Nothing."""
+
     def add(self, metrics: dict[str, Any], *, name: str | None) -> None:
         """Nothing."""
 
@@ -175,6 +183,10 @@ class Silent(Record):
 
     def finish(self, result: dict[str, Any]) -> Run:
         return replace(self._run, result=result)
+
+
+def _shown(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"
 
 
 def _lines(values: Sequence[dict[str, Any]]) -> str:

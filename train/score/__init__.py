@@ -1,4 +1,4 @@
-"""How accurate a network is: top-1, top-5 and the accuracy of each class; beside it the other kinds of accuracy."""
+"""How accurate a network is: top-1, top-5, loss, and the accuracy of each class; beside it other kinds of accuracy."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from data.loader import CropBatch, Loader, open_loader
 from data.originals import Originals
@@ -27,6 +28,7 @@ class Scores:
     """Accuracies in percent. per_class: for each class, its images and its top-1 (None where it has no images).
 
     predicted: int64 [images of the set], the likeliest class of each; -1 for one that could not be read.
+    loss: mean cross entropy in nats with the true labels, over the classes that the network chooses among.
     """
 
     top1: float
@@ -34,6 +36,7 @@ class Scores:
     images: int
     per_class: list[tuple[int, float | None]]
     predicted: torch.Tensor
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -102,18 +105,26 @@ def score(
     # The loader's classes to choose from, and the outputs that stand for them.
     choices = (known >= 0).nonzero()[:, 0].to(device)
     outputs = known.to(device)[choices]
+    # The place of each class among the choices; cross entropy leaves out images of place -1.
+    places = torch.full((num_classes,), -1, dtype=torch.int64, device=device)
+    places[choices] = torch.arange(len(choices), device=device)
     # Rows: images of each class, those right at first, those right within five.
     counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
     predicted = torch.full((loader.num_samples,), -1, dtype=torch.int64, device=device)
+    # Image by image, so that the sum has one order for any number of processes.
+    losses = torch.zeros(loader.num_samples, dtype=torch.float64, device=device)
     stopped = False
     with images_bar(loader.num_samples, "score", leave=False) as bar:
         for batch in loader.epoch(0):
             stopped = stop()
             if stopped:
                 break
-            first_five, probabilities = likeliest_five(answer(batch.crops)[:, outputs])
+            chosen = answer(batch.crops)[:, outputs]
+            first_five, probabilities = likeliest_five(chosen)
             likeliest = choices[first_five]
             predicted[batch.indices] = likeliest[:, 0]
+            own = F.cross_entropy(chosen, places[batch.labels], ignore_index=-1, reduction="none")
+            losses[batch.indices] = own.double()
             hits = likeliest == batch.labels[:, None]
             for row, weights in enumerate((torch.isin(batch.labels, choices), hits[:, 0], hits.any(dim=1))):
                 counts[row].scatter_add_(0, batch.labels, weights.long())
@@ -123,6 +134,7 @@ def score(
     if any(together.largest([stopped])):
         raise Stopped
     predicted = together.sum(predicted + 1) - 1
+    losses = together.sum(losses)
     images, first, within5 = together.sum(counts).cpu().tolist()
     total = sum(images)
     if not total:
@@ -133,6 +145,7 @@ def score(
         images=total,
         per_class=[(n, 100 * right / n if n else None) for n, right in zip(images, first, strict=True)],
         predicted=predicted.cpu(),
+        loss=float(losses.sum()) / total,
     )
 
 

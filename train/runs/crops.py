@@ -1,0 +1,58 @@
+"""A picture of training crops with their labels."""
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from command import printable
+from data.loader import CropBatch
+from train.labels.source import Targets
+
+_MOST = 16
+# Pixels: a crop is shown this wide or as it is, whichever is larger, up to the second; text lines are so high.
+_SIDE, _LARGEST_SIDE = 128, 256
+_LINE = 14
+_GAP = 6
+
+
+def labelled_crops(
+    batch: CropBatch, targets: Targets, class_names: Sequence[str], *, labelled_by: str | None
+) -> Image.Image:
+    """The first crops of a batch, at most 16, in rows; below each the class of its image and its label's likeliest.
+
+    targets: the labels of the batch. labelled_by: what gave them, as the line begins that names them; None leaves it
+    out, for labels that are those of the images.
+    """
+    count = min(_MOST, len(batch.labels))
+    side = min(max(_SIDE, batch.crops.shape[-1]), _LARGEST_SIDE)
+    columns = math.ceil(math.sqrt(count))
+    width, height = side + _GAP, side + _LINE * (2 if labelled_by else 1) + _GAP
+    picture = Image.new("RGB", (columns * width + _GAP, math.ceil(count / columns) * height + _GAP), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+    crops = batch.crops[:count].permute(0, 2, 3, 1).cpu().numpy()
+    own = batch.labels[:count].tolist()
+    shares, likeliest = targets.distribution(len(class_names))[:count].max(dim=1)
+    for number in range(count):
+        left, top = _GAP + number % columns * width, _GAP + number // columns * height
+        crop = Image.fromarray(crops[number])
+        picture.paste(crop.resize((side, side), Image.Resampling.BICUBIC), (left, top))
+        lines = [f"image: {class_names[own[number]]}"]
+        if labelled_by:
+            share = f" {100 * float(shares[number]):.0f} %"
+            lines.append(_fitting(f"{labelled_by}: {class_names[int(likeliest[number])]}", share, side, font))
+        colours = ["black", "black" if own[number] == int(likeliest[number]) else "firebrick"]
+        for line, text in enumerate(lines):
+            place = left, top + side + 1 + line * _LINE
+            draw.text(place, _fitting(text, "", side, font), fill=colours[line], font=font)
+    return picture
+
+
+def _fitting(text: str, end: str, width: int, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont") -> str:
+    """The text and what follows it in one line, the text cut short where both are wider than that."""
+    text = printable(text)
+    if font.getlength(text + end) <= width:
+        return text + end
+    while text and font.getlength(f"{text}...{end}") > width:
+        text = text[:-1]
+    return f"{text}...{end}"
