@@ -23,6 +23,7 @@ from train.augment import Augment
 from train.config import Config, CropConfig, OptimizerConfig, ScheduleConfig
 from train.device import autocast_type, device_named, precision_on
 from train.distributed import Group, group
+from train.fit import fitted
 from train.labels.refinery import RefineryLabels
 from train.labels.source import Labels, LabelSource
 from train.runs import Run, folder_name, read_run
@@ -207,7 +208,7 @@ def resolve(config: Config, data: ConvertedSet, labels: Labels, together: Group 
     replicas = config.replicas or together.world
     _check_replicas(config, replicas, together)
     filled = replace(
-        config,
+        fitted(config, data.num_images("train"), replicas),
         replicas=replicas,
         resolution=_resolution(config, data, labels),
         crop=CropConfig(**asdict(crop)),

@@ -1,0 +1,103 @@
+"""What a run will need, looked at before it, or what comes before it in the same command, begins."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import models
+from data.durable import reason
+from train import TrainError
+from train.job import Job
+from train.labels.refinery import RefineryLabels
+from train.labels.store import in_units
+
+# Bytes that a value of a crop takes at the least while a step begins: as a byte, and normalised in 16 bits.
+_BYTES = 3
+
+
+def check_job(job: Job) -> None:
+    """Raises TrainError for a run that cannot be trained: its batch, its memory or its folder. Nothing is written."""
+    config, images = job.config, job.data.num_images("train")
+    if images // job.group.world < job.batch // job.group.world:
+        raise TrainError(
+            f"batch={job.batch}: the {images} images of {job.data.folder} make no batch of {job.batch} for "
+            f"{config.model}; take a smaller batch"
+        )
+    crops = job.batch // job.replicas
+    if crops == 1:
+        _check_single_crop(job)
+    side = job.resolution
+    needed, there = job.batch // job.group.world * 3 * side**2 * _BYTES, memory_of(job.device)
+    if needed > there:
+        raise TrainError(
+            f"batch={job.batch}, resolution={side}: the crops of a step alone take {needed / 2**30:.0f} GiB, more than "
+            f"{said_memory(job.device)}; take a smaller resolution or batch"
+        )
+    check_folder(job.folder, "the run")
+
+
+def check_folder(folder: Path, what: str) -> None:
+    """Raises TrainError unless files can be written into a folder, which is there or can be made. None stays.
+
+    what: is to be written, for the message.
+    """
+    try:
+        place = _existing(folder)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise TrainError(
+            f"{folder}: {what} cannot be written there ({reason(error, folder)}); give another OUT"
+        ) from None
+
+
+def check_room(folder: Path, size: int, files: Sequence[Path] = ()) -> None:
+    """Raises TrainError unless so many bytes fit on the disk of a folder, where some of these files may be already."""
+    there = sum(file.stat().st_size for file in files if file.is_file())
+    free = shutil.disk_usage(_existing(folder)).free
+    if size - there > free:
+        raise TrainError(
+            f"{folder}: {in_units(size)} are to be written there, and {in_units(free)} are free; make room, or give "
+            "another OUT"
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the next one above it that is there."""
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    return folder
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has, or this machine for its processors."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def said_memory(device: torch.device) -> str:
+    """The memory of a device, for messages."""
+    owner = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+    return f"the {memory_of(device) / 2**30:.0f} GiB of {owner}"
+
+
+def _check_single_crop(job: Job) -> None:
+    """Raises TrainError where batch normalisation cannot do with the one crop of each part of a step."""
+    asked = f"batch={job.batch}: {job.config.model}"
+    enough = f"take at least {2 * job.replicas}"
+    if isinstance(job.labels, RefineryLabels) and job.labels.given.bn == "batch":
+        raise TrainError(
+            f"batch={job.batch}: a refinery with batch statistics needs more than one crop; use labels.bn=running"
+        )
+    try:
+        with torch.device("meta"):
+            network = models.build(job.config.model, len(job.data.class_names)).train()
+            for side in job.resolutions:
+                network(torch.empty(1, 3, side, side))
+    except Exception as error:  # whatever its layers raise
+        raise TrainError(f"{asked}: cannot be trained on one crop at a time ({error}); {enough}") from None
