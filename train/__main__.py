@@ -15,6 +15,5 @@ if __name__ == "__main__":
         with joined(config.device):
             train(config, dry_run=own.dry_run)
 
-    exit_on_user_error(
-        lambda: on_devices("train", with_flags(sys.argv[1:], ["--dry-run", "--dry_run"]), parse_planned, work)
-    )
+    words = with_flags(sys.argv[1:], PLAN_FLAGS)
+    exit_on_user_error(lambda: on_devices("train", words, parse_planned, work))

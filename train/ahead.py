@@ -14,7 +14,6 @@ from train.checks import check_job
 from train.config import Config
 from train.distributed import Group
 from train.estimate import Cost, is_short, measured
-from train.fit import fit_line
 from train.job import Job, check, find_labels, needs_refinery, resolve
 from train.labels.refinery import RefineryLabels
 from train.labels.source import Labels
@@ -76,7 +75,7 @@ def look_ahead(configs: Sequence[Config], together: Group | None = None) -> Ahea
     """The runs of these configurations, which have one refinery or none.
 
     together: the processes that the runs are for (default: all); a refinery that is missing is trained by all.
-    Prints which refinery is used, and batches and lengths that were fitted to the set.
+    Prints which refinery is used.
     Raises DataError, ModelError or TrainError for what cannot be trained, whichever run of the command it is.
     """
     configs = list(configs)
@@ -92,23 +91,30 @@ def look_ahead(configs: Sequence[Config], together: Group | None = None) -> Ahea
         else:
             jobs = [resolve(each, data, untrained_labels(refinery, each), together) for each in configs]
             ahead = Ahead(refinery, jobs, configs, data, together)
-            _check([(wanted, refinery)])
+            _check([refinery])
     else:
         data, labels = check(configs)
         jobs = [resolve(each, data, its, together) for each, its in zip(configs, labels, strict=True)]
         ahead = Ahead(None, jobs, configs, data, together)
-    _check(list(zip(configs, ahead.jobs, strict=True)))
+    _check(ahead.jobs)
     return ahead
 
 
-def _check(asked: Sequence[tuple[Config, Job]]) -> None:
-    for config, job in asked:
+def next_generation(job: Job, config: Config) -> Ahead:
+    """The run of a configuration that learns from this job's, be that finished or not. Raises as look_ahead."""
+    run = None if is_untrained(job) else job.saved_run()
+    if run and run.result:
+        return look_ahead([config.replace({"refinery": str(run.folder)})])
+    student = resolve(config, job.data, untrained_labels(job, config))
+    _check([student])
+    return Ahead(None, [student], [config], job.data, None)
+
+
+def _check(jobs: Sequence[Job]) -> None:
+    for job in jobs:
         run = _saved(job)
         if not (run and run.result):
             check_job(job)
-        line = fit_line(config, job.config, job.data.num_images("train"))
-        if line:
-            print(line, flush=True)
 
 
 def _saved(job: Job) -> Run | None:

@@ -12,20 +12,37 @@ from train.ahead import Part
 from train.checks import check_room
 from train.config import LossConfig
 from train.estimate import written_bytes
-from train.job import Job
+from train.job import Job, of_other_length
 from train.labels.store import in_units
 from train.length import said_seconds, steps_of
 from train.loop import Trainer
 
 
-def announce_plan(parts: Sequence[Part]) -> None:
+def announce_plan(parts: Sequence[Part], *, dry_run: bool = False) -> None:
     """Prints what a command is about to train, for how long, and what it writes; nothing where there is nothing left.
 
-    Raises TrainError where the disk has no room for that.
+    dry_run: says that the command ends here. Raises TrainError where the disk has no room for what is written.
     """
-    if not parts:
-        return
+    if parts:
+        _announce_parts(parts)
+    if dry_run:
+        print("nothing was trained (--dry-run)" if parts else "all is trained already", flush=True)
+
+
+def _announce_parts(parts: Sequence[Part]) -> None:
     lines = [("plan" if not number else "", _part(part)) for number, part in enumerate(parts)]
+    for job in [job for part in parts for job in part.jobs if not any(part.done)]:
+        other = of_other_length(job)
+        if other:
+            lines.append(
+                (
+                    "length",
+                    f"{other.folder} is the same run with {other.identity['epochs']} epochs, over which its learning "
+                    f"rate fell; one of {job.config.epochs} starts from the beginning (with "
+                    f"PRETRAINED={other.weights} from its weights)",
+                )
+            )
+    lines += [("fitted", job.fit) for part in parts for job in part.jobs if job.fit]
     if any(part.cost for part in parts):
         total = said_seconds(sum(part.seconds for part in parts))
         uncompiled = ", uncompiled" if parts[0].jobs[0].compiled else ""

@@ -5,28 +5,28 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import models
 from data.durable import reason
 from train import TrainError
-from train.job import Job
+from train.config import Config
 from train.labels.refinery import RefineryLabels
 from train.labels.store import in_units
+
+if TYPE_CHECKING:
+    from train.job import Job
 
 # Bytes that a value of a crop takes at the least while a step begins: as a byte, and normalised in 16 bits.
 _BYTES = 3
 
 
-def check_job(job: Job) -> None:
+def check_job(job: "Job") -> None:
     """Raises TrainError for a run that cannot be trained: its batch, its memory or its folder. Nothing is written."""
     config, images = job.config, job.data.num_images("train")
-    if images // job.group.world < job.batch // job.group.world:
-        raise TrainError(
-            f"batch={job.batch}: the {images} images of {job.data.folder} make no batch of {job.batch} for "
-            f"{config.model}; take a smaller batch"
-        )
+    check_batch(config, images, str(job.data.folder), job.group.world)
     crops = job.batch // job.replicas
     if crops == 1:
         _check_single_crop(job)
@@ -38,6 +38,15 @@ def check_job(job: Job) -> None:
             f"{said_memory(job.device)}; take a smaller resolution or batch"
         )
     check_folder(job.folder, "the run")
+
+
+def check_batch(config: Config, images: int, data: str, world: int) -> None:
+    """Raises TrainError where so many training images make no batch. data: where they are. world: processes."""
+    if images // world < config.batch // world:
+        raise TrainError(
+            f"batch={config.batch}: the {images} training images of {data} make no batch of {config.batch} for "
+            f"{config.model}; take a smaller batch"
+        )
 
 
 def check_folder(folder: Path, what: str) -> None:
@@ -86,7 +95,7 @@ def said_memory(device: torch.device) -> str:
     return f"the {memory_of(device) / 2**30:.0f} GiB of {owner}"
 
 
-def _check_single_crop(job: Job) -> None:
+def _check_single_crop(job: "Job") -> None:
     """Raises TrainError where batch normalisation cannot do with the one crop of each part of a step."""
     asked = f"batch={job.batch}: {job.config.model}"
     enough = f"take at least {2 * job.replicas}"

@@ -33,9 +33,8 @@ def train(config: Config, *, dry_run: bool = False) -> list[Run]:
     ahead = look_ahead(_one_each(config))
     _say_apart(ahead.jobs)
     parts = with_costs(parts_of(ahead), always=dry_run)
-    announce_plan(parts)
+    announce_plan(parts, dry_run=dry_run)
     if dry_run:
-        print("nothing was trained (--dry-run)" if parts else "nothing is left to train", flush=True)
         return []
     return train_jobs(with_refinery(ahead, parts), parts)
 
