@@ -9,7 +9,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -93,11 +93,14 @@ def said_of_options(error: Exception, known: Collection[str] = ()) -> str:
     if wrong:
         option, kind, value = wrong.groups()
         return f"{option}={value}: give {_KINDS[kind]} (--help lists the options)"
-    near: list[str] = []
-    for word in re.findall(r"--([\w.]+)", said.partition("nrecognized arguments:")[2]):
-        near += difflib.get_close_matches(word, known, 2)
-    hint = f"; did you mean {' or '.join(f'--{option}' for option in near)}?" if near else ""
-    return f"{said}{hint} (--help lists the options)"
+    unknown = re.findall(r"--([\w.]+)", said.partition("nrecognized arguments:")[2])
+    return f"{said}{did_you_mean(unknown, known)} (--help lists the options)"
+
+
+def did_you_mean(unknown: Iterable[str], known: Collection[str]) -> str:
+    """The options nearest to unknown ones, as the end of a message; nothing where none is near."""
+    near = [option for word in unknown for option in difflib.get_close_matches(word, known, 2)]
+    return f"; did you mean {' or '.join(f'--{option}' for option in near)}?" if near else ""
 
 
 def _lack_of_memory(error: BaseException) -> str | None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,8 +56,9 @@ def check_folder(folder: Path, what: str) -> None:
     what: is to be written, for the message.
     """
     try:
-        place = _existing(folder)
-        with tempfile.TemporaryFile(dir=place):
+        with suppress(FileNotFoundError):
+            folder.lstat()  # a name may be too long, or below a file
+        with tempfile.TemporaryFile(dir=_existing(folder)):
             pass
     except OSError as error:
         raise TrainError(

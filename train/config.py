@@ -18,7 +18,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from command import said_of_options, with_underscores
+from command import did_you_mean, said_of_options, with_underscores
 from train import TrainError
 from train import labels as kinds
 from train.augment import AugmentConfig
@@ -485,7 +485,8 @@ def _mapping(path: Path, name: str, value: Any) -> dict[Any, Any]:
 def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
     unknown = sorted(set(values) - set(_defaults()))
     if unknown:
-        raise TrainError(f"{path}: unknown keys {', '.join(unknown)}; python -m train --help lists them")
+        hint = did_you_mean(unknown, list(_defaults()))
+        raise TrainError(f"{path}: unknown keys {', '.join(unknown)}{hint} (python -m train --help lists them)")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
