@@ -31,13 +31,7 @@ def check_job(job: "Job") -> None:
     crops = job.batch // job.replicas
     if crops == 1:
         _check_single_crop(job)
-    side = job.resolution
-    needed, there = job.batch // job.group.world * 3 * side**2 * _BYTES, memory_of(job.device)
-    if needed > there:
-        raise TrainError(
-            f"batch={job.batch}, resolution={side}: the crops of a step alone take {needed / 2**30:.0f} GiB, more than "
-            f"{said_memory(job.device)}; take a smaller resolution or batch"
-        )
+    check_memory(config, job.resolution, job.device, job.group.world)
     check_folder(job.folder, "the run")
 
 
@@ -47,6 +41,16 @@ def check_batch(config: Config, images: int, data: str, world: int) -> None:
         raise TrainError(
             f"batch={config.batch}: the {images} training images of {data} make no batch of {config.batch} for "
             f"{config.model}; take a smaller batch"
+        )
+
+
+def check_memory(config: Config, side: int, device: torch.device, world: int) -> None:
+    """Raises TrainError where the crops of a step, of so many pixels a side, alone are more than the memory holds."""
+    needed = config.batch // world * 3 * side**2 * _BYTES
+    if needed > memory_of(device):
+        raise TrainError(
+            f"batch={config.batch}, resolution={side}: the crops of a step alone take {needed / 2**30:.0f} GiB, more "
+            f"than {said_memory(device)}; take a smaller resolution or batch"
         )
 
 

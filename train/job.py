@@ -21,7 +21,7 @@ from models.weights import load_weights
 from train import TrainError
 from train import labels as kinds
 from train.augment import Augment
-from train.checks import check_batch, check_folder
+from train.checks import check_batch, check_folder, check_memory
 from train.config import Config, CropConfig, OptimizerConfig, ScheduleConfig
 from train.device import autocast_type, device_named, precision_on
 from train.distributed import Group, group
@@ -183,8 +183,10 @@ def check(configs: Sequence[Config]) -> tuple[ConvertedSet, list[Labels]]:
         check_folder(Path(config.out or config.runs), "the run")
         if not isinstance(found, ConvertedSet):
             # Before hours of converting; some images may turn out to be damaged, so it is looked at again.
-            images = len(found.source.train.labels)
-            check_batch(fitted(config, images, config.replicas or group().world), images, config.data, group().world)
+            images, world = len(found.source.train.labels), group().world
+            its = fitted(config, images, config.replicas or world)
+            check_batch(its, images, config.data, world)
+            check_memory(its, config.resolution or 0, device_named(config.device), world)
     # By one process, where there are several; the others find it done.
     data = group().in_turn(lambda: ensure_converted(find_set(configs[0].data) if group().rank else found))
     known = iter(labels)
