@@ -22,7 +22,9 @@ from train.loop import Trainer
 
 # A training of fewer pixels is over about as soon as it is measured.
 _FEW_PIXELS = 1 << 22
-# Steps are timed with more and more crops, until one takes so long, in seconds, or is as large as the run's.
+# Steps are timed with more and more crops, from so many for each part of a step, until one takes so long, in seconds,
+# or is as large as the run's.
+_FIRST_CROPS = 4
 _LONG_ENOUGH = 0.4
 # last.pt, last.before.pt and best.pt.
 _CHECKPOINTS = 3
@@ -36,8 +38,8 @@ def is_short(job: Job) -> bool:
 def measured(jobs: Sequence[Job]) -> Cost:
     """What a training of these jobs, which train together, costs: from a few steps of it, whose results are dropped.
 
-    The steps run uncompiled, and on as many crops as take some tenths of a second, from which those of a whole step
-    follow in proportion. Takes a second or two; random generators stay as they are. Raises as train.loop.Trainer.
+    The steps run uncompiled, and on as many crops as take some tenths of a second, from which a whole step follows in
+    proportion. Takes a second or two; random generators stay as they are. Raises as train.loop.Trainer.
     """
     devices = [job.device for job in jobs[:1] if job.device.type == "cuda"]
     with torch.random.fork_rng(devices), contextlib.redirect_stdout(io.StringIO()):
@@ -59,16 +61,21 @@ def _measured(jobs: Sequence[Job]) -> Cost:
     trainer = Trainer(jobs)
     trainer.step.use_eager()
     job, batch, decoding = jobs[0], *_batch(trainer)
-    parts = job.replicas // job.group.world
-    whole, crops = len(batch.labels), min(2 * parts, len(batch.labels))
-    trainer.train_on(batch.first(crops), 0, 0)
+    whole = len(batch.labels)
+    crops = min(_FIRST_CROPS * job.replicas // job.group.world, whole)
+    taken: list[tuple[int, float]] = []
     while True:
-        step = _timed(trainer, batch.first(crops), training=True)
-        if crops == whole or step >= _LONG_ENOUGH:
+        smaller = batch.first(crops)
+        trainer.train_on(smaller, 0, 0)
+        seconds = _timed(trainer, smaller, training=True)
+        taken.append((crops, seconds))
+        if crops == whole or (len(taken) > 1 and seconds >= _LONG_ENOUGH):
             break
-        crops = min(4 * crops if step < _LONG_ENOUGH / 8 else 2 * crops, whole)
-        trainer.train_on(batch.first(crops), 0, 0)
-    forward = _timed(trainer, batch.first(crops), training=False) / crops
+        crops = min((4 if seconds < _LONG_ENOUGH / 4 else 2) * crops, whole)
+    # By their difference: what a step takes whatever its crops, as moving the weights, is in both.
+    (fewer, before), (crops, seconds) = taken[-2:] if len(taken) > 1 else [(0, 0.0), *taken]
+    step = seconds + max(seconds - before, 0.0) / (crops - fewer) * (whole - crops)
+    forward = _timed(trainer, smaller, training=False) / crops
     images = -(-job.data.num_images("val") // job.group.world)
     on_cpu = job.device.type == "cpu"
 
@@ -76,34 +83,39 @@ def _measured(jobs: Sequence[Job]) -> Cost:
         # On a GPU the processors decode beside it.
         return computing + decoded if on_cpu else max(computing, decoded)
 
-    return Cost(both(step * whole / crops, decoding), both(images * forward, images * decoding / whole))
+    return Cost(both(step, decoding), both(images * forward, images * decoding / whole))
 
 
 def _batch(trainer: Trainer) -> tuple[CropBatch, float]:
     """A batch of the run, and the seconds in which the processors make one."""
-    for _ in range(2):  # the first one pays for what is made once
+    tries = []
+    for _ in range(3):
         started = time.perf_counter()
         batches = trainer.loader.epoch(trainer.job.plan_epoch(0))
         batch = next(batches)
-        seconds = time.perf_counter() - started
+        tries.append(time.perf_counter() - started)
         batches.close()  # type: ignore[attr-defined]
-    return batch, seconds
+    # The first one pays for what is made once.
+    return batch, min(tries[1:])
 
 
 def _timed(trainer: Trainer, batch: CropBatch, *, training: bool) -> float:
-    """Seconds of a step, or of scoring as many crops; the same in all processes."""
+    """Seconds of a step, or of scoring as many crops: the shorter of two tries, and the same in all processes."""
     job = trainer.job
-    started = time.perf_counter()
-    if training:
-        trainer.step(batch)
-    else:
-        with torch.inference_mode(), computing_in(job.autocast, job.device):
-            for student in trainer.students:
-                student.scored.eval()
-                student.scored(Normalise(student.normalisation).to(job.device)(batch.crops))
-    if job.device.type == "cuda":
-        torch.cuda.synchronize(job.device)
-    return job.group.largest([time.perf_counter() - started])[0]
+    tries = []
+    for _ in range(2):
+        started = time.perf_counter()
+        if training:
+            trainer.train_on(batch, 0, 0)
+        else:
+            with torch.inference_mode(), computing_in(job.autocast, job.device):
+                for student in trainer.students:
+                    student.scored.eval()
+                    student.scored(Normalise(student.normalisation).to(job.device)(batch.crops))
+        if job.device.type == "cuda":
+            torch.cuda.synchronize(job.device)
+        tries.append(time.perf_counter() - started)
+    return job.group.largest([min(tries)])[0]
 
 
 def checkpoint_bytes(config: Config, num_classes: int) -> int:

@@ -184,9 +184,9 @@ def check(configs: Sequence[Config]) -> tuple[ConvertedSet, list[Labels]]:
         if not isinstance(found, ConvertedSet):
             # Before hours of converting; some images may turn out to be damaged, so it is looked at again.
             images, world = len(found.source.train.labels), group().world
-            its = fitted(config, images, config.replicas or world)
-            check_batch(its, images, config.data, world)
-            check_memory(its, config.resolution or 0, device_named(config.device), world)
+            filled = fitted(config, images, config.replicas or world)
+            check_batch(filled, images, config.data, world)
+            check_memory(filled, config.resolution or 0, device_named(config.device), world)
     # By one process, where there are several; the others find it done.
     data = group().in_turn(lambda: ensure_converted(find_set(configs[0].data) if group().rank else found))
     known = iter(labels)
