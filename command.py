@@ -34,7 +34,10 @@ _NO_MEMORY = (
 
 
 # What jsonargparse says of a value of another type, and what is wanted instead.
-_WRONG_TYPE = re.compile(r"key \"([\w.]+)\": Expected a <class '(int|float|bool)'>\. Got value: (.*)")
+_WRONG_TYPE = re.compile(
+    r"key \"([\w.]+)\": (?:Does not validate .*?Subtypes: \[|Expected a )<class '(int|float|bool)'>"
+    r"(?:, <class 'NoneType'>\].*Given value:|\. Got value:) (.*)"
+)
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 

@@ -120,6 +120,7 @@ def test_what_is_refused(capsys, tmp_path):
     assert "epochs=1.5: give a whole number" in refusal(capsys, "--epochs", "1.5")
     assert "optimizer.lr=fast: give a number" in refusal(capsys, "--optimizer.lr", "fast")
     assert "crop.flip=maybe: give true or false" in refusal(capsys, "--crop.flip", "maybe")
+    assert "resolution=large: give a whole number" in refusal(capsys, "--resolution", "large")
     assert "did you mean --model?" in refusal(capsys, "--modle", "alexnet")
     assert "did you mean --optimizer.lr" in refusal(capsys, "--optimizer.lrr", "1")
     assert "did you mean" not in refusal(capsys, "--qqqq", "1")
