@@ -102,7 +102,7 @@ def said_of_options(error: Exception, known: Collection[str] = ()) -> str:
 
 def did_you_mean(unknown: Iterable[str], known: Collection[str]) -> str:
     """The options nearest to unknown ones, as the end of a message; nothing where none is near."""
-    near = [option for word in unknown for option in difflib.get_close_matches(word, known, 2)]
+    near = [option for word in unknown for option in difflib.get_close_matches(word, known, 1)]
     return f"; did you mean {' or '.join(f'--{option}' for option in near)}?" if near else ""
 
 
