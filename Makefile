@@ -100,12 +100,17 @@ variables := $(call unique,$(foreach verb,$(commands),$(filter-out ARGS,$(takes.
 
 # ---- make's command line
 
+empty :=
+space := $(empty) $(empty)
 is_typed = $(filter command,$(firstword $(origin $1)))
 typed := $(strip $(foreach v,$(.VARIABLES),$(if $(call is_typed,$v),$v)))
 
 unknown := $(filter-out $(variables),$(typed))
 ifneq ($(unknown),)
-  $(error unknown: $(unknown). Known are $(variables))
+  # The nearest names, where the system has a Python to find them.
+  close := import difflib, sys; print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 2))
+  near := $(shell python3 -c "$(close)" '$(subst ','\'',$(firstword $(unknown)))' $(variables) 2>/dev/null)
+  $(error unknown: $(unknown).$(if $(near), Did you mean $(subst $(space), or ,$(near))?) Known are $(variables))
 endif
 
 empty_values := $(strip $(foreach v,$(filter-out ARGS,$(typed)),$(if $(strip $(value $v)),,$v)))
@@ -135,8 +140,6 @@ typed_options = $(foreach v,$(takes.$1),$(if $(call is_typed,$v),$(call typed_op
 unexport $(typed) MAKEFLAGS MFLAGS
 
 # The command as typed, for programs that say how to go on; values are quoted where a shell would want it.
-empty :=
-space := $(empty) $(empty)
 special := ' " $$ ` \ * ? ( ) [ ] { } < > | & ; ~ ! \#
 is_special = $(strip $(foreach c,$(special),$(findstring $c,$(subst $(space),?,$(value $1)))))
 as_typed = $(if $(call is_special,$1),$(quoted),$(value $1))

@@ -1,13 +1,15 @@
 """How every command takes its options, what it shows, and how it ends: bad input in one line with exit status 2."""
 
 import argparse
+import difflib
 import errno
+import inspect
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -31,6 +33,14 @@ _NO_MEMORY = (
 )
 
 
+# What jsonargparse says of a value of another type, and what is wanted instead.
+_WRONG_TYPE = re.compile(
+    r"key \"([\w.]+)\": (?:Does not validate .*?Subtypes: \[|Expected a )<class '(int|float|bool)'>"
+    r"(?:, <class 'NoneType'>\].*Given value:|\. Got value:) (.*)"
+)
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
 class UserError(ValueError):
     """A bad input: one line that names the option or file and says what to do. Base of the error of every room."""
 
@@ -44,9 +54,14 @@ def run_command(function: Callable[..., Any], *, prog: str, words: list[str] | N
     from jsonargparse import auto_cli
 
     typed = with_underscores(sys.argv[1:] if words is None else words)
-    return exit_on_user_error(
-        lambda: auto_cli(function, as_positional=False, prog=prog, args=typed, exit_on_error=False)
-    )
+
+    def work() -> Any:
+        try:
+            return auto_cli(function, as_positional=False, prog=prog, args=typed, exit_on_error=False)
+        except argparse.ArgumentError as error:
+            raise UserError(said_of_options(error, inspect.signature(function).parameters)) from None
+
+    return exit_on_user_error(work)
 
 
 def exit_on_user_error(work: Callable[[], Result]) -> Result:
@@ -61,7 +76,7 @@ def exit_on_user_error(work: Callable[[], Result]) -> Result:
         with _escaped_output():
             return work()
     except argparse.ArgumentError as error:
-        _fail(f"{' '.join(str(error).split())} (--help lists the options)")
+        _fail(said_of_options(error))
     except UserError as error:
         _fail(error)
     except KeyboardInterrupt as stop:
@@ -72,6 +87,23 @@ def exit_on_user_error(work: Callable[[], Result]) -> Result:
         if lack:
             _fail(lack)
         raise
+
+
+def said_of_options(error: Exception, known: Collection[str] = ()) -> str:
+    """What a parser says of bad options, in one line and in words. known: the options there are, without dashes."""
+    said = " ".join(str(error).split())
+    wrong = _WRONG_TYPE.search(said)
+    if wrong:
+        option, kind, value = wrong.groups()
+        return f"{option}={value}: give {_KINDS[kind]} (--help lists the options)"
+    unknown = re.findall(r"--([\w.]+)", said.partition("nrecognized arguments:")[2])
+    return f"{said}{did_you_mean(unknown, known)} (--help lists the options)"
+
+
+def did_you_mean(unknown: Iterable[str], known: Collection[str]) -> str:
+    """The options nearest to unknown ones, as the end of a message; nothing where none is near."""
+    near = [option for word in unknown for option in difflib.get_close_matches(word, known, 1)]
+    return f"; did you mean {' or '.join(f'--{option}' for option in near)}?" if near else ""
 
 
 def _lack_of_memory(error: BaseException) -> str | None:

@@ -80,7 +80,7 @@ class ConvertedSet:
         """Where a split's images are. Raises DataError where they are no longer those that `fingerprint` has named."""
         path = self._path(split)
         if "_known" in vars(self):
-            fingerprint, identity = self._known[split]
+            fingerprint, identity, _ = self._known[split]
             with contextlib.suppress(FileNotFoundError):
                 if identity_of(path) != identity and Beton(path).fingerprint != fingerprint:
                     raise DataError(f"{path}: was replaced by other images while it was in use; type the command again")
@@ -89,13 +89,17 @@ class ConvertedSet:
     @cached_property
     def fingerprint(self) -> str:
         """Names the stored images and labels of both splits."""
-        return hashlib.sha256("".join(fingerprint for fingerprint, _ in self._known.values()).encode()).hexdigest()
+        return hashlib.sha256("".join(fingerprint for fingerprint, *_ in self._known.values()).encode()).hexdigest()
+
+    def num_images(self, split: str) -> int:
+        """How many images a split has."""
+        return self._known[split][2]
 
     @cached_property
-    def _known(self) -> dict[str, tuple[str, FileIdentity]]:
-        """The fingerprint and the identity of each split's file."""
+    def _known(self) -> dict[str, tuple[str, FileIdentity, int]]:
+        """The fingerprint, the identity and the number of images of each split's file."""
         files = {split: Beton(self._path(split)) for split in ("train", "val")}
-        return {split: (file.fingerprint, file.identity) for split, file in files.items()}
+        return {split: (file.fingerprint, file.identity, file.num_samples) for split, file in files.items()}
 
     def _path(self, split: str) -> Path:
         return self.folder / f"{split}.beton"

@@ -138,7 +138,9 @@ def test_every_verb_is_one_command(make):
 
 def test_slips_are_refused_in_one_line(make):
     for words, says in [
-        (["train", "MODLE=alexnet"], "unknown: MODLE"),
+        (["train", "MODLE=alexnet"], "unknown: MODLE. Did you mean MODEL or MODELS?"),
+        (["train", "epoch=3"], "unknown: epoch. Did you mean EPOCHS?"),
+        (["train", "QQQQQQ=3"], "unknown: QQQQQQ. Known are"),
         (["train", "MODEL="], "MODEL is empty"),
         (["predict", "DATA=x"], "does not take DATA"),
         (["train", "THREADS=2"], "does not take THREADS"),

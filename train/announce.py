@@ -1,16 +1,86 @@
 """Prints what a run is before it starts, and its result when it has ended."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from command import printable
+from data.durable import in_units
+from train.ahead import Part
 from train.balance import class_weights
+from train.checks import check_room
 from train.config import LossConfig
-from train.job import Job
+from train.estimate import written_bytes
+from train.job import Job, of_other_length
+from train.length import said_seconds, steps_of
 from train.loop import Trainer
+
+
+def announce_plan(parts: Sequence[Part], *, dry_run: bool = False) -> None:
+    """Prints what a command is about to train, for how long, and what it writes; nothing where there is nothing left.
+
+    dry_run: says that the command ends here. Raises TrainError where the disk has no room for what is written.
+    """
+    if parts:
+        _announce_parts(parts)
+    if dry_run:
+        print("nothing was trained (--dry-run)" if parts else "all is trained already", flush=True)
+
+
+def _announce_parts(parts: Sequence[Part]) -> None:
+    lines = [("plan" if not number else "", _part(part)) for number, part in enumerate(parts)]
+    for job in [job for part in parts for job in part.jobs if not any(part.done)]:
+        other = of_other_length(job)
+        if other:
+            lines.append(
+                (
+                    "length",
+                    f"{other.folder} is the same run with {other.identity['epochs']} epochs, over which its learning "
+                    f"rate fell; one of {job.config.epochs} starts from the beginning (with "
+                    f"PRETRAINED={other.weights} from its weights)",
+                )
+            )
+    lines += [("fitted", job.fit) for part in parts for job in part.jobs if job.fit]
+    if any(part.cost for part in parts):
+        total = said_seconds(sum(part.seconds for part in parts))
+        uncompiled = ", uncompiled" if parts[0].jobs[0].compiled else ""
+        lines.append(("time", f"about {total} in all, estimated from a few timed steps{uncompiled}"))
+    else:
+        lines.append(("time", "not measured for so few crops (--dry-run does)"))
+    lines.append(("writes", _writes([job for part in parts for job in part.jobs])))
+    _print(lines)
+    print(flush=True)
+
+
+def _part(part: Part) -> str:
+    job = part.jobs[0]
+    names = " and ".join(each.config.model for each in part.jobs)
+    refinery = job.identity["refinery"]
+    labels = ", the refinery" if part.is_refinery else f" from {refinery['network']}" if refinery else ""
+    text = (
+        f"{names}{labels}: {job.config.epochs} epochs of {steps_of(job)} steps of {job.batch} crops at "
+        f"{job.resolution} px"
+    )
+    if any(part.done):
+        text += f", of which {part.done[0]} and {part.done[1]} steps are done"
+    return text + (f", about {said_seconds(part.seconds)}" if part.cost else "")
+
+
+def _writes(jobs: Sequence[Job]) -> str:
+    """Which folders are written to, and how much. Raises TrainError where there is no room."""
+    needed: dict[Path, int] = {}
+    for job in jobs:
+        # Of a refinery that is still to be trained the student's own folder is not known yet.
+        folder = job.folder if job.config.out else job.folder.parent
+        needed[folder] = needed.get(folder, 0) + written_bytes(job.config, len(job.data.class_names))
+    for folder, size in needed.items():
+        its = [job.folder for job in jobs if folder in (job.folder, job.folder.parent)]
+        check_room(folder, size, [file for run in its for file in run.glob("*.pt")])
+    return "; ".join(f"{folder}: checkpoints of up to {in_units(size)}" for folder, size in needed.items())
 
 
 def announce(trainer: Trainer) -> None:
@@ -57,6 +127,10 @@ def announce(trainer: Trainer) -> None:
         ("device", f"{_units(job)}; decoder {trainer.loader.decoder}"),
         *(("run", str(student.job.folder)) for student in trainer.students),
     ]
+    _print(lines)
+
+
+def _print(lines: Sequence[tuple[str, str]]) -> None:
     for name, text in lines:
         print(f"{name:7} {printable(text)}")
     sys.stdout.flush()

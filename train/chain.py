@@ -12,9 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from command import exit_on_user_error
+from command import exit_on_user_error, with_flags
 from train import TrainError
-from train.config import Config, parse_both
+from train.ahead import Part, look_ahead, next_generation, parts_of, with_costs
+from train.announce import announce_plan
+from train.config import PLAN_FLAGS, Config, parse_both
 from train.distributed import group, joined
 from train.job import check
 from train.labels import origin_of
@@ -22,7 +24,7 @@ from train.labels.refinery import RefineryLabels
 from train.launch import on_devices
 from train.report import figures
 from train.runs import Run, key_of, table_text
-from train.train import train
+from train.train import train_jobs, with_refinery
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,12 @@ class ChainOptions:
 
     Args:
         models: the networks, one generation each, with spaces between them
+        dry_run: end after the plan: what is to be trained, for how long, and what is written (images are converted
+            for it, and a few steps timed)
     """
 
     models: str = ""
+    dry_run: bool = False
 
 
 def main() -> None:
@@ -50,13 +55,13 @@ def main() -> None:
     def work(asked: tuple[Config, ChainOptions]) -> None:
         config, own = asked
         with joined(config.device):
-            chain(config, own.models.split())
+            chain(config, own.models.split(), dry_run=own.dry_run)
 
-    on_devices(f"{__package__}.chain", sys.argv[1:], parse, work)
+    on_devices(f"{__package__}.chain", with_flags(sys.argv[1:], PLAN_FLAGS), parse, work)
 
 
-def chain(config: Config, models: Sequence[str]) -> list[Run]:
-    """Trains the generations and writes their table.
+def chain(config: Config, models: Sequence[str], *, dry_run: bool = False) -> list[Run]:
+    """Trains the generations and writes their table. dry_run: ends after the plan, without runs.
 
     config: what holds for all of them; its refinery labels for the first, which else learns from the ground truth.
     Raises as train.train.train, and TrainError for no networks at all.
@@ -70,14 +75,31 @@ def chain(config: Config, models: Sequence[str]) -> list[Run]:
     first = (config if refined else config.reset(RefineryLabels.options)).replace({"model": models[0]})
     # Later generations are looked at as students of a network's name: the runs that will teach them are not there yet.
     check([first, *(_later(config, before, model) for before, model in pairwise(models))])
+    generations = _planned([first, *(_later(config, before, model) for before, model in pairwise(models))], dry_run)
+    announce_plan([part for parts in generations for part in parts], dry_run=dry_run)
+    if dry_run:
+        return []
     runs: list[Run] = []
-    for generation, model in enumerate(models, 1):
+    for generation, (model, parts) in enumerate(zip(models, generations, strict=True), 1):
         print(f"generation {generation} of {len(models)}: {model}", flush=True)
-        runs += train(_later(config, str(runs[-1].folder), model) if runs else first)
+        ahead = look_ahead([_later(config, str(runs[-1].folder), model) if runs else first])
+        after = sum(part.seconds for others in generations[generation:] for part in others)
+        runs += train_jobs(with_refinery(ahead, parts, after), parts, after)
         print(flush=True)
     if group().first:
         _write([_row(generation, run) for generation, run in enumerate(runs, 1)], runs, Path(config.runs))
     return runs
+
+
+def _planned(configs: Sequence[Config], dry_run: bool) -> list[list[Part]]:
+    """What is to be trained for each generation; nothing for a finished one."""
+    ahead = look_ahead(configs[:1])
+    planned = [parts_of(ahead)]
+    for config in configs[1:]:
+        ahead = next_generation(ahead.jobs[0], config)
+        planned.append(parts_of(ahead))
+    measured = iter(with_costs([part for parts in planned for part in parts], always=dry_run))
+    return [[next(measured) for _ in parts] for parts in planned]
 
 
 def _later(config: Config, refinery: str, model: str) -> Config:

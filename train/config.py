@@ -18,7 +18,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from command import with_underscores
+from command import did_you_mean, said_of_options, with_underscores
 from train import TrainError
 from train import labels as kinds
 from train.augment import AugmentConfig
@@ -35,6 +35,9 @@ RECIPES = Path(__file__).parent / "recipes"
 
 # What cannot differ between the networks of one command.
 _OF_THE_COMMAND = {"model", "refinery", "data", "recipe", "out", "runs"}
+
+# Pixels a side of crops; as of the resolution of a converted set.
+_MOST_PIXELS = 8192
 
 _Own = TypeVar("_Own", bound="DataclassInstance")
 
@@ -258,6 +261,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TrainError(f"{name}={value}: must be at least 1")
+        if self.resolution and self.resolution > _MOST_PIXELS:
+            raise TrainError(f"resolution={self.resolution}: must be at most {_MOST_PIXELS} pixels a side")
         if self.batch % (self.replicas or 1):
             raise TrainError(f"batch={self.batch}: is not divided by replicas={self.replicas}; take a multiple of it")
         if self.save_minutes <= 0:
@@ -341,7 +346,7 @@ def _typed(options: Mapping[str, Any], source: str = "") -> Any:
     try:
         return _config_parser().parse_object(_nested(options))
     except argparse.ArgumentError as error:
-        raise TrainError(f"{source}{' '.join(str(error).split())} (python -m train --help lists the options)") from None
+        raise TrainError(source + said_of_options(error, list(_defaults()))) from None
 
 
 def parse(words: Sequence[str]) -> Config:
@@ -351,6 +356,28 @@ def parse(words: Sequence[str]) -> Config:
     """
     about = str(Config.__doc__).partition("\n")[0]
     return parse_both(words, _Nothing, prog="python -m train", about=about)[0]
+
+
+# Options without a value.
+PLAN_FLAGS = ("--dry_run", "--dry-run")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Options of what is done beforehand.
+
+    Args:
+        dry_run: end after the plan: what is to be trained, for how long, and what is written (images are converted
+            for it, and a few steps timed)
+    """
+
+    dry_run: bool = False
+
+
+def parse_planned(words: Sequence[str]) -> tuple[Config, Planned]:
+    """As `parse`, with the options of the plan."""
+    about = str(Config.__doc__).partition("\n")[0]
+    return parse_both(words, Planned, prog="python -m train", about=about)
 
 
 def parse_both(
@@ -373,7 +400,18 @@ def parse_both(
     parser.add_class_arguments(Config, as_group=False)
     words = with_underscores(list(words))
     _check_config_file(words)
-    given = dict(parser.parse_args(words, defaults=False).items())
+    try:
+        given = dict(parser.parse_args(words, defaults=False).items())
+    except argparse.ArgumentError as error:
+        known = [
+            *_defaults(),
+            *(option.name for option in fields(own)),
+            "config",
+            "print_config",
+            "gpus",
+            "max_restarts",
+        ]
+        raise TrainError(said_of_options(error, known)) from None
     print_config = given.pop("print_config", False)
     given.pop("config", None)
     own_names = [option.name for option in fields(own)]
@@ -470,7 +508,8 @@ def _mapping(path: Path, name: str, value: Any) -> dict[Any, Any]:
 def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
     unknown = sorted(set(values) - set(_defaults()))
     if unknown:
-        raise TrainError(f"{path}: unknown keys {', '.join(unknown)}; python -m train --help lists them")
+        hint = did_you_mean(unknown, list(_defaults()))
+        raise TrainError(f"{path}: unknown keys {', '.join(unknown)}{hint} (python -m train --help lists them)")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

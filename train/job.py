@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from models.weights import load_weights
 from train import TrainError
 from train import labels as kinds
 from train.augment import Augment
+from train.checks import check_batch, check_folder, check_memory
 from train.config import Config, CropConfig, OptimizerConfig, ScheduleConfig
 from train.device import autocast_type, device_named, precision_on
 from train.distributed import Group, group
+from train.fit import fit_line, fitted
 from train.labels.refinery import RefineryLabels
 from train.labels.source import Labels, LabelSource
 from train.runs import Run, folder_name, read_run
@@ -39,6 +42,7 @@ class Job:
     data, crop: the images, and how they are cropped. labels: what the network learns from. device: where it trains.
     seed, crop_seed: of the first weights and of the crops; the same, unless the labels were made for crops of another
     seed. identity: all that decides the weights that the run ends with, as JSON gives it back. folder: the run's.
+    fit: in which of the recipe's numbers it differs, because they do not fit the set, in one line; None for none.
     """
 
     config: Config
@@ -52,6 +56,7 @@ class Job:
     group: Group
     identity: dict[str, Any]
     folder: Path
+    fit: str | None = None
 
     @property
     def resolution(self) -> int:
@@ -139,10 +144,27 @@ class Job:
         """The run in its folder, finished or not, or None. Raises TrainError where it has another configuration."""
         run = read_run(self.folder)
         if run and run.identity != self.identity:
+            if run.identity | {"epochs": self.config.epochs} == self.identity:
+                raise TrainError(
+                    f"{self.folder}: holds this run with {run.identity['epochs']} epochs, over which its learning rate "
+                    f"falls; one of {self.config.epochs} starts from the beginning: give another OUT (with "
+                    f"PRETRAINED={run.weights} it starts from its weights)"
+                )
             raise TrainError(
                 f"{self.folder}: holds a run with another configuration; give another OUT or remove the folder"
             )
         return run
+
+
+def of_other_length(job: Job) -> Run | None:
+    """A finished run beside a job's folder that differs from it in its number of epochs alone."""
+    for folder in sorted(job.folder.parent.glob(f"{job.folder.name.rpartition('-')[0]}-*")):
+        with suppress(TrainError):
+            run = read_run(folder)
+            same = run and run.result and run.identity != job.identity
+            if run and same and run.identity | {"epochs": job.config.epochs} == job.identity:
+                return run
+    return None
 
 
 def check(configs: Sequence[Config]) -> tuple[ConvertedSet, list[Labels]]:
@@ -157,6 +179,14 @@ def check(configs: Sequence[Config]) -> tuple[ConvertedSet, list[Labels]]:
         _check_network(config)
     found = find_set(configs[0].data)
     labels = find_labels([config for config in configs if not needs_refinery(config)], found.class_names)
+    for config in configs:
+        check_folder(Path(config.out or config.runs), "the run")
+        if not isinstance(found, ConvertedSet):
+            # Before hours of converting; some images may turn out to be damaged, so it is looked at again.
+            images, world = len(found.source.train.labels), group().world
+            filled = fitted(config, images, config.replicas or world)
+            check_batch(filled, images, config.data, world)
+            check_memory(filled, config.resolution or 0, device_named(config.device), world)
     # By one process, where there are several; the others find it done.
     data = group().in_turn(lambda: ensure_converted(find_set(configs[0].data) if group().rank else found))
     known = iter(labels)
@@ -206,8 +236,9 @@ def resolve(config: Config, data: ConvertedSet, labels: Labels, together: Group 
     together = together or group()
     replicas = config.replicas or together.world
     _check_replicas(config, replicas, together)
+    images = data.num_images("train")
     filled = replace(
-        config,
+        fitted(config, images, replicas),
         replicas=replicas,
         resolution=_resolution(config, data, labels),
         crop=CropConfig(**asdict(crop)),
@@ -227,6 +258,7 @@ def resolve(config: Config, data: ConvertedSet, labels: Labels, together: Group 
         group=together,
         identity=identity,
         folder=folder,
+        fit=fit_line(config, filled, images),
     )
 
 

@@ -20,6 +20,8 @@ from command import exit_on_user_error, typed_command
 from data.durable import in_units
 from data.loader import CropBatch
 from train import TrainError
+from train.ahead import look_ahead, parts_of, with_costs
+from train.announce import announce_plan
 from train.config import Config, configure, parse_both
 from train.device import computing_in, on_device, set_tf32_and_allocator, set_threads
 from train.distributed import ALONE, Group, group, joined
@@ -89,7 +91,10 @@ def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
     # How long the refinery itself is trained, where it has to be, is the recipe's matter.
     given = {name: value for name, value in config.given.items() if name not in ("epochs", "out")}
     # Batches are those of one process.
-    (job,) = with_refinery([configure(given)], ALONE)
+    ahead = look_ahead([configure(given)], ALONE)
+    parts = with_costs([part for part in parts_of(ahead) if part.is_refinery])
+    announce_plan(parts)
+    (job,) = with_refinery(ahead, parts)
     set_tf32_and_allocator(job.device, job.config.precision)
     set_threads(job.config.threads)
     labeller = Labeller(job, options, together)

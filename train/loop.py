@@ -1,7 +1,6 @@
 """The loop of a run, or of several at once: epochs of steps, a validation after each, checkpoints and metrics."""
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -15,10 +14,12 @@ from data.loader import CropBatch, Loader
 from data.progress import images_bar
 from train import TrainError
 from train.balance import class_weights
+from train.checks import said_memory
 from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
 from train.labels.ground_truth import GroundTruthLabels
+from train.length import Cost, Remaining, said_seconds
 from train.report.analysis import readable
 from train.runs import checkpoint
 from train.runs.crops import labelled_crops
@@ -54,10 +55,11 @@ class Trainer:
     same step. What they share is read from the first, `job`. run() leaves metrics and checkpoints.
 
     students, step, labels: what is trained, and how. loader: of the crops of the last epochs. validation: of the
-    validation images. Raises DataError, ModelError or TrainError for what only shows when all of it is opened.
+    validation images. cost, later: of what the time that the bar shows is estimated at first (train.length.Remaining).
+    Raises DataError, ModelError or TrainError for what only shows when all of it is opened.
     """
 
-    def __init__(self, jobs: Sequence[Job]):
+    def __init__(self, jobs: Sequence[Job], *, cost: Cost | None = None, later: float = 0.0):
         self.job = job = jobs[0]
         config = job.config
         set_tf32_and_allocator(job.device, config.precision)
@@ -97,6 +99,7 @@ class Trainer:
         )
         self.progress = Progress()
         self._waiting = Waiting(job.device)
+        self._remaining = Remaining(job, cost=cost, later=later)
         self._stop = Stop()
         # Whether the run is at its start, whose crops are still to be shown.
         self._at_start = False
@@ -145,7 +148,7 @@ class Trainer:
                     # Counts in no rate.
                     mark += self._show(batch)
                 self._set_rates(progress.epoch + progress.step / loader.steps)
-                self._train_on(batch, progress.epoch, progress.step)
+                self.train_on(batch, progress.epoch, progress.step)
                 progress.step += 1
                 for student in self.students:
                     student.average(progress.epoch * loader.steps + progress.step)
@@ -153,6 +156,7 @@ class Trainer:
                 now = time.perf_counter()
                 progress.train_seconds += now - mark
                 took, mark = now - mark, now
+                self._remaining.count_step(progress.epoch, took)
                 stop, save, look = self._agreed(now - saved, now - looked, took)
                 if stop or save:
                     self._save()
@@ -163,7 +167,8 @@ class Trainer:
                     self._check_losses()
                     sums = job.group.sum(self.students[0].sums).tolist()
                     said = f"loss {sums[LOSS] / sums[CROPS]:.3f}, top-1 {100 * sums[TOP1] / sums[CROPS]:.1f} %"
-                    bar.set_postfix_str(said, refresh=False)
+                    left = said_seconds(self._remaining.seconds(progress.epoch, progress.step))
+                    bar.set_postfix_str(f"{said}; {left} left in all", refresh=False)
                     looked = time.perf_counter()
             # Checking waits for the device, which belongs to the epoch's time.
             self._check_losses()
@@ -199,7 +204,9 @@ class Trainer:
                 # Validation is repeated as a whole when the run goes on.
                 self._save()
                 raise self._interrupted() from None
-        seconds = done.seconds + done.train_seconds + time.perf_counter() - started
+        took = time.perf_counter() - started
+        self._remaining.count_validation(took)
+        seconds = done.seconds + done.train_seconds + took
         for student, scores in zip(self.students, found, strict=True):
             student.count(scores)
             student.record.add(self._metrics(student), name=student.name if len(self.students) > 1 else None)
@@ -270,7 +277,8 @@ class Trainer:
             config = student.job.config
             student.set_rate(config.schedule.factor(epoch, config.epochs))
 
-    def _train_on(self, batch: CropBatch, epoch: int, step: int) -> None:
+    def train_on(self, batch: CropBatch, epoch: int, step: int) -> None:
+        """Takes a step. Raises TrainError where that does not fit in memory, with a batch that does, if there is."""
         try:
             self.step(batch, epoch, step)
             return
@@ -282,12 +290,12 @@ class Trainer:
             # The others wait in their part of the step, and cannot try smaller ones.
             raise TrainError(
                 f"batch={self.job.batch}: a step at {batch.crops.shape[-1]} px, of which each device computes "
-                f"{len(batch.labels)} crops, does not fit in {_memory_of(self.job.device)}; take a smaller batch"
+                f"{len(batch.labels)} crops, does not fit in {said_memory(self.job.device)}; take a smaller batch"
             )
         fitting = self._fitting_batch(batch)
         raise TrainError(
             f"batch={len(batch.labels)}: a step at {batch.crops.shape[-1]} px does not fit in "
-            + _memory_of(self.job.device)
+            + said_memory(self.job.device)
             + (f"; --batch {fitting} fits" if fitting else ", nor does the smallest batch; try a smaller --resolution")
         )
 
@@ -388,9 +396,3 @@ class Trainer:
             f"stopped in epoch {self.progress.epoch + 1} of {self.job.config.epochs}, after step {self.progress.step} "
             f"of {self.loader.steps}; to continue, type again:\n  {typed_command()}"
         )
-
-
-def _memory_of(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"the {torch.cuda.mem_get_info(device)[1] / 2**30:.0f} GiB of {torch.cuda.get_device_name(device)}"
-    return f"the {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of this machine"

@@ -23,6 +23,8 @@ from kernels.normalise import Normalise
 from models.cells import CellLogits
 from models.trained import Trained
 from train import TrainError
+from train.ahead import look_ahead, parts_of, with_costs
+from train.announce import announce_plan
 from train.config import Config, configure, parse_both
 from train.device import computing_in, on_device, set_tf32_and_allocator, set_threads
 from train.distributed import ALONE, Group, group, joined
@@ -102,7 +104,10 @@ def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
     # Of a whole image there is no batch of crops whose statistics could be meant.
     given = {name: value for name, value in config.given.items() if name != "out"} | {"labels.bn": "running"}
     # Batches are those of one process.
-    (job,) = with_refinery([configure(given)], ALONE)
+    ahead = look_ahead([configure(given)], ALONE)
+    parts = with_costs([part for part in parts_of(ahead) if part.is_refinery])
+    announce_plan(parts)
+    (job,) = with_refinery(ahead, parts)
     set_tf32_and_allocator(job.device, job.config.precision)
     set_threads(job.config.threads)
     mapper = Mapper(job, options, together)

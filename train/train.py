@@ -6,60 +6,54 @@ make train MODEL=mobilenet REFINERY=resnet50
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from command import typed_command
 from data.durable import reason
 from data.sources import scenes_fingerprint
 from train import TrainError
-from train.announce import announce, announce_result
+from train.ahead import OWN, Ahead, Part, groups, look_ahead, parts_of, with_costs
+from train.announce import announce, announce_plan, announce_result
 from train.config import Config
 from train.device import set_threads
-from train.distributed import Group
 from train.interrupt import Interrupted
-from train.job import Job, check, find_labels, needs_refinery, resolve
+from train.job import Job
 from train.loop import Trainer
-from train.runs import Run, checkpoint, finished_refinery
+from train.runs import Run, checkpoint
 from train.runs.record import locked
 from train.score.crop_truth import label_quality
 
-# What networks that train together need not share.
-_OWN = ("model", "optimizer", "schedule")
 
-
-def train(config: Config) -> list[Run]:
+def train(config: Config, *, dry_run: bool = False) -> list[Run]:
     """Trains what the configuration asks for, unless it is finished already, its refinery first where that is missing.
 
     Several networks in `config.model` train together, and each run ends as if it had been alone (except for the random
-    numbers of dropout, which they share). Returns a run for each, in their order.
-    Raises DataError, ModelError or TrainError for bad input, as far as possible before anything slow begins.
+    numbers of dropout, which they share). Returns a run for each, in their order. Prints beforehand what will be
+    trained, for how long and what is written; dry_run: ends there, without runs.
+    Raises DataError, ModelError or TrainError for bad input, before anything slow begins.
     """
-    return _train_jobs(with_refinery(_one_each(config)))
+    ahead = look_ahead(_one_each(config))
+    _say_apart(ahead.jobs)
+    parts = with_costs(parts_of(ahead), always=dry_run)
+    announce_plan(parts, dry_run=dry_run)
+    if dry_run:
+        return []
+    return train_jobs(with_refinery(ahead, parts), parts)
 
 
-def with_refinery(configs: Sequence[Config], together: Group | None = None) -> list[Job]:
-    """The runs of these configurations, which have one refinery or none; it is trained first where it is missing.
+def with_refinery(ahead: Ahead, parts: Sequence[Part], later: float = 0.0) -> list[Job]:
+    """The runs that were made out, their refinery trained where it was missing.
 
-    together: the processes that the runs are for (default: all); the refinery is trained by all.
-
-    Raises as `train`.
+    parts: what is to be trained. later: seconds that the command goes on for after them.
     """
-    if needs_refinery(configs[0]):
-        refinery = configs[0].as_refinery(str(configs[0].refinery), {"pretrained": None, "out": None})
-        data, (ground_truth,) = check([refinery, *configs])
-        run = _refinery_run(resolve(refinery, data, ground_truth))
-        configs = [each.replace({"refinery": str(run.folder)}) for each in configs]
-        labels = find_labels(configs, data.class_names)
-    else:
-        data, labels = check(configs)
-    return [resolve(each, data, its, together) for each, its in zip(configs, labels, strict=True)]
+    if not ahead.refinery:
+        return ahead.jobs
+    (run,) = train_jobs([ahead.refinery], parts[:1], later + sum(part.seconds for part in parts[1:]))
+    print(flush=True)
+    return ahead.learning_from(run)
 
 
 def _one_each(config: Config) -> list[Config]:
-    """The configuration of each network that `config.model` names; a recipe may say other things of each.
-
-    Where it says what they must share to train together, a notice is printed that they train apart.
-    """
+    """The configuration of each network that `config.model` names; a recipe may say other things of each."""
     names = config.model.split()
     if len(names) == 1:
         return [config]
@@ -67,29 +61,21 @@ def _one_each(config: Config) -> list[Config]:
         raise TrainError(f"model={config.model}: name each network once")
     if config.out:
         raise TrainError(f"out={config.out}: is the folder of one run; leave it out to train {len(names)} networks")
-    first, *others = configs = [config.replace({"model": name}) for name in names]
+    return [config.replace({"model": name}) for name in names]
+
+
+def _say_apart(jobs: Sequence[Job]) -> None:
+    """Prints a notice where a recipe says of networks what they must share to train together."""
+    first, *others = jobs
+    ours = asdict(first.config)
     for other in others:
-        ours, theirs = asdict(first), asdict(other)
-        for key in [key for key, value in theirs.items() if value != ours[key] and key not in _OWN]:
+        for key in [key for key, value in asdict(other.config).items() if value != ours[key] and key not in OWN]:
             print(
-                f"{key}: {first.model} takes {ours[key]} and {other.model} {theirs[key]} from recipe "
-                f"{config.recipe}, so they train apart; one --{key} for all lets them share the refinery's labels",
+                f"{key}: {first.config.model} takes {ours[key]} and {other.config.model} "
+                f"{getattr(other.config, key)} from recipe {first.config.recipe}, so they train apart; one --{key} for "
+                "all lets them share the refinery's labels",
                 flush=True,
             )
-    return configs
-
-
-def _refinery_run(job: Job) -> Run:
-    """The finished run that serves as refinery: one that is there, or a new one on ground truth."""
-    model, data = job.config.model, job.data.name
-    run = finished_refinery(Path(job.config.runs), job.identity)
-    if run and run.result:
-        print(f"refinery: {run.folder}, top-1 {run.result['top1']:.2f} %, is finished and used as it is", flush=True)
-        return run
-    print(f"refinery: {model} has no finished run on {data} at {job.resolution} px; trained first", flush=True)
-    (run,) = _train_jobs([job])
-    print(flush=True)
-    return run
 
 
 def _bring_together(jobs: Sequence[Job]) -> None:
@@ -117,10 +103,12 @@ def _bring_together(jobs: Sequence[Job]) -> None:
                 print(f"{job.folder}: goes one save back, to where the networks that train with it are", flush=True)
 
 
-def _train_jobs(jobs: Sequence[Job]) -> list[Run]:
-    """Trains networks in their run folders, or continues them, or finds them finished; returns their runs in order."""
+def train_jobs(jobs: Sequence[Job], parts: Sequence[Part] = (), later: float = 0.0) -> list[Run]:
+    """Trains networks in their run folders, or continues them, or finds them finished; returns their runs in order.
+
+    parts: what was measured of them beforehand. later: seconds that the command goes on for after them.
+    """
     runs: dict[str, Run] = {}
-    unfinished: dict[object, list[Job]] = {}
     jobs[0].group.check_same(
         {f"{key} of {job.config.model}": job.identity[key] for job in jobs for key in job.identity}
     )
@@ -134,14 +122,12 @@ def _train_jobs(jobs: Sequence[Job]) -> list[Run]:
             top1, top5 = run.result["top1"], run.result["top5"]
             print(f"{run.folder} is finished: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
             runs[job.config.model] = run
-        else:
-            # Those that stand elsewhere (one was begun alone, say) cannot share their steps, nor those of other crops.
-            reached = checkpoint.position(run.folder) if run else (0, 0)
-            shared = str([value for key, value in asdict(job.config).items() if key not in _OWN])
-            unfinished.setdefault((reached, shared), []).append(job)
-    for together in unfinished.values():
+    costs = {part.jobs[0].config.model: part.cost for part in parts}
+    waiting = [(together, costs.get(together[0].config.model)) for _, together in groups(jobs, found)]
+    for number, (together, cost) in enumerate(waiting):
+        after = sum(cost.seconds(others[0]) for others, cost in waiting[number + 1 :] if cost)
         set_threads(together[0].config.threads)
-        trainer = Trainer(together)
+        trainer = Trainer(together, cost=cost, later=later + after)
         announce(trainer)
         # Of several processes, the first one's words are all's.
         results = trainer.run()

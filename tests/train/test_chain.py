@@ -80,7 +80,7 @@ def test_what_the_first_generation_learns_from_is_not_for_later_ones(words, tmp_
 
 
 def test_bad_chains_are_refused_before_anything_is_trained(words, monkeypatch):
-    monkeypatch.setattr("train.chain.train", None)
+    monkeypatch.setattr("train.chain.train_jobs", None)
     with pytest.raises(ModelError, match="mobilnet"):
         chain(parse(words), ["resnet18", "mobilnet"])
     with pytest.raises(ModelError, match="alexnet: resolution=32 is too small"):

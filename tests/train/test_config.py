@@ -117,6 +117,14 @@ def test_what_is_refused(capsys, tmp_path):
     assert "optimizer.lrr" in refusal(capsys, "--optimizer.lrr", "1")
     assert "epochs" in refusal(capsys, "--epochs", "many")
     assert "epochs=0" in refusal(capsys, "--epochs", "0")
+    assert "epochs=1.5: give a whole number" in refusal(capsys, "--epochs", "1.5")
+    assert "optimizer.lr=fast: give a number" in refusal(capsys, "--optimizer.lr", "fast")
+    assert "crop.flip=maybe: give true or false" in refusal(capsys, "--crop.flip", "maybe")
+    assert "resolution=large: give a whole number" in refusal(capsys, "--resolution", "large")
+    assert "did you mean --model?" in refusal(capsys, "--modle", "alexnet")
+    assert "did you mean --optimizer.lr" in refusal(capsys, "--optimizer.lrr", "1")
+    assert "did you mean" not in refusal(capsys, "--qqqq", "1")
+    assert "resolution=100000: must be at most 8192" in refusal(capsys, "--resolution", "100000")
     assert "precision" in refusal(capsys, "--precision", "fp8")
     assert "recipe=slow: neither a recipe (" in refusal(capsys, "--recipe", "slow")
     assert "labels.smoothing=2" in refusal(capsys, "--labels.smoothing", "2")
@@ -285,7 +293,8 @@ def test_options_and_words_are_the_same(options):
         ),
         ("{refineries: {data: photos}}", "refineries: data must be the same for all networks"),
         ("{refineries: {epohcs: 3}}", "unknown keys epohcs"),
-        ("{epochs: many}", "recipe=.*mine.yaml: .*epochs.* Expected a"),
+        ("{epochs: many}", "recipe=.*mine.yaml: epochs=many: give a whole number"),
+        ("{refineries: {epohcs: 3}}", r"unknown keys epohcs; did you mean --epochs\?"),
     ],
 )
 def test_wrong_recipes_are_refused_whether_or_not_the_section_counts(recipe, says, tmp_path):

@@ -123,13 +123,15 @@ def _job(config: Config) -> Job:
     refinery = config.as_refinery(str(config.refinery), {"pretrained": None})
     data, (ground_truth,) = check([refinery, config])
     wanted = resolve(refinery, data, ground_truth)
-    run = finished_refinery(Path(config.runs), wanted.identity)
+    run, shorter = finished_refinery(Path(config.runs), wanted.identity, str(wanted.config.recipe))
+    run = run or shorter
     if not run:
         raise TrainError(
             f"REFINERY={config.refinery}: has no finished run on {data.name} at {wanted.resolution} px; train it "
             "first, or give a run folder, NAME:FILE, or published weights as timm:NAME:pretrained"
         )
-    print(f"refinery: {run.folder} is used", flush=True)
+    notice = "; a training would not take it, for its recipe or length, and train one first" if run is shorter else ""
+    print(f"refinery: {run.folder} is used{notice}", flush=True)
     return _job(config.replace({"refinery": str(run.folder)}))
 
 

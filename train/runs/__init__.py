@@ -243,11 +243,13 @@ def all_runs(root: Path) -> Iterator[Run]:
                 print(f"warning: {path}: is damaged, and there is no checkpoint; skipped", flush=True)
 
 
-def finished_refinery(root: Path, wanted: dict[str, Any]) -> Run | None:
-    """A finished run that can be the refinery whose own training would have the identity `wanted`, or None.
+def finished_refinery(root: Path, wanted: dict[str, Any], recipe: str) -> tuple[Run | None, Run | None]:
+    """A finished run that can be the refinery whose own training would have the identity `wanted`, and another.
 
-    The very run if it is there, else the most accurate one of the same network on the same data, crops and
-    resolution, trained on the same kind of labels in any way (another seed, recipe or length, pre-trained or not).
+    The very run if it is there, else the most accurate one of the same network on the same data, crops and resolution,
+    trained on the same kind of labels by the same recipe for as many epochs or more (with another seed, say). None
+    where there is none: a trial of three epochs is not what a long run is to learn from, unless it is named. The other
+    is then the most accurate of those that only recipe or length rule out.
     """
     same = ("data", "model", "resolution", "crop", "refinery")
     candidates = [
@@ -257,10 +259,24 @@ def finished_refinery(root: Path, wanted: dict[str, Any]) -> Run | None:
         and all(run.identity[key] == wanted[key] for key in same)
         and run.identity["labels"]["kind"] == wanted["labels"]["kind"]
     ]
+
+    def best(runs: Sequence[Run]) -> Run | None:
+        return max(runs, key=lambda run: run.result["top1"] if run.result else 0.0, default=None)
+
     for run in candidates:
         if run.identity == wanted:
-            return run
-    return max(candidates, key=lambda run: run.result["top1"] if run.result else 0.0, default=None)
+            return run, None
+    fitting = [run for run in candidates if run.identity["epochs"] >= wanted["epochs"] and recipe_of(run) == recipe]
+    return best(fitting), None if fitting else best(candidates)
+
+
+def recipe_of(run: Run) -> str | None:
+    """The recipe that a run was trained by, as it was named; None where its config.yaml does not say."""
+    try:
+        config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return config.get("recipe") if isinstance(config, dict) else None
 
 
 def progress_of(run: Run) -> str:

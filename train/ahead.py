@@ -1,0 +1,208 @@
+"""What a command is going to train, made out and checked as a whole before anything slow begins."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import models
+from data.sets import ConvertedSet
+from models.trained import Trained
+from train import labels as kinds
+from train.checks import check_job
+from train.config import Config
+from train.distributed import Group
+from train.estimate import Cost, is_short, measured
+from train.job import Job, check, find_labels, needs_refinery, resolve
+from train.labels.refinery import RefineryLabels
+from train.labels.source import Labels
+from train.runs import Run, checkpoint, finished_refinery, read_run, recipe_of
+
+# What networks that train together need not share.
+OWN = ("model", "optimizer", "schedule")
+
+
+class Untrained(Trained):
+    """The network of a run that is still to be trained, with other weights; its digest is no digest of a file."""
+
+    @cached_property
+    def digest(self) -> str:
+        return "not trained yet"
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The runs of a command.
+
+    refinery: the run that makes the refinery, where none is finished. jobs: the others, in their order; as long as
+    there is no refinery, their labels are of one that is `Untrained`. configs: theirs, as asked for. data, together:
+    what all are trained on, and by whom.
+    """
+
+    refinery: Job | None
+    jobs: list[Job]
+    configs: list[Config]
+    data: ConvertedSet
+    together: Group | None
+
+    def learning_from(self, run: Run) -> list[Job]:
+        """The jobs with the labels of the refinery that was trained meanwhile."""
+        configs = [each.replace({"refinery": str(run.folder)}) for each in self.configs]
+        labels = find_labels(configs, self.data.class_names)
+        return [resolve(each, self.data, its, self.together) for each, its in zip(configs, labels, strict=True)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Runs that train together. done: epochs, and steps of the next one, that they have behind them.
+
+    cost: what it takes; None where it is so short that it was not measured.
+    """
+
+    jobs: list[Job]
+    done: tuple[int, int] = (0, 0)
+    is_refinery: bool = False
+    cost: Cost | None = None
+
+    @property
+    def seconds(self) -> float:
+        """What is left of it; 0 where that was not measured."""
+        return self.cost.seconds(self.jobs[0], self.done) if self.cost else 0.0
+
+
+def look_ahead(configs: Sequence[Config], together: Group | None = None) -> Ahead:
+    """The runs of these configurations, which have one refinery or none.
+
+    together: the processes that the runs are for (default: all); a refinery that is missing is trained by all.
+    Prints which refinery is used.
+    Raises DataError, ModelError or TrainError for what cannot be trained, whichever run of the command it is.
+    """
+    configs = list(configs)
+    refinery = None
+    if needs_refinery(configs[0]):
+        wanted = configs[0].as_refinery(str(configs[0].refinery), {"pretrained": None, "out": None})
+        data, (ground_truth,) = check([wanted, *configs])
+        refinery = resolve(wanted, data, ground_truth)
+        run = _finished(refinery)
+        if run:
+            ahead = Ahead(None, [], configs, data, together)
+            ahead = replace(ahead, jobs=ahead.learning_from(run))
+        else:
+            jobs = [resolve(each, data, untrained_labels(refinery, each), together) for each in configs]
+            ahead = Ahead(refinery, jobs, configs, data, together)
+            _check([refinery])
+    else:
+        data, labels = check(configs)
+        jobs = [resolve(each, data, its, together) for each, its in zip(configs, labels, strict=True)]
+        ahead = Ahead(None, jobs, configs, data, together)
+    _check(ahead.jobs)
+    return ahead
+
+
+def next_generation(job: Job, config: Config) -> Ahead:
+    """The run of a configuration that learns from this job's, be that finished or not. Raises as look_ahead."""
+    run = None if is_untrained(job) else job.saved_run()
+    if run and run.result:
+        return look_ahead([config.replace({"refinery": str(run.folder)})])
+    student = resolve(config, job.data, untrained_labels(job, config))
+    _check([student])
+    return Ahead(None, [student], [config], job.data, None)
+
+
+def _check(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        run = _saved(job)
+        if not (run and run.result):
+            check_job(job)
+
+
+def _saved(job: Job) -> Run | None:
+    """The run in a job's folder. Raises TrainError where it is another one, as far as can be known by now."""
+    run = read_run(job.folder)
+    if run and run.identity["refinery"] and is_untrained(job):
+        # Of the refinery's weights nothing is known yet, except that none of the finished ones has them.
+        assert job.identity["refinery"]
+        job = replace(job, identity=job.identity | {"refinery": run.identity["refinery"]})
+    return job.saved_run()
+
+
+def is_untrained(job: Job) -> bool:
+    """Whether a job's labels are those of a refinery that is still to be trained."""
+    return isinstance(job.labels, RefineryLabels) and isinstance(job.labels.trained, Untrained)
+
+
+def untrained_labels(refinery: Job, config: Config) -> Labels:
+    """The labels of a configuration as they will be once this refinery is trained, from a network without training."""
+    name, class_names = refinery.config.model, refinery.data.class_names
+    if config.labels.resolution:
+        models.check_resolution(name, config.labels.resolution)
+    network = Untrained(
+        models.build(name, len(class_names)),
+        name,
+        None,
+        class_names,
+        models.normalisation(name),
+        refinery.resolution,
+        refinery.crop.center_ratio,
+        refinery.labels.generation,
+    )
+    kind = kinds.kind_of(config)
+    assert issubclass(kind, RefineryLabels)
+    return kind(network, name, config.labels)
+
+
+def _finished(job: Job) -> Run | None:
+    """The finished run that serves as refinery in place of this one; prints which, or that there is none."""
+    model, config = job.config.model, job.config
+    run, other = finished_refinery(Path(config.runs), job.identity, str(config.recipe))
+    if run and run.result:
+        print(f"refinery: {run.folder}, top-1 {run.result['top1']:.2f} %, is finished and used as it is", flush=True)
+        return run
+    print(
+        f"refinery: {model} has no finished run on {job.data.name} at {job.resolution} px"
+        + (f" of recipe {config.recipe} and {config.epochs} epochs" if other else "")
+        + "; trained first",
+        flush=True,
+    )
+    if other and other.result:
+        print(
+            f"refinery: {other.folder} (recipe {recipe_of(other)}, {other.identity['epochs']} epochs, top-1 "
+            f"{other.result['top1']:.2f} %) is taken only if it is named: REFINERY={other.folder}",
+            flush=True,
+        )
+    return None
+
+
+def groups(jobs: Sequence[Job], found: dict[str, Run | None]) -> list[tuple[tuple[int, int], list[Job]]]:
+    """The unfinished ones among jobs, those that train together in one list, and where they stand.
+
+    found: the run of each job's model, where there is one.
+    """
+    unfinished: dict[Any, list[Job]] = {}
+    for job in jobs:
+        run = found[job.config.model]
+        if not (run and run.result):
+            # Those that stand elsewhere (one was begun alone, say) cannot share their steps, nor those of other crops.
+            reached = checkpoint.position(run.folder) if run else (0, 0)
+            shared = str([value for key, value in asdict(job.config).items() if key not in OWN])
+            unfinished.setdefault((reached, shared), []).append(job)
+    return [(reached, together) for (reached, _), together in unfinished.items()]
+
+
+def parts_of(ahead: Ahead) -> list[Part]:
+    """What is to be trained, in its order, not measured yet. Raises TrainError where a folder holds another run."""
+    found = {job.config.model: None if is_untrained(job) else job.saved_run() for job in ahead.jobs}
+    parts = [Part(together, reached) for reached, together in groups(ahead.jobs, found)]
+    if not ahead.refinery:
+        return parts
+    run = ahead.refinery.saved_run()
+    reached = checkpoint.position(run.folder) if run else (0, 0)
+    return [Part([ahead.refinery], reached, is_refinery=True), *parts]
+
+
+def with_costs(parts: Sequence[Part], *, always: bool = False) -> list[Part]:
+    """The parts, measured, unless all of them are so short that this would be felt. always: measure these too."""
+    if not always and all(is_short(part.jobs[0]) for part in parts):
+        return list(parts)
+    return [replace(part, cost=measured(part.jobs)) for part in parts]
