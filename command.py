@@ -191,7 +191,7 @@ def _escape(found: re.Match[str]) -> str:
 
 def with_flags(words: Sequence[str], flags: Collection[str]) -> list[str]:
     """The words of a command line, of which these flags without a value as --flag=true."""
-    following = [*words[1:], "--"]
+    following = [*words, "--"][1:]
     return [
         f"{word}=true" if word in flags and after.startswith("--") else word
         for word, after in zip(words, following, strict=True)

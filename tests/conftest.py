@@ -1,6 +1,12 @@
 """Small real sets that many tests share."""
 
+import os
 from pathlib import Path
+
+# Tensors are small here: one thread is as fast as two, and leaves the other core to the programs under test. Before
+# PyTorch is loaded, and for the programs too: threads that wait for each other on busy cores take many times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -16,7 +22,6 @@ settings.register_profile("no deadline", deadline=None)
 settings.register_profile("thorough", deadline=None, max_examples=5000)
 settings.load_profile("no deadline")
 
-# Tensors are small here: one thread is as fast as two, and leaves the other core to the programs under test.
 torch.set_num_threads(1)
 
 

@@ -71,10 +71,11 @@ class Part:
         return self.cost.seconds(self.jobs[0], self.done) if self.cost else 0.0
 
 
-def look_ahead(configs: Sequence[Config], together: Group | None = None) -> Ahead:
+def look_ahead(configs: Sequence[Config], together: Group | None = None, *, trained: bool = True) -> Ahead:
     """The runs of these configurations, which have one refinery or none.
 
     together: the processes that the runs are for (default: all); a refinery that is missing is trained by all.
+    trained: whether the runs are trained, not only their crops labelled; a refinery that is missing is in any case.
     Prints which refinery is used.
     Raises DataError, ModelError or TrainError for what cannot be trained, whichever run of the command it is.
     """
@@ -96,7 +97,8 @@ def look_ahead(configs: Sequence[Config], together: Group | None = None) -> Ahea
         data, labels = check(configs)
         jobs = [resolve(each, data, its, together) for each, its in zip(configs, labels, strict=True)]
         ahead = Ahead(None, jobs, configs, data, together)
-    _check(ahead.jobs)
+    if trained:
+        _check(ahead.jobs)
     return ahead
 
 

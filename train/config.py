@@ -465,6 +465,11 @@ def default_recipe(data: str | None, pretrained: str | None) -> str:
     return "quick" if data in (None, Config.data) else "label-refinery"
 
 
+def is_built_in(recipe: str | None) -> bool:
+    """Whether the recipe is one of those that come with the project, rather than a file of the user's."""
+    return (RECIPES / f"{recipe}.yaml").is_file()
+
+
 def read_recipe(recipe: str, model: str, *, as_refinery: bool = False) -> dict[str, Any]:
     """A recipe's values as dotted keys.
 

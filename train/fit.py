@@ -6,7 +6,7 @@ of a few steps.
 
 from dataclasses import replace
 
-from train.config import Config
+from train.config import Config, is_built_in
 
 # An epoch has at least so many steps, where crops a step can be fewer for it.
 _STEPS = 16
@@ -21,9 +21,10 @@ def fitted(config: Config, images: int, replicas: int) -> Config:
     parts of a step; below that only as far as the images make one step at all, and not below 2. The learning rate
     follows the batch, as for any other (optimizer.lr_batch). Where an epoch of the smallest batch still has fewer than
     16 steps, there are more epochs, so that the run has 16 steps for each one of the recipe. What was asked for (BATCH,
-    EPOCHS) stays, and labels that were stored keep the recipe's epochs, which they were made for.
+    EPOCHS, a recipe in a file of the user's) stays, and labels that were stored keep the recipe's epochs, which they
+    were made for.
     """
-    if config.batch % replicas:
+    if config.batch % replicas or not is_built_in(config.recipe):
         return config
     share = config.batch // replicas
 

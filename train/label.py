@@ -91,7 +91,7 @@ def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
     # How long the refinery itself is trained, where it has to be, is the recipe's matter.
     given = {name: value for name, value in config.given.items() if name not in ("epochs", "out")}
     # Batches are those of one process.
-    ahead = look_ahead([configure(given)], ALONE)
+    ahead = look_ahead([configure(given)], ALONE, trained=False)
     parts = with_costs([part for part in parts_of(ahead) if part.is_refinery])
     announce_plan(parts)
     (job,) = with_refinery(ahead, parts)

@@ -104,7 +104,7 @@ def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
     # Of a whole image there is no batch of crops whose statistics could be meant.
     given = {name: value for name, value in config.given.items() if name != "out"} | {"labels.bn": "running"}
     # Batches are those of one process.
-    ahead = look_ahead([configure(given)], ALONE)
+    ahead = look_ahead([configure(given)], ALONE, trained=False)
     parts = with_costs([part for part in parts_of(ahead) if part.is_refinery])
     announce_plan(parts)
     (job,) = with_refinery(ahead, parts)

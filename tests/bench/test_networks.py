@@ -230,6 +230,7 @@ def test_a_profile_is_a_trace_and_its_costliest_operators(settings, tmp_path, ca
 def test_flags_need_no_value():
     words = ["--quick", "--only", "loop", "--profile", "false", "--quick"]
     assert with_flags(words, _FLAGS) == ["--quick=true", "--only", "loop", "--profile", "false", "--quick=true"]
+    assert with_flags([], _FLAGS) == []
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_labels_of_images_have_one_line(batch, texts):
 
 def test_a_run_shows_the_crops_of_its_first_step(run, refinery, monkeypatch):
     batches = []
-    original = Trainer._train_on
+    original = Trainer.train_on
 
     def train_on(self, batch, *where):
         batches.append((batch, self.labels(batch)))
@@ -75,7 +75,7 @@ def test_a_run_shows_the_crops_of_its_first_step(run, refinery, monkeypatch):
 
     shown = run("--refinery", str(refinery), "--epochs", "1", "--out", "shown")
     monkeypatch.setattr(Trainer, "_show", lambda self, batch: 0.0)
-    monkeypatch.setattr(Trainer, "_train_on", train_on)
+    monkeypatch.setattr(Trainer, "train_on", train_on)
     plain = run("--refinery", str(refinery), "--epochs", "1", "--out", "plain")
     (image,) = EventAccumulator(str(shown.folder / "tensorboard")).Reload().Images("train/crops")
     first, targets = batches[0]

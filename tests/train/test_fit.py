@@ -34,10 +34,14 @@ def test_small_sets_take_smaller_batches_and_more_epochs(images, batch, epochs):
     assert line is None or (f"batches of {batch} in place of 256" in line and f"than {images} images" in line)
 
 
-def test_what_is_asked_for_stays():
+def test_what_is_asked_for_stays(tmp_path):
     assert (of(300, batch=256).batch, of(300, batch=256).epochs) == (256, 200)
     assert (of(20, epochs=3).batch, of(20, epochs=3).epochs) == (8, 3)
     assert fitted(Config(), 20, 1) == Config()
+    # A recipe of the user's own was written for the user's images.
+    own = tmp_path / "own.yaml"
+    own.write_text("epochs: 3\nbatch: 16\n")
+    assert (of(40, recipe=str(own)).batch, of(40, recipe=str(own)).epochs) == (16, 3)
     # Stored labels are of so many epochs.
     assert of(20, **{"labels.stored": "labels"}).epochs == 200
 
