@@ -30,6 +30,7 @@ def epochs(path, **reading) -> _Epochs:
     return _Epochs(Reading("any", **reading), path, resolution=32, batch=BATCH, threads=2)
 
 
+@pytest.mark.slow
 def test_a_cold_epoch_begins_with_nothing_in_memory_and_a_warm_one_with_all_that_it_reads(path):
     beton = Beton(path)
     warm = epochs(path, order="random", cold=False)

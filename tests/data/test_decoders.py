@@ -198,6 +198,7 @@ def test_unknown_decoder():
     assert choose("auto", torch.device("cuda")) == "dali"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", NAMES)
 def test_opening_a_loader_leaves_pytorchs_threads_alone(converted, decoder):
     """Importing FFCV sets PyTorch to one thread, which would halve the speed of training on a CPU."""

@@ -200,6 +200,7 @@ def test_autocast_changes_nothing():
         assert torch.equal(inside, outside)
 
 
+@pytest.mark.slow
 def test_one_compiled_graph():
     student, refinery = logits(0, 4, 7), logits(1, 4, 7)
     _, *label = sparse(4, 7, 2, torch.float32)

@@ -48,6 +48,7 @@ def test_the_bound_of_crops_from_blocks():
     assert command._innermost_loops(code) == [7]
 
 
+@pytest.mark.slow
 def test_what_does_not_compile_is_told_in_one_line():
     done = run("-m", "kernels", TRITON_INTERPRET="1")
     assert done.returncode == 2

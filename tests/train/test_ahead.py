@@ -195,6 +195,7 @@ def test_a_trial_is_no_refinery_of_a_longer_run_unless_it_is_named(words, capsys
     assert "plan    resnet18, the refinery" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_chain_has_one_plan(words, capsys):
     config = parse([*words, "--batch", "16", "--epochs", "1", "--recipe", "quick"])
     assert chain(config, ["resnet18", "mobilenet0.25", "mobilenet0.25"], dry_run=True) == []

@@ -123,6 +123,7 @@ def test_accuracy_counts_the_class_of_the_crops_own_image(batch):
     assert student.sums[TOP1] == (logits.argmax(dim=1) == batch.labels).sum()
 
 
+@pytest.mark.slow
 def test_what_is_drawn_is_no_number_of_the_graph(batch):
     """Otherwise each step, or each epoch, would be compiled anew."""
     torch._dynamo.reset()

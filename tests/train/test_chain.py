@@ -60,6 +60,7 @@ def test_finished_generations_are_not_repeated_and_a_stopped_one_goes_on(words, 
     assert len(list(all_runs(Path("runs")))) == 3
 
 
+@pytest.mark.slow
 def test_a_chain_may_start_from_a_refinery(words, run):
     refinery = run("--model", "resnet18", "--epochs", "1").folder
     first, second = chain(parse([*words, "--refinery", str(refinery)]), MODELS[1:])
@@ -67,6 +68,7 @@ def test_a_chain_may_start_from_a_refinery(words, run):
     assert second.identity["refinery"]["network"] == "mobilenet0.25"
 
 
+@pytest.mark.slow
 def test_what_the_first_generation_learns_from_is_not_for_later_ones(words, tmp_path):
     (tmp_path / "is_a.txt").write_text("thing class0\nthing class1\nclass1 class2\n")
     for kind, option in (

@@ -276,6 +276,7 @@ def test_a_recipe_may_say_other_things_of_refineries(tmp_path):
         },
     )
 )
+@pytest.mark.slow
 def test_options_and_words_are_the_same(options):
     assert parse(option_words(options)) == configure(options)
     assert parse(option_words(options)).given == configure(options).given == options

@@ -148,6 +148,7 @@ def validation_images(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", [10, 1000])
 def test_imagenettes_validation_images_by_real_labels(validation_images, outputs, tmp_path, monkeypatch, capsys):
     network = bare(tmp_path / "w.pytar", outputs)
