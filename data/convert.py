@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -48,6 +49,8 @@ from data.sources import Source, Split, crops_for, open_source
 _CHUNK, _CHUNK_BYTES = 32, 4 << 20
 # Chunks for each process that are encoded or waited for: what bounds the memory that they take.
 _CHUNKS_AHEAD = 4
+# Bytes: with much less, the processes cannot be started, and the pool that starts them waits for ever.
+_ADDRESS_SPACE = 700 << 20
 _REJECTS_SHOWN = 5
 # Three bytes a pixel add up: a raw image takes at 256 pixels what a JPEG takes at 512 or so, times three.
 _MAX_RESOLUTIONS = {"jpeg": 512, "blocks": 512, "raw": 256}
@@ -131,6 +134,12 @@ def convert_source(
     Raises DataError when `out` exists (without replace), a split has no readable image, the disk is full or a process
     dies, and KeyboardInterrupt after SIGTERM or SIGHUP.
     """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if resource.RLIM_INFINITY != allowed < _ADDRESS_SPACE:
+        raise DataError(
+            f"{out}: the address space is limited to {allowed >> 20} MB (ulimit -v), and a process that converts needs "
+            f"{_ADDRESS_SPACE >> 20} MB; raise the limit"
+        )
     for note in source.notes:
         print(printable(note), flush=True)
     try:

@@ -302,3 +302,17 @@ def test_a_picture_above_pillows_limit_is_allowed_by_an_option(tmp_path):
     assert "large.jpg" in (tmp_path / "usual" / "rejects.txt").read_text()
     convert_source(open_source(str(root)), tmp_path / "allowed", processes=1, max_pixels=180_000_000)
     assert not (tmp_path / "allowed" / "rejects.txt").read_text()
+
+
+def test_too_small_an_address_space_is_one_line(image_folder, tmp_path):
+    """The pool of processes waits for ever for those that it could not start."""
+    limit = 500 << 20
+    done = run_convert(
+        *("--data", image_folder, "--out", tmp_path / "out"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "limited to 500 MB (ulimit -v)" in line
+    assert "needs 700 MB" in line
+    assert os.listdir(tmp_path) == []
