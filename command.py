@@ -229,9 +229,11 @@ def _not_loaded(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 # Of `python -m ROOM`, while Python looks for the module and the room's package imports this file.
 if sys.argv[:1] == ["-m"]:
-    # Before PyTorch is loaded. Its threads otherwise spin while they wait for each other, and where other programs or
-    # the decoding threads want the processors too, a step takes many times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Before PyTorch is loaded. Its threads spin for milliseconds where they wait for each other, and where other
+    # programs or the decoding threads want the processors too, a step takes many times as long; threads that do not
+    # spin at all cost a quiet machine a third.
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = "1000"
     sys.excepthook = _not_loaded
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)

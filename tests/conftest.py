@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 # Tensors are small here: one thread is as fast as two, and leaves the other core to the programs under test. Before
-# PyTorch is loaded, and for the programs too: threads that wait for each other on busy cores take many times as long.
+# PyTorch is loaded, and for the programs too: threads that spin for each other on busy cores take many times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 import torch
