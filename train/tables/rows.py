@@ -102,7 +102,9 @@ class Tables:
         truth = [Row(table, f"{name}, ground truth", words_of({"model": name})) for name in names]
 
         def students(seed: int) -> None:
-            for row, run in zip(refined, train(learning.replace({"model": " ".join(names), "seed": seed})), strict=True):
+            for row, run in zip(
+                refined, train(learning.replace({"model": " ".join(names), "seed": seed})), strict=True
+            ):
                 self._add(row, run)
             for row, name in zip(truth, names, strict=True):
                 config = self._setting.config.on_ground_truth()
