@@ -4,8 +4,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from bench.chart import by_storage
-from bench.environment import environment
 from bench.record import Record
+from train.runs.environment import environment
 
 
 def row(name: str, kind: str, reads: str, median: float, threads: int) -> dict:

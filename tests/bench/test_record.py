@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bench.chart import by_storage, by_time
-from bench.environment import environment
 from bench.record import BATCH_TIME, MEMORY, Column, Record, bars, optional, rate_columns, table, write
+from train.runs.environment import environment
 
 
 def ran(name: str, group: str, median: float, **more) -> dict:
