@@ -29,6 +29,8 @@ def run(root: str = str(ROOT)) -> None:
         root: a checkout
     """
     folder = Path(root, "bench", "results")
+    if not Path(root, "README.md").is_file():
+        raise BenchError(f"root={root}: is no checkout of this project; give one")
     places, missing = used(Path(root))
     states = {name: state(folder / f"{name}.json", Path(root)) for name in places}
     for name in sorted(places, key=lambda name: (states[name] == "holds", name)):
@@ -82,9 +84,10 @@ def state(path: Path, root: Path) -> str:
 
 def command_of(folder: Path, name: str) -> str:
     """What makes a record anew."""
-    typed = _read(folder / f"{name}.json").get("environment", {}).get("command")
+    made = _read(folder / f"{name}.json")
+    typed = made.get("environment", {}).get("command")
     said = re.search(r"^Made by `([^`]+)`", (folder / f"{name}.md").read_text(), re.MULTILINE)
-    return typed or (said[1] if said else "its command was not recorded")
+    return typed or made.get("again") or (said[1] if said else "its command was not recorded")
 
 
 def _read(path: Path) -> dict[str, Any]:
