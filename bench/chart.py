@@ -27,7 +27,7 @@ def by_time(record: Record, found: dict[str, Any], path: Path) -> None:
 def by_storage(record: Record, found: dict[str, Any], path: Path) -> None:
     """A point for each row, on a logarithmic scale: the median, with whiskers from the lowest to the highest.
 
-    Rows have `kind`, which gives the colour (ours, peer, or part: something that ours does, alone), `reads`, the heading
+    Rows have `kind`, which gives the colour (ours, peer, or part: of what ours does, alone), `reads`, the heading
     that they stand under, and `group`, which gives the marker.
     """
     from matplotlib.figure import Figure

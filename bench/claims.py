@@ -25,11 +25,11 @@ from pathlib import Path
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?"
 _FREE = rf"(?<![\w.,:=#/\-])(?<!\d[ ,]){_NUMBER}(?![\w-]|[.,:]\d)"
 _UNIT = (
-    r"(?:%|points?\b|times\b|nats\b|dB\b|[µmn]?s\b|min\b|minutes?\b|seconds?\b|hours?\b|bytes?\b|[kMGT]i?B\b"
+    r"(?:%|points?\b|times\b|nats\b|dB\b|[µmn]?s\b|min\b|minutes?\b|seconds?\b|hours?\b|bytes?\b|[kKMGT]i?B\b"
     r"|(?:images|crops|reads|steps)/s\b|[MGT]?FLOPS?\b)"
 )
 # "52 and 58 %", "0.4 to 0.6 s", "55, 71 and 61 %": all have the unit of the last.
-_WITH_UNIT = re.compile(rf"{_FREE}(?:(?:, | and | to | or | against |–| / |/){_NUMBER})*[ -]?{_UNIT}|× ?{_NUMBER}")
+_WITH_UNIT = re.compile(rf"{_FREE}(?:(?:, | and | to | or | against | -> |–| / |/){_NUMBER})*[ -]?{_UNIT}|× ?{_NUMBER}")
 _DECIMAL = re.compile(rf"{_FREE}")
 _ALONE = re.compile(rf"[\s±×~(]*{_NUMBER}(?:(?:\s|[±×–/()%]|{_UNIT})+(?:{_NUMBER})?)*\s*")
 _VERSION = re.compile(r"(?:Python|PyTorch|Triton|NumPy|CUDA|FFCV|Apache|[Ww]andb|version) \d+(?:\.\d+)*")
