@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from train.runs.code import ROOT, digest, files_of, training_code
 from train.runs.environment import environment, machine_line
@@ -103,7 +104,8 @@ def test_an_environment_holds_what_a_result_needs(monkeypatch):
     assert found["versions"]["python"] == sys.version.split()[0]
     assert {"torch", "numpy", "llvmlite", "ffcv"} <= {name for name, version in found["versions"].items() if version}
     assert found["cpu"]["model"]
-    assert "compiler" in found
+    assert {"compiler", "system", "memory_bytes", "load_average"} <= set(found)
+    assert found["threads"] == torch.get_num_threads()
     # Where git has the code.
     assert found["commit"] is None or len(found["commit"]) == 40
     line, short = machine_line(found), machine_line(found, load=False)

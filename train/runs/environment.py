@@ -45,6 +45,7 @@ def environment(device: str) -> dict[str, Any]:
     """The machine and the versions that figures depend on, before anything is measured, and the command typed.
 
     device: cpu or cuda. memory_bytes: of the machine. load_average: of the last minute, what else it was busy with.
+    threads: that PyTorch computes on, where a part or a run does not choose their number.
     compiler: that of C++, which PyTorch compiles networks with on a CPU; FFCV's and our decoders are compiled by
     llvmlite, kernels by triton. command: with files by their names alone: where they lie is another machine's matter.
     """
@@ -52,8 +53,8 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD") or None,
-        # A result written earlier is no change of the code.
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
+        # Of the code: results are often written into the checkout.
+        "dirty": bool(_git("status", "--porcelain", "--", "*.py", "*.yaml")),
         "command": _PLACE.sub("", typed_command()),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu["model"],
         "cpu": cpu,
@@ -61,12 +62,13 @@ def environment(device: str) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "system": platform.platform(),
         "compiler": _compiler(),
+        "threads": torch.get_num_threads(),
         "versions": _versions(),
     }
 
 
 def machine_line(found: dict[str, Any], *, load: bool = True) -> str:
-    """The environment in one line. load: with what the machine was busy with before, and the date."""
+    """The environment in one line. load: with threads, what the machine was busy with before, and the date."""
     cpu = found["cpu"]
     simd = ", ".join(cpu["simd"])
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
@@ -74,7 +76,9 @@ def machine_line(found: dict[str, Any], *, load: bool = True) -> str:
         f"commit {found['commit'][:10]}{' with changes' if found['dirty'] else ''}" if found["commit"] else "no commit"
     )
     gpu = f"{found['device']}; " if found["device"] != cpu["model"] else ""
-    busy = f", load before {found['load_average']:.1f}; {found['date'][:10]}" if load else ""
+    busy = (
+        f", {found['threads']} threads, load before {found['load_average']:.1f}; {found['date'][:10]}" if load else ""
+    )
     return (
         f"{gpu}{cpu['model']}, {cpu['cores']} cores ({simd}), {found['memory_bytes'] / 2**30:.0f} GiB{busy}; {commit}; "
         f"{versions}, {found['compiler'] or 'no C++ compiler'}."

@@ -31,7 +31,7 @@ def made_with(runs: Sequence[Run]) -> list[str]:
 
 def _line(machine: dict[str, Any]) -> str:
     own = (
-        f"Decoder {machine['decoder']}, {machine['devices']} devices, {machine['threads']} threads each, "
+        f"Decoder {machine['decoder']}, devices: {machine['devices']}, threads of each: {machine['threads']}, "
         f"{'compiled' if machine['compiled'] else 'eager'}; "
     )
     if not machine["cpu"]:
