@@ -9,6 +9,7 @@ from PIL import Image
 
 from bench.chart import by_storage, by_time
 from bench.record import BATCH_TIME, MEMORY, Column, Record, bars, optional, rate_columns, table, write
+from train.runs.code import files_of
 from train.runs.environment import environment
 
 
@@ -70,6 +71,7 @@ def test_a_part_is_written_as_json_table_and_chart(tmp_path):
     described = json.loads(paths[0].read_text())
     assert described["rows"] == RECORD.rows
     assert described["environment"] == found
+    assert described["files"] == files_of("bench.networks")
     assert paths[1].read_text() == f"# networks\n\n{table(RECORD, found)}"
     assert Image.open(paths[2]).width > 500
 

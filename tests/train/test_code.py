@@ -41,10 +41,11 @@ def test_a_digest_is_of_what_is_run(tmp_path, changed, differs):
     assert (digest(tmp_path / "one.py") != digest(tmp_path / "other.py")) == differs
 
 
-def test_of_other_files_every_byte_counts(tmp_path):
-    for name, text in (("one.yaml", "epochs: 4\n"), ("other.yaml", "epochs: 4 \n")):
-        (tmp_path / name).write_text(text)
-    assert digest(tmp_path / "one.yaml") != digest(tmp_path / "other.yaml")
+def test_of_a_recipe_the_values_count(tmp_path):
+    for name, text in (("one", "epochs: 4\n"), ("same", "# Why.\nepochs:  4\n"), ("other", "epochs: 5\n")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    digests = {name: digest(tmp_path / f"{name}.yaml") for name in ("one", "same", "other")}
+    assert digests["one"] == digests["same"] != digests["other"]
 
 
 def test_imports_are_followed_wherever_they_stand(tmp_path):

@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 # How commands take options and results are written: no figure depends on it. Settings are in the record itself.
 _SHOWING = frozenset(
@@ -41,7 +43,7 @@ def files_of(module: str, root: Path = ROOT) -> dict[str, str]:
 
 
 def digest(path: Path) -> str:
-    """16 hex digits. Of Python, what is run: comments, docstrings and the layout do not count."""
+    """16 hex digits. Comments, docstrings and layout do not count."""
     return _read(path)[0]
 
 
@@ -63,6 +65,8 @@ def _read(path: Path) -> tuple[str, list[str]]:
         tree = ast.parse(content)
         imported = list(_imported(tree))
         content = repr(_run(tree)).encode()
+    elif path.suffix == ".yaml":
+        content = repr(yaml.safe_load(content)).encode()
     return hashlib.sha256(content).hexdigest()[:16], imported
 
 
