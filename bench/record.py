@@ -121,7 +121,7 @@ def _write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
     described = {
         "part": record.part,
         "environment": found,
-        "files": files_of(f"bench.{record.part.replace('-', '_')}") or files_of("bench"),
+        "files": files_of(f"{__package__}.{record.part.replace('-', '_')}") or files_of(__package__),
         "settings": record.settings,
         "notes": record.notes,
         "rows": record.rows,

@@ -27,6 +27,8 @@ def files_of(module: str, root: Path = ROOT) -> dict[str, str]:
 
     Imports of the project's own modules are followed wherever they stand. Empty where there is no such module.
     """
+    # As it is called where it is installed.
+    module = module.removeprefix("label_refinery.")
     place = root.joinpath(*module.split("."))
     if not (place.is_dir() or place.with_suffix(".py").is_file()):
         return {}
