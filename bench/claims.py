@@ -30,7 +30,7 @@ _UNIT = (
 )
 # "52 and 58 %", "0.4 to 0.6 s", "55, 71 and 61 %": all have the unit of the last.
 _WITH_UNIT = re.compile(rf"{_FREE}(?:(?:, | and | to | or | against | -> |–| / |/){_NUMBER})*[ -]?{_UNIT}|× ?{_NUMBER}")
-_DECIMAL = re.compile(rf"{_FREE}")
+_ANY = re.compile(_FREE)
 _ALONE = re.compile(rf"[\s±×~(]*{_NUMBER}(?:(?:\s|[±×–/()%]|{_UNIT})+(?:{_NUMBER})?)*\s*")
 _VERSION = re.compile(r"(?:Python|PyTorch|Triton|NumPy|CUDA|FFCV|Apache|[Ww]andb|version) \d+(?:\.\d+)*")
 _COMMENT = re.compile(r"<!--(.*?)-->", re.DOTALL)
@@ -76,7 +76,7 @@ class Claim:
                 prose.append(line)
             elif rules and number > rules[0]:
                 prose.append("")
-                cells = [list(_figures(cell, in_table=True)) for cell in line.strip().strip("|").split("|")]
+                cells = [_in_cell(cell) for cell in line.strip().strip("|").split("|")]
                 for group in cells if by_cell else [[figure for cell in cells for figure in cell]]:
                     if group:
                         yield self.first + number, group
@@ -152,11 +152,8 @@ def value(number: str) -> float:
     return float(number.replace(",", ""))
 
 
-def _figures(text: str, *, in_table: bool) -> Iterator[str]:
-    if in_table and _ALONE.fullmatch(text):
-        yield from re.findall(_NUMBER, text)
-    else:
-        yield from (found[0] for found in _in_text(text))
+def _in_cell(text: str) -> list[str]:
+    return re.findall(_NUMBER, text) if _ALONE.fullmatch(text) else [found[0] for found in _in_text(text)]
 
 
 def _in_text(text: str) -> Iterator[re.Match[str]]:
@@ -168,7 +165,7 @@ def _in_text(text: str) -> Iterator[re.Match[str]]:
     for chain in _WITH_UNIT.finditer(flat):
         for found in number.finditer(text, chain.start(), chain.end()):
             places[found.start()] = found
-    for found in _DECIMAL.finditer(text):
+    for found in _ANY.finditer(text):
         if "." in found[0] or "e" in found[0]:
             places[found.start()] = found
     yield from (places[place] for place in sorted(places))
