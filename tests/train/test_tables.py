@@ -168,7 +168,7 @@ def test_relabels_tables(setting, wordnet_folder, tmp_path, monkeypatch):
             (sets,) = row.on_sets
             assert sets["V2"] == sets["ReaL"]
     text = (tmp_path / "tables.md").read_text()
-    assert "| row | options | top-1 | ± | top-5 | V2 | ReaL | train top-1 |" in text
+    assert "| row | options | top-1 | ± | s.e. | top-5 | V2 | ReaL | train top-1 |" in text
     assert str(tmp_path) not in text
     # As in the paper, CutMix has a recipe of its own.
     paper = replace(setting, config=setting.config.replace({"recipe": "relabel"}))
