@@ -348,8 +348,9 @@ def _statistics(bn: str, stores: Sequence[Store]) -> list[str]:
     kinds = ", ".join(f"{made.cells}x{made.cells} cells at {made.resolution} px" for made in maps)
     if len(maps) == len(stores):
         said = "running statistics, which the maps were made with (Label Refinery takes the batch's)"
-    elif bn == "batch":
-        said = "the batch's statistics, as in the stored labels; the maps were made with running ones"
-    else:
+    elif bn == "running":
         said = "running statistics, as in the stored labels and in maps"
+    else:
+        whose = "the batch's" if bn == "batch" else bn
+        said = f"{whose} statistics, as in the stored labels; the maps were made with running ones"
     return [f"maps: {kinds}. The refinery labels the crops with {said}."]

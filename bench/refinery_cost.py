@@ -1,7 +1,7 @@
 """What cheaper ways to run a refinery gain, and what they do to its labels.
 
-For a trained refinery, on training crops of its data: running statistics in place of the batch's, fewer pixels, and
-several students from one pass.
+For a trained refinery, on training crops of its data: averaged or running statistics in place of the batch's, fewer
+pixels, and several students from one pass.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from train.labels.refinery import Refinery
 from train.step import Step
 
 # Batch normalisation, and the share of the crops' side. The first is what the others are compared with.
-_OPTIONS = (("batch", 1.0), ("running", 1.0), ("batch", 0.71), ("batch", 0.5), ("running", 0.71), ("running", 0.5))
+_OPTIONS = tuple((bn, share) for share in (1.0, 0.71, 0.5) for bn in ("batch", "averaged", "running"))
 _STUDENTS = 3
 _AT_ONCE = {"cpu": 1, "cuda": 20}
 
@@ -61,10 +61,19 @@ def _loader(settings: Settings, data: ConvertedSet, resolution: int) -> Loader:
     )
 
 
-def _refinery(settings: Settings, trained: Trained, bn: str, resolution: int) -> Refinery:
-    dtype = settings.autocast or torch.float32
-    source = Refinery(trained.network, trained.normalisation, bn=bn, resolution=resolution, dtype=dtype)
-    return on_device(source, torch.device(settings.device))
+def _refinery(settings: Settings, trained: Trained, bn: str, resolution: int, loader: Loader) -> Refinery:
+    """The refinery at a resolution; what it averages is of another epoch than what it labels."""
+    device = torch.device(settings.device)
+    with computing_in(settings.autocast, device):
+        source = Refinery(
+            trained.network,
+            trained.normalisation,
+            bn=bn,
+            over=loader.epoch(1) if bn == "averaged" else (),
+            resolution=resolution,
+            dtype=settings.autocast or torch.float32,
+        )
+    return on_device(source, device)
 
 
 class Labelling(Runner):
@@ -75,8 +84,9 @@ class Labelling(Runner):
         self._settings = settings
         set_tf32_and_allocator(torch.device(settings.device), settings.precision)
         trained, data, resolution = _opened(settings)
-        self._labels = _refinery(settings, trained, bn, _side(resolution, share))
-        (self._batch,) = itertools.islice(_loader(settings, data, resolution).epoch(0), 1)
+        loader = _loader(settings, data, resolution)
+        self._labels = _refinery(settings, trained, bn, _side(resolution, share), loader)
+        (self._batch,) = itertools.islice(loader.epoch(0), 1)
         self._forward: Callable[[CropBatch], Any] = (
             torch.compile(self._logits, fullgraph=True, dynamic=False) if settings.compiled else self._logits
         )
@@ -100,7 +110,8 @@ class Teaching(Runner):
         self._settings = settings
         set_tf32_and_allocator(torch.device(settings.device), settings.precision)
         trained, data, resolution = _opened(settings)
-        labels = _refinery(settings, trained, "batch", resolution)
+        loader = _loader(settings, data, resolution)
+        labels = _refinery(settings, trained, "batch", resolution, loader)
         pair = Pair(*settings.pairs[0], settings)
         classes = len(trained.class_names)
         students = [student_of(pair, models.build(pair.student, classes)) for _ in range(_STUDENTS)]
@@ -115,7 +126,7 @@ class Teaching(Runner):
             )
             for group in ([students] if together else [[student] for student in students])
         ]
-        (self._batch,) = itertools.islice(_loader(settings, data, resolution).epoch(0), 1)
+        (self._batch,) = itertools.islice(loader.epoch(0), 1)
 
     def run(self) -> Work:
         for _ in range(_AT_ONCE[self.device]):
@@ -227,10 +238,11 @@ def _differences(settings: Settings, bn: str, share: float) -> dict[str, float]:
     """How the option's labels differ from those of the first call's: agreement 0 to 1, KL in nats."""
     set_tf32_and_allocator(torch.device(settings.device), settings.precision)
     trained, data, resolution = _opened(settings)
-    labels = _refinery(settings, trained, bn, _side(resolution, share))
+    loader = _loader(settings, data, resolution)
+    labels = _refinery(settings, trained, bn, _side(resolution, share), loader)
     first = not _reference
     same, divergence, count = 0, 0.0, 0
-    batches = itertools.islice(_loader(settings, data, resolution).epoch(0), _label_batches(settings))
+    batches = itertools.islice(loader.epoch(0), _label_batches(settings))
     for number, batch in enumerate(batches):
         with computing_in(settings.autocast, torch.device(settings.device)):
             logits = labels(batch).logits

@@ -120,6 +120,7 @@ def test_maps_alone_are_compared_on_the_crops_of_a_run(place, converted, monkeyp
     [
         ("maps", "running", "running statistics, which the maps were made with (Label Refinery takes the batch's"),
         ("exact maps", "batch", "the batch's statistics, as in the stored labels; the maps were made with running"),
+        ("exact maps", "averaged", "averaged statistics, as in the stored labels; the maps were made with running"),
         ("exact maps", "running", "running statistics, as in the stored labels and in maps."),
     ],
 )

@@ -183,7 +183,7 @@ def test_options_of_a_refinery_are_compared_with_its_labels(trained, monkeypatch
         "divergence": pytest.approx(0, abs=1e-7),
     }
     assert refinery_cost._differences(trained, "batch", 1.0)["divergence"] == pytest.approx(0, abs=1e-6)
-    for option in (("running", 1.0), ("batch", 0.5)):
+    for option in (("averaged", 1.0), ("running", 1.0), ("batch", 0.5)):
         found = refinery_cost._differences(trained, *option)
         assert found["divergence"] > 1e-6
         assert 0 <= found["agreement"] <= 1

@@ -142,6 +142,8 @@ def test_what_is_refused(capsys, tmp_path):
     assert "place of a refinery" in refusal(capsys, "--labels.taxonomy", "is_a.txt", "--refinery", "resnet18")
     both = ("--refinery", "resnet18", "--jitter", "1")
     assert "labels.per=category needs labels.bn=running" in refusal(capsys, *both[:2], "--labels.per", "category")
+    growing = ("--labels.bn", "averaged", "--resolution_from", "0.5")
+    assert "give labels.resolution" in refusal(capsys, *both[:2], *growing)
     assert "jitter is for a student that is trained already" in refusal(capsys, *both)
     assert "jitter needs a label for every crop" in refusal(capsys, *both, "--labels.per", "image")
     assert "jitter moves crops for one student" in refusal(capsys, *both, "--model", "alexnet mobilenet")

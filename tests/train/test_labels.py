@@ -49,6 +49,42 @@ def test_smoothing_is_pytorchs(batch):
     torch.testing.assert_close(smooth.loss(student).mean(), theirs - entropy)
 
 
+def test_averaged_statistics_are_the_mean_over_batches(converted, network):
+    """Against each layer's own statistics of every batch, taken by hand; batches beyond the first 16 do not count."""
+    loader = open_loader(converted.beton("train"), resolution=32, batch_size=12, decoder="ffcv")
+    batches = [batch for epoch in range(6) for batch in loader.epoch(epoch)]
+    assert len(batches) > 16
+    reference = copy.deepcopy(network).eval()
+    found: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    norms = [module for module in reference.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def note(norm, inputs):
+        (x,) = inputs
+        found.setdefault(norm, []).append((x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=True)))
+        norm.running_mean, norm.running_var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+
+    hooks = [norm.register_forward_pre_hook(note) for norm in norms]
+    with torch.no_grad():
+        for each in batches[:16]:
+            reference(Normalise(IMAGENET)(each.crops))
+    for hook in hooks:
+        hook.remove()
+    for norm in norms:
+        means, variances = zip(*found[norm], strict=True)
+        norm.running_mean, norm.running_var = torch.stack(means).mean(0), torch.stack(variances).mean(0)
+
+    refinery = Refinery(network, IMAGENET, bn="averaged", over=batches)
+    single = next(iter(open_loader(converted.beton("train"), resolution=32, batch_size=1, decoder="ffcv").epoch(0)))
+    for batch in (batches[-1], single):
+        torch.testing.assert_close(
+            refinery(batch).logits, reference(Normalise(IMAGENET)(batch.crops)), rtol=1e-3, atol=1e-4
+        )
+    # They are folded, as running statistics are; and the network given keeps its own.
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in refinery.network.modules())
+    running = Refinery(network, IMAGENET, bn="running")(single).logits
+    assert not torch.allclose(refinery(single).logits, running, atol=1e-2)
+
+
 def test_batch_statistics_are_those_of_the_batch(batch, network):
     """The labels are those of the network in training mode; of its own weights and buffers nothing moves."""
     before = copy.deepcopy(network.state_dict())

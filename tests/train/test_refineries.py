@@ -133,3 +133,18 @@ def test_an_images_label_is_of_the_grown_crop_however_short_the_run(converted, t
     trainer = trainer_of([*WORDS, *words])
     assert trainer.job.resolutions == [32, 48]
     assert [pairing.resolution for pairing in trainer.labels.pairings] == [64]
+
+
+@pytest.mark.parametrize("options", [[], ["--labels.per", "image"], ["--labels.resolution", "48"]])
+def test_averaged_statistics_are_the_same_in_every_start_of_a_run(options, run, converted):
+    """They are of the run's data, not of the batch, and no state: the second trainer labels as the first."""
+    refinery = run("--epochs", "1")
+    words = [*WORDS, "--data", str(converted.folder), "--refinery", str(refinery.folder), "--labels.bn", "averaged"]
+    first, second = trainer_of([*words, *options]), trainer_of([*words, *options])
+    batch = next(iter(first.loader.epoch(0)))
+    logits = first.labels(batch).logits
+    assert torch.equal(logits, second.labels(batch).logits)
+    batches = trainer_of([*words[:-1], "batch", *options]).labels(batch).logits
+    running = trainer_of([*words[:-1], "running", *options]).labels(batch).logits
+    for other in (batches, running):
+        assert not torch.allclose(logits, other, atol=1e-3)

@@ -128,6 +128,37 @@ def test_the_table_of_stored_labels(setting, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_papers_at_length(setting, tmp_path, capsys):
+    """What is worth most comes first; a command that was stopped goes on where it was, seeds last."""
+    out = tmp_path / "tables.md"
+    rows = make_tables(["length"], with_options(setting, seeds=1), out)
+    first = [row.name for row in rows]
+    assert first == [
+        *("refinery resnet18", "mobilenet0.25, refined", "mobilenet0.5, refined"),
+        *("mobilenet0.25, ground truth", "mobilenet0.5, ground truth"),
+        *("mobilenet0.25, ground truth, 4 times as long", "mobilenet0.25, generation 2", "mobilenet0.25, generation 3"),
+        *("mobilenet0.25, soft static", "mobilenet0.25, hard dynamic"),
+        *("mobilenet0.25, maps", "mobilenet0.25, maps, CutMix", "mobilenet0.25, stored labels, top 10"),
+    ]
+    by_name = {row.name: row for row in rows}
+    of = {name: row.runs[0].identity for name, row in by_name.items()}
+    assert of["mobilenet0.25, ground truth, 4 times as long"]["epochs"] == 4
+    # Generations have first weights and crops of their own.
+    assert of["mobilenet0.25, generation 3"]["generation"] == 2
+    # Both learned in one pass of the refinery, with the crops of one seed.
+    assert of["mobilenet0.25, refined"]["refinery"] == of["mobilenet0.5, refined"]["refinery"] != None  # noqa: E711
+    assert of["mobilenet0.25, soft static"]["labels"]["per"] == "image"
+    assert of["mobilenet0.25, hard dynamic"]["loss"]["kind"] == "hard"
+    capsys.readouterr()
+    again = make_tables(["length"], setting, out)
+    assert [row.name for row in again] == first
+    assert [len(row.runs) for row in again] == [1, 2, 2, 2, 2, *[1] * 8]
+    # Four runs of seed 1; nothing of seed 0 is trained again.
+    assert capsys.readouterr().out.count("\nfinished: top-1") == 4
+    assert "| mobilenet0.5, refined | `--model mobilenet0.5 --refinery [refinery resnet18]` |" in out.read_text()
+
+
+@pytest.mark.slow
 def test_relabels_tables(setting, wordnet_folder, tmp_path, monkeypatch):
     """On classes of ImageNet, whose val images have ReaL labels: of the first three, one is right and one has none."""
     val = sorted((wordnet_folder / "val").rglob("*.*"))

@@ -85,7 +85,7 @@ class CategoryLabels(RefineryLabels):
     @classmethod
     def check(cls, given: RefineryOptions, config: Asked) -> None:
         super().check(given, config)
-        if given.bn == "batch":
+        if given.bn != "running":
             # The images of one class come one after the other: their own statistics would take away what they share.
             raise TrainError("labels.per=category needs labels.bn=running, as in the paper")
 

@@ -1,20 +1,22 @@
 """An online refinery: a trained network that labels the very crop the student sees (Label Refinery, section 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data.loader import CropBatch, Pairing
+from data.loader import CropBatch, Loader, Pairing, open_loader
 from kernels.normalise import Normalisation, Normalise
 from models.classes import lacking
 from models.folding import fold
 from models.trained import Trained, load_trained
 from train import TrainError
+from train.device import computing_in
 from train.labels.source import Asked, Crops, Labels, LabelSource, Targets
 
 # Behind the name of the network that labels.
@@ -23,21 +25,25 @@ _PER = {"crop": "", "image": ", one an image", "category": ", one a category"}
 # Only shapes matter to the folding of batch normalisation; every network with one takes this size.
 _USUAL_RESOLUTION = 224
 
+# How many batches averaged statistics are of, and of how many crops at the most.
+_AVERAGED_BATCHES, _AVERAGED_BATCH = 16, 256
+
 
 @dataclass(frozen=True)
 class RefineryOptions:
     """Options of labels that a refinery gives.
 
     Args:
-        bn: the refinery's batch normalisation uses the statistics of the batch (as the paper does) or its running
-            ones, which is faster, since they are folded into the convolutions
+        bn: the refinery's batch normalisation uses the statistics of the batch (as the paper does); their average over
+            16 batches of training crops, taken once before the first step; or the running ones of its own training.
+            The last two are folded into the convolutions, which is faster
         resolution: pixels a side at which the refinery sees the crops; fewer are faster, and published weights are at
             their best at what they were trained at (default: as the student, if the refinery takes that size)
         per: what has a label of its own: each crop, as in the paper; each image, whose central crop the refinery labels
             once for all its crops; or each category, whose label is the refinery's mean over its images
     """
 
-    bn: Literal["batch", "running"] = "batch"
+    bn: Literal["batch", "averaged", "running"] = "batch"
     resolution: int | None = None
     per: Literal["crop", "image", "category"] = "crop"
 
@@ -74,7 +80,12 @@ class RefineryLabels(Labels):
     def check(cls, given: RefineryOptions, config: Asked) -> None:
         if given.bn == "batch" and config.batch == 1:
             raise TrainError(
-                "batch=1: a refinery with batch statistics needs more than one crop; use labels.bn=running"
+                "batch=1: a refinery with batch statistics needs more than one crop; use labels.bn=averaged"
+            )
+        if given.bn == "averaged" and "resolution_from" in config.changed and not given.resolution:
+            raise TrainError(
+                "labels.bn=averaged takes the statistics of crops of one size, and resolution_from lets them grow; "
+                "give labels.resolution, the size at which the refinery sees them all"
             )
         if given.resolution is not None and given.resolution < 1:
             raise TrainError(f"labels.resolution={given.resolution}: must be at least 1")
@@ -129,16 +140,19 @@ class RefineryLabels(Labels):
         )
 
     def open(self, crops: Crops) -> LabelSource:
-        return Refinery(
-            self.trained.network,
-            self.trained.normalisation,
-            bn=self.given.bn,
-            resolution=self._resolution(crops),
-            center=Pairing("center", crops.resolution) if self.given.per == "image" else None,
-            columns=self.trained.columns_of(crops.data.class_names),
-            dtype=crops.autocast or torch.float32,
-            sees=crops.config.augment.refinery_sees,
-        )
+        center = Pairing("center", crops.resolution) if self.given.per == "image" else None
+        with computing_in(crops.autocast, crops.device):
+            return Refinery(
+                self.trained.network,
+                self.trained.normalisation,
+                bn=self.given.bn,
+                over=_some(crops, center).epoch(0) if self.given.bn == "averaged" else (),
+                resolution=self._resolution(crops),
+                center=center,
+                columns=self.trained.columns_of(crops.data.class_names),
+                dtype=crops.autocast or torch.float32,
+                sees=crops.config.augment.refinery_sees,
+            )
 
     def _resolution(self, crops: Crops) -> int | None:
         """Pixels a side to which crops are resized for the refinery, as `seen_at` says; prints what may surprise.
@@ -165,6 +179,18 @@ class RefineryLabels(Labels):
         return side
 
 
+def _some(crops: Crops, center: Pairing | None) -> Loader:
+    """Loads training crops of the run's size, the same in every process of a run."""
+    return open_loader(
+        crops.data.beton("train"),
+        resolution=crops.resolution,
+        batch_size=min(crops.batch, _AVERAGED_BATCH),
+        crop=crops.crop,
+        paired=(center,) if center else (),
+        **crops.loading,
+    )
+
+
 def seen_at(trained: Trained, asked: int | None, resolutions: Sequence[int]) -> int | None:
     """Pixels a side to which crops of these sizes are resized for a refinery; None: it sees them as the student does.
 
@@ -185,7 +211,11 @@ class Refinery(LabelSource):
     lacks them, could learn.
 
     bn: "batch" normalises with the statistics of the current batch, as the network itself was trained, which the
-    paper found to label more accurately (section 3); "running" uses the stored ones, folded into the convolutions.
+    paper found to label more accurately (section 3); "running" uses the stored ones, folded into the convolutions;
+    "averaged" replaces these beforehand by the mean, over the first 16 batches of `over`, of each batch's mean and
+    variance. The labels of crops that come later are of the same distribution, so that these are what an average over
+    the last few batches would be, without a pass over memory to compute them and without a state to save.
+    over: batches of crops, on the device that they are computed on; nothing else is done with them.
     normalisation: mean and std of its input. resolution: px a side that crops are resized to for it; None: as they are.
     center: the central crop that it labels in place of each training crop ("soft static", Table 4); None: it labels the
     training crop itself.
@@ -201,6 +231,7 @@ class Refinery(LabelSource):
         normalisation: Normalisation,
         *,
         bn: str = "batch",
+        over: Iterable[CropBatch] = (),
         resolution: int | None = None,
         center: Pairing | None = None,
         columns: Sequence[int] | None = None,
@@ -217,6 +248,8 @@ class Refinery(LabelSource):
         self.register_buffer("columns", None if columns is None else torch.tensor(columns), persistent=False)
         norms: list[Any] = [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.eval()
+        if bn == "averaged" and norms:
+            self._average(norms, over)
         if bn == "batch":
             for module in norms:
                 # Without running statistics, batch normalisation uses the batch's own, in evaluation mode too.
@@ -227,6 +260,17 @@ class Refinery(LabelSource):
         for module in self.network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.to(dtype)
+
+    @torch.no_grad()
+    def _average(self, norms: Sequence[Any], over: Iterable[CropBatch]) -> None:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches so far
+            norm.train()
+        for batch in islice(over, _AVERAGED_BATCHES):
+            self.to(batch.crops.device)(batch)
+        for norm in norms:
+            norm.eval()
 
     def train(self, mode: bool = True) -> "Refinery":
         # A refinery never trains: its dropout stays off.

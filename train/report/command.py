@@ -204,7 +204,9 @@ def _labelling(subjects: Sequence[Subject]) -> Labelling:
                 if refinery.digest == wanted["weights"]:
                     whose = f"{refinery.name}, the refinery of run {student.name}, with the weights it had"
                     resolution = seen_at(refinery, labels["resolution"], [student.resolution])
-                    return Labelling(refinery, whose, student, bn=labels["bn"], resolution=resolution)
+                    # One batch's statistics stand for averaged ones, whose batches are not loaded here.
+                    bn = "running" if labels["bn"] == "running" else "batch"
+                    return Labelling(refinery, whose, student, bn=bn, resolution=resolution)
     first = subjects[0]
     whose = f"run {first.name}, weights of its last epoch (last.pt)"
     if student:

@@ -42,7 +42,7 @@ class Tables:
         config = self._setting.config.learning_from(str(refinery.of_seed(0).folder))
         refined = train(config.replace({"model": " ".join(names), "seed": 0}))
         for name, run in zip(names, refined, strict=True):
-            self._add(Row("2", f"{name}, refined", words_of({"model": name, "refinery": f"[{refinery.name}]"})), run)
+            self._add(Row("2", f"{name}, refined", _refined_by(name, refinery)), run)
 
     def _table_3(self) -> None:
         student, refinery = self._setting.options.student, self._refinery()
@@ -90,6 +90,39 @@ class Tables:
         self._row(table, "maps, CutMix", student, self._maps() | self._cutmix)
         self._refined(table, "refinery", {})
         self._refined(table, "refinery, CutMix", self._cutmix)
+
+    def _table_length(self) -> None:
+        """The refinery's students first, together; then what explains their gain; then the other seeds of the first."""
+        table, student = "length", self._setting.options.student
+        names = list(dict.fromkeys([student, *self._setting.options.students.split()]))
+        refinery = self._refinery()
+        learning = self._setting.config.learning_from(str(refinery.of_seed(0).folder))
+        epochs = self._setting.config.replace({"model": student}).epochs
+        refined = [Row(table, f"{name}, refined", _refined_by(name, refinery)) for name in names]
+        truth = [Row(table, f"{name}, ground truth", words_of({"model": name})) for name in names]
+
+        def students(seed: int) -> None:
+            for row, run in zip(
+                refined, train(learning.replace({"model": " ".join(names), "seed": seed})), strict=True
+            ):
+                self._add(row, run)
+            for row, name in zip(truth, names, strict=True):
+                config = self._setting.config.on_ground_truth()
+                self._add(row, *train(config.replace({"model": name, "seed": seed})))
+
+        students(0)
+        self._row(table, f"{student}, ground truth, 4 times as long", student, {"epochs": 4 * epochs}, seeds=1)
+        before = truth[0]
+        for generation in (2, 3):
+            before = self._row(table, f"{student}, generation {generation}", student, refinery=before, seeds=1)
+        for name, options in {"soft static": {"labels.per": "image"}, "hard dynamic": {"loss.kind": "hard"}}.items():
+            self._row(table, f"{student}, {name}", student, options, refinery=refinery, seeds=1)
+        self._row(table, f"{student}, maps", student, self._maps(), seeds=1)
+        self._row(table, f"{student}, maps, CutMix", student, self._maps() | self._cutmix, seeds=1)
+        stored = {"labels.stored": str(self._store(LabelOptions(k=10), epochs))}
+        self._row(table, f"{student}, stored labels, top 10", student, stored, seeds=1)
+        for seed in range(1, self._setting.options.seeds):
+            students(seed)
 
     @property
     def _cutmix(self) -> dict[str, Any]:
@@ -202,3 +235,8 @@ class Tables:
                 own = scores[name.lower().replace("-", "_")]
                 found[name] = Score(own["percent"], own["images"])
         return found
+
+
+def _refined_by(name: str, refinery: Row) -> str:
+    """The options of a network that learns from the run of a row."""
+    return words_of({"model": name, "refinery": f"[{refinery.name}]"})

@@ -23,6 +23,7 @@ TITLES = {
     "relabel-networks": "ReLabel, networks from ground truth and from label maps, with CutMix",
     "relabel-labels": "ReLabel, kinds of labels, with and without CutMix",
     "stored": "Stored labels, of one refinery for students of all seeds",
+    "length": "The papers at length, in the order of what the runs are worth",
 }
 # The rows of networks that label for others, which belong to no table of their own.
 REFINERIES = "refineries"
@@ -35,11 +36,11 @@ class TablesOptions:
     Args:
         tables: which, with commas between them (default: Label Refinery's 1,4,2,3,6,7 and, with taxonomy, 5); ReLabel's
             are relabel-networks and relabel-labels; stored, which is in no paper, compares labels from files with the
-            refinery's own
+            refinery's own; length has what both papers say most of, for long runs on a GPU
         seeds: runs a row, of seeds 0, 1, ...; refineries are trained once
         student: the student of most rows
-        students: those of Table 2 and of relabel-networks, and those that learn together from one folder of stored
-            labels
+        students: those of Table 2, of relabel-networks and of length, and those that learn together from one folder of
+            stored labels
         refineries: those of Table 6
         refinery_epochs: for refineries (default: as all others)
         taxonomy: WordNet's is-a relation, "parent child" lines, for Table 5
@@ -91,7 +92,7 @@ class Setting:
             "student": options.student,
             "refinery": self.refinery,
             "refinery-epochs": options.refinery_epochs,
-            "students": options.students if {"2", "stored", "relabel-networks"} & set(tables) else None,
+            "students": options.students if {"2", "stored", "relabel-networks", "length"} & set(tables) else None,
             "refineries": options.refineries if "6" in tables else None,
             "taxonomy": options.taxonomy if "5" in tables else None,
             "map-resolution": options.map_resolution,
