@@ -60,6 +60,9 @@ takes.bench         := ONLY QUICK PROFILE PAIRS REFINERY DATA RESOLUTION BATCH E
 about.bench-compare := two results of the bench (.json), row by row
 runs.bench-compare  := bench.compare
 takes.bench-compare := A B
+about.records       := the records that figures of README and docs rest on, and whose code has changed since
+runs.records        := bench.records
+takes.records       := ARGS
 about.compare-labels := stored labels, maps, their refinery and the ground truth, on the same crops
 runs.compare-labels := bench.compare_labels
 takes.compare-labels := LABELS REFINERY DATA MODEL EPOCHS RESOLUTION BATCH OUT ARGS
@@ -90,7 +93,7 @@ about.format        := let ruff order the code
 about.setup         := make .venv from requirements.lock (every verb does it by itself, once)
 about.help          := this text
 
-commands := train label maps chain tables convert look evaluate predict export runs clean-runs report bench bench-compare compare-labels kernels test test-all test-gpu test-wheel kills soak
+commands := train label maps chain tables convert look evaluate predict export runs clean-runs report bench bench-compare records compare-labels kernels test test-all test-gpu test-wheel kills soak
 verbs := $(commands) lint types format setup help
 
 flags := QUICK PROFILE INT8

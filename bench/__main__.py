@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from bench import BenchError, cold, devices, loaders, loop, machine, networks, pooling, refinery_cost
-from bench.environment import environment
 from bench.record import table, write, writing
 from bench.scale.measure import measure as measure_scale
 from bench.settings import resolve
 from bench.trace import trace
 from command import run_command, with_flags
 from train.device import Precision
+from train.runs.environment import environment
 
 _PARTS = {
     "machine": machine.measure,

@@ -1,4 +1,4 @@
-"""What bounds our CPU path, measured beside it: each part of its work alone, on the same threads.
+"""What our CPU path consists of, measured beside it: each part of its work alone, on the same threads.
 
 Their batches hold no pictures worth looking at; what counts is the time that the part takes.
 """

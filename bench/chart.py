@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.record import Record, bars, figure, title
 
-_COLOURS = {"ours": "tab:blue", "peer": "tab:orange", "limit": "0.6"}
+_COLOURS = {"ours": "tab:blue", "peer": "tab:orange", "part": "0.6"}
 _MARKERS = "os^Dv<>P*X"
 
 
@@ -27,8 +27,8 @@ def by_time(record: Record, found: dict[str, Any], path: Path) -> None:
 def by_storage(record: Record, found: dict[str, Any], path: Path) -> None:
     """A point for each row, on a logarithmic scale: the median, with whiskers from the lowest to the highest.
 
-    Rows have `kind` (ours, peer or limit), which gives the colour, `reads`, the heading that they stand under, and
-    `group`, which gives the marker.
+    Rows have `kind`, which gives the colour (ours, peer, or part: of what ours does, alone), `reads`, the heading
+    that they stand under, and `group`, which gives the marker.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

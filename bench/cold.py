@@ -57,12 +57,12 @@ class Reading:
 
     @property
     def row(self) -> dict[str, Any]:
-        order = self.order or "limit: bytes alone"
+        order = self.order or "bytes alone"
         return {
             "name": f"{self.storage}, {order}{', read ahead' if self.ahead else ''}",
             "group": "cold" if self.cold else "warm",
             "unit": "images/s",
-            "kind": "ours" if self.order else "limit",
+            "kind": "ours" if self.order else "part",
             "reads": self.storage,
             "order": order,
             "ahead": self.ahead,
@@ -175,7 +175,7 @@ def _notes(settings: Settings, found: int, count: int, sizes: dict[str, int], th
         "in caches of their own stays there. cached: the share of the file that is then in the cache; some of it is "
         "never read. MB/s: of whole images, though a crop does not need all of one.",
         f"read ahead: the system is asked for the images of {_READ_AHEAD} batches before they are decoded (WILLNEED); "
-        "gained: times the rate without. limit: bytes alone: the file is read in order, and nothing decoded.",
+        "gained: times the rate without. bytes alone: the file is read in order, and nothing decoded.",
     ]
     small = [kind for kind, size in sizes.items() if size < 2 * group]
     if small:

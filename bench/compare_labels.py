@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import BenchError
-from bench.environment import environment
 from bench.labels import measure
 from bench.record import table, write, writing
 from command import run_command
 from train.device import device_named
+from train.runs.environment import environment
 
 
 def run(

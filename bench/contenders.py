@@ -285,8 +285,8 @@ CONTENDERS = {
     ),
     "ours blocks first epoch": Entry(OursOpened, "converted blocks", "open_loader, all checksums compared"),
     **{
-        f"limit: {part}{f' x{copies}' if copies > 1 else ''}": Entry(
-            partial(build, copies=copies), "converted", f"what bounds ours ffcv: {part} alone"
+        f"{part} alone{f' x{copies}' if copies > 1 else ''}": Entry(
+            partial(build, copies=copies), "converted", f"of what ours ffcv does, {part} alone"
         )
         for part, build, copies in (
             ("decode", Decoding, 1),

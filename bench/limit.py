@@ -8,7 +8,7 @@ from bench.record import Row
 from bench.settings import Settings
 from bench.turns import Contender, Runner
 
-PRODUCTS, COPIES = "limit: matrix products", "limit: memory copies"
+PRODUCTS, COPIES = "matrix products alone", "memory copies alone"
 
 
 def limits(pair: Pair) -> list[Contender]:

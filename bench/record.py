@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import BenchError
+from train.runs.code import files_of
+from train.runs.environment import machine_line
 
 Row = dict[str, Any]
 
@@ -95,6 +97,8 @@ class Record:
 def write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
     """Writes DATE-PART-DEVICE.json, .md and .png into the folder and returns their paths; `found`: environment().
 
+    The JSON holds the digests of the files that the part depends on, by which `make records` notices a change.
+
     There is no .png of a part of which nothing was measured. Raises BenchError where they cannot be written.
     """
     with writing(folder):
@@ -117,6 +121,7 @@ def _write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
     described = {
         "part": record.part,
         "environment": found,
+        "files": files_of(f"{__package__}.{record.part.replace('-', '_')}") or files_of(__package__),
         "settings": record.settings,
         "notes": record.notes,
         "rows": record.rows,
@@ -140,7 +145,7 @@ def place(folder: Path, part: str, found: dict[str, Any]) -> Path:
 
 def table(record: Record, found: dict[str, Any]) -> str:
     """The record in Markdown: the notes, the machine, and a table that reads well as plain text too."""
-    text = "\n".join([*record.notes, "", _machine(found), ""]) + "\n"
+    text = "\n".join([f"Made by `{found['command']}`.", "", *record.notes, "", machine_line(found), ""]) + "\n"
     if not record.sections:
         return text + _rows(record.rows, record.identity, record.figures)
     for section in record.sections:
@@ -180,21 +185,6 @@ def aligned(heads: list[str], rows: list[list[str]], *, left: int) -> str:
 
     rule = "|".join("-" * (width + 1) + ("-" if column < left else ":") for column, width in enumerate(widths))
     return "\n".join([line(heads), f"|{rule}|", *map(line, rows)])
-
-
-def _machine(found: dict[str, Any]) -> str:
-    cpu = found["cpu"]
-    simd = ", ".join(cpu["simd"])
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    commit = (
-        f"commit {found['commit'][:10]}{' with changes' if found['dirty'] else ''}" if found["commit"] else "no commit"
-    )
-    gpu = f"{found['device']}; " if found["device"] != cpu["model"] else ""
-    return (
-        f"{gpu}{cpu['model']}, {cpu['cores']} cores ({simd}), {found['memory_bytes'] / 2**30:.0f} GiB, "
-        f"load before {found['load_average']:.1f}; "
-        f"{found['date'][:10]}, {commit}; {versions}."
-    )
 
 
 def title(record: Record, found: dict[str, Any]) -> str:

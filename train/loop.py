@@ -347,6 +347,7 @@ class Trainer:
             "train_top5": 100 * sums[TOP5] / crops,
             "top1": student.scores.top1,
             "top5": student.scores.top5,
+            "val_images": student.scores.images,
             # JSON has no name for infinity, nor for what is no number.
             "val_loss": student.scores.loss if math.isfinite(student.scores.loss) else None,
             "images_per_second_per_device": crops / progress.train_seconds / self.job.group.world,

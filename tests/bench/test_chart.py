@@ -4,8 +4,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from bench.chart import by_storage
-from bench.environment import environment
 from bench.record import Record
+from train.runs.environment import environment
 
 
 def row(name: str, kind: str, reads: str, median: float, threads: int) -> dict:
@@ -30,7 +30,7 @@ def test_rows_stand_below_what_they_read_in_the_colour_of_their_kind(drawn):
     rows = [
         row("pillow", "peer", "files", 300, 1),
         row("ours", "ours", "blocks", 6000, 1),
-        row("limit: copy", "limit", "blocks", 58_704, 1),
+        row("copy alone", "part", "blocks", 58_704, 1),
         row("pillow", "peer", "files", 550, 2),
         {
             "name": "spdl",
@@ -48,7 +48,7 @@ def test_rows_stand_below_what_they_read_in_the_colour_of_their_kind(drawn):
         "pillow",
         "blocks",
         "ours",
-        "limit: copy",
+        "copy alone",
     ]
     assert axes.get_xscale() == "log"
     assert {text.get_text() for text in axes.texts} == {"300", "550", "6000", "58704"}
@@ -58,7 +58,7 @@ def test_rows_stand_below_what_they_read_in_the_colour_of_their_kind(drawn):
     assert len(set(colours.values())) == 3
     assert points[300].get_marker() != points[550].get_marker()
     (legend,) = sheet.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["ours", "peer", "limit", "1 threads", "2 threads"]
+    assert [text.get_text() for text in legend.get_texts()] == ["ours", "peer", "part", "1 threads", "2 threads"]
 
 
 def test_a_figure_of_no_rows_is_empty(drawn):

@@ -14,7 +14,7 @@ from PIL import Image
 from bench import images
 from bench.__main__ import run
 from bench.contenders import CONTENDERS
-from bench.loaders import _figures, _shares_of_limit, _with_ratios, _write
+from bench.loaders import _figures, _shares_of_parts, _with_ratios, _write
 from bench.machine import DecodeTiles
 from bench.peers import PEERS
 from bench.settings import Settings, resolve
@@ -97,17 +97,17 @@ def test_the_record_is_consistent_and_a_failing_contender_does_not_end_it(folder
     assert Image.open(chart).width > 500
 
 
-def test_our_share_of_the_limit_is_that_of_decoding_and_resizing_one_after_the_other():
+def test_our_rate_is_compared_with_that_of_decoding_and_resizing_one_after_the_other():
     def row(name: str, rate: float, threads: int = 2) -> dict:
         return {"name": name, "threads": threads, "rate": {"median": rate}}
 
-    limits = [row("limit: decode", 300), row("limit: resize", 600), row("limit: decode x4", 600)]
-    found = _shares_of_limit([*limits, row("ours ffcv", 150), row("ours ffcv x4", 240), row("ours ffcv", 9, threads=1)])
+    parts = [row("decode alone", 300), row("resize alone", 600), row("decode alone x4", 600)]
+    found = _shares_of_parts([*parts, row("ours ffcv", 150), row("ours ffcv x4", 240), row("ours ffcv", 9, threads=1)])
     assert [line.split(" images/s")[0] for line in found] == [
         "ours ffcv, 2 threads: 75 % of 200",
         "ours ffcv x4, 2 threads: 80 % of 300",
     ]
-    assert _shares_of_limit([*limits[1:], row("ours ffcv", 150)]) == []
+    assert _shares_of_parts([*parts[1:], row("ours ffcv", 150)]) == []
 
 
 def test_ratios_to_ffcv_and_to_the_fewest_threads():
@@ -156,12 +156,12 @@ def test_the_tiles_of_images_are_decoded_alone(folder):
 
 @pytest.mark.slow
 def test_the_limit_is_measured_and_our_share_of_it_is_told(folder, tmp_path):
-    names = "limit: decode,limit: decode x4,limit: resize,ours ffcv"
+    names = "decode alone,decode alone x4,resize alone,ours ffcv"
     done = bench("--data", str(folder), "--threads", "1", "--contenders", names, "--out", str(tmp_path / "results"))
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json"))
     rates = {row["name"]: row["rate"]["median"] for row in record["rows"]}
-    assert rates["limit: decode x4"] > rates["limit: decode"]
-    limit = 1 / (1 / rates["limit: decode"] + 1 / rates["limit: resize"])
+    assert rates["decode alone x4"] > rates["decode alone"]
+    limit = 1 / (1 / rates["decode alone"] + 1 / rates["resize alone"])
     assert f"ours ffcv, 1 threads: {100 * rates['ours ffcv'] / limit:.0f} % of {limit:.0f} images/s" in done.stdout
 
 

@@ -17,7 +17,6 @@ from bench import networks, refinery_cost
 from bench.__main__ import _FLAGS
 from bench.baseline import Baseline
 from bench.compiler import CompilerNotes
-from bench.environment import environment
 from bench.limit import COPIES, PRODUCTS, demand_note, with_shares
 from bench.networks import BARE, OPTIMIZER, REFINERY, STEP, STUDENT, Optimizing, RefineryForward, Stepping, StudentPass
 from bench.pair import Pair
@@ -26,6 +25,7 @@ from bench.settings import resolve
 from bench.trace import trace
 from command import with_flags
 from data.sources import image_files
+from train.runs.environment import environment
 from train.student import CROPS
 
 ROOT = Path(__file__).parents[2]

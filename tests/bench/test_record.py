@@ -1,14 +1,16 @@
 """The table and the files of a record."""
 
 import json
+import re
 
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
 from bench.chart import by_storage, by_time
-from bench.environment import environment
 from bench.record import BATCH_TIME, MEMORY, Column, Record, bars, optional, rate_columns, table, write
+from train.runs.code import files_of
+from train.runs.environment import environment
 
 
 def ran(name: str, group: str, median: float, **more) -> dict:
@@ -39,7 +41,7 @@ RECORD = Record(
 
 def test_the_table_reads_well_as_text():
     text = table(RECORD, environment("cpu"))
-    assert text.startswith("What it is.\n\n")
+    assert re.match(r"Made by `[^`]*pytest[^`]*`\.\n\nWhat it is\.\n\n", text)
     assert "torch 2" in text
     assert text[text.index("| pair") :] == (
         "| pair  | what      | images/s |  min–max | ms a batch | share | memory MB |\n"
@@ -69,6 +71,7 @@ def test_a_part_is_written_as_json_table_and_chart(tmp_path):
     described = json.loads(paths[0].read_text())
     assert described["rows"] == RECORD.rows
     assert described["environment"] == found
+    assert described["files"] == files_of("bench.networks")
     assert paths[1].read_text() == f"# networks\n\n{table(RECORD, found)}"
     assert Image.open(paths[2]).width > 500
 

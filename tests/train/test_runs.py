@@ -21,6 +21,8 @@ from train.interrupt import Interrupted
 from train.loop import Trainer
 from train.runs import all_runs, checkpoint, finished_refinery, read_run
 from train.runs.__main__ import table
+from train.runs.code import training_code
+from train.runs.environment import environment
 from train.runs.record import locked
 from train.step import Step
 from train.student import Student
@@ -64,6 +66,11 @@ def test_what_a_run_leaves(run, bf16_units, capsys):
     (start,) = (json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines())
     assert (start["epoch"], start["step"], start["decoder"], start["compiled"]) == (0, 0, "ffcv", False)
     assert start["torch"] == torch.__version__
+    made, now = start["environment"], environment("cpu")
+    assert {name: made[name] for name in ("versions", "cpu", "compiler", "commit", "command")} == {
+        name: now[name] for name in ("versions", "cpu", "compiler", "commit", "command")
+    }
+    assert made["code"] == training_code()
     assert [again.folder for again in train(parse(["--config", str(folder / "config.yaml")]))] == [folder]
 
 

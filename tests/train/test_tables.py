@@ -1,8 +1,10 @@
 """The paper's tables, end to end on a tiny set."""
 
 import json
+import math
 import re
 import shutil
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -11,9 +13,11 @@ from models import ModelError
 from models.trained import digest_of
 from train import TrainError
 from train.config import parse
+from train.runs.code import files_of
+from train.runs.environment import environment
 from train.tables.command import main, make_tables
 from train.tables.rows import Tables
-from train.tables.text import Setting, TablesOptions
+from train.tables.text import Row, Score, Setting, TablesOptions, as_json, markdown
 
 
 @pytest.fixture
@@ -42,6 +46,12 @@ def with_options(setting: Setting, **options) -> Setting:
 def test_every_table(setting, tmp_path):
     rows = make_tables(["1", "4", "2", "3", "6", "7", "5"], setting, tmp_path / "out" / "tables.md")
     text = (tmp_path / "out" / "tables.md").read_text()
+    written = (tmp_path / "out" / "tables.json").read_text()
+    assert str(tmp_path) not in written
+    described = json.loads(written)
+    assert described["environment"]["command"]
+    assert [(row["table"], row["name"]) for row in described["rows"]] == [(row.table, row.name) for row in rows]
+    assert described["files"] == files_of("train.tables")
     assert re.findall(r"^## Table (\d)", text, re.MULTILINE) == list("1234567")
     assert str(tmp_path) not in text
     assert text.startswith(
@@ -64,6 +74,38 @@ def test_every_table(setting, tmp_path):
     assert f"| soft dynamic | `--model mobilenet0.25 --refinery [refinery resnet18]` | {sum(top1) / 2:.2f} |" in text
     assert "| generation 3 | `--model mobilenet0.25 --refinery [generation 2]` |" in text
     assert "--pretrained [refined]/last.pt --jitter 1` |" in text
+
+
+def test_a_table_and_the_json_beside_it_hold_what_its_runs_were_made_with(setting, run, tmp_path):
+    made = run("--seed", "0", "--epochs", "1"), run("--seed", "1", "--epochs", "1", "--decoder", "torchvision")
+    row = Row("4", "no refinery", "--model mobilenet0.25", list(made), [{"ReaL": Score(36.31, 112)}] * 2)
+    text, described = markdown([row], setting, ["4"]), as_json([row])
+    assert [machine["decoder"] for machine in described["machines"]] == ["ffcv", "torchvision"]
+    for machine in described["machines"]:
+        assert machine["versions"] == environment("cpu")["versions"]
+        assert f"Decoder {machine['decoder']}, devices: 1, threads of each: {machine['threads']}, eager; " in text
+        assert machine["compiler"] in (None, environment("cpu")["compiler"])
+    assert described["files"] == files_of("train.tables")
+    assert [one["result"] for one in described["rows"][0]["runs"]] == [one.result for one in made]
+    images, top1 = made[0].metrics[-1]["val_images"], [one.result["top1"] for one in made]
+    assert images == 15
+    mean = sum(top1) / 2
+    error = 100 * math.sqrt(mean / 100 * (1 - mean / 100) / 15)
+    assert f"| {mean:.2f} | {statistics.stdev(top1):.2f} | {error:.2f} |" in text
+    assert "| 36.31 (s.e. 4.54) |" in text
+    # A run by other code, and one of an earlier version.
+    for number, words in enumerate(({"code": "0" * 16}, None)):
+        starts = made[number].folder / "starts.jsonl"
+        start = json.loads(starts.read_text())
+        start["environment"] = start["environment"] | words if words else {}
+        starts.write_text(json.dumps(start) + "\n")
+        assert as_json([row])["files"] is None
+    assert "a run of an earlier version, which did not record its machine" in markdown([row], setting, ["4"])
+
+
+def test_a_table_is_no_json(setting, tmp_path):
+    with pytest.raises(TrainError, match=r"^OUT=.*tables\.json: is a table in Markdown"):
+        make_tables(["4"], setting, tmp_path / "tables.json")
 
 
 @pytest.mark.slow
@@ -157,7 +199,7 @@ def test_relabels_tables(setting, wordnet_folder, tmp_path, monkeypatch):
             (sets,) = row.on_sets
             assert sets["V2"] == sets["ReaL"]
     text = (tmp_path / "tables.md").read_text()
-    assert "| row | options | top-1 | ± | top-5 | V2 | ReaL | train top-1 |" in text
+    assert "| row | options | top-1 | ± | s.e. | top-5 | V2 | ReaL | train top-1 |" in text
     assert str(tmp_path) not in text
     # As in the paper, CutMix has a recipe of its own.
     paper = replace(setting, config=setting.config.replace({"recipe": "relabel"}))

@@ -17,13 +17,16 @@ from train import TrainError
 from train.config import Config, config_text
 from train.runs import Run, checkpoint, json_lines, no_metrics, read_metrics
 from train.runs.board import Board
+from train.runs.code import training_code
+from train.runs.environment import environment
 
 
 class Record:
     """The folder of a run, for one process at a time while it is entered as a context.
 
     identity.json: all that decides the weights the run ends with. config.yaml: the configuration, filled in.
-    starts.jsonl: a line for each start, with what decides the last bits of the weights (device, decoder, ...).
+    starts.jsonl: a line for each start, with what decides the last bits of the weights (device, decoder, ...) and, as
+    `environment`, the machine, versions, commit, compiler and command; its `code` stands for the code of training.
     metrics.jsonl, tensorboard/: a line, and points, for each epoch. last.pt, last.before.pt, best.pt: checkpoints of
     the last step that was saved, of the save before, and of the epoch with the highest top-1; each holds identity and
     metrics too. result.json: the run's result. .lock: what a process that trains in it has locked.
@@ -84,7 +87,8 @@ class Record:
         before = json_lines(starts)
         self._write("identity.json", json.dumps(self._run.identity, indent=1) + "\n")
         self._write("config.yaml", config_text(self._config))
-        self._write("starts.jsonl", _lines([*before, {"epoch": epochs, "step": steps} | start]))
+        made = environment("cpu" if start["device"] == "CPU" else "cuda") | {"code": training_code()}
+        self._write("starts.jsonl", _lines([*before, {"epoch": epochs, "step": steps} | start | {"environment": made}]))
         self._write_metrics()
         # Epochs are numbered from 1.
         self._board = Board(self._folder / "tensorboard", epoch=epochs + 1)

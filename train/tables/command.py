@@ -6,6 +6,7 @@ make tables DATA=imagenette2-160 TABLES=1,4
 Every row is a run, or one per seed: what is finished is not repeated, and what was stopped goes on.
 """
 
+import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -14,13 +15,15 @@ from pathlib import Path
 
 from train import TrainError
 from train.config import Config, configure, parse_both
+from train.device import device_named
 from train.distributed import group, joined
 from train.job import check
 from train.launch import on_devices
 from train.runs import table_text
+from train.runs.environment import environment
 from train.score.images import find_images
 from train.tables.rows import Tables
-from train.tables.text import TITLES, Row, Setting, TablesOptions, markdown, result_of
+from train.tables.text import TITLES, Row, Setting, TablesOptions, as_json, markdown, result_of
 
 # Options that rows set.
 _OF_ROWS = (
@@ -60,10 +63,15 @@ def _make_asked(config: Config, own: TablesOptions) -> None:
 
 
 def make_tables(wanted: Sequence[str], setting: Setting, out: Path) -> list[Row]:
-    """Makes the tables in this order; `out` holds all rows so far after every run. Raises as train.train.train."""
+    """Makes the tables in this order; `out`, and JSON beside it, hold all rows so far after every run.
+
+    Raises as train.train.train.
+    """
     unknown = [table for table in wanted if table not in TITLES]
     if unknown:
         raise TrainError(f"tables={unknown[0]}: unknown; there are {', '.join(TITLES)}")
+    if out.suffix == ".json":
+        raise TrainError(f"OUT={out}: is a table in Markdown, beside which its .json is written; give a name in .md")
     options = setting.options
     if options.seeds < 1:
         raise TrainError(f"seeds={options.seeds}: must be at least 1")
@@ -89,12 +97,16 @@ def make_tables(wanted: Sequence[str], setting: Setting, out: Path) -> list[Row]
     refined = setting.config.learning_from(setting.refinery).replace({"model": options.student})
     check([*(plain.replace({"model": network} | taxonomy) for network in networks), refined])
 
+    found = environment(device_named(setting.config.device).type)
+
     def write(rows: list[Row]) -> None:
         if not group().first:
             return
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(markdown(rows, setting, wanted))
+            described = {"part": "tables", "environment": found} | as_json(rows)
+            out.with_suffix(".json").write_text(json.dumps(described, indent=1) + "\n")
         except OSError as error:
             raise TrainError(f"{out}: cannot be written ({error.strerror})") from None
 

@@ -10,7 +10,7 @@ from train.evaluate import evaluate
 from train.label import LabelOptions, label
 from train.maps import MapsOptions, make_maps
 from train.runs import Run, key_of
-from train.tables.text import REFINERIES, Row, Setting, words_of
+from train.tables.text import REFINERIES, Row, Score, Setting, words_of
 from train.train import train
 
 
@@ -223,13 +223,17 @@ class Tables:
             evaluate(str(run.folder), out=str(path), device=config.device, threads=config.threads, **asked)
         return json.loads(path.read_text())
 
-    def _on_sets(self, run: Run) -> dict[str, float | None]:
-        """A run's accuracy on the further sets, in percent; None where none of their labels is of its classes."""
+    def _on_sets(self, run: Run) -> dict[str, Score]:
+        """A run's accuracy on the further sets."""
         found = {}
         for name, asked in self._setting.options.sets(self._setting.config.data).items():
             path = run.folder / f"evaluation-{name}-{key_of(asked)}.json"
             scores = group().in_turn(lambda: self._scores(path, run, asked))  # noqa: B023
-            found[name] = scores["top1"] if name == "V2" else scores[name.lower().replace("-", "_")]["percent"]
+            if name == "V2":
+                found[name] = Score(scores["top1"], scores["images"])
+            else:
+                own = scores[name.lower().replace("-", "_")]
+                found[name] = Score(own["percent"], own["images"])
         return found
 
 

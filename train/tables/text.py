@@ -1,14 +1,16 @@
 """What the tables are made of, their options and rows, and how they are written."""
 
+import math
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from train.config import Config, option_words
 from train.runs import Run
+from train.tables.record import files_behind, machines_of, made_with
 
 TITLES = {
     "1": "Table 1, self-refinement: each generation learns from the one before",
@@ -103,11 +105,19 @@ class Setting:
         return f"python -m train.tables {shlex.join(_plain(option_words(given | common)))}"
 
 
+@dataclass(frozen=True)
+class Score:
+    """A run's accuracy on a further set: percent, None where none of its labels is of the run's classes; images."""
+
+    percent: float | None
+    images: int
+
+
 @dataclass
 class Row:
     """A row of a table: its runs, one per seed, and the options in which it differs from the others.
 
-    on_sets: of each run its accuracy on further sets, in percent, where the table has some.
+    on_sets: of each run its accuracy on further sets, where the table has some.
     In the options, the name of a row in brackets stands for the folder of its run of the same seed, or of its only one.
     """
 
@@ -115,7 +125,7 @@ class Row:
     name: str
     options: str
     runs: list[Run] = field(default_factory=list)
-    on_sets: list[dict[str, float | None]] = field(default_factory=list)
+    on_sets: list[dict[str, Score]] = field(default_factory=list)
 
     def of_seed(self, seed: int) -> Run:
         return self.runs[seed % len(self.runs)]
@@ -143,24 +153,38 @@ def markdown(rows: Sequence[Row], setting: Setting, tables: Sequence[str]) -> st
         f"Every run: `python -m train {common}` with the row's options and `--seed` 0, 1, ...; a row's name in "
         "brackets stands for the folder of its run of the same seed. Refineries are trained once, with seed 0 and the "
         "recipe's options for refineries, and label for the students of all seeds. Accuracies are of the last epoch, "
-        "one central crop, in percent: the mean over the seeds, and ± their standard deviation. Train top-1: random "
-        "crops over the last epoch. Students of Table 2 that trained together share a rate and minutes.\n"
+        "one central crop, in percent: the mean over the seeds, and ± their standard deviation. s.e.: the standard "
+        "error of a single run's top-1, since the images are a sample: the root of p (1 - p) / images. Train top-1: "
+        "random crops over the last epoch. Students of Table 2 that trained together share a rate and minutes.\n"
     )
+    text += "".join(f"\n{line}\n" for line in made_with([run for row in rows for run in row.runs]))
     for table, title in ({REFINERIES: "Refineries"} | TITLES).items():
         mine = [row for row in rows if row.table == table]
         if mine:
             text += f"\n## {title}\n\n"
             sets = list(mine[0].on_sets[0]) if mine[0].on_sets else []
-            heads = ["row", "options", "top-1", "±", "top-5", *sets, "train top-1", "seeds", "images/s", "minutes"]
+            heads = [
+                "row",
+                "options",
+                "top-1",
+                "±",
+                "s.e.",
+                "top-5",
+                *sets,
+                "train top-1",
+                "seeds",
+                "images/s",
+                "minutes",
+            ]
             text += f"| {' | '.join(heads)} |\n|---|---|" + "---:|" * (len(heads) - 2) + "\n"
             for row in mine:
                 results = [result_of(run) for run in row.runs]
                 top1 = [result["top1"] for result in results]
                 spread = f"{statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
                 text += (
-                    f"| {row.name} | `{row.options}` | {statistics.mean(top1):.2f} | {spread} | "
+                    f"| {row.name} | `{row.options}` | {statistics.mean(top1):.2f} | {spread} | {_error(row.runs)} | "
                     f"{statistics.mean(result['top5'] for result in results):.2f} | "
-                    + "".join(f"{_mean([scores[name] for scores in row.on_sets])} | " for name in sets)
+                    + "".join(f"{_score([scores[name] for scores in row.on_sets])} | " for name in sets)
                     + f"{statistics.mean(run.metrics[-1]['train_top1'] for run in row.runs):.2f} | {len(row.runs)} | "
                     f"{statistics.median(result['images_per_second_per_device'] for result in results):.0f} | "
                     f"{statistics.mean(result['seconds'] for result in results) / 60:.1f} |\n"
@@ -168,7 +192,43 @@ def markdown(rows: Sequence[Row], setting: Setting, tables: Sequence[str]) -> st
     return text
 
 
-def _mean(values: Sequence[float | None]) -> str:
-    """Of percents; – where there are none."""
-    known = [value for value in values if value is not None]
-    return f"{statistics.mean(known):.2f}" if known else "–"
+def as_json(rows: Sequence[Row]) -> dict[str, Any]:
+    """All rows so far with every run's result, and what the runs were made with and by."""
+    runs = [run for row in rows for run in row.runs]
+    return {
+        "machines": machines_of(runs),
+        "files": files_behind(runs),
+        "rows": [
+            {
+                "table": row.table,
+                "name": row.name,
+                "options": row.options,
+                "runs": [
+                    {"run": run.folder.name, "seed": run.identity["seed"], "last_epoch": run.metrics[-1]}
+                    | {"result": result_of(run)}
+                    for run in row.runs
+                ],
+                "on_sets": [{name: asdict(score) for name, score in scores.items()} for scores in row.on_sets],
+            }
+            for row in rows
+        ],
+    }
+
+
+def standard_error(percent: float, images: int) -> float:
+    """Of a share that was counted on so many images, in points."""
+    return math.sqrt(percent * (100 - percent) / images)
+
+
+def _error(runs: Sequence[Run]) -> str:
+    """Of a single run's top-1; – for runs of earlier versions, which do not say how many images they validated on."""
+    images = runs[0].metrics[-1].get("val_images")
+    return f"{standard_error(statistics.mean(result_of(run)['top1'] for run in runs), images):.2f}" if images else "–"
+
+
+def _score(scores: Sequence[Score]) -> str:
+    """The mean, with the standard error of a single run; – where no image was scored."""
+    known = [score.percent for score in scores if score.percent is not None]
+    if not known:
+        return "–"
+    return f"{statistics.mean(known):.2f} (s.e. {standard_error(statistics.mean(known), scores[0].images):.2f})"

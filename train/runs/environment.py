@@ -1,4 +1,8 @@
-"""What a measurement is made on: the machine and the versions that figures depend on."""
+"""What a result is made on and by: the machine, the versions, the code and the command, for runs, tables and the bench.
+
+found = environment("cpu")      # before anything is measured
+print(machine_line(found))
+"""
 
 import contextlib
 import importlib.metadata
@@ -7,13 +11,16 @@ import platform
 import re
 import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import features
 
-_ROOT = Path(__file__).parents[1]
+from command import typed_command
+from train.runs.code import ROOT
+
 _PACKAGES = (
     "torch",
     "torchvision",
@@ -24,31 +31,58 @@ _PACKAGES = (
     "nvidia-nvimgcodec-cu13",
     "ffcv",
     "numba",
+    "llvmlite",
     "numpy",
     "Pillow",
 )
+# A path that begins at the root, as far as its last name.
+_PLACE = re.compile(r"(?<![^\s='\"])/(?:[^\s'\"/]+/)+(?=[^\s'\"/])")
 # The units that decoding, resizing and networks have been written for.
 _SIMD = ("sse4_1", "avx2", "avx512f", "avx512bw", "avx512_vbmi", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd")
 
 
 def environment(device: str) -> dict[str, Any]:
-    """The machine and the versions that figures depend on, before anything is measured.
+    """The machine and the versions that figures depend on, before anything is measured, and the command typed.
 
     device: cpu or cuda. memory_bytes: of the machine. load_average: of the last minute, what else it was busy with.
+    threads: that PyTorch computes on, where a part or a run does not choose their number.
+    compiler: that of C++, which PyTorch compiles networks with on a CPU; FFCV's and our decoders are compiled by
+    llvmlite, kernels by triton. command: with files by their names alone: where they lie is another machine's matter.
     """
     cpu = _cpu()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD") or None,
-        # A result written earlier is no change of the code.
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
+        # Of the code: results are often written into the checkout.
+        "dirty": bool(_git("status", "--porcelain", "--", "*.py", "*.yaml")),
+        "command": _PLACE.sub("", typed_command()),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu["model"],
         "cpu": cpu,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": os.getloadavg()[0],
         "system": platform.platform(),
+        "compiler": _compiler(),
+        "threads": torch.get_num_threads(),
         "versions": _versions(),
     }
+
+
+def machine_line(found: dict[str, Any], *, load: bool = True) -> str:
+    """The environment in one line. load: with threads, what the machine was busy with before, and the date."""
+    cpu = found["cpu"]
+    simd = ", ".join(cpu["simd"])
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    commit = (
+        f"commit {found['commit'][:10]}{' with changes' if found['dirty'] else ''}" if found["commit"] else "no commit"
+    )
+    gpu = f"{found['device']}; " if found["device"] != cpu["model"] else ""
+    busy = (
+        f", {found['threads']} threads, load before {found['load_average']:.1f}; {found['date'][:10]}" if load else ""
+    )
+    return (
+        f"{gpu}{cpu['model']}, {cpu['cores']} cores ({simd}), {found['memory_bytes'] / 2**30:.0f} GiB{busy}; {commit}; "
+        f"{versions}, {found['compiler'] or 'no C++ compiler'}."
+    )
 
 
 def _cpu() -> dict[str, Any]:
@@ -67,6 +101,17 @@ def _cpu() -> dict[str, Any]:
     }
 
 
+@cache
+def _compiler() -> str | None:
+    """What the C++ compiler says of itself, or None where there is none."""
+    with contextlib.suppress(OSError):
+        command = [os.environ.get("CXX", "c++"), "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return next(iter(done.stdout.splitlines()), None)
+    return None
+
+
+@cache
 def _versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in _PACKAGES:
@@ -81,7 +126,7 @@ def _versions() -> dict[str, str | None]:
 
 def _git(*words: str) -> str:
     # Installed, it may lie in an environment within someone else's repository.
-    if not (_ROOT / ".git").exists():
+    if not (ROOT / ".git").exists():
         return ""
-    done = subprocess.run(["git", "-C", str(_ROOT), *words], capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,103 @@
+"""Which figures of the README and of docs/ rest on which records, and the code of which of these has changed since.
+
+python -m bench.records
+make records
+
+Ends with status 2 where a figure has no record (see bench.claims for how a text names one). A record whose code has
+changed is no error: it is listed, with the command that makes it anew.
+"""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from bench import BenchError
+from bench.claims import claims, lines_in, unrecorded
+from command import run_command
+from train.runs.code import ROOT, digest
+
+# Of the files that differ, so many are named.
+_NAMED = 4
+
+
+def run(root: str = str(ROOT)) -> None:
+    """Prints the records that figures of the README and docs/ rest on, those whose code has changed since first.
+
+    Args:
+        root: a checkout
+    """
+    folder = Path(root, "bench", "results")
+    if not Path(root, "README.md").is_file():
+        raise BenchError(f"root={root}: is no checkout of this project; give one")
+    places, missing = used(Path(root))
+    states = {name: state(folder / f"{name}.json", Path(root)) for name in places}
+    for name in sorted(places, key=lambda name: (states[name] == "holds", name)):
+        print(f"{name}: {states[name]}")
+        print(f"  {', '.join(places[name])}")
+        if states[name] != "holds":
+            print(f"  {command_of(folder, name)}")
+    stale = sum(text.startswith("changed") for text in states.values())
+    unknown = sum(text.startswith("unknown") for text in states.values())
+    print(f"{len(states)} records: {len(states) - stale - unknown} hold, {stale} changed since, {unknown} unknown")
+    others = sorted({path.stem for path in folder.glob("*.md")} - set(places))
+    if others:
+        print(f"no figure rests on: {', '.join(others)}")
+    if missing:
+        print(*missing, sep="\n")
+        raise BenchError(
+            f"{len(missing)} figures have no record: name one in a comment after the text, measure it, or take them "
+            "out (bench/claims.py says how)"
+        )
+
+
+def used(root: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """By the name of a record, the places (FILE:LINE) of what names it; and what is wrong with which place."""
+    places: dict[str, list[str]] = defaultdict(list)
+    missing = []
+    lines_of = lines_in(root / "bench" / "results")
+    for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        shown = path.relative_to(root).as_posix()
+        for claim in claims(path.read_text()):
+            for reference in claim.named("record", "record by cell"):
+                place = f"{shown}:{claim.first}"
+                if lines_of(reference.record) is not None and place not in places[reference.record]:
+                    places[reference.record].append(place)
+            missing += [f"{shown}:{line}: {why}" for line, why in unrecorded(claim, lines_of)]
+    return {name: found for name, found in places.items() if found}, missing
+
+
+def state(path: Path, root: Path) -> str:
+    """holds; changed since, with what; or unknown, with why."""
+    made = _read(path)
+    files = made.get("files")
+    if not files:
+        why = "some of its runs were made by other code than the rest" if "files" in made else "it holds no digests"
+        return f"unknown, {why}"
+    differing = [name for name, found in files.items() if not (root / name).is_file() or digest(root / name) != found]
+    if not differing:
+        return "holds"
+    more = f" and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
+    return f"changed since: {', '.join(differing[:_NAMED])}{more}"
+
+
+def command_of(folder: Path, name: str) -> str:
+    """What makes a record anew."""
+    made = _read(folder / f"{name}.json")
+    typed = made.get("environment", {}).get("command")
+    said = re.search(r"^Made by `([^`]+)`", (folder / f"{name}.md").read_text(), re.MULTILINE)
+    return typed or made.get("again") or (said[1] if said else "its command was not recorded")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{path}: cannot be read ({error}); it is what a part of the bench wrote") from None
+
+
+if __name__ == "__main__":
+    run_command(run, prog="python -m bench.records")
