@@ -102,13 +102,13 @@ class TarMember(NamedTuple):
 
 
 def read_zip_member(member: ZipMember) -> Image.Image:
-    """Opens the image. Raises ValueError or OSError where it is damaged or not an image."""
+    """Opens the image. Raises ValueError or OSError if it is damaged or not an image."""
     return open_image(io.BytesIO(_zip_contents(member)))
 
 
 def _zip_contents(member: ZipMember) -> bytes:
-    """The bytes of the file. Raises ValueError or OSError where it is damaged."""
-    # Not by zipfile, which reads the list of all members first: 12 s and 700 MB a process for a million of them.
+    """The bytes of the file. Raises ValueError or OSError if it is damaged."""
+    # Not by zipfile, which reads the list of all members first: 12 s and 700 MB per process for a million of them.
     _check_length(max(member.length, member.size))
     try:
         with open(member.archive, "rb") as file:
@@ -182,7 +182,7 @@ def open_archive(path: Path) -> Archive:
     Folders that all images lie below are taken off their paths, except for `train` and `val` and for the last one, the
     class. Hidden files, links and what macOS adds do not count. Where two members have one name, the later one counts,
     as when unpacking. A tar within a tar is a folder of that name.
-    Raises DataError where the archive is damaged, encrypted, packed in a way that cannot be read, or the disk is full.
+    Raises DataError if the archive is damaged, encrypted, packed in a way that cannot be read, or the disk is full.
     """
     read: Callable[[Any], Image.Image] = read_zip_member
     contents: Callable[[Any], bytes] = _zip_contents
@@ -303,7 +303,7 @@ def _unpacked(path: Path, opener: Callable[[Path], Any]) -> TarReader:
 
 
 def _path(name: str) -> str | None:
-    """A member's name as a plain relative path; None where it, or a folder it lies in, is hidden (or is `..`)."""
+    """A member's name as a plain relative path; None if it, or a folder it lies in, is hidden (or is `..`)."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return None if any(part.startswith(".") or part == "__MACOSX" for part in parts) else "/".join(parts)
 

@@ -1,6 +1,6 @@
 """The `.beton` file of FFCV 1.0.2, read and written with NumPy alone.
 
-Layout: header, field descriptors, one metadata row an image, then pages of encoded bytes (an image never crosses a
+Layout: header, field descriptors, one metadata row per image, then pages of encoded bytes (an image never crosses a
 page), and at the very end the allocation table with place and length of each image's bytes. Ours hold the two fields
 `image` (RGBImageField, type 2) and `label` (IntField, type 1), which is what stock FFCV image loaders expect. Those of
 block storage (data/blocks.py) hold `bytes` (BytesField, type 3), `height`, `width` and `label` (IntField): stock FFCV
@@ -165,7 +165,7 @@ class Beton:
             self.encoded(index)
 
     def check_unchanged(self) -> None:
-        """Raises DataError where the open file has been written to since. Quick: reads nothing of the file itself."""
+        """Raises DataError if the open file has been written to since. Quick: reads nothing of the file itself."""
         try:
             now = identity_of(self.path)
         except FileNotFoundError:
@@ -245,7 +245,7 @@ class Beton:
 
 
 def _read(file, dtype: np.dtype, count: int) -> NDArray | None:
-    """count records of dtype, or None where the file ends before."""
+    """count records of dtype, or None if the file ends before."""
     data = file.read(dtype.itemsize * count)
     return np.frombuffer(data, dtype=dtype) if len(data) == dtype.itemsize * count else None
 

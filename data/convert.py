@@ -52,7 +52,7 @@ _CHUNKS_AHEAD = 4
 # Bytes: with much less, the processes cannot be started, and the pool that starts them waits for ever.
 _ADDRESS_SPACE = 700 << 20
 _REJECTS_SHOWN = 5
-# Three bytes a pixel add up: a raw image takes at 256 pixels what a JPEG takes at 512 or so, times three.
+# Three bytes per pixel add up: a raw image takes at 256 pixels what a JPEG takes at 512 or so, times three.
 _MAX_RESOLUTIONS = {"jpeg": 512, "blocks": 512, "raw": 256}
 
 
@@ -98,7 +98,7 @@ def convert(
         quality: JPEG quality, 1 to 100
         processes: how many encode at once (default: one per core)
         max_pixels: images of more are left out, as they may be built to fill the memory (default: Pillow's limit, about
-            179 million); each process takes up to some 6 bytes a pixel
+            179 million); each process takes up to some 6 bytes per pixel
     """
     if max_resolution is None:
         max_resolution = _MAX_RESOLUTIONS[storage]

@@ -13,7 +13,7 @@ _SHOWN = 60
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file says. Raises OSError, and ValueError where it is no JSON or nested without end."""
+    """What a JSON file says. Raises OSError, and ValueError if it is no JSON or nested without end."""
     try:
         return json.loads(path.read_text())
     except RecursionError:

@@ -23,7 +23,7 @@ def locked(path: Path, notice: str) -> Iterator[bool]:
 
     The file is made, and removed at the end; after a kill it stays, and is no obstacle. notice: printed where another
     process holds the lock, which is then waited for. Gives False, without a lock, where the file system has none.
-    Raises OSError where the file cannot be made.
+    Raises OSError if the file cannot be made.
     """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -67,7 +67,7 @@ def _is_named(file: int, path: Path) -> bool:
 def replacing(path: Path, *, keep: Path | None = None) -> Iterator[BinaryIO]:
     """A file to be filled beside `path`, whose place it takes, on the disk, when the context ends without an error.
 
-    keep: where the file that was at `path` stays. Raises OSError where that fails; `path` is then as it was.
+    keep: where the file that was at `path` stays. Raises OSError if that fails; `path` is then as it was.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -22,7 +22,7 @@ def files_below(folder: str | Path, endings: Container[str]) -> Found:
 
     Links are followed, each real folder once: one that is reached by its own name is read there, and links may lead in
     circles. Links to nothing, folders that cannot be read and what is no regular file are skipped.
-    Raises DataError where the folder itself cannot be read.
+    Raises DataError if the folder itself cannot be read.
     """
     files: list[str] = []
     again: list[str] = []

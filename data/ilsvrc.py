@@ -36,7 +36,7 @@ def is_distributed(root: Path) -> bool:
 
 
 def fingerprint(root: Path) -> str:
-    """Changes with the tars and the classes; quick: by sizes and times. Raises DataError where one is missing."""
+    """Changes with the tars and the classes; quick: by sizes and times. Raises DataError if one is missing."""
     files = [*_tars(root), *_truth_files(root)]
     return hashlib.sha256("".join(map(archives.fingerprint, files)).encode()).hexdigest()
 
@@ -44,7 +44,7 @@ def fingerprint(root: Path) -> str:
 def open_distributed(root: Path) -> tuple[Parts, Callable[[Any], Image.Image], Callable[[Any], Image.Image]]:
     """The images by class, and what reads the training and the validation images.
 
-    Raises DataError where a file is missing or damaged, or where images and classes do not go together.
+    Raises DataError if a file is missing or damaged, or where images and classes do not go together.
     """
     tars = _tars(root)
     place, wnids = _ground_truth(root)

@@ -29,7 +29,7 @@ Classes = Mapping[str, Mapping[str, Any]]
 class Parts(NamedTuple):
     """The images of a set, by class.
 
-    val: None where the set has no splits: train holds all images then. train_place, val_place: what messages call them.
+    val: None if the set has no splits: train holds all images then. train_place, val_place: what messages call them.
     """
 
     train: Classes
@@ -51,7 +51,7 @@ def of_folders(root: str, below: str, files: Mapping[str, Any], annotations: Map
 
     root: what messages call the set. below: what stands before a path in messages. annotations: the contents of files
     named ANNOTATIONS, by path.
-    Raises DataError where a class folder or one of the two parts is missing.
+    Raises DataError if a class folder or one of the two parts is missing.
     """
     tops = _by_folder(files)
     val_names = [name for name in VAL_NAMES if name in tops]
@@ -88,7 +88,7 @@ def empty_folders(root: Path, parts: list[Path], classes: set[str]) -> tuple[str
 def of_csv(path: Path) -> Parts:
     """By a table of file, class and perhaps split, whose first line names the columns; files are relative to the table.
 
-    The items are paths. Raises DataError where the table or a line of it is not as it should be, or a file is missing.
+    The items are paths. Raises DataError if the table or a line of it is not as it should be, or a file is missing.
     """
     columns, lines = _table(path)
     found: dict[str, dict[str, dict[str, str]]] = {}

@@ -44,7 +44,7 @@ def files_named(named: str) -> Found:
 
 
 def _found(word: str, *, listed: bool) -> Found | None:
-    """The files of one word; None where there is nothing of this name. listed: whether a .txt is taken for a list."""
+    """The files of one word; None if there is nothing of this name. listed: whether a .txt is taken for a list."""
     if os.path.isdir(word):
         return image_files(word)
     if os.path.lexists(word):

@@ -100,7 +100,7 @@ class Originals:
         return crop, (image.height, image.width)
 
     def _batch(self, indices: range, futures: list[Future], epoch: int) -> Iterator[CropBatch]:
-        """The batch of these images, or none where not one of them can be read."""
+        """The batch of these images, or none if not one of them can be read."""
         read = []
         for index, future in zip(indices, futures, strict=True):
             result = future.result()

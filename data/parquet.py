@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 def splits(root: Path) -> dict[str, list[Path]]:
-    """The Parquet files of each split in a folder or in its data/, in order; empty where there are none."""
+    """The Parquet files of each split in a folder or in its data/, in order; empty if there are none."""
     found: dict[str, list[Path]] = {}
     for folder in (root, root / "data"):
         for file in sorted(folder.glob("*.parquet")) if not found else ():
@@ -56,7 +56,7 @@ def fingerprint(root: Path) -> str:
 def open_splits(root: Path) -> Parts:
     """The images by class, as Rows; without a split for validation, all are train's. Their bytes are not read yet.
 
-    Raises DataError where pyarrow is missing, there is no train split, or the files are damaged, hold no images and
+    Raises DataError if pyarrow is missing, there is no train split, or the files are damaged, hold no images and
     classes, or differ in these.
     """
     files = splits(root)
@@ -72,7 +72,7 @@ def open_splits(root: Path) -> Parts:
 
 
 def read_row(row: Row) -> Image.Image:
-    """Opens the image. Raises ValueError or OSError where it is damaged or not an image."""
+    """Opens the image. Raises ValueError or OSError if it is damaged or not an image."""
     contents = _group(row.file, row.column, row.group)[row.place]
     if contents is None:
         raise ValueError("no bytes of an image are stored")

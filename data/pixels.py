@@ -1,4 +1,4 @@
-"""What a picture file may hold, and one way to see all of it: upright, RGB, 8 bits a channel."""
+"""What a picture file may hold, and one way to see all of it: upright, RGB, 8 bits per channel."""
 
 import functools
 import os
@@ -22,7 +22,7 @@ JPEG_PIXELS_PER_BYTE = 1000
 def open_image(file: str | BinaryIO) -> Image.Image:
     """Opens an image file of a kind that EXTENSIONS names, whatever its own name is; its pixels are not read yet.
 
-    Raises ValueError where it is no such image, OSError where it cannot be read, and either of them or Pillow's
+    Raises ValueError if it is no such image, OSError where it cannot be read, and either of them or Pillow's
     DecompressionBombError where its headers claim more pixels than it can hold or a computer should.
     """
     try:
@@ -47,14 +47,14 @@ def _formats() -> list[str]:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The picture as a viewer shows it: EXIF orientation applied, mode RGB, 8 bits a channel.
+    """The picture as a viewer shows it: EXIF orientation applied, mode RGB, 8 bits per channel.
 
     Any mode that Pillow opens is taken. Transparent pixels are laid on white: that is what a browser shows on an empty
-    page, and the colours hidden below alpha 0 are whatever the editor left there. Of 16 bits a channel the full range
+    page, and the colours hidden below alpha 0 are whatever the editor left there. Of 16 bits per channel the full range
     becomes 0..255. Of an animation this is the frame that the image stands at, the first one after opening. Colour
     profiles are left alone: wide-gamut pictures look a little pale.
 
-    Raises OSError where the file is cut off or broken, and ValueError for pixels whose range is not known
+    Raises OSError if the file is cut off or broken, and ValueError for pixels whose range is not known
     (floating point, 32 bits).
     """
     image = ImageOps.exif_transpose(image)

@@ -210,7 +210,8 @@ def random_mixing(
     mixup: float = 0.0,
     mixup_beta: float = 0.2,
 ) -> Mixing:
-    """How the `count` crops of a step's part, `resolution` px a side, are mixed: one box and one share for all of them.
+    """How the `count` crops of a step's part, `resolution` pixels per side, are mixed: one box and one share for all of
+    them.
 
     cutmix, mixup: the probability of each, in sum at most 1. CutMix (Yun et al. 2019, section 3.2) puts a box of the
     partner into the crop: with l ~ Beta(cutmix_beta, cutmix_beta) its sides are those of the crop times sqrt(1 - l),

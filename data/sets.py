@@ -65,7 +65,7 @@ class ConvertedSet:
     """A converted set on disk, as `set.json` describes it.
 
     folder holds `train.beton` and `val.beton`. name: of what it was made from (`scenes`, a set's name or a folder's).
-    resolution: pixels a side of the crops that fit it.
+    resolution: pixels per side of the crops that fit it.
     """
 
     folder: Path
@@ -77,7 +77,7 @@ class ConvertedSet:
     made: dict[str, Any]
 
     def beton(self, split: str) -> Path:
-        """Where a split's images are. Raises DataError where they are no longer those that `fingerprint` has named."""
+        """Where a split's images are. Raises DataError if they are no longer those that `fingerprint` has named."""
         path = self._path(split)
         if "_known" in vars(self):
             fingerprint, identity, _ = self._known[split]
@@ -145,7 +145,7 @@ class ConvertedSet:
 
 
 def open_set(folder: str | Path) -> ConvertedSet:
-    """Reads the `set.json` of a converted set. Raises DataError where it is missing or damaged."""
+    """Reads the `set.json` of a converted set. Raises DataError if it is missing or damaged."""
     folder = Path(folder)
     path = folder / "set.json"
     try:
@@ -186,7 +186,7 @@ def is_converted(data: str | Path) -> bool:
 def _of_other_writers(folder: Path) -> ConvertedSet | None:
     """The set of a train.beton and a val.beton that lie in a folder without set.json, if they do.
 
-    Their classes are called by their numbers. Raises DataError where the files cannot be read or their classes differ.
+    Their classes are called by their numbers. Raises DataError if the files cannot be read or their classes differ.
     """
     files = {split: folder / f"{split}.beton" for split in ("train", "val")}
     if not all(map(Path.is_file, files.values())) or (folder / "train").is_dir():

@@ -41,7 +41,7 @@ class Split:
 class Source:
     """A set of images to be converted.
 
-    resolution (pixels a side), crop: of the crops that fit it; None where they follow from the sizes of the images.
+    resolution (pixels per side), crop: of the crops that fit it; None if they follow from the sizes of the images.
     fingerprint: changes whenever the images do. notes: what the user should know about how the set was read.
     """
 

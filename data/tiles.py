@@ -50,7 +50,7 @@ def _jpeg(image: Image.Image, quality: int, **options: int) -> bytes:
 
 
 def _with_lengths(jpeg: bytes) -> bytes | None:
-    """The same JPEG with its segments' lengths in an APP9 segment; None where one is too long for 16 bits."""
+    """The same JPEG with its segments' lengths in an APP9 segment; None if one is too long for 16 bits."""
     array = np.frombuffer(jpeg, np.uint8)
     found = layout(array)
     data = array[found.scan : -2]

@@ -1,6 +1,6 @@
 """The soft label of a crop from the label map of its image (ReLabel: Yun et al. 2021, arXiv 2101.05022, section 3.1).
 
-A label map holds, for each of S x S cells of the image, the logits of the likeliest K classes; all others are 0. The
+A label map holds, for each of S x S cells of the image, the logits of the K most likely classes; all others are 0. The
 crop's box, in cells, pools it as RoIAlign does (He et al. 2017; 1x1, aligned=False, adaptive sampling). Its weights
 are the product of one vector for rows and one for columns, so that the sum over S x S x K stored logits is all that is
 computed, and never the dense map of S x S x C.
@@ -24,7 +24,7 @@ ENTRIES = 16
 def pool_labels(logits: Tensor, ids: Tensor, boxes: Tensor, num_classes: int, *, kind: str = "logits") -> Tensor:
     """The soft label of each crop: float32 [B, C], rows sum to 1.
 
-    logits: of the cells' likeliest classes, float16 or float32 [B, S, S, K], rows of the image first. ids: of these
+    logits: of the cells' most likely classes, float16 or float32 [B, S, S, K], rows of the image first. ids: of these
     classes, any integer type [B, S, S, K], distinct in a cell, 0 to C - 1. boxes: float32 [B, 4], the crops' top, left,
     bottom and right as shares of the image's height and width, 0 to 1. A flipped crop has the label of its box.
     kind: logits pools logits and takes the softmax of the result (as published); probabilities pools each cell's

@@ -6,7 +6,7 @@ The Triton version has not yet been measured on a GPU.
 p is the label: softmax(refinery / T), or the probabilities of a label file. q is softmax(student / T).
 
     soft      KL(p || q) = sum p log(p / q)     Label Refinery, eq. 1; 0 where the student says what the label says
-    hard      -log q[argmax p]                  the likeliest class alone; the first of equal ones
+    hard      -log q[argmax p]                  the most likely class alone; the first of equal ones
     reversed  KL(q || p) = sum q log(q / p)     Label Refinery, table 7
     l2        sum (p - q)^2                     Label Refinery, table 7, which does not define it further
 
@@ -252,7 +252,7 @@ def tile(classes: int) -> tuple[int, int]:
     if classes > _MOST_CLASSES:
         raise ValueError(f"{classes} classes: the kernels hold a row in registers and take at most {_MOST_CLASSES}")
     block = triton.next_power_of_2(classes)
-    # 8 elements a thread, as long as there are warps. Rows of more than 16384 no longer fit the registers and spill.
+    # 8 elements per thread, as long as there are warps. Rows of more than 16384 no longer fit the registers and spill.
     return block, min(max(block // 256, 1), 32)
 
 

@@ -20,8 +20,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Pixels a side of what a program makes of a crop, and rows and columns of what it expands at a time. Weights of columns
-# are computed anew for each so many rows, so that these are more.
+# Pixels per side of what a program makes of a crop, and rows and columns of what it expands at a time. Weights of
+# columns are computed anew for each so many rows, so that these are more.
 TILE, ROWS, COLUMNS = 32, 64, 16
 WARPS = 4
 

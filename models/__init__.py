@@ -94,7 +94,7 @@ def constructor(name: str) -> Callable[..., nn.Module]:
 
 
 def check_resolution(name: str, resolution: int) -> None:
-    """Check that the network takes square crops of `resolution` px and gives one logit a class.
+    """Check that the network takes square crops of `resolution` px and gives one logit per class.
 
     A hub's network is tried with shapes alone, without memory for weights or activations. Raises ModelError.
     """
@@ -107,7 +107,7 @@ def check_resolution(name: str, resolution: int) -> None:
     classes = 2
     try:
         with torch.device("meta"), torch.no_grad():
-            # Two crops, because batch normalisation in training refuses a single value a channel.
+            # Two crops, because batch normalisation in training refuses a single value per channel.
             logits = hub.build(plain, classes)(torch.empty(2, 3, resolution, resolution))
     except Exception as error:  # whatever its layers raise at a size they were not made for
         takes = hub.published(plain).takes

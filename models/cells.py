@@ -10,7 +10,7 @@ from models import ModelError
 
 # Of the largest logit; rounding alone stays well below.
 _TOLERANCE = 1e-3
-# px a side, at which networks of any common stride have several cells.
+# Pixels per side at which networks of any common stride have several cells.
 _LARGER = (64, 128, 256)
 
 
@@ -18,7 +18,7 @@ class CellLogits(nn.Module):
     """The logits of every cell: float [B, 3, R, R] to [B, C, S, S]; their mean over the cells is the network's output.
 
     network: one that averages its feature map and classifies the mean by a linear layer, or classifies every cell by a
-    convolution and averages that; it runs in evaluation mode. resolution: px a side of a picture that it takes.
+    convolution and averages that; it runs in evaluation mode. resolution: pixels per side of a picture that it takes.
     head: what was found, in words. Raises ModelError for any other network.
     """
 

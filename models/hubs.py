@@ -29,7 +29,7 @@ class Published:
     """What a network's published weights were made for.
 
     num_classes: of their classifier, 0 where they have none. normalisation: mean and std of their input.
-    resolution: px a side. center_ratio: side of the validation crop as a share of the image's shorter side.
+    resolution: pixels per side. center_ratio: side of the validation crop as a share of the image's shorter side.
     takes: the sizes of input that the network takes, in words.
     """
 
@@ -170,7 +170,7 @@ HUBS: dict[str, Hub] = {"timm": Timm(), "torchvision": Torchvision()}
 
 
 def connection_error(url: str) -> OSError | None:
-    """Why a server cannot be reached, or None where it can, or where a proxy stands between."""
+    """Why a server cannot be reached, or None if it can, or where a proxy stands between."""
     place = urlsplit(url)
     if getproxies().keys() & {place.scheme, "all"}:
         return None

@@ -9,7 +9,7 @@ def class_ids(outputs: int = 1000) -> tuple[str, ...] | None:
     """The WordNet ids (`n01440764`, ...) of a published ImageNet classifier's outputs, in their order.
 
     Sorted for the 1000 classes of ILSVRC 2012; a classifier with some other number of outputs is of the larger ImageNet
-    in one of its editions. None where no edition has as many classes. The lists are timm's.
+    in one of its editions. None if no edition has as many classes. The lists are timm's.
     """
     if outputs < 1000:
         return None
@@ -21,7 +21,7 @@ def class_ids(outputs: int = 1000) -> tuple[str, ...] | None:
 
 
 def synonyms(wordnet_id: str) -> list[str]:
-    """What a class of ImageNet is called (`cassette player`), the usual word first; empty where that is not known."""
+    """What a class of ImageNet is called (`cassette player`), the usual word first; empty if that is not known."""
     try:
         return _names_in_words().label_name_to_description(wordnet_id).split(", ")
     except KeyError:

@@ -30,8 +30,8 @@ class Trained:
     """A network with its weights.
 
     file: None for weights that a hub published. class_names: of its outputs, in order.
-    resolution, center_ratio: pixels a side it was trained at, and its validation crop; None where the file doesn't say.
-    epoch: after how many epochs of its run it was saved; None where the file doesn't say.
+    resolution, center_ratio: pixels per side it was trained at, and its validation crop; None if the file doesn't
+    say. epoch: after how many epochs of its run it was saved; None if the file doesn't say.
     generation: 0 where it learned from the ground truth, or where its file doesn't say; its refinery's + 1 otherwise.
     """
 
@@ -62,12 +62,12 @@ class Trained:
         return digest.hexdigest()
 
     def columns_of(self, class_names: Sequence[str]) -> list[int] | None:
-        """For each of these classes its output, or -1 for none; None where they are the network's own, in order."""
+        """For each of these classes its output, or -1 for none; None if they are the network's own, in order."""
         return None if self.class_names == tuple(class_names) else class_columns(self.class_names, class_names)
 
     @torch.inference_mode()
     def failure_at(self, resolution: int) -> str | None:
-        """Why the network does not take crops of so many pixels a side; None if it does."""
+        """Why the network does not take crops of so many pixels per side; None if it does."""
         if resolution == self.resolution:
             return None
         try:
@@ -77,7 +77,7 @@ class Trained:
         return None
 
     def check_resolution(self, resolution: int) -> None:
-        """Raises ModelError unless the network takes crops of so many pixels a side."""
+        """Raises ModelError unless the network takes crops of so many pixels per side."""
         failure = self.failure_at(resolution) if resolution > 0 else "there is no such size"
         if failure:
             raise ModelError(

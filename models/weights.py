@@ -70,7 +70,7 @@ def load_weights(path: str | PathLike[str]) -> Weights:
 
 
 def count_outputs(weights: Weights, *, name: str) -> int | None:
-    """The number of classes that weights of the network `name` have; None where they have no head of its kind."""
+    """The number of classes that weights of the network `name` have; None if they have no head of its kind."""
     sizes = {weights.state[key].shape[0] for key in _head(name) if key in weights.state and weights.state[key].dim()}
     return sizes.pop() if len(sizes) == 1 else None
 

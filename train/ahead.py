@@ -57,7 +57,7 @@ class Ahead:
 class Part:
     """Runs that train together. done: epochs, and steps of the next one, that they have behind them.
 
-    cost: what it takes; None where it is so short that it was not measured.
+    cost: what it takes; None if it is so short that it was not measured.
     """
 
     jobs: list[Job]
@@ -120,7 +120,7 @@ def _check(jobs: Sequence[Job]) -> None:
 
 
 def _saved(job: Job) -> Run | None:
-    """The run in a job's folder. Raises TrainError where it is another one, as far as can be known by now."""
+    """The run in a job's folder. Raises TrainError if it is another one, as far as can be known by now."""
     run = read_run(job.folder)
     if run and run.identity["refinery"] and is_untrained(job):
         # Of the refinery's weights nothing is known yet, except that none of the finished ones has them.
@@ -193,7 +193,7 @@ def groups(jobs: Sequence[Job], found: dict[str, Run | None]) -> list[tuple[tupl
 
 
 def parts_of(ahead: Ahead) -> list[Part]:
-    """What is to be trained, in its order, not measured yet. Raises TrainError where a folder holds another run."""
+    """What is to be trained, in its order, not measured yet. Raises TrainError if a folder holds another run."""
     found = {job.config.model: None if is_untrained(job) else job.saved_run() for job in ahead.jobs}
     parts = [Part(together, reached) for reached, together in groups(ahead.jobs, found)]
     if not ahead.refinery:

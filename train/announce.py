@@ -23,7 +23,7 @@ from train.loop import Trainer
 def announce_plan(parts: Sequence[Part], *, dry_run: bool = False) -> None:
     """Prints what a command is about to train, for how long, and what it writes; nothing where there is nothing left.
 
-    dry_run: says that the command ends here. Raises TrainError where the disk has no room for what is written.
+    dry_run: says that the command ends here. Raises TrainError if the disk has no room for what is written.
     """
     if parts:
         _announce_parts(parts)
@@ -71,7 +71,7 @@ def _part(part: Part) -> str:
 
 
 def _writes(jobs: Sequence[Job]) -> str:
-    """Which folders are written to, and how much. Raises TrainError where there is no room."""
+    """Which folders are written to, and how much. Raises TrainError if there is no room."""
     needed: dict[Path, int] = {}
     for job in jobs:
         # Of a refinery that is still to be trained the student's own folder is not known yet.

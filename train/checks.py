@@ -35,7 +35,7 @@ def check_job(job: "Job") -> None:
 
 
 def check_batch(config: Config, images: int, data: str, world: int) -> None:
-    """Raises TrainError where so many training images make no batch. data: where they are. world: processes."""
+    """Raises TrainError if so many training images make no batch. data: where they are. world: processes."""
     if images // world < config.batch // world:
         raise TrainError(
             f"batch={config.batch}: the {images} training images of {data} make no batch of {config.batch} for "
@@ -44,7 +44,7 @@ def check_batch(config: Config, images: int, data: str, world: int) -> None:
 
 
 def check_memory(config: Config, side: int, device: torch.device, world: int) -> None:
-    """Raises TrainError where the crops of a step, of so many pixels a side, alone are more than the memory holds."""
+    """Raises TrainError if the crops of a step, of so many pixels per side, alone are more than the memory holds."""
     needed = config.batch // world * 3 * side**2 * _BYTES
     if needed > memory_of(device):
         raise TrainError(
@@ -101,7 +101,7 @@ def said_memory(device: torch.device) -> str:
 
 
 def _check_single_crop(job: "Job") -> None:
-    """Raises TrainError where batch normalisation cannot do with the one crop of each part of a step."""
+    """Raises TrainError if batch normalisation cannot do with the one crop of each part of a step."""
     asked = f"batch={job.batch}: {job.config.model}"
     enough = f"take at least {2 * job.replicas}"
     if isinstance(job.labels, RefineryLabels) and job.labels.given.bn == "batch":

@@ -36,7 +36,7 @@ RECIPES = Path(__file__).parent / "recipes"
 # What cannot differ between the networks of one command.
 _OF_THE_COMMAND = {"model", "refinery", "data", "recipe", "out", "runs"}
 
-# Pixels a side of crops; as of the resolution of a converted set.
+# Pixels per side of crops; as of the resolution of a converted set.
 _MOST_PIXELS = 8192
 
 _Own = TypeVar("_Own", bound="DataclassInstance")
@@ -116,7 +116,7 @@ class LossConfig:
     two has the mean of these of both images, by their shares, and a jittered one the class of its image.
 
     Args:
-        kind: soft, KL from label to output, as in the paper; hard, cross-entropy to the label's likeliest class;
+        kind: soft, KL from label to output, as in the paper; hard, cross-entropy to the label's most likely class;
             reversed, KL from output to label; l2, the squared difference of probabilities
         temperature: what both networks' logits are divided by
         truth: the share of cross-entropy to the image's own label in the loss, 0 to below 1, for labels that are not
@@ -183,7 +183,7 @@ class Config:
         data: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette
         recipe: a recipe's name or YAML file (default: quick on scenes, fine-tune with pretrained, else label-refinery)
         epochs: passes over the training images
-        resolution: pixels a side of the crops (default: what fits the data)
+        resolution: pixels per side of the crops (default: what fits the data)
         batch: crops in a step
         copies: crops of each image in an epoch, from one decoding; the epoch has that many times the steps
         order: random, or for files larger than memory quasi-random, which draws from some pages of the file at a time
@@ -424,7 +424,7 @@ def parse_both(
 
 
 def _check_config_file(words: Sequence[str]) -> None:
-    """Raises TrainError where --config names what is no file of options."""
+    """Raises TrainError if --config names what is no file of options."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config")
     file = first.parse_known_args(words)[0].config
@@ -459,7 +459,7 @@ def config_text(config: Config) -> str:
 
 
 def default_recipe(data: str | None, pretrained: str | None) -> str:
-    """The recipe where none is named. data, pretrained: as in Config, None where not given."""
+    """The recipe where none is named. data, pretrained: as in Config, None if not given."""
     if pretrained:
         return "fine-tune"
     return "quick" if data in (None, Config.data) else "label-refinery"

@@ -173,7 +173,7 @@ class Group:
                     self._exchanged(lambda: dist.broadcast(buffer, 0))  # noqa: B023
 
     def _exchanged(self, exchange: Callable[[], _Result]) -> _Result | None:
-        """What the exchange returns; None, without it, of one process. Raises PeerLost where another one is gone."""
+        """What the exchange returns; None, without it, of one process. Raises PeerLost if another one is gone."""
         if self.world == 1:
             return None
         try:
@@ -196,7 +196,7 @@ def group() -> Group:
 def joined(device: str):
     """Makes this process one of a group, where torchrun or `--gpus` has started it as such.
 
-    device: auto, cpu or cuda, as in Config. Raises TrainError where a machine has fewer devices than processes, where
+    device: auto, cpu or cuda, as in Config. Raises TrainError if a machine has fewer devices than processes, where
     they do not reach each other, or where their versions differ.
     """
     global _group, _control_group

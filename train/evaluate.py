@@ -73,7 +73,7 @@ def evaluate(
         data: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette (default: the run's own)
         out: the JSON file to write (default: beside the checkpoint, a file for each set and way of scoring it; for
             published weights, here)
-        resolution: pixels a side of the crops (default: what the network was trained at)
+        resolution: pixels per side of the crops (default: what the network was trained at)
         batch: crops at a time
         decoder: auto, ffcv, dali or torchvision
         device: auto, cpu, cuda or cuda:N
@@ -82,11 +82,11 @@ def evaluate(
             every one (default: all, but of the run's own data val). All, real and multi_label read the image files as
             they are
         real: real.json, for ReaL accuracy too: of the images with labels there (ILSVRC2012_val_00000001 and so on), the
-            share whose likeliest class is one of them
+            share whose most likely class is one of them
         multi_label: human_accuracy_v3.0.0.json, for multi-label accuracy too: the share of a class's images whose
-            likeliest class experts judged right or unclear, without problematic images; the mean over the classes
+            most likely class experts judged right or unclear, without problematic images; the mean over the classes
         which: of a run folder, the checkpoint of its last epoch, or of its best one (default: last)
-        predictions: a file to write with each image's label and likeliest classes: .csv, .json or .jsonl
+        predictions: a file to write with each image's label and most likely classes: .csv, .json or .jsonl
     """
     where = device_named(device)
     set_threads(threads)
@@ -269,7 +269,7 @@ def scored_columns(trained: Trained, class_names: Sequence[str], data: str) -> l
 
 
 def crops_for(trained: Trained, usual: int, rule: CropRule, asked: int | None) -> tuple[int, CropRule]:
-    """Pixels a side and the validation crop: those asked for, else the network's own, else the set's.
+    """Pixels per side and the validation crop: those asked for, else the network's own, else the set's.
 
     Raises ModelError for a size that the network does not take.
     """

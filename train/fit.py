@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from train.config import Config, is_built_in
 
-# An epoch has at least so many steps, where crops a step can be fewer for it.
+# An epoch has at least so many steps, where crops per step can be fewer for it.
 _STEPS = 16
 # Crops in a part of a step, at least, for its batch statistics.
 _CROPS = 8

@@ -60,17 +60,17 @@ class Job:
 
     @property
     def resolution(self) -> int:
-        """Pixels a side of the crops, once they have grown."""
+        """Pixels per side of the crops, once they have grown."""
         assert self.config.resolution
         return self.config.resolution
 
     @property
     def resolutions(self) -> list[int]:
-        """Pixels a side of the crops of all epochs, each size once, in ascending order."""
+        """Pixels per side of the crops of all epochs, each size once, in ascending order."""
         return _resolutions(self.config, self.resolution)
 
     def resolution_in(self, epoch: int) -> int:
-        """Pixels a side of the crops in an epoch (0, 1, ...)."""
+        """Pixels per side of the crops in an epoch (0, 1, ...)."""
         return growing_resolution(epoch, self.config.epochs, self.config.resolution_from, self.resolution)
 
     def plan_epoch(self, epoch: int) -> int:
@@ -122,7 +122,7 @@ class Job:
     ) -> Loader:
         """The loader of its training crops, with what these labels need of them.
 
-        resolution: pixels a side (default: that of the last epochs). drop_last: leave out images that fill no batch.
+        resolution: pixels per side (default: that of the last epochs). drop_last: leave out images that fill no batch.
         """
         return open_loader(
             self.data.beton("train"),
@@ -141,7 +141,7 @@ class Job:
         )
 
     def saved_run(self) -> Run | None:
-        """The run in its folder, finished or not, or None. Raises TrainError where it has another configuration."""
+        """The run in its folder, finished or not, or None. Raises TrainError if it has another configuration."""
         run = read_run(self.folder)
         if run and run.identity != self.identity:
             if run.identity | {"epochs": self.config.epochs} == self.identity:
@@ -263,7 +263,7 @@ def resolve(config: Config, data: ConvertedSet, labels: Labels, together: Group 
 
 
 def _resolution(config: Config, data: ConvertedSet, labels: Labels | None) -> int:
-    """Pixels a side of a run's crops: as asked for, else as its labels were made, else what fits the data."""
+    """Pixels per side of a run's crops: as asked for, else as its labels were made, else what fits the data."""
     plan = labels.plan if labels else None
     return config.resolution or (plan.resolution if plan else data.resolution)
 
@@ -312,7 +312,7 @@ def _identity(config: Config, data: ConvertedSet, crop: CropRule, labels: Labels
 
 
 def growing_resolution(epoch: int, epochs: int, share: float, last: int) -> int:
-    """Pixels a side in an epoch (0, 1, ...) of a run whose crops grow from `share` of `last` to `last`.
+    """Pixels per side in an epoch (0, 1, ...) of a run whose crops grow from `share` of `last` to `last`.
 
     They stay small for the first third of the run and grow in the second, in steps of 16 px.
     """

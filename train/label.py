@@ -46,7 +46,7 @@ class LabelOptions:
     """Options of stored labels.
 
     Args:
-        format: packed keeps the likeliest k classes of each crop, how much less likely than the first each is (within
+        format: packed keeps the k most likely classes of each crop, how much less likely than the first each is (within
             10 %), and what all others have together; exact keeps all logits as they are, from which training equals
             that from the refinery itself
         k: how many classes packed labels keep (default: 10, or all of fewer)

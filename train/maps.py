@@ -55,8 +55,8 @@ class MapsOptions:
     """Options of label maps.
 
     Args:
-        map_resolution: pixels a side to which whole images are squashed for the refinery (default: the scale of its own
-            validation crops; 480 for published weights)
+        map_resolution: pixels per side to which whole images are squashed for the refinery (default: the scale of its
+            own validation crops; 480 for published weights)
     """
 
     map_resolution: int | None = None

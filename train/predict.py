@@ -1,4 +1,4 @@
-"""Says what is on images: the five likeliest classes of each.
+"""Says what is on images: the five most likely classes of each.
 
 python -m train.predict --checkpoint runs/scenes/... --images photo.jpg
 python -m train.predict --checkpoint runs/scenes/... --images photos/*.jpg --format jsonl
@@ -48,7 +48,7 @@ def predict(
     threads: int | None = None,
     which: str | None = None,
 ) -> None:
-    """Names the five likeliest classes of images, ImageNet's also in words.
+    """Names the five most likely classes of images, ImageNet's also in words.
 
     Prints them, or writes them to a file, which appears when it is complete. Images that cannot be read are named and
     left out. Notices and the progress go to standard error.
@@ -60,7 +60,7 @@ def predict(
             line, or several of these
         out: the file to write: .csv, .json or .jsonl (JSON lines); default: they are printed
         format: text, csv, json or jsonl (default: what the ending of out names; text where they are printed)
-        resolution: pixels a side of the crop (default: what the network was trained at)
+        resolution: pixels per side of the crop (default: what the network was trained at)
         batch: crops at a time
         device: auto, cpu, cuda or cuda:N
         threads: that decode, and as many that compute on the CPU (default: one per processor)
@@ -141,7 +141,7 @@ def _notice(text: str) -> None:
 def _standard_output() -> Iterator[Write]:
     """Gives what prints text at once. Ends the program where its reader has left (`| head`).
 
-    Raises TrainError where the text cannot be written.
+    Raises TrainError if the text cannot be written.
     """
 
     def write(text: str) -> None:

@@ -5,7 +5,7 @@
     make maps ARGS="import --tree relabel_imagenet --data imagenet --out maps/relabel"
 
 The map of the image CLASS/NAME.jpg is the file CLASS/NAME.pt, a tensor [2, K, S, S] that torch.save wrote: of S x S
-cells the logits of the likeliest K classes and then, as floating-point numbers too, the ids of these classes; rows of
+cells the logits of the K most likely classes and then, as floating-point numbers too, the ids of these classes; rows of
 the image come before columns. (The published training code gives a crop's top to RoIAlign as x, as if columns came
 first; here a row is a row.) The logits of classes that a cell leaves out count as 0.
 """
@@ -108,7 +108,7 @@ def import_maps(tree: str, data: str, out: str, refinery: str = "relabel") -> St
 def _fill(rows: NDArray[np.uint8], maps: Iterable[Tensor], format: CellRows, stop: Stop) -> str:
     """Fills the rows, [images, bytes of a map], with these maps, [2, K, S, S]; returns the rows' SHA-256 in hex.
 
-    Raises Interrupted where a stop is asked for.
+    Raises Interrupted if a stop is asked for.
     """
     digest = hashlib.sha256()
     with images_bar(len(rows), "import maps") as bar:
@@ -247,7 +247,7 @@ def _converted(data: str) -> ConvertedSet:
 
 
 def _files_below(root: Path) -> set[str]:
-    """The files of maps in a tree, by their paths below its root. Raises TrainError where there are none."""
+    """The files of maps in a tree, by their paths below its root. Raises TrainError if there are none."""
     if not root.is_dir():
         raise TrainError(f"tree={root}: no such folder; an archive of maps has to be unpacked first")
     found, notes = files_below(root, {_ENDING})

@@ -217,7 +217,7 @@ def test_a_file_larger_than_memory_opens(path):
 
 
 def test_opening_takes_little_memory_beyond_the_index(tmp_path):
-    """Index and allocation table are 56 bytes an image; a process of every GPU of a machine reads them."""
+    """Index and allocation table are 56 bytes per image; a process of every GPU of a machine reads them."""
     n = 20_000
     write_beton(tmp_path / "set.beton", (Encoded(bytes(3), 1, 1, i % 7, raw=True) for i in range(n)), at_most=n)
     tracemalloc.start()

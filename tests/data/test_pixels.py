@@ -1,4 +1,4 @@
-"""Pictures of every kind become what a viewer shows: upright RGB with 8 bits a channel, or are refused."""
+"""Pictures of every kind become what a viewer shows: upright RGB with 8 bits per channel, or are refused."""
 
 import io
 
@@ -37,7 +37,7 @@ def grays(values: np.ndarray) -> np.ndarray:
 
 
 def claiming(jpeg: bytes, side: int) -> bytes:
-    """The JPEG with a frame header that says so many pixels a side."""
+    """The JPEG with a frame header that says so many pixels per side."""
     frame = next(jpeg.find(bytes([0xFF, kind])) for kind in (0xC0, 0xC2) if bytes([0xFF, kind, 0]) in jpeg)
     return jpeg[: frame + 5] + side.to_bytes(2, "big") * 2 + jpeg[frame + 9 :]
 

@@ -72,7 +72,7 @@ def marks_of(
     """What each says of the loader's crops, and how far the second differs from the first on the same crops.
 
     columns: for each class of the loader the network's output; every image is scored among these.
-    Raises TrainError where there is no image.
+    Raises TrainError if there is no image.
     """
     marks, difference = [Marks() for _ in answers], Difference()
     with images_bar(loader.num_samples, text, leave=False) as bar:
@@ -107,7 +107,7 @@ def in_pytorch(module: nn.Module, device: torch.device) -> Answer:
 
 
 def check_equal(difference: Difference, expected: Marks, found: Marks, *, binary: bool) -> str:
-    """How the file compares with PyTorch, in a phrase. Raises TrainError where it differs."""
+    """How the file compares with PyTorch, in a phrase. Raises TrainError if it differs."""
     said = f"probabilities differ by at most {difference.largest:.1e}, {difference.turned} first classes differ"
     if binary:
         said = f"top-1 {found.top1:.2f} % for {expected.top1:.2f} %; {said}"
@@ -125,7 +125,7 @@ def check_equal(difference: Difference, expected: Marks, found: Marks, *, binary
 
 
 def check_loss(before: Marks, after: Marks, *, accepted: bool) -> str:
-    """What int8 loses, in a phrase. Raises TrainError where that is too much, unless it is accepted."""
+    """What int8 loses, in a phrase. Raises TrainError if that is too much, unless it is accepted."""
     loss = before.top1 - after.top1
     error = 100 * float((before.first.astype(float) - after.first).std()) / math.sqrt(len(before.first))
     allowed = max(INT8_LOSS, STANDARD_ERRORS * error)

@@ -44,7 +44,7 @@ _CALIBRATION_BATCH = 32
 class _Row:
     """A line of the table: a program that runs the network, or a file that stands for it.
 
-    size: bytes of the file; None for no file. latency: milliseconds a crop, one by one; None where it was not measured.
+    size: bytes of the file; None for no file. latency: milliseconds per crop, one by one; None if it was not measured.
     """
 
     name: str
@@ -80,7 +80,7 @@ def export(
         out: the folder to write; an earlier export there is replaced (default: export-FORMAT beside the checkpoint,
             for best.pt export-best-FORMAT, for published weights here)
         accept_loss: write the quantised file however much it loses
-        resolution: pixels a side of the crops (default: what the network was trained at)
+        resolution: pixels per side of the crops (default: what the network was trained at)
         batch: crops at a time
         decoder: auto, ffcv, dali or torchvision
         device: where PyTorch runs: auto, cpu, cuda or cuda:N; onnxruntime runs on the CPU

@@ -32,7 +32,7 @@ FILES = (
 
 
 def check_place(out: Path) -> None:
-    """Raises TrainError where `out` is something else than an earlier export, or an empty folder."""
+    """Raises TrainError if `out` is something else than an earlier export, or an empty folder."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -59,7 +59,7 @@ def placed(out: Path) -> Iterator[Path]:
     """An empty folder to be filled, which takes the place of `out` when the context ends without an error.
 
     An earlier export stays until then. One process at a time writes to a place; others wait.
-    Raises TrainError where it cannot be written, and as check_place.
+    Raises TrainError if it cannot be written, and as check_place.
     """
     try:
         make_folder(out.parent)

@@ -1,4 +1,4 @@
-"""One soft label a class, for every crop of its images (Label Refinery, Table 5)."""
+"""One soft label per class, for every crop of its images (Label Refinery, Table 5)."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class TaxonomyOptions:
 
 @dataclass(frozen=True)
 class TaxonomyLabels(Labels):
-    """One label a class, by the classes' similarity in a taxonomy. table: see taxonomy_table."""
+    """One label per class, by the classes' similarity in a taxonomy. table: see taxonomy_table."""
 
     file: Path
     table: torch.Tensor
@@ -76,7 +76,7 @@ class TaxonomyLabels(Labels):
 
 @dataclass(frozen=True)
 class CategoryLabels(RefineryLabels):
-    """One label a class: the mean of what a refinery says of the class's images."""
+    """One label per class: the mean of what a refinery says of the class's images."""
 
     @classmethod
     def asked(cls, given: RefineryOptions, config: Asked) -> bool:

@@ -29,11 +29,11 @@ class Description:
 
     data: name, fingerprint, images and classes of the set. refinery: its network, the digest of its weights, its
     generation, whose batch statistics it used and the resolution it saw crops at (None: as they are). plan: seed, crop
-    rule and copies of an epoch, of which the crops are a function. resolution: pixels a side of the crops. precision,
+    rule and copies of an epoch, of which the crops are a function. resolution: pixels per side of the crops. precision,
     batch, order: what labels depend on by rounding, or with the batch's statistics. format, k, dtype: see
     train.labels.rows.build_rows. bytes_per_crop: of a row.
 
-    Of label maps (format map) there is one row an image, no plan, and one file. resolution: pixels a side of the
+    Of label maps (format map) there is one row per image, no plan, and one file. resolution: pixels per side of the
     pictures, squashed to squares. cells: a side of a map. shift: whether the logits were moved, cell by cell, so that
     those which were left out are 0 on average.
 
@@ -137,7 +137,7 @@ def differences(asked: Description, found: Description) -> list[str]:
 def read_description(folder: Path) -> tuple[Description, dict[int, dict[str, Any]]]:
     """What labels.json says: the description, and of each finished epoch crc32 and seconds (see Store.finished).
 
-    Raises TrainError where it is missing, damaged or of another version.
+    Raises TrainError if it is missing, damaged or of another version.
     """
     path = description_file(folder)
     try:

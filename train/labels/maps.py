@@ -22,7 +22,7 @@ from train.labels.store import LabelsFromStore, Store, StoredOptions, existing_s
 
 
 def open_maps(folder: str | Path) -> Store:
-    """The finished label maps in a folder. Raises TrainError where there are none."""
+    """The finished label maps in a folder. Raises TrainError if there are none."""
     store = open_store(folder)
     if store.description.format != "map":
         raise TrainError(f"LABELS={folder}: holds {store.description.kind} labels of crops and no maps")
@@ -35,7 +35,7 @@ def open_maps(folder: str | Path) -> Store:
 def existing_maps(folder: Path) -> Store | None:
     """The maps, finished or not, in a folder that is to hold some.
 
-    Raises TrainError where it holds anything else, or cannot be written.
+    Raises TrainError if it holds anything else, or cannot be written.
     """
     store = existing_store(folder)
     if store and store.description.format != "map":

@@ -37,7 +37,7 @@ class RefineryOptions:
         bn: the refinery's batch normalisation uses the statistics of the batch (as the paper does); their average over
             16 batches of training crops, taken once before the first step; or the running ones of its own training.
             The last two are folded into the convolutions, which is faster
-        resolution: pixels a side at which the refinery sees the crops; fewer are faster, and published weights are at
+        resolution: pixels per side at which the refinery sees the crops; fewer are faster, and published weights are at
             their best at what they were trained at (default: as the student, if the refinery takes that size)
         per: what has a label of its own: each crop, as in the paper; each image, whose central crop the refinery labels
             once for all its crops; or each category, whose label is the refinery's mean over its images
@@ -155,7 +155,7 @@ class RefineryLabels(Labels):
             )
 
     def _resolution(self, crops: Crops) -> int | None:
-        """Pixels a side to which crops are resized for the refinery, as `seen_at` says; prints what may surprise.
+        """Pixels per side to which crops are resized for the refinery, as `seen_at` says; prints what may surprise.
 
         Raises TrainError for a size that it does not take.
         """
@@ -192,7 +192,7 @@ def _some(crops: Crops, center: Pairing | None) -> Loader:
 
 
 def seen_at(trained: Trained, asked: int | None, resolutions: Sequence[int]) -> int | None:
-    """Pixels a side to which crops of these sizes are resized for a refinery; None: it sees them as the student does.
+    """Pixels per side to which crops of these sizes are resized for a refinery; None: it sees them as the student does.
 
     So it does unless another size is asked for, or it takes only the one it was trained at, as most transformers do;
     that one may be many times the student's work.
@@ -216,9 +216,9 @@ class Refinery(LabelSource):
     variance. The labels of crops that come later are of the same distribution, so that these are what an average over
     the last few batches would be, without a pass over memory to compute them and without a state to save.
     over: batches of crops, on the device that they are computed on; nothing else is done with them.
-    normalisation: mean and std of its input. resolution: px a side that crops are resized to for it; None: as they are.
-    center: the central crop that it labels in place of each training crop ("soft static", Table 4); None: it labels the
-    training crop itself.
+    normalisation: mean and std of its input. resolution: pixels per side that crops are resized to for it; None: as
+    they are. center: the central crop that it labels in place of each training crop ("soft static", Table 4); None: it
+    labels the training crop itself.
     dtype: what its convolutions and linear layers compute in under autocast, and so what their weights are stored in.
     sees: the picture that it labels, of training crops: mixed, coloured or plain; see LabelSource.
     """

@@ -1,9 +1,9 @@
 """How the label of one crop is stored: a row of bytes, of the same size for every crop.
 
 exact   all logits, as the refinery computed them
-packed  the likeliest k classes with their probabilities, and what all others have together
+packed  the k most likely classes with their probabilities, and what all others have together
 
-A packed row is k entries of class id and code, the likeliest class first, one after the other from the lowest bit of
+A packed row is k entries of class id and code, the most likely class first, one after the other from the lowest bit of
 the first byte on. An entry takes the bits of a class id and 6 more: 16 for up to 1,024 classes. With p1 >= p2 >= ...
 the probabilities, the codes are
 
@@ -71,7 +71,7 @@ class Exact(Rows):
 
 
 class Packed(Rows):
-    """The likeliest k of `classes` classes, or all where there are fewer."""
+    """The most likely k of `classes` classes, or all where there are fewer."""
 
     # Of each entry: the bytes in which it lies, and the bits of the first of them that belong to the one before.
     bytes_of: Tensor
@@ -127,7 +127,7 @@ class Packed(Rows):
 
 
 class CellRows(nn.Module):
-    """The label map of an image: of each of `side` x `side` cells the likeliest k classes' logits and their ids.
+    """The label map of an image: of each of `side` x `side` cells the k most likely classes' logits and their ids.
 
     A row holds all logits, float16, cell by cell and rows of the image first, and then all ids, as uint8, uint16 or
     int32, whichever is the smallest that holds them. width: its bytes. k: at most the number of classes.

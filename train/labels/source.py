@@ -35,7 +35,7 @@ class Targets:
     sparse: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def classes(self) -> torch.Tensor:
-        """The likeliest class of each crop: int64 [B]."""
+        """The most likely class of each crop: int64 [B]."""
         if self.ids is not None:
             return self.ids
         if self.sparse is not None:
@@ -102,7 +102,7 @@ class LabelSource(nn.Module):
 class Plan:
     """The crops that labels were made for: those of a seed, in some epochs, by a rule, so many of each image.
 
-    resolution: pixels a side that they had. epochs: how many there are; a longer run begins again at the first.
+    resolution: pixels per side that they had. epochs: how many there are; a longer run begins again at the first.
     """
 
     seed: int
@@ -134,7 +134,7 @@ class Asked(Protocol):
     @property
     def copies(self) -> int: ...
     @property
-    def crop(self) -> Any: ...  # scale, ratio and flip as in CropRule, each None where it was left out
+    def crop(self) -> Any: ...  # scale, ratio and flip as in CropRule, each None if it was left out
     @property
     def jitter(self) -> float: ...
     @property
@@ -155,9 +155,9 @@ class Crops(Protocol):
     @property
     def crop(self) -> CropRule: ...
     @property
-    def resolution(self) -> int: ...  # px a side, once they have grown
+    def resolution(self) -> int: ...  # pixels per side, once they have grown
     @property
-    def resolutions(self) -> Sequence[int]: ...  # px a side in the run's epochs, each size once
+    def resolutions(self) -> Sequence[int]: ...  # pixels per side in the run's epochs, each size once
     @property
     def batch(self) -> int: ...
     @property
@@ -221,7 +221,7 @@ class Labels(ABC):
         return None
 
     def check_data(self, data: ConvertedSet) -> None:
-        """Raises TrainError where the labels are of other data than these."""
+        """Raises TrainError if the labels are of other data than these."""
         return None  # most can label any
 
     @property

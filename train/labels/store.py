@@ -158,8 +158,8 @@ class Store:
         """Rows to be filled, [crops, bytes_per_crop]; those of the epoch, once the context ends without an error.
 
         together: the processes that fill them, each its own rows, and all enter and leave the context.
-        None where the epoch is finished, or where another process, not one of these, is writing it. Raises TrainError
-        where the disk is full, and where machines see different folders.
+        None if the epoch is finished, or where another process, not one of these, is writing it. Raises TrainError
+        if the disk is full, and where machines see different folders.
         """
         # Network file systems write whole pages of a mapped file back, over what other machines have written since:
         # each machine fills a file of its own.
@@ -279,12 +279,12 @@ class LabelsFromStore(Labels):
 
 
 def open_store(folder: str | Path) -> Store:
-    """The labels in a folder. Raises TrainError where there are none, or where their description is damaged."""
+    """The labels in a folder. Raises TrainError if there are none, or where their description is damaged."""
     return Store(Path(folder), read_description(Path(folder))[0])
 
 
 def check_folder(folder: Path) -> None:
-    """Raises TrainError where labels could not be written to a folder that may not be there yet. Nothing is written."""
+    """Raises TrainError if labels could not be written to a folder that may not be there yet. Nothing is written."""
     try:
         if description_file(folder).is_file():
             return
@@ -321,7 +321,7 @@ def check_asked(refinery: str | None, out: str | None, what: str) -> None:
 def create_store(folder: Path, description: Description) -> Store:
     """Labels that are to be written into a folder, where some may be already.
 
-    Raises TrainError where it holds other labels or other files, or cannot be written.
+    Raises TrainError if it holds other labels or other files, or cannot be written.
     """
     # As JSON gives it back, so that it compares equal with what was read.
     description = Description(**json.loads(json.dumps(asdict(description))))
@@ -341,7 +341,7 @@ def create_store(folder: Path, description: Description) -> Store:
 
 
 def _size_of(path: Path) -> int | None:
-    """Bytes of a file, or None where there is none."""
+    """Bytes of a file, or None if there is none."""
     try:
         return path.stat().st_size
     except OSError:

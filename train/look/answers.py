@@ -28,8 +28,8 @@ class Answers:
     """What a network said of the central crops of some images.
 
     whose: what to call the network. indices: int64 [n], the images' places in their split, ascending. labels,
-    predicted: int64 [n], the class by the set and the likeliest by the network. confidence, of_label: float32 [n], the
-    probabilities that it gives to these two. within5: bool [n], the label is among the five likeliest. classes: how
+    predicted: int64 [n], the class by the set and the most likely by the network. confidence, of_label: float32 [n],
+    the probabilities that it gives to these two. within5: bool [n], the label is among the five likeliest. classes: how
     many there are.
     """
 
@@ -57,7 +57,7 @@ class Answers:
         return wrong[np.argsort(-self.losses[wrong], kind="stable")[:count]]
 
     def of_classes(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Images of each class, int64 [C], and its accuracy in percent, float64 [C], NaN where it has none."""
+        """Images of each class, int64 [C], and its accuracy in percent, float64 [C], NaN if it has none."""
         images = np.bincount(self.labels, minlength=self.classes)
         hits = np.bincount(self.labels[self.right], minlength=self.classes)
         return images, np.where(images > 0, 100 * hits / np.maximum(images, 1), np.nan)

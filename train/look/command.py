@@ -160,7 +160,7 @@ def _as_trained(config: Config, run: Run) -> Config:
 
 
 def _config_of(run: Run) -> dict[str, Any]:
-    """What a run was asked for; empty where its file is missing or damaged."""
+    """What a run was asked for; empty if its file is missing or damaged."""
     try:
         said = yaml.safe_load((run.folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError, RecursionError):

@@ -28,8 +28,8 @@ class Crop:
 
     index: its image. image: uint8 [height, width, 3], as stored. boxes: (top, left, height, width) of its crops in the
     first epochs; the first is this one. pixels: uint8 [R, R, 3], as the network sees it. label: the image's class.
-    said: the three likeliest classes by the label that training uses. by_network: by the checkpoint; None without one.
-    truth: on `scenes` what the crop shows, unless it is mixed; None where nobody knows.
+    said: the three most likely classes by the label that training uses. by_network: by the checkpoint; None without
+    one. truth: on `scenes` what the crop shows, unless it is mixed; None where nobody knows.
     """
 
     index: int
@@ -46,9 +46,9 @@ class Crop:
 class FirstCrops:
     """Of the first batch of a training: some crops, and figures of all of them.
 
-    count: crops in the batch. agree: of how many of them the label's likeliest class is the image's. given: what their
-    labels give to the image's class, mean, 0 to 1. enlarged: how many have fewer pixels than the network sees.
-    sides: square roots of their areas in stored pixels, float64 [count]. resolution: pixels a side.
+    count: crops in the batch. agree: of how many of them the label's most likely class is the image's. given: what
+    their labels give to the image's class, mean, 0 to 1. enlarged: how many have fewer pixels than the network sees.
+    sides: square roots of their areas in stored pixels, float64 [count]. resolution: pixels per side.
     """
 
     crops: list[Crop]
@@ -138,7 +138,7 @@ def _crops(
 
 
 def _by_network(job: Job, checkpoint: Judge, crops: torch.Tensor, names: Sequence[str]) -> list[Labels] | None:
-    """What the checkpoint says of crops, in evaluation mode; None where it does not take their size."""
+    """What the checkpoint says of crops, in evaluation mode; None if it does not take their size."""
     if checkpoint.trained.failure_at(crops.shape[-1]):
         return None
     network = on_device(checkpoint.trained.network, job.device).eval()

@@ -36,7 +36,7 @@ SPLIT_NAMES = {"train": "train", "val": "validation"}
 class Pictured:
     """The images of a set, for those who draw them.
 
-    names: what readers call the classes. betons, files: of each split; files: names of the image files, None where the
+    names: what readers call the classes. betons, files: of each split; files: names of the image files, None if the
     set has none.
     """
 
@@ -215,7 +215,7 @@ def suspicious(answers: Answers) -> int:
 
 
 def suspects(images: Pictured, train: Answers, val: Answers | None) -> Section:
-    """val: None where the same images are shown as mistakes."""
+    """val: None if the same images are shown as mistakes."""
     of = images.betons["train"].num_samples
     asked = (
         count(of, "training image", "training images")

@@ -23,7 +23,7 @@ class Thumbnails:
         self.made = 0
 
     def address(self, image: NDArray[np.uint8], *, boxes: tuple[Box, ...] = ()) -> str:
-        """A picture, uint8 [height, width, 3], as the data: address of a JPEG of at most 192 pixels a side.
+        """A picture, uint8 [height, width, 3], as the data: address of a JPEG of at most 192 pixels per side.
 
         boxes: (top, left, height, width) in its pixels, drawn onto it; the first is the most visible.
         Raises RuntimeError for more of them than MOST: what a page shows is to be counted beforehand.

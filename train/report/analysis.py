@@ -29,7 +29,7 @@ from train.labels.refinery import Refinery
 from train.runs import Run, key_of
 from train.score import score, validation_loader
 
-# The likeliest classes of a crop, first to last, with their probabilities.
+# The most likely classes of a crop, first to last, with their probabilities.
 Labels = list[tuple[str, float]]
 
 _LABELS_SHOWN = 3
@@ -51,8 +51,8 @@ class Compute:
 class Subject:
     """A finished run as a report sees it.
 
-    name: what figures call it. trained: the weights of its last epoch. resolution (pixels a side), rule: of its crops.
-    precision: what its network computes in.
+    name: what figures call it. trained: the weights of its last epoch. resolution (pixels per side), rule: of its
+    crops. precision: what its network computes in.
     """
 
     run: Run
@@ -65,7 +65,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """In percent. per_class: for each class, its images and its top-1 (None where it has no images)."""
+    """In percent. per_class: for each class, its images and its top-1 (None if it has no images)."""
 
     top1: float
     top5: float
@@ -222,7 +222,7 @@ def choose_images(beton: Beton, count: int, *, seed: int) -> list[int]:
 
 
 def named_images(option: str, words: str | None, beton: Beton) -> list[int]:
-    """The images that the value of an option names by their indices; none where it was left out.
+    """The images that the value of an option names by their indices; none if it was left out.
 
     Raises TrainError for what are no indices of the set's images.
     """
@@ -258,7 +258,7 @@ def central_crops(beton: Beton, indices: Sequence[int], rule: CropRule) -> Reque
 def predictions(
     subject: Subject, beton: Beton, crops: Request, *, names: Sequence[str], compute: Compute
 ) -> list[Labels]:
-    """The three likeliest classes of each image's one crop, by the network in evaluation mode.
+    """The three most likely classes of each image's one crop, by the network in evaluation mode.
 
     names: what the classes are called.
     """
@@ -300,7 +300,7 @@ def refinery_labels(
     names: Sequence[str],
     compute: Compute,
 ) -> tuple[Request, list[list[Labels]]]:
-    """Random crops of training images, and the three likeliest classes of each by the refinery.
+    """Random crops of training images, and the three most likely classes of each by the refinery.
 
     Batch statistics are those of a training batch: crops of other images fill it up, in the plan's order. names: what
     the classes are called.
@@ -377,7 +377,7 @@ def _pixels(beton: Beton, crops: Request, resolution: int, compute: Compute) -> 
 
 
 def likeliest(distribution: torch.Tensor, names: Sequence[str]) -> list[Labels]:
-    """The three likeliest classes of each crop, with their probabilities.
+    """The three most likely classes of each crop, with their probabilities.
 
     distribution: what each crop's label gives to every class, float32 [B, C]. names: what the classes are called.
     """

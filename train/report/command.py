@@ -219,7 +219,7 @@ def _refineries(student: Subject, subjects: Sequence[Subject]) -> list[str]:
     specs = [str(subject.run.folder.absolute()) for subject in subjects]
     with contextlib.suppress(TrainError):
         asked = _config_of(student.run)["refinery"]
-        # None where the labels were read from files.
+        # None if the labels were read from files.
         specs += [asked] if asked and not names_network_alone(asked) else []
     network = student.run.identity["refinery"]["network"]
     beside = [run for run in all_runs(student.run.folder.absolute().parent) if run.identity["model"] == network]

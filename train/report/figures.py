@@ -181,7 +181,7 @@ def map_of_image(
 
 
 def _map(axes: Axes, cells: NDArray[np.float32], image: NDArray[np.uint8]) -> dict[int, str]:
-    """Draws each cell in the colour of its likeliest class, the paler the less likely it is, with its percentage.
+    """Draws each cell in the colour of its most likely class, the paler the less likely it is, with its percentage.
 
     Returns the colours of the classes, the most frequent first; _OTHERS stands for all that have none of their own.
     """

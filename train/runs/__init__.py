@@ -58,7 +58,7 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """What was measured after each epoch so far, from the first one on.
 
-        Read from the checkpoint where their file is damaged or lacks epochs. Raises TrainError where that lacks them
+        Read from the checkpoint where their file is damaged or lacks epochs. Raises TrainError if that lacks them
         too.
         """
         lines, damage = read_metrics(self.metrics_file)
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def data(self) -> str | None:
-        """What it was given as DATA; None where its configuration is missing or damaged."""
+        """What it was given as DATA; None if its configuration is missing or damaged."""
         try:
             said = yaml.safe_load((self.folder / "config.yaml").read_text())
         except (OSError, ValueError, yaml.YAMLError):
@@ -92,7 +92,7 @@ class Run:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON, one mapping per line, without damaged ones; none where there is no such file."""
+    """The lines of a file of JSON, one mapping per line, without damaged ones; none if there is no such file."""
     values = []
     with suppress(FileNotFoundError):
         for line in path.read_bytes().splitlines():
@@ -102,7 +102,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], TrainError | None]:
-    """The lines of a file of metrics, one for each epoch that it has, in order; none where there is no such file.
+    """The lines of a file of metrics, one for each epoch that it has, in order; none if there is no such file.
 
     A last line that was cut short is left out. Beside them an error that names the first other damage, if there is any.
     """
@@ -145,10 +145,10 @@ def folder_name(identity: dict[str, Any]) -> str:
 
 
 def read_run(folder: Path) -> Run | None:
-    """The run in a folder, or None where there is none.
+    """The run in a folder, or None if there is none.
 
     A damaged identity is read from the checkpoint; a damaged result, of which a notice is printed, counts as none.
-    Raises TrainError where the identity is damaged and no checkpoint holds it, unless there is nothing but it.
+    Raises TrainError if the identity is damaged and no checkpoint holds it, unless there is nothing but it.
     """
     path = folder / "identity.json"
     checkpoints = [file for file in folder.glob("*.pt") if file.name in ("last.pt", "last.before.pt", "best.pt")]
@@ -195,7 +195,7 @@ def _identity(values: Any) -> dict[str, Any]:
 
 
 def _stored_identity(folder: Path) -> dict[str, Any] | None:
-    """The identity in a run's checkpoint; None where there is none, or one of an earlier version, which holds none."""
+    """The identity in a run's checkpoint; None if there is none, or one of an earlier version, which holds none."""
     from train.runs import checkpoint
 
     with suppress(TrainError, ValueError):
@@ -248,8 +248,8 @@ def finished_refinery(root: Path, wanted: dict[str, Any], recipe: str) -> tuple[
 
     The very run if it is there, else the most accurate one of the same network on the same data, crops and resolution,
     trained on the same kind of labels by the same recipe for as many epochs or more (with another seed, say). None
-    where there is none: a trial of three epochs is not what a long run is to learn from, unless it is named. The other
-    is then the most accurate of those that only recipe or length rule out.
+    if there is none: a trial of three epochs is not what a long run is to learn from, unless it is named. The other is
+    then the most accurate of those that only recipe or length rule out.
     """
     same = ("data", "model", "resolution", "crop", "refinery")
     candidates = [
@@ -271,7 +271,7 @@ def finished_refinery(root: Path, wanted: dict[str, Any], recipe: str) -> tuple[
 
 
 def recipe_of(run: Run) -> str | None:
-    """The recipe that a run was trained by, as it was named; None where its config.yaml does not say."""
+    """The recipe that a run was trained by, as it was named; None if its config.yaml does not say."""
     try:
         config = yaml.safe_load((run.folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):

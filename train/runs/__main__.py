@@ -27,7 +27,7 @@ def table(folder: str = "runs", figure: str | None = None) -> None:
 
     Args:
         folder: where runs lie
-        figure: a file (.svg, .png, .pdf) to draw accuracy against milliseconds a crop in, of all finished runs, whose
+        figure: a file (.svg, .png, .pdf) to draw accuracy against milliseconds per crop in, of all finished runs, whose
             networks are timed for it on this machine's CPU
     """
     if figure:

@@ -28,7 +28,7 @@ _OWN = {
 
 @dataclass(frozen=True)
 class Leftover:
-    """A folder of a run that is not finished. kept: why it is not to be removed; empty where it may be."""
+    """A folder of a run that is not finished. kept: why it is not to be removed; empty if it may be."""
 
     folder: Path
     state: str

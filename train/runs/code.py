@@ -25,7 +25,7 @@ _BY_NAME = {"data/decoders/__init__.py": "data/decoders/*.py", "train/config.py"
 def files_of(module: str, root: Path = ROOT) -> dict[str, str]:
     """The digests of a module, or of a package with all its modules, and of all that they import, by path below root.
 
-    Imports of the project's own modules are followed wherever they stand. Empty where there is no such module.
+    Imports of the project's own modules are followed wherever they stand. Empty if there is no such module.
     """
     # As it is called where it is installed.
     module = module.removeprefix("label_refinery.")

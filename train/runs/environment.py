@@ -103,7 +103,7 @@ def _cpu() -> dict[str, Any]:
 
 @cache
 def _compiler() -> str | None:
-    """What the C++ compiler says of itself, or None where there is none."""
+    """What the C++ compiler says of itself, or None if there is none."""
     with contextlib.suppress(OSError):
         command = [os.environ.get("CXX", "c++"), "--version"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Accuracy against milliseconds a crop, of finished runs: a student at a fraction of its refinery's cost."""
+"""Accuracy against milliseconds per crop, of finished runs: a student at a fraction of its refinery's cost."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     """Writes the figure, a panel for each set; a line leads from a student to its refinery where that is a run too.
 
     runs: finished ones. Networks are timed here, in float32 on the CPU, one crop at a time; a run whose checkpoint
-    cannot be read is named and left out. Raises TrainError where none is left, or the file cannot be written.
+    cannot be read is named and left out. Raises TrainError if none is left, or the file cannot be written.
     """
     places = _places(runs)
     if not places:

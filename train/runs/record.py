@@ -31,7 +31,7 @@ class Record:
     the last step that was saved, of the save before, and of the epoch with the highest top-1; each holds identity and
     metrics too. result.json: the run's result. .lock: what a process that trains in it has locked.
 
-    Raises TrainError where the folder cannot be written, and on entering where another process trains in it.
+    Raises TrainError if the folder cannot be written, and on entering where another process trains in it.
     """
 
     def __init__(self, folder: Path, config: Config, identity: dict[str, Any]):
@@ -55,9 +55,9 @@ class Record:
         return self._run.weights.is_file()
 
     def saved(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None where there is none yet; where it is damaged, prints which one serves instead.
+        """The last checkpoint, or None if there is none yet; where it is damaged, prints which one serves instead.
 
-        Raises TrainError where all are damaged.
+        Raises TrainError if all are damaged.
         """
         found = checkpoint.latest(self._folder)
         if not found:
@@ -201,7 +201,7 @@ def _lines(values: Sequence[dict[str, Any]]) -> str:
 def locked(folder: Path) -> Iterator[None]:
     """A run's folder, made if it is not there, for one process at a time.
 
-    Raises TrainError where another process trains in it, or where it cannot be made. Where the file system has no
+    Raises TrainError if another process trains in it, or where it cannot be made. Where the file system has no
     locks, a notice is printed.
     """
     lock = folder / ".lock"

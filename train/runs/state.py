@@ -21,7 +21,7 @@ _SHOWN = ("data.name", "model", "generation", "resolution", "epochs", "seed", "r
 
 
 def config_of(run: Run) -> dict[str, Any]:
-    """What was asked for, as config.yaml has it; empty where that is missing or damaged."""
+    """What was asked for, as config.yaml has it; empty if that is missing or damaged."""
     with contextlib.suppress(OSError, yaml.YAMLError, ValueError, RecursionError):
         config = yaml.safe_load((run.folder / "config.yaml").read_text())
         if isinstance(config, dict):

@@ -25,9 +25,9 @@ class Stopped(Exception):
 
 @dataclass
 class Scores:
-    """Accuracies in percent. per_class: for each class, its images and its top-1 (None where it has no images).
+    """Accuracies in percent. per_class: for each class, its images and its top-1 (None if it has no images).
 
-    predicted: int64 [images of the set], the likeliest class of each; -1 for one that could not be read.
+    predicted: int64 [images of the set], the most likely class of each; -1 for one that could not be read.
     loss: mean cross entropy in nats with the true labels, over the classes that the network chooses among.
     """
 
@@ -43,9 +43,9 @@ class Scores:
 class Said:
     """What a network said of the images of a batch that are scored.
 
-    indices, labels: int64 [n], images of the set, and their classes. likeliest: int64 [n, k], the likeliest classes of
-    those that are chosen among, five unless there are fewer; probabilities: theirs, float32 [n, k].
-    of_label: float32 [n], the probability of each image's label.
+    indices, labels: int64 [n], images of the set, and their classes. likeliest: int64 [n, k], the most likely classes
+    of those that are chosen among, five unless there are fewer; probabilities: theirs, float32 [n, k]. of_label:
+    float32 [n], the probability of each image's label.
     """
 
     indices: torch.Tensor
@@ -71,7 +71,7 @@ def answering(
 
 
 def likeliest_five(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The five likeliest classes, int64 [B, 5], and all probabilities, float32 [B, C], of logits [B, C].
+    """The five most likely classes, int64 [B, 5], and all probabilities, float32 [B, C], of logits [B, C].
 
     Of fewer classes, all of them.
     """
@@ -94,10 +94,10 @@ def score(
     """Runs the network over the loader's images, in evaluation mode.
 
     columns: for each class of the loader the network's output that stands for it, or -1 where the network lacks it;
-    None where the two are the same. The network chooses among the loader's classes alone, and images of classes that
+    None if the two are the same. The network chooses among the loader's classes alone, and images of classes that
     it lacks are not scored. together: the processes whose loaders have the set's images among them.
     stop: whether to stop, asked before each batch. each: called after each batch.
-    Raises Stopped where `stop` says so in any process, and TrainError where no image is left.
+    Raises Stopped if `stop` says so in any process, and TrainError where no image is left.
     """
     answer = answering(network, normalisation, device=device, autocast=autocast)
     num_classes = loader.num_classes

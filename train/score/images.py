@@ -55,7 +55,7 @@ def find_images(
 
 
 def on_own_data(origin: str, run: Run | None, find: Callable[[str], _Found]) -> tuple[str, _Found]:
-    """What a run was given as DATA, and what `find` finds there. Raises TrainError where nothing says, or is there.
+    """What a run was given as DATA, and what `find` finds there. Raises TrainError if nothing says, or is there.
 
     origin: of the network, for messages.
     """

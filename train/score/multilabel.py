@@ -34,7 +34,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """percent: None where no image was scored. images: scored. left_out: those without labels."""
+    """percent: None if no image was scored. images: scored. left_out: those without labels."""
 
     percent: float | None
     images: int
@@ -83,7 +83,7 @@ def read_multi_label(path: Path) -> Labels:
 
 
 def real_accuracy(labels: Labels, answers: Answers) -> Accuracy:
-    """ReaL accuracy (Beyer et al.): of the images with labels, the share whose likeliest class is one of them.
+    """ReaL accuracy (Beyer et al.): of the images with labels, the share whose most likely class is one of them.
 
     Files that the labels do not know are of another set, and don't count at all.
     """

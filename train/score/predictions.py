@@ -1,4 +1,4 @@
-"""What a network says of each image, as rows: the likeliest classes, in words too, as text, CSV or JSON."""
+"""What a network says of each image, as rows: the most likely classes, in words too, as text, CSV or JSON."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ from command import printable
 from models.classes import readable
 from train import TrainError
 
-# text: for people. csv: a row an image. json: one list. jsonl: a JSON object a line.
+# text: for people. csv: a row per image. json: one list. jsonl: a JSON object a line.
 Format = Literal["text", "csv", "json", "jsonl"]
 
 # What files of predictions begin with.
@@ -36,10 +36,10 @@ def check_choice(option: str, value: str | None, choices: Sequence[str]) -> None
 
 
 class Rows:
-    """Writes rows about images, in batches. Each names the image's file and the likeliest classes.
+    """Writes rows about images, in batches. Each names the image's file and the most likely classes.
 
     write: takes the text. class_names: by their numbers. most: classes that a row names. labelled: each row
-    also has the image's label, whether it is the likeliest class, and its probability.
+    also has the image's label, whether it is the most likely class, and its probability.
     In CSV and JSON probabilities have six digits, and a class has its name and the same in words.
     """
 
@@ -63,7 +63,7 @@ class Rows:
         probabilities: torch.Tensor,
         truth: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """Rows of a batch. classes: int64 [B, most], the likeliest first; probabilities: float32 [B, most], theirs.
+        """Rows of a batch. classes: int64 [B, most], the most likely first; probabilities: float32 [B, most], theirs.
         truth: int64 [B], each image's label, and float32 [B], its probability; None unless rows are labelled.
         """
         assert (truth is not None) == self._labelled

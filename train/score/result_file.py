@@ -19,7 +19,7 @@ def result_file(path: Path, *, begins: str, option: str = "OUT") -> Iterator[Wri
     An earlier result stays until then; so does the lock that lets one process at a time write to a place. Devices and
     pipes are written to as they are. begins: what such results begin with; another file is not overwritten.
     option: how the user names the file. Bytes of file names that are no text are written as they were.
-    Raises TrainError where the file cannot be written.
+    Raises TrainError if the file cannot be written.
     """
 
     def refusal(error: OSError) -> TrainError:

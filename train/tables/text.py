@@ -37,7 +37,7 @@ class TablesOptions:
         tables: which, with commas between them (default: Label Refinery's 1,4,2,3,6,7 and, with taxonomy, 5); ReLabel's
             are relabel-networks and relabel-labels; stored, which is in no paper, compares labels from files with the
             refinery's own; length has what both papers say most of, for long runs on a GPU
-        seeds: runs a row, of seeds 0, 1, ...; refineries are trained once
+        seeds: runs per row, of seeds 0, 1, ...; refineries are trained once
         student: the student of most rows
         students: those of Table 2, of relabel-networks and of length, and those that learn together from one folder of
             stored labels
@@ -107,7 +107,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Score:
-    """A run's accuracy on a further set: percent, None where none of its labels is of the run's classes; images."""
+    """A run's accuracy on a further set: percent, None if none of its labels is of the run's classes; images."""
 
     percent: float | None
     images: int
