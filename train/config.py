@@ -262,7 +262,7 @@ class Config:
             if value is not None and value < 1:
                 raise TrainError(f"{name}={value}: must be at least 1")
         if self.resolution and self.resolution > _MOST_PIXELS:
-            raise TrainError(f"resolution={self.resolution}: must be at most {_MOST_PIXELS} pixels a side")
+            raise TrainError(f"resolution={self.resolution}: must be at most {_MOST_PIXELS} pixels per side")
         if self.batch % (self.replicas or 1):
             raise TrainError(f"batch={self.batch}: is not divided by replicas={self.replicas}; take a multiple of it")
         if self.save_minutes <= 0:
