@@ -12,7 +12,7 @@ _BLOCK = 1024
 
 
 def binarise(x: Tensor) -> Tensor:
-    """The sign of x as +1 or -1, in x's dtype; sign(0) is +1, and NaN stays NaN, so that a broken network shows.
+    """The sign of x as +1 or -1, in x's dtype; sign(0) is +1, and NaN stays NaN, so that a broken network is noticed.
 
     x: float32, bfloat16 or float16, any shape and memory format. The gradient passes unchanged where |x| < 1 and is 0
     elsewhere.
@@ -21,16 +21,16 @@ def binarise(x: Tensor) -> Tensor:
 
 
 def reference(x: Tensor) -> Tensor:
-    """What defines binarise, in plain PyTorch."""
+    """The definition of binarise in plain PyTorch."""
     sign = torch.where(x >= 0, 1, torch.where(x < 0, -1, x)).detach()
     passing = torch.where(x.abs() < 1, x, 0)
-    # The bracket is exactly 0, and carries the gradient.
+    # The bracket is exactly 0 and carries the gradient.
     return sign + (passing - passing.detach())
 
 
 @torch.library.custom_op("label_refinery::binarise", mutates_args=(), device_types="cpu")
 def _binarise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The signs, and what backward needs: bool, where the gradient passes."""
+    """The signs, and for backward a bool tensor: where the gradient passes."""
     return torch.where(x >= 0, 1, torch.where(x < 0, -1, x)), x.abs() < 1
 
 
@@ -65,7 +65,7 @@ _binarise.register_autograd(_backward, setup_context=_keep)
 def launch(x: Tensor) -> tuple[Tensor, Tensor]:
     """The Triton version of the operator."""
     signs, passes = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-    # Memory is walked from end to end, whatever the memory format: all must lie alike, without gaps.
+    # Memory is traversed from end to end in any memory format: all tensors need the same layout, without gaps.
     if x.stride() != signs.stride():
         x = torch.empty_like(x).copy_(x)
     if x.numel():
