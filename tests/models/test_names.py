@@ -120,7 +120,7 @@ def test_timm_models_are_tried_at_the_resolution() -> None:
 
 
 def test_timm_models_without_a_classifier_are_refused() -> None:
-    with pytest.raises(ModelError, match="does not give one logit a class"):
+    with pytest.raises(ModelError, match="does not give one logit per class"):
         models.check_resolution("timm:qwen3_vit_88m_enc", 224)
 
 

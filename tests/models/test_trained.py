@@ -1,4 +1,4 @@
-"""What the user may name as a trained network, and which classes it then has."""
+"""The accepted names of a trained network, and the classes that it then has."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ IDS = class_ids()
 
 
 def bare(path: Path, outputs: int, name: str = NAME) -> dict[str, torch.Tensor]:
-    """Writes a file of weights as the papers' are: a bare state dict in the old format."""
+    """Writes a file of weights like the papers': a bare state dict in the old format."""
     torch.manual_seed(outputs)
     state = models.build(name, outputs).state_dict()
     torch.save(state, path, _use_new_zipfile_serialization=False)
@@ -52,7 +52,7 @@ def test_a_bare_file_has_the_classes_of_the_data(tmp_path):
 @pytest.mark.parametrize(
     "class_names",
     [
-        None,  # of images to be told apart
+        None,  # of images with unknown classes
         IDS[20:30],
         IDS,
         sorted(map(str, range(1000))),  # ImageNetV2
