@@ -1,4 +1,4 @@
-"""Label maps: what a refinery said of each part of an image, of which a crop takes its own (ReLabel: Yun et al. 2021).
+"""Label maps: a refinery's labels of each part of an image, pooled over each crop's box (ReLabel: Yun et al. 2021).
 
 train/maps.py makes them, train/trees.py imports and exports them, kernels/pool_labels.py pools them over a crop's box.
 """
@@ -33,7 +33,7 @@ def open_maps(folder: str | Path) -> Store:
 
 
 def existing_maps(folder: Path) -> Store | None:
-    """The maps, finished or not, in a folder that is to hold some.
+    """The maps, finished or not, in a folder that maps are written to.
 
     Raises TrainError if it holds anything else, or cannot be written.
     """
@@ -46,7 +46,7 @@ def existing_maps(folder: Path) -> Store | None:
 
 
 def check_classes(data: ConvertedSet) -> None:
-    """Raises TrainError for data of more classes than maps are pooled of."""
+    """Raises TrainError for data with more classes than maps can be pooled for."""
     if len(data.class_names) > MOST_CLASSES:
         raise TrainError(
             f"{data.folder}: has {len(data.class_names)} classes; maps are pooled of {MOST_CLASSES} at most"
@@ -55,7 +55,7 @@ def check_classes(data: ConvertedSet) -> None:
 
 @dataclass(frozen=True)
 class MapLabels(LabelsFromStore):
-    """Label maps: what a refinery said of every part of each image, of which each crop takes its own (ReLabel)."""
+    """Label maps: a refinery's labels of every part of each image, pooled over each crop's box (ReLabel)."""
 
     pooled: str
 
@@ -67,7 +67,7 @@ class MapLabels(LabelsFromStore):
 
     @classmethod
     def check(cls, given: StoredOptions, config: Asked) -> None:
-        """What StoredLabels checks is all that can be checked before the folder is read."""
+        """StoredLabels checks everything that can be checked before the folder is read."""
 
     @classmethod
     def find(cls, given: StoredOptions, config: Asked, class_names: Sequence[str]) -> "MapLabels":
@@ -103,7 +103,7 @@ class MapLabels(LabelsFromStore):
 
 
 class Maps(LabelSource):
-    """The label maps of images, pooled over each crop's box. Raises TrainError, when first used, for damage.
+    """The label maps of images, pooled over each crop's box. Raises TrainError for damage when first used.
 
     pooled: logits or probabilities; see kernels.pool_labels.
     """

@@ -1,4 +1,4 @@
-"""What a page shows of a set: its classes, crops, duplicates and suspects."""
+"""Sections about a set: its classes, crops, duplicates and suspects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,15 +18,15 @@ from train.look.page import Section, card, cards, figure, folded, paragraph, tab
 from train.look.thumbnails import Thumbnails
 from train.report.analysis import Labels, picture
 
-# How many cards the parts show; all their pictures together are fewer than thumbnails.MOST.
+# How many cards each section shows; all their pictures together are fewer than thumbnails.MOST.
 CROPS = 30
 _GROUPS, _OF_A_GROUP = 8, 3
 SUSPECTS = 24
 _SUSPECTS_OF_VAL = 12
-# Of more classes, these many of the largest and of the smallest are listed.
+# If there are more classes, this many of the largest and of the smallest are listed.
 _LISTED = 500
 _OPEN = 25
-# A network that gives its label less than the first, and another class more than the second, is sure of that one.
+# A network that gives the label less than the first, and another class more than the second, is confident of that one.
 _UNLIKELY, _SURE = 0.01, 0.9
 
 SPLIT_NAMES = {"train": "train", "val": "validation"}
@@ -34,9 +34,9 @@ SPLIT_NAMES = {"train": "train", "val": "validation"}
 
 @dataclass(frozen=True)
 class Pictured:
-    """The images of a set, for those who draw them.
+    """The images of a set, for drawing.
 
-    names: what readers call the classes. betons, files: of each split; files: names of the image files, None if the
+    names: of the classes, for readers. betons, files: of each split; files: names of the image files, None if the
     set has none.
     """
 
@@ -51,7 +51,7 @@ class Pictured:
         return np.bincount(self.betons[split].labels, minlength=len(self.names))
 
     def place(self, split: str, index: int) -> str:
-        """Which image it is, for readers."""
+        """The name of an image, for readers."""
         files = self.files[split]
         return f"{split}/{files[index]}" if files else f"{SPLIT_NAMES[split]} image {index}"
 
@@ -63,7 +63,7 @@ class Pictured:
 
 
 def percent(share: float) -> str:
-    """0 to 1 as "61 %", on one line; what is small or nearly all keeps a digit more."""
+    """0 to 1 as "61 %", on one line; values below 1 % or above 99 % have one more digit."""
     value = 100 * share
     return f"{value:.{int(0 < value < 1 or 99 < value < 100)}f}\N{NO-BREAK SPACE}%"
 
@@ -190,7 +190,7 @@ def duplicates(images: Pictured, found: Sequence[Duplicates]) -> Section:
     )
     shown = []
     for each in found[:_GROUPS]:
-        # Of each label and each split one, as far as there is room.
+        # One for each label and each split, as far as there is space.
         kinds = {(split, int(images.betons[split].labels[index])): (split, index) for split, index in each.members}
         some = list(dict.fromkeys([*kinds.values(), *each.members]))[:_OF_A_GROUP]
         lines = [(SPLIT_NAMES[split], images.label(split, index), each.contradictory) for split, index in some]
@@ -210,7 +210,7 @@ def duplicates(images: Pictured, found: Sequence[Duplicates]) -> Section:
 
 
 def suspicious(answers: Answers) -> int:
-    """Of how many images the network all but excludes the label and is sure of another class."""
+    """For how many images the network nearly excludes the label and is confident of another class."""
     return int(((answers.of_label < _UNLIKELY) & (answers.confidence > _SURE)).sum())
 
 
@@ -242,7 +242,7 @@ def doubted(images: Pictured, split: str, answers: Answers, most: int) -> str:
 
 
 def answer_card(images: Pictured, split: str, answers: Answers, row: int) -> str:
-    """An image with its label and what a network says of it. row: its place among the answers."""
+    """An image with its label and a network's answer. row: its index among the answers."""
     index = int(answers.indices[row])
     label, said = (images.names[each[row]] for each in (answers.labels, answers.predicted))
     lines = [

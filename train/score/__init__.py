@@ -1,4 +1,4 @@
-"""How accurate a network is: top-1, top-5, loss, and the accuracy of each class; beside it other kinds of accuracy."""
+"""The accuracy of a network: top-1, top-5, loss, and the accuracy of each class; beside it other kinds of accuracy."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,11 +41,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Said:
-    """What a network said of the images of a batch that are scored.
+    """A network's answers for the scored images of a batch.
 
-    indices, labels: int64 [n], images of the set, and their classes. likeliest: int64 [n, k], the most likely classes
-    of those that are chosen among, five unless there are fewer; probabilities: theirs, float32 [n, k]. of_label:
-    float32 [n], the probability of each image's label.
+    indices, labels: int64 [n], images of the set, and their classes. likeliest: int64 [n, k], the most likely of the
+    classes to choose from, five unless there are fewer; probabilities: theirs, float32 [n, k]. of_label: float32 [n],
+    the probability of each image's label.
     """
 
     indices: torch.Tensor
@@ -73,7 +73,7 @@ def answering(
 def likeliest_five(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The five most likely classes, int64 [B, 5], and all probabilities, float32 [B, C], of logits [B, C].
 
-    Of fewer classes, all of them.
+    All of them if there are fewer.
     """
     return logits.topk(min(5, logits.shape[1]), dim=1).indices, logits.softmax(dim=1)
 
@@ -93,25 +93,25 @@ def score(
 ) -> Scores:
     """Runs the network over the loader's images, in evaluation mode.
 
-    columns: for each class of the loader the network's output that stands for it, or -1 where the network lacks it;
-    None if the two are the same. The network chooses among the loader's classes alone, and images of classes that
-    it lacks are not scored. together: the processes whose loaders have the set's images among them.
-    stop: whether to stop, asked before each batch. each: called after each batch.
-    Raises Stopped if `stop` says so in any process, and TrainError where no image is left.
+    columns: the network's output for each class of the loader, or -1 if the network lacks it; None if the two are the
+    same. The network chooses only among the loader's classes, and images of classes that it lacks are not scored.
+    together: the processes whose loaders divide the set's images among them. stop: whether to stop, called before each
+    batch. each: called after each batch. Raises Stopped if `stop` returns True in any process, and TrainError if no
+    image is left.
     """
     answer = answering(network, normalisation, device=device, autocast=autocast)
     num_classes = loader.num_classes
     known = torch.tensor(range(num_classes) if columns is None else columns)
-    # The loader's classes to choose from, and the outputs that stand for them.
+    # The loader's classes to choose from, and their outputs.
     choices = (known >= 0).nonzero()[:, 0].to(device)
     outputs = known.to(device)[choices]
-    # The place of each class among the choices; cross entropy leaves out images of place -1.
+    # The index of each class among the choices; cross entropy ignores images with index -1.
     places = torch.full((num_classes,), -1, dtype=torch.int64, device=device)
     places[choices] = torch.arange(len(choices), device=device)
-    # Rows: images of each class, those right at first, those right within five.
+    # Rows: images of each class, those right in top-1, those right in top-5.
     counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
     predicted = torch.full((loader.num_samples,), -1, dtype=torch.int64, device=device)
-    # Image by image, so that the sum has one order for any number of processes.
+    # Per image, so that the sum has the same order for any number of processes.
     losses = torch.zeros(loader.num_samples, dtype=torch.float64, device=device)
     stopped = False
     with images_bar(loader.num_samples, "score", leave=False) as bar:
@@ -150,7 +150,7 @@ def score(
 
 
 def _said(batch: CropBatch, choices: torch.Tensor, first_five: torch.Tensor, probabilities: torch.Tensor) -> Said:
-    """choices: int64, the classes that the columns of `probabilities` stand for, in order; first_five: of these."""
+    """choices: int64, the classes of the columns of `probabilities`, in order; first_five: indices of these."""
     scored = torch.isin(batch.labels, choices)
     labels, probabilities, first_five = batch.labels[scored], probabilities[scored], first_five[scored]
     return Said(
@@ -170,5 +170,5 @@ def validation_loader(
     batch: int,
     **loading: Any,
 ) -> Loader:
-    """The validation images of a set, each once. loading: what else open_loader takes (decoder, device ...)."""
+    """The validation images of a set, each once. loading: further arguments of open_loader (decoder, device, ...)."""
     return open_loader(data.beton("val"), resolution=resolution, batch_size=batch, train=False, crop=crop, **loading)
