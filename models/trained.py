@@ -172,7 +172,7 @@ def _published(name: str) -> Trained:
     names = class_ids(known.num_classes)
     if not names:
         raise ModelError(
-            f"{name}: its published weights are no classifier of ImageNet's classes; fine-tune it, or take another"
+            f"{name}: its published weights are not a classifier of ImageNet's classes; fine-tune it, or take another"
         )
     network = models.build(name, len(names), pretrained=True)
     return Trained(network, name, None, names, known.normalisation, known.resolution, known.center_ratio)

@@ -43,10 +43,10 @@ class ChainOptions:
 
 def main() -> None:
     about = (
-        "Trains one network after the other (--models), each on the labels of the one before. What is finished is not "
-        "repeated, and what was stopped goes on. Ends with the table of generations, which is written below --runs as "
-        "text, JSON and a picture. All options hold for every generation, except --refinery and --pretrained, which "
-        "are for the first alone."
+        "Trains networks one after another (--models), each on the labels of the previous one. Finished runs are not "
+        "repeated, and stopped runs continue. Ends with the table of generations, which is written below --runs as "
+        "text, JSON and a picture. All options apply to every generation, except --refinery and --pretrained, which "
+        "are only for the first."
     )
 
     def parse(words: list[str]) -> tuple[Config, ChainOptions]:

@@ -391,11 +391,11 @@ def parse_both(
     if several_devices:
         # train.launch takes these two before the parser sees the rest.
         about += (
-            " --gpus N starts N processes, one per device; --max_restarts K starts them again, up to K times, after "
-            "one was killed or failed."
+            " --gpus N starts N processes, one per device; --max_restarts K restarts them, up to K times, after one "
+            "was killed or failed."
         )
     parser = ArgumentParser(prog=prog, description=about, exit_on_error=False, print_config=None)
-    parser.add_argument("--config", action="config", help="a YAML file of options; those typed behind it count more")
+    parser.add_argument("--config", action="config", help="a YAML file of options; options after it override it")
     parser.add_argument("--print_config", action="store_true", help="print all options with their values, and end")
     parser.add_class_arguments(own, as_group=False)
     parser.add_class_arguments(Config, as_group=False)

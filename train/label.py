@@ -58,13 +58,13 @@ class LabelOptions:
 
 def main() -> None:
     about = (
-        "Writes what a refinery says of every training crop of the first --epochs epochs to the folder --out, for "
-        "training with --labels.stored. What is finished is not repeated; started twice, the processes share the "
-        "epochs, and with --gpus N as many devices share the batches of each. A refinery that is named by its network "
-        "is trained first where it has no finished run. Options that say how crops are made (--seed, --crop, --copies, "
-        "--resolution) and how the refinery labels them (--batch, --order, --precision, --labels.bn, "
-        "--labels.resolution) count here; students find the former in the labels. --model is the student, of which the "
-        "recipe may say something of its own (its batch, say)."
+        "Writes a refinery's labels of every training crop of the first --epochs epochs to the folder --out, for "
+        "training with --labels.stored. Finished epochs are not repeated; if the command is started twice, the "
+        "processes share the epochs, and with --gpus N, N devices share the batches of each. A refinery given by the "
+        "name of its network is trained first if it has no finished run. Options for how crops are made (--seed, "
+        "--crop, --copies, --resolution) and how the refinery labels them (--batch, --order, --precision, --labels.bn, "
+        "--labels.resolution) apply here; students read the former from the labels. --model is the student, for which "
+        "the recipe may have its own values (its batch, for example)."
     )
 
     def parse(words: list[str]) -> tuple[Config, LabelOptions]:
@@ -107,7 +107,7 @@ def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
         f"crops   {labeller.loader.num_samples} images of {job.data.folder}, {made.copies} crops each, {epochs} epochs"
     )
     print(
-        f"rows    {made.kind}, {made.bytes_per_crop} bytes a crop, {in_units(made.bytes_per_epoch)} an epoch, "
+        f"rows    {made.kind}, {made.bytes_per_crop} bytes per crop, {in_units(made.bytes_per_epoch)} per epoch, "
         f"{in_units(epochs * made.bytes_per_epoch)} in all; {store.folder}",
         flush=True,
     )
@@ -232,7 +232,7 @@ class Labeller:
         (spoilt,) = self._together.largest([not finite])
         if spoilt:
             raise TrainError(
-                f"REFINERY={self.job.config.refinery}: what it says of some crops of epoch {epoch + 1} is not finite; "
+                f"REFINERY={self.job.config.refinery}: its logits for some crops of epoch {epoch + 1} are not finite; "
                 "try --precision fp32, or another refinery"
             )
 

@@ -73,10 +73,10 @@ def main() -> None:
         return
     about = (
         "Writes the label map of every training image to the folder --out, for training with --labels.stored: the "
-        "refinery's classifier at each cell of its last feature map, the likeliest 5 classes of each. A refinery that "
-        "is named by its network is trained first where it has no finished run. The commands `import` and `export` "
-        "(python -m train.maps import --help) read and write maps in files as ReLabel published them, and `show` draws "
-        "some. With --gpus N as many devices make them, each those of some images."
+        "refinery's classifier at each cell of its last feature map, the 5 most likely classes of each. A refinery "
+        "given by the name of its network is trained first if it has no finished run. The commands `import` and "
+        "`export` (python -m train.maps import --help) read and write maps in the files that ReLabel published, and "
+        "`show` draws some. With --gpus N, N devices divide the images among them."
     )
 
     def parse(words: list[str]) -> tuple[Config, MapsOptions]:
@@ -121,7 +121,7 @@ def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
     if made.cells == 1:
         print("maps    of one cell give all crops of an image the same label; a larger --map_resolution has more")
     print(
-        f"rows    {made.bytes_per_crop} bytes an image, {in_units(made.bytes_per_epoch)} in all; {store.folder}",
+        f"rows    {made.bytes_per_crop} bytes per image, {in_units(made.bytes_per_epoch)} in all; {store.folder}",
         flush=True,
     )
     with stop_on_signal() as stop, store.writing(0, together) as rows:

@@ -90,7 +90,7 @@ def import_maps(tree: str, data: str, out: str, refinery: str = "relabel") -> St
     if others:
         print(f"maps    {len(others)} of no training image are left out (first {printable(others[0])})")
     print("logits  as they are; classes that a cell leaves out count as 0")
-    print(f"rows    {format.width} bytes an image, {in_units(description.bytes_per_epoch)} in all; {out}", flush=True)
+    print(f"rows    {format.width} bytes per image, {in_units(description.bytes_per_epoch)} in all; {out}", flush=True)
     with stop_on_signal() as stop, store.writing(0) as rows:
         if rows is not None:
             digest = _fill(rows, _read_maps(root, wanted, classes), format, stop)

@@ -107,7 +107,7 @@ def test_published_weights_come_with_their_classes_size_and_normalisation(tmp_pa
 
 
 def test_published_weights_that_tell_no_classes_of_imagenet_apart_are_refused():
-    with pytest.raises(ModelError, match="are no classifier of ImageNet's classes; fine-tune it"):
+    with pytest.raises(ModelError, match="are not a classifier of ImageNet's classes; fine-tune it"):
         load_trained("timm:vit_base_patch16_clip_224.openai:pretrained")
     with pytest.raises(ModelError, match="resnet50: has no weights to fetch; .* take torchvision:NAME or timm:NAME"):
         load_trained("resnet50:pretrained")

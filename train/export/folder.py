@@ -42,7 +42,7 @@ def check_place(out: Path) -> None:
         raise TrainError(f"OUT={out}: holds {others[0]}, which no export writes; give another OUT, or move it away")
     if any(out.iterdir()) and not _is_export(out):
         raise TrainError(
-            f"OUT={out}: is no earlier export, and would be overwritten; give another OUT, or move it away"
+            f"OUT={out}: is not an earlier export, and would be overwritten; give another OUT, or move it away"
         )
 
 

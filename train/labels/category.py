@@ -69,7 +69,7 @@ class TaxonomyLabels(Labels):
         return {"taxonomy": digest_of(self.file)}
 
     def describe(self) -> str:
-        return f"one a category, by {self.file}"
+        return f"one per category, by {self.file}"
 
     def open(self, crops: Crops) -> LabelSource:
         return Category(self.table)

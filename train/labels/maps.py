@@ -94,7 +94,7 @@ class MapLabels(LabelsFromStore):
     def describe(self) -> str:
         made = self.store.description
         side = f" at {made.resolution} px" if made.resolution else ""
-        size = f"{made.bytes_per_crop} bytes an image"
+        size = f"{made.bytes_per_crop} bytes per image"
         pooled = f", {self.pooled} pooled" if self.pooled != "logits" else ""
         return f"{made.kind}, in {self.store.folder}: {made.refinery['network']}{side}, {size}{pooled}"
 

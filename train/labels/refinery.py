@@ -20,7 +20,7 @@ from train.device import computing_in
 from train.labels.source import Asked, Crops, Labels, LabelSource, Targets
 
 # Suffix of the name of the labelling network.
-_PER = {"crop": "", "image": ", one an image", "category": ", one a category"}
+_PER = {"crop": "", "image": ", one per image", "category": ", one per category"}
 
 # Only shapes matter for folding batch normalisation; every network that has it accepts this size.
 _USUAL_RESOLUTION = 224

@@ -299,7 +299,9 @@ def check_folder(folder: Path) -> None:
     except OSError as error:
         raise TrainError(f"OUT={folder}: labels cannot be written there ({error.strerror})") from None
     if not writable:
-        raise TrainError(f"OUT={folder}: labels cannot be written there ({existing} is no folder that can be written)")
+        raise TrainError(
+            f"OUT={folder}: labels cannot be written there ({existing} is not a folder that can be written)"
+        )
     if others:
         raise TrainError(f"OUT={folder}: holds other files; give a new folder, or one of such labels")
 

@@ -105,7 +105,7 @@ class StoredLabels(LabelsFromStore):
         made = self.store.description
         return (
             f"stored in {self.store.folder}: {made.refinery['network']}, with {made.refinery['bn']} statistics, "
-            f"{made.kind}, {made.bytes_per_crop} bytes a crop, {self.epochs} epochs"
+            f"{made.kind}, {made.bytes_per_crop} bytes per crop, {self.epochs} epochs"
         )
 
     def open(self, crops: Crops) -> LabelSource:

@@ -115,7 +115,7 @@ def calibration_curve(found: Calibration) -> bytes:
     axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     below.bar(found.confidence, found.counts, 0.05, color=_TRAIN)
-    below.set(xlabel="confidence: probability of the likeliest class", ylabel="images")
+    below.set(xlabel="confidence: probability of the most likely class", ylabel="images")
     below.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     below.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     for each in (axes, below):

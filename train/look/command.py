@@ -68,8 +68,7 @@ def main() -> None:
         "Writes one HTML page, --out, of the images in --data: classes and sizes, the first crops that a training with "
         "these options will see, with the labels of image, crop and --refinery (or --labels.stored) side by side, "
         "duplicates, and images that are probably mislabelled; of --checkpoint also learning curves, confusion, worst "
-        "classes and mistakes, and calibration. Options that say how a network is trained count as far as they change "
-        "crops and labels."
+        "classes and mistakes, and calibration. Options of training matter only if they change crops or labels."
     )
     look(*parse_both(sys.argv[1:], LookOptions, prog="python -m train.look", about=about, several_devices=False))
 

@@ -109,7 +109,7 @@ def card(pictures: Sequence[tuple[str, str]], lines: Sequence[tuple[str, str, bo
     """A card of pictures and facts about them.
 
     pictures: (data: address, what it shows). lines: (source, class, whether to mark it as another class than the
-    image's). file: which image it is.
+    image's). files: names of the image's files.
     """
     shown = "".join(f'<img alt="{text(alt)}" src="{address}">' for address, alt in pictures)
     said = "".join(

@@ -141,15 +141,15 @@ def crops(images: Pictured, first: FirstCrops, job: Job, by_refinery: Answers | 
         f"classes in turn, as the network gets them: {first.resolution} px"
         + (f", with {augmented}" if augmented else "")
         + ". Left the image with the box of the crop, thin the boxes of the next epochs; right the crop, which may be "
-        "mirrored. Labels: what the set says of the image, what training takes as the label of the crop"
-        + (", what the refinery says of the whole image" if by_refinery is not None else "")
+        "mirrored. Labels: the image's label in the set, the crop's label in training"
+        + (", the refinery's label of the whole image" if by_refinery is not None else "")
         + "; marked where it is another class than the image's."
     )
     body += paragraph(f"Labels of crops: {job.labels.describe()}.")
     if first.given < 1:
         body += paragraph(
-            f"Over the {first.count:,} crops of this step, the likeliest class of the crop's label is the image's for "
-            f"{percent(first.agree / first.count)}; on average the label gives {percent(first.given)} to the image's."
+            f"Of the {first.count:,} crops of this step, {percent(first.agree / first.count)} have a label whose most "
+            f"likely class is the image's; on average the label gives {percent(first.given)} to the image's."
         )
     return Section("crops", "Crops and their labels", body + cards(shown, double=True))
 
@@ -238,7 +238,7 @@ def suspects(images: Pictured, train: Answers, val: Answers | None) -> Section:
 def doubted(images: Pictured, split: str, answers: Answers, most: int) -> str:
     """Cards of the images on which a network disagrees most with the set."""
     shown = [answer_card(images, split, answers, row) for row in answers.most_doubted(most).tolist()]
-    return cards(shown) if shown else paragraph("None: it says of each what the set says.")
+    return cards(shown) if shown else paragraph("None: the network agrees with the set on all of them.")
 
 
 def answer_card(images: Pictured, split: str, answers: Answers, row: int) -> str:

@@ -164,7 +164,7 @@ def map_of_image(
             Patch(color=colour, label="others" if each == _OTHERS else _short(names[each], 22))
             for each, colour in colours.items()
         ],
-        title="map: the likeliest class of each cell, the paler the less likely (in %)",
+        title="map: the most likely class of each cell, paler if less likely (in %)",
         title_fontsize=9,
         loc="center",
         ncols=_COLUMNS,

@@ -229,7 +229,7 @@ def _refined(report: ReportData, indices: Sequence[int], folder: Path) -> list[F
         drawn.append(
             Figure(
                 path,
-                f"Labels of a refinery for {len(cuts)} random crops of one image: the three likeliest classes by "
+                f"Labels of a refinery for {len(cuts)} random crops of one image: the three most likely classes by "
                 f"{report.labelling.whose}; its batch normalisation by statistics {statistics}. "
                 f"{report.data.name}, training image {index}, which the set labels {truth}; crops of seed "
                 f"{report.seed}, epoch 0{', some mirrored' if flips.any() else ''}.",
@@ -270,7 +270,7 @@ def _predicted(report: ReportData, beton: Beton, crops: Request, what: str, kind
     )
     return Figure(
         path,
-        f"The three likeliest classes by each run, with their probabilities; the image's own label is bold. "
+        f"The three most likely classes by each run, with their probabilities; the image's own label is bold. "
         f"{report.data.name}: {what}. {_WEIGHTS}",
         "; ".join(likeliest),
     )
@@ -299,7 +299,7 @@ def _html(report: ReportData, drawn: Sequence[Figure]) -> str:
 <main>
 <h1>{_span([len(report.subjects)], "run", "runs")} on {name}</h1>
 <p>The analysis of Label Refinery (Bagherinezhad et al. 2018, section 4.1), with the paper's numbers of figures. A crop
-counts as right where the likeliest class is its image's.</p>
+counts as right if the most likely class is its image's.</p>
 {note}<div class="wide">
 {_table(HEADS, rows(report))}
 </div>

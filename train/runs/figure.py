@@ -56,7 +56,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
             axes.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-            axes.set_xlabel(f"ms a crop, one at a time, on this machine's CPU with {torch.get_num_threads()} threads")
+            axes.set_xlabel(f"ms per crop, one at a time, on this machine's CPU with {torch.get_num_threads()} threads")
             axes.grid(alpha=0.3, which="both")
             axes.margins(0.25)
         sheet.legend(

@@ -28,7 +28,7 @@ _Found = TypeVar("_Found")
 # What is scored: original image files, or a converted set, which may still have to be made.
 Images = Source | ConvertedSet | Unconverted
 
-# Kinds of multiple labels by name: their reader, and the accuracy by them.
+# Kinds of multiple labels by name: the labels, and the function that scores answers with them.
 Asked = dict[str, tuple[Labels, Callable[[Labels, Answers], Accuracy]]]
 
 

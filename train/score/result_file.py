@@ -61,7 +61,7 @@ def _opened(path: Path, place: Path, begins: str, option: str) -> Iterator[Binar
     with locked(place.with_name(f".{place.name}.lock"), waiting):
         if place.is_file() and not _is_result(place, begins):
             raise TrainError(
-                f"{option}={path}: is no earlier result of this command, and would be overwritten; give another "
+                f"{option}={path}: is not an earlier result of this command, and would be overwritten; give another "
                 f"{option}, or move it away"
             )
         with replacing(place) as file:

@@ -36,9 +36,9 @@ _USUAL_ORDER = "1,4,2,3,6,7,5"
 
 def main() -> None:
     about = (
-        "Makes the tables of the Label Refinery and ReLabel papers again, run by run; what is finished is not "
-        "repeated. --refinery (default: resnet18) names the network that labels for most rows, --out the file to write "
-        "(default: runs/tables-1-4-....md). All other options of python -m train hold for every run."
+        "Reproduces the tables of the Label Refinery and ReLabel papers, run by run; finished runs are not "
+        "repeated. --refinery (default: resnet18) is the network that labels for most rows, --out the file to write "
+        "(default: runs/tables-1-4-....md). All other options of python -m train apply to every run."
     )
 
     def parse(words: list[str]) -> tuple[Config, TablesOptions]:
