@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from PIL import features
 
+from bench import nvidia
+
 _ROOT = Path(__file__).parents[1]
 _PACKAGES = (
     "torch",
@@ -35,6 +37,7 @@ def environment(device: str) -> dict[str, Any]:
     """The machine and the versions that figures depend on, before anything is measured.
 
     device: cpu or cuda. memory_bytes: of the machine. load_average: of the last minute, what else it was busy with.
+    gpus: on a GPU, what bench.nvidia knows of each that may be used.
     """
     cpu = _cpu()
     return {
@@ -43,6 +46,7 @@ def environment(device: str) -> dict[str, Any]:
         # A result written earlier is no change of the code.
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu["model"],
+        "gpus": nvidia.gpus() if device == "cuda" else [],
         "cpu": cpu,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": os.getloadavg()[0],
@@ -76,7 +80,17 @@ def _versions() -> dict[str, str | None]:
             versions[name] = None
     # Pillow's; torchvision, FFCV and DALI carry one of their own, which they don't tell.
     versions["libjpeg-turbo"] = features.version_feature("libjpeg_turbo")
+    # What PyTorch was built for, and the library that it loads where there is a GPU.
+    versions["cuda"] = torch.version.cuda
+    versions["cudnn"] = _cudnn()
     return versions
+
+
+def _cudnn() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    found = torch.backends.cudnn.version()
+    return found and f"{found // 10000}.{found // 100 % 100}.{found % 100}"
 
 
 def _git(*words: str) -> str:

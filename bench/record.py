@@ -41,6 +41,12 @@ def rate_columns(unit: str) -> tuple[Column, Column]:
 # Of rows whose unit is images/s; batch: images a batch.
 BATCH_TIME = Column("ms a batch", lambda row: figure(1000 * row["batch"] / row["rate"]["median"]))
 MEMORY = optional("memory MB", "peak_memory_bytes", lambda value: f"{value / 1e6:.0f}")
+# Of a GPU while it worked: the share of the time in which nothing ran on it, its clock, and what it drew.
+GPU_COLUMNS = (
+    optional("idle", "idle", lambda share: f"{100 * share:.1f} %"),
+    optional("MHz", "clock_mhz", lambda value: f"{value:.0f}"),
+    optional("W", "watts", lambda value: f"{value:.0f}"),
+)
 DEVICE_MEMORY = optional("GPU MB", "peak_device_memory_bytes", lambda value: f"{value / 1e6:.0f}")
 
 
@@ -51,7 +57,7 @@ def step_columns(device: str, *more: Column) -> tuple[Column, ...]:
         for head, key in (("of products", "share_of_flops"), ("of copies", "share_of_bytes"))
     ]
     common = (*rate_columns("images/s"), BATCH_TIME, *shares, *more, MEMORY)
-    return (*common, DEVICE_MEMORY) if device == "cuda" else common
+    return (*common, DEVICE_MEMORY, *GPU_COLUMNS) if device == "cuda" else common
 
 
 def ran(rows: list[Row]) -> dict[str, Row]:
@@ -189,12 +195,33 @@ def _machine(found: dict[str, Any]) -> str:
     commit = (
         f"commit {found['commit'][:10]}{' with changes' if found['dirty'] else ''}" if found["commit"] else "no commit"
     )
-    gpu = f"{found['device']}; " if found["device"] != cpu["model"] else ""
+    gpu = f"{found['device']}{_gpus(found.get('gpus', []))}; " if found["device"] != cpu["model"] else ""
     return (
         f"{gpu}{cpu['model']}, {cpu['cores']} cores ({simd}), {found['memory_bytes'] / 2**30:.0f} GiB, "
         f"load before {found['load_average']:.1f}; "
         f"{found['date'][:10]}, {commit}; {versions}."
     )
+
+
+def _gpus(found: list[dict[str, Any]]) -> str:
+    """Number, driver, memory, highest clocks and power limit of GPUs, in brackets; nothing where none is known."""
+    if not found:
+        return ""
+    said = [
+        f"{len(found)} of them" if len(found) > 1 else None,
+        *(
+            text.format(found[0][name])
+            for name, text in (
+                ("driver", "driver {}"),
+                ("memory_mib", "{:.0f} MiB"),
+                ("max_clock_mhz", "up to {:.0f} MHz"),
+                ("max_memory_clock_mhz", "memory {:.0f} MHz"),
+                ("power_limit_watts", "{:.0f} W"),
+            )
+            if found[0][name] is not None
+        ),
+    ]
+    return f" ({', '.join(text for text in said if text)})"
 
 
 def title(record: Record, found: dict[str, Any]) -> str:

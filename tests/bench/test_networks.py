@@ -137,7 +137,7 @@ def test_shares_and_bookkeeping_follow_from_the_rates():
     }
     (note,) = demand_note({row["name"]: row for row in rows[:2]})
     assert "3 GFLOP and 300 MB an image" in note
-    assert "3 TFLOP/s and copies 150 GB/s: at most 500 images/s" in note
+    assert "3 TFLOP/s, for 1000 images/s, and copies 150 GB/s, for 500 images/s: at most 500 images/s" in note
     limit, bookkeeping = networks._findings("a → b", rows)
     assert limit == f"a → b: {note}"
     # A step of 80 ms: refinery 20, student 50; optimizer 1, normalise, loss and metrics 2.
