@@ -54,7 +54,7 @@ class Settings:
 
     @property
     def apart(self) -> bool:
-        """Whether contenders that fill a GPU's memory are measured one after the other; quickly, all are compiled at once."""
+        """Whether contenders that fill a GPU's memory are measured in turn; quickly, all are compiled at once."""
         return self.on_gpu and not self.quick
 
     @property

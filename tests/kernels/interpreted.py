@@ -14,7 +14,7 @@ _patch_lang_tensor = interpreter._patch_lang_tensor
 
 
 def _patch_with_index(tensor, scope) -> None:
-    """Before 3.8, Triton's interpreter reads a loop's bound by int() of one element's array, which NumPy 2.5 refuses."""
+    """Triton before 3.8 reads a loop's bound by int() of one element's array, which NumPy 2.5 refuses."""
     _patch_lang_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
