@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import features
 
-from bench import nvidia
+from train import nvidia
 
 _ROOT = Path(__file__).parents[1]
 _PACKAGES = (

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import BenchError
+from train import nvidia
 
 Row = dict[str, Any]
 
@@ -195,33 +196,12 @@ def _machine(found: dict[str, Any]) -> str:
     commit = (
         f"commit {found['commit'][:10]}{' with changes' if found['dirty'] else ''}" if found["commit"] else "no commit"
     )
-    gpu = f"{found['device']}{_gpus(found.get('gpus', []))}; " if found["device"] != cpu["model"] else ""
+    gpu = f"{found['device']}{nvidia.described(found.get('gpus', []))}; " if found["device"] != cpu["model"] else ""
     return (
         f"{gpu}{cpu['model']}, {cpu['cores']} cores ({simd}), {found['memory_bytes'] / 2**30:.0f} GiB, "
         f"load before {found['load_average']:.1f}; "
         f"{found['date'][:10]}, {commit}; {versions}."
     )
-
-
-def _gpus(found: list[dict[str, Any]]) -> str:
-    """Number, driver, memory, highest clocks and power limit of GPUs, in brackets; nothing where none is known."""
-    if not found:
-        return ""
-    said = [
-        f"{len(found)} of them" if len(found) > 1 else None,
-        *(
-            text.format(found[0][name])
-            for name, text in (
-                ("driver", "driver {}"),
-                ("memory_mib", "{:.0f} MiB"),
-                ("max_clock_mhz", "up to {:.0f} MHz"),
-                ("max_memory_clock_mhz", "memory {:.0f} MHz"),
-                ("power_limit_watts", "{:.0f} W"),
-            )
-            if found[0][name] is not None
-        ),
-    ]
-    return f" ({', '.join(text for text in said if text)})"
 
 
 def title(record: Record, found: dict[str, Any]) -> str:

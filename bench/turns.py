@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from bench import nvidia
 from bench.process import PATIENCE, CallFailed, Process, cpu_seconds, memory_bytes
 from bench.record import figure
+from train import nvidia
 
 _SAMPLING_SECONDS = 0.05
 _OVER = "the time was over before its first turn"

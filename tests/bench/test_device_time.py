@@ -7,11 +7,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEventAvg
 
-from bench import nvidia
 from bench.device_time import busy_seconds, covered
 from bench.record import table
 from bench.trace import costliest
 from tests.bench.test_record import RECORD
+from train import nvidia
 
 
 def average(key: str, device: DeviceType, on_device: float, on_host: float = 0, **more) -> FunctionEventAvg:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.paths import python_path
 from train import TrainError
 from train import device as device_module
 from train.device import autocast_type, device_named, precision_on, set_tf32_and_allocator, set_threads
@@ -141,7 +142,9 @@ def test_threads_below_one_are_refused():
 def test_threads_of_commands_do_not_spin(given, found):
     """The variable must be there before PyTorch is loaded; the user's own counts."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_DISPLAY_ENV": "true", "PYTHONPATH": str(ROOT)} | ({"OMP_WAIT_POLICY": given} if given else {})
+    environment |= {"OMP_DISPLAY_ENV": "true", "PYTHONPATH": python_path()} | (
+        {"OMP_WAIT_POLICY": given} if given else {}
+    )
     done = subprocess.run(
         [sys.executable, "-m", "train.evaluate", "--help"], capture_output=True, text=True, env=environment
     )

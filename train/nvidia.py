@@ -24,6 +24,27 @@ def gpus() -> list[dict[str, Any]]:
     return _asked(_FIXED)
 
 
+def described(found: list[dict[str, Any]]) -> str:
+    """What gpus() found in words, in brackets behind the name of a GPU; nothing where none was found."""
+    if not found:
+        return ""
+    said = [
+        f"{len(found)} of them" if len(found) > 1 else None,
+        *(
+            text.format(found[0][name])
+            for name, text in (
+                ("driver", "driver {}"),
+                ("memory_mib", "{:.0f} MiB"),
+                ("max_clock_mhz", "up to {:.0f} MHz"),
+                ("max_memory_clock_mhz", "memory {:.0f} MHz"),
+                ("power_limit_watts", "{:.0f} W"),
+            )
+            if found[0][name] is not None
+        ),
+    ]
+    return f" ({', '.join(text for text in said if text)})"
+
+
 def now() -> dict[str, float]:
     """Clock and power at this moment, clock_mhz and watts, as means of the GPUs; what is not known is left out."""
     found = _asked(_NOW)
