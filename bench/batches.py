@@ -20,12 +20,16 @@ def measure(settings: Settings) -> Record:
     """Measures the step of the first pair at half, once, twice and four times the batch."""
     pair = Pair(*settings.pairs[0], settings)
     sizes = sorted({max(int(size * settings.batch), 1) for size in _SIZES})
+    # The usual one first: time may be short.
+    first = sorted(sizes, key=lambda size: size != settings.batch)
     contenders = [
         *limits(pair),
-        *(_contender(pair, size, cuda_graphs=graphs) for size in sizes for graphs in (False, True)),
+        *(_contender(pair, size, cuda_graphs=graphs) for size in first for graphs in (False, True)),
     ]
     title = f"batches, {pair}"
-    rows = with_shares(in_turns(contenders, **settings.pace, apart=settings.apart, title=title))
+    rows = with_shares(in_turns(contenders, **settings.pace, apart=settings.on_gpu, title=title))
+    # Behind the limits, by their size.
+    rows[2:] = sorted(rows[2:], key=lambda row: row["batch"])
     return Record(
         part="batches",
         settings=settings.of_networks | {"pair": [pair.refinery, pair.student], "batches": sizes},

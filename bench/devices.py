@@ -141,7 +141,7 @@ def measure(settings: Settings) -> Record:
         folder = Path(name)
         found = images.find(settings.data, folder, most=count)
         contenders = _contenders(pair, images.spread(found, count), folder, threads)
-        rows = in_turns(contenders, **settings.pace, apart=settings.apart, title=f"devices, {pair}")
+        rows = in_turns(contenders, **settings.pace, apart=settings.on_gpu, title=f"devices, {pair}")
     add_efficiency(rows)
     used = min(len(found), count)
     return Record(

@@ -95,6 +95,7 @@ def measure(settings: Settings) -> Record:
             rows += in_turns(
                 [_contender(name, files, stored[CONTENDERS[name].reads], batches, threads, settings) for name in names],
                 **settings.pace,
+                hurried=settings.on_gpu and settings.quick,
                 title=f"loaders, {threads} threads",
             )
     return Record(

@@ -147,7 +147,7 @@ def measure(settings: Settings) -> Record:
         found = images.find(settings.data, folder, most=count)
         files = images.spread(found, count)
         contenders = _contenders(pair, files, folder, threads)
-        found_rows = in_turns(contenders, **settings.pace, apart=settings.apart, title=f"loop, {pair}")
+        found_rows = in_turns(contenders, **settings.pace, **settings.arrangement, title=f"loop, {pair}")
         rows = with_shares(found_rows)
     return Record(
         part="loop",

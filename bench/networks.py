@@ -177,12 +177,12 @@ def measure(settings: Settings) -> Record:
     if settings.quick and settings.on_gpu:
         # Compiling takes most of the time, and is done for all of them at once.
         contenders = [each for pair in pairs for each in (*limits(pair), _stepping(pair))]
-        measured = in_turns(contenders, **settings.pace, title="networks")
+        measured = in_turns(contenders, **settings.pace, **settings.arrangement, title="networks")
     else:
         measured = [
             row
             for pair in pairs
-            for row in in_turns(_contenders(pair), **settings.pace, apart=settings.apart, title=f"networks, {pair}")
+            for row in in_turns(_contenders(pair), **settings.pace, **settings.arrangement, title=f"networks, {pair}")
         ]
     for pair in pairs:
         found = [row for row in measured if row["group"] == str(pair)]

@@ -48,14 +48,12 @@ class Settings:
     @property
     def pace(self) -> dict[str, Any]:
         """What bench.turns.in_turns is to be called with."""
-        hurried = self.on_gpu and self.quick
-        pace = {"turns": self.turns, "seconds": self.seconds, "on_gpu": self.on_gpu}
-        return pace | {"hurried": hurried, "deadline": self.deadline}
+        return {"turns": self.turns, "seconds": self.seconds, "on_gpu": self.on_gpu, "deadline": self.deadline}
 
     @property
-    def apart(self) -> bool:
-        """Whether contenders that fill a GPU's memory are measured in turn; quickly, all are compiled at once."""
-        return self.on_gpu and not self.quick
+    def arrangement(self) -> dict[str, bool]:
+        """The same for parts of several large contenders: on a GPU one at a time, or quickly all of them at once."""
+        return {"apart": self.on_gpu and not self.quick, "hurried": self.on_gpu and self.quick}
 
     @property
     def autocast(self) -> torch.dtype | None:

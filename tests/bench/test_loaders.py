@@ -190,6 +190,7 @@ def test_every_contender_runs(folder, tmp_path):
         (["--threads", "1,two"], "threads=1,two: give 1 to"),
         (["--batch", "0"], "batch=0: must be at least 1"),
         (["--epochs", "many"], "epochs"),
+        (["--minutes", "0"], "minutes=0: must be above 0"),
     ],
 )
 def test_slips_are_refused_in_one_line(words, says, tmp_path, capsys):
