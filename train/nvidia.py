@@ -2,6 +2,7 @@
 
 import contextlib
 import subprocess
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,29 +53,37 @@ def now() -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in known.items() if values}
 
 
-def _asked(fields: dict[str, tuple[str, type]]) -> list[dict[str, Any]]:
+def _asked(fields: Mapping[str, tuple[str, type]]) -> list[dict[str, Any]]:
     """A GPU's fields each, None where the driver does not know one; nothing where nvidia-smi does not answer."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(name for name, _ in fields.values())}", *_ids()]
-    try:
-        done = subprocess.run(
-            [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True, timeout=_SECONDS
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    lines = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+    command = ["nvidia-smi", f"--query-gpu={','.join(name for name, _ in fields.values())}"]
     kinds = [(name, kind) for name, (_, kind) in fields.items()]
-    return [
-        {name: _read(cell, kind) for (name, kind), cell in zip(kinds, cells, strict=True)}
-        for cells in lines
-        if len(cells) == len(kinds)
-    ]
+    # Where it knows the GPUs by other names, all are asked.
+    for ids in (_ids(), []):
+        try:
+            done = subprocess.run(
+                [*command, *ids, "--format=csv,noheader,nounits"],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=_SECONDS,
+            )
+        except (OSError, subprocess.SubprocessError):
+            continue
+        lines = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+        return [
+            {name: _read(cell, kind) for (name, kind), cell in zip(kinds, cells, strict=True)}
+            for cells in lines
+            if len(cells) == len(kinds)
+        ]
+    return []
 
 
 def _ids() -> list[str]:
     """The option that leaves out the GPUs that are hidden from this process."""
     count = torch.cuda.device_count()
-    ids = [getattr(torch.cuda.get_device_properties(number), "uuid", None) for number in range(count)]
-    return [f"--id={','.join(f'GPU-{each}' for each in ids)}"] if ids and all(ids) else []
+    ids = [str(getattr(torch.cuda.get_device_properties(number), "uuid", "")) for number in range(count)]
+    names = [f"GPU-{each.removeprefix('GPU-')}" for each in ids if each]
+    return [f"--id={','.join(names)}"] if names and len(names) == count else []
 
 
 def _read(cell: str, kind: type) -> Any:

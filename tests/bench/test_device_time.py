@@ -1,6 +1,7 @@
 """What a profiler's events say of a GPU, and what its driver says: on a machine without one, by hand."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,21 @@ def test_the_driver_is_asked_and_its_gaps_are_gaps(driver, tmp_path):
     assert nvidia.now() == {"clock_mhz": 1750, "watts": 600.5}
     driver("No devices were found")
     assert (nvidia.gpus(), nvidia.now()) == ([], {})
+
+
+def test_only_gpus_that_may_be_used_are_asked_about(tmp_path, monkeypatch):
+    """And all of them where the driver knows them by other names."""
+    script = tmp_path / "nvidia-smi"
+    answers = "*--id=GPU-1a,GPU-2b*) echo 1000, 500;; *--id*) exit 6;; *) echo 9, 9;;"
+    script.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    known = ["1a", "GPU-2b"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(known))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=known[number]))
+    assert nvidia.now() == {"clock_mhz": 1000, "watts": 500}
+    known[1] = "MIG-3"
+    assert nvidia.now() == {"clock_mhz": 9, "watts": 9}
 
 
 def test_a_table_names_driver_clocks_and_power():
