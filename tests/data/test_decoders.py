@@ -195,6 +195,10 @@ def test_unknown_decoder():
     with pytest.raises(DataError, match="decoder=opencv: unknown; choose one of auto, ffcv"):
         choose("opencv", CPU)
     assert choose("auto", CPU) == "ffcv"
+
+
+def test_dali_is_the_first_on_a_gpu():
+    pytest.importorskip("nvidia.dali")
     assert choose("auto", torch.device("cuda")) == "dali"
 
 

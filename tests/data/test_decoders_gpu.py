@@ -5,10 +5,7 @@ import torch
 
 from data.loader import open_loader
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])

@@ -7,10 +7,7 @@ from kernels import binarise, pool_labels, refinery_loss, sample_blocks
 from kernels.refinery_loss import KINDS
 from tests.kernels.cases import activations, block_images, check, defined, dense, sparse
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("kind", KINDS)

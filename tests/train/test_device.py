@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.paths import python_path
 from train import TrainError
 from train import device as device_module
 from train.device import autocast_type, device_named, precision_on, set_tf32_and_allocator, set_threads
@@ -148,7 +149,7 @@ def test_threads_below_one_are_refused():
 def test_threads_of_commands_spin_for_a_moment_only(given, found):
     """The variable must be there before PyTorch is loaded; the user's own counts."""
     environment = {name: value for name, value in os.environ.items() if not name.endswith(("_POLICY", "_SPINCOUNT"))}
-    environment |= {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT)} | given
+    environment |= {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": python_path()} | given
     done = subprocess.run(
         [sys.executable, "-m", "train.evaluate", "--help"], capture_output=True, text=True, env=environment
     )

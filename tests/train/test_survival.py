@@ -22,6 +22,7 @@ from PIL import Image
 
 from models import ModelError
 from models.trained import load_trained
+from tests.paths import python_path
 from tests.stopping import stop_at
 from tests.train.conftest import TINY
 from train import TrainError
@@ -705,7 +706,7 @@ def test_a_stop_in_validation_is_heeded_within_a_batch(run, monkeypatch, number,
 
 
 def start(folder: Path, *words: str, **options) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TYPED_COMMAND": "make train"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "TYPED_COMMAND": "make train"}
     command = [sys.executable, "-m", "train", *TINY, "--data", str(folder), "--out", "run", *words]
     return subprocess.Popen(command, env=environment, **options)
 
