@@ -1,7 +1,7 @@
 """Crop batches, epoch after epoch: the plan decides, a decoder makes, the loader hands over."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from data import DataError, plan
 from data.beton import Beton
 from data.decoders import Request, View, build_decoder, choose, delivered
 from data.decoders.prefetch import default_threads
+from data.feeder import fed
 from data.plan import CropRule
 from data.sets import is_converted, open_set
 
@@ -154,6 +155,8 @@ class Loader:
         self._order = order if train else "sequential"
         self._paired, self._fetch = paired, fetch
         self._next_epoch = 0
+        # One for all epochs: PyTorch keeps the memory of each stream apart.
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self.num_samples = beton.num_samples
         self.class_names = _class_names(beton)
         self.num_classes = len(self.class_names)
@@ -205,8 +208,12 @@ class Loader:
         """The batches of one epoch from start_step on; those before it cost nothing.
 
         blocks: of the epoch's blocks of images, each of which makes `copies` batches, only these, in this order.
+        They are planned, decoded and looked up in a thread of their own, ahead of their use; taking one costs little.
         Raises DataError for damage, and where the file has been written to since it was opened; see data.beton.Beton.
         """
+        return fed(self._batches(epoch, start_step, blocks), tensors=_tensors, stream=self._stream)
+
+    def _batches(self, epoch: int, start_step: int, blocks: Sequence[int] | None) -> Generator[CropBatch, None, None]:
         first_block, first_copy = divmod(start_step, self.copies)
         numbers = (range(self.blocks) if blocks is None else blocks)[first_block:]
         # The decoder asks for blocks ahead of their use; the boxes that it got wait here for their crops.
@@ -280,6 +287,10 @@ class Loader:
             },
             labels_on_disk=None if fetched is None else delivered(fetched, self._device),
         )
+
+
+def _tensors(batch: CropBatch) -> list[torch.Tensor]:
+    return [*(part for part in vars(batch).values() if isinstance(part, torch.Tensor)), *batch.paired.values()]
 
 
 def _class_names(beton: Beton) -> tuple[str, ...]:

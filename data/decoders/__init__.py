@@ -118,36 +118,33 @@ class Part(NamedTuple):
     left: int
 
 
-def part_of(beton: Beton, index: int, box: NDArray[np.int32]) -> Part:
+def parts_of(beton: Beton, indices: NDArray[np.int64], boxes: NDArray[np.integer]) -> list[Part]:
+    """The parts of n images that boxes int [n, 4] (top, left, height, width) need; see part_of."""
+    beton.check(indices)
+    sizes, lengths, raw = beton.sizes[indices], beton.lengths[indices], beton.raw[indices]
+    out, places = np.empty(lengths.sum(), np.uint8), np.empty((len(indices), 4), np.int64)
+    failed, taken = tiles.take_all(beton.bytes, beton.starts[indices], lengths, sizes, raw, boxes, out, places)
+    if failed >= 0:
+        raise undecodable(beton, int(indices[failed]), wrong_with(beton, int(indices[failed]), taken))
+    return [
+        Part(out[begin:end].reshape(*boxes[i, 2:], 3) if raw[i] else out[begin:end], top, left)
+        for i, (begin, end, top, left) in enumerate(places.tolist())
+    ]
+
+
+def part_of(beton: Beton, index: int, box: NDArray[np.integer]) -> Part:
     """The part of an image that a box (top, left, height, width) needs: the JPEG of its tiles, or its raw pixels.
 
     Raises DataError naming the file and the image where its bytes are damaged.
     """
-    stored = beton.encoded(index)
-    height, width = map(int, beton.sizes[index])
-    top, left, box_height, box_width = map(int, box)
-    if beton.raw[index]:
-        pixels = stored.reshape(height, width, 3)[top : top + box_height, left : left + box_width]
-        return Part(np.ascontiguousarray(pixels), top, left)
-    # What is found in the headers holds for the bytes that are decoded, even if another process writes to the file.
-    stored = stored.copy()
-    found = tiles.layout(stored)
-    if not found.frame:
-        raise undecodable(beton, index, NO_JPEG)
-    if (found.height, found.width) != (height, width):
-        raise undecodable(beton, index, other_size(beton, index, found.height, found.width))
-    if not found.subsampled:
-        return Part(stored, 0, 0)
-    room = np.empty(len(stored), np.uint8)
-    region = tiles.cut(stored, found, top, left, box_height, box_width, room)
-    if region.size < 0:
-        raise undecodable(beton, index, BROKEN_TILES)
-    return Part(room[: region.size] if region.size else stored, region.top, region.left)
+    return parts_of(beton, np.array([index]), box[None])[0]
 
 
-def other_size(beton: Beton, index: int, height: int, width: int) -> str:
-    """What is wrong with an image that turns out to have this size."""
-    return f"is {width}x{height}, the index says {beton.sizes[index][1]}x{beton.sizes[index][0]}"
+def wrong_with(beton: Beton, index: int, taken: tiles.Taken) -> str:
+    """What data.tiles.take found wrong with an image."""
+    if taken.wrong == tiles.OTHER_SIZE:
+        return f"is {taken.width}x{taken.height}, the index says {beton.sizes[index][1]}x{beton.sizes[index][0]}"
+    return BROKEN_TILES if taken.wrong == tiles.BROKEN_TILES else NO_JPEG
 
 
 def undecodable(beton: Beton, index: int, why: str) -> DataError:
