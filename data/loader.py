@@ -1,8 +1,10 @@
 """Crop batches, epoch after epoch: the plan decides, a decoder makes, the loader hands over."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from data import DataError, plan
 from data.beton import Beton
-from data.decoders import Request, View, build_decoder, choose, delivered
+from data.decoders import Request, View, build_decoder, choose, delivered, said_choice
 from data.decoders.prefetch import default_threads
 from data.feeder import fed
 from data.plan import CropRule
@@ -98,15 +100,17 @@ class Loader:
     Iterated over, it takes the place of a DataLoader: each pass is the epoch after that of the pass before, from 0 on
     or from what `set_epoch` was given. `len(loader)` is `steps`.
 
-    resolution: pixels a side. batch_size: crops a batch. decoder: see data.decoders.choose. train: random crops by
-    `crop`, in the order that `order` names: random, quasi-random (random within groups of file pages, for files larger
-    than memory) or sequential; else validation crops in file order.
+    resolution: pixels a side. batch_size: crops a batch. decoder: see data.decoders.choose; what `auto` picks is
+    printed once, to standard error. train: random crops by `crop`, in the order that `order` names: random,
+    quasi-random (random within groups of file pages, for files larger than memory) or sequential; else validation crops
+    in file order.
     seed: of order and crops. device: where batches are delivered. copies: crops of each image an epoch, from one
     decoding; they come in successive batches, and an epoch has that many times the steps. rank, world: which share of
     the images this is, of how many. threads: decoding threads (default: one per processor). drop_last: leave out a last
     batch that is not full (default: in training, where every rank then has the same number of steps).
     paired: further crops of the same images. fetch: the host half of a label source,
-    `(indices int64 [B], copies int64 [B], epoch) -> a host tensor [B, ...] or None`; the tensor travels to the device.
+    `(indices int64 [B], copies int64 [B], epoch) -> a host tensor [B, ...] or None`, which is called in the loader's
+    own thread; the tensor travels to the device.
     resident: on a GPU, the share of its free memory that a set stored as blocks may take, 0 to 1.
 
     num_samples: images in the file. num_classes and class_names: from the set's `set.json`, else counted and numbered.
@@ -171,13 +175,16 @@ class Loader:
             )
         views = [View(self.copies, resolution)]
         views += [View(self.copies if pairing.box == "same" else 1, pairing.resolution) for pairing in paired]
-        self.decoder = choose(decoder, self._device, in_blocks=beton.in_blocks)
+        threads = threads or default_threads()
+        self.decoder = choose(decoder, self._device, beton, threads=threads)
+        if decoder == "auto" and rank == 0:
+            _print_once(said_choice(self.decoder, self._device, beton, threads))
         self._decoder = build_decoder(
             self.decoder,
             beton,
             views=tuple(views),
             device=self._device,
-            threads=threads or default_threads(),
+            threads=threads,
             max_batch=batch_size,
             resident=resident,
         )
@@ -291,6 +298,11 @@ class Loader:
 
 def _tensors(batch: CropBatch) -> list[torch.Tensor]:
     return [*(part for part in vars(batch).values() if isinstance(part, torch.Tensor)), *batch.paired.values()]
+
+
+@cache
+def _print_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _class_names(beton: Beton) -> tuple[str, ...]:

@@ -240,12 +240,12 @@ def cut(
 def take(
     stored: NDArray[np.uint8],
     size: NDArray[np.int32],
-    box: NDArray[np.int32],
+    box: NDArray[np.int64],
     out: NDArray[np.uint8],
 ) -> Taken:
     """Writes the JPEG that a box needs of a stored one to out, which must be as long: that of its tiles, or all of it.
 
-    size: int [2], the height and width that the image should have. box: int [4] (top, left, height, width).
+    size: int [2], the height and width that the image should have. box: int64 [4] (top, left, height, width).
     Headers are read again from what was written: another process may write to the file that stored is mapped from.
     """
     found = layout(stored)
@@ -255,7 +255,7 @@ def take(
         return Taken(OTHER_SIZE, 0, 0, 0, found.height, found.width, False)
     region = Region(0, 0, 0, found.height, found.width)
     if found.subsampled:
-        region = cut(stored, found, np.int64(box[0]), np.int64(box[1]), np.int64(box[2]), np.int64(box[3]), out)
+        region = cut(stored, found, int(box[0]), int(box[1]), int(box[2]), int(box[3]), out)
         if region.size < 0:
             return Taken(BROKEN_TILES, 0, 0, 0, 0, 0, False)
     length = region.size
@@ -277,11 +277,11 @@ def take_all(
     lengths: NDArray[np.int64],
     sizes: NDArray[np.int32],
     raw: NDArray[np.bool_],
-    boxes: NDArray[np.int32],
+    boxes: NDArray[np.int64],
     out: NDArray[np.uint8],
     places: NDArray[np.int64],
 ) -> tuple[int, Taken]:
-    """Takes what the boxes int [n, 4] need of n images of a file, one behind the other, into out, uint8.
+    """Takes what the boxes int64 [n, 4] need of n images of a file, one behind the other, into out, uint8.
 
     starts, lengths: int64 [n], of each image's bytes in the file; out must hold all of these. sizes: int [n, 2]. raw:
     bool [n]; of raw images the pixels of the box are taken. places: int64 [n, 4], is filled with begin and end in out,
@@ -293,8 +293,8 @@ def take_all(
     for i in range(len(starts)):
         stored = file[starts[i] : starts[i] + lengths[i]]
         if raw[i]:
-            top, left, height = np.int64(boxes[i, 0]), np.int64(boxes[i, 1]), np.int64(boxes[i, 2])
-            row = np.int64(boxes[i, 3]) * 3
+            top, left, height = int(boxes[i, 0]), int(boxes[i, 1]), int(boxes[i, 2])
+            row = int(boxes[i, 3]) * 3
             for y in range(height):
                 begin = ((top + y) * sizes[i, 1] + left) * 3
                 source, target = stored[begin : begin + row], out[at + y * row :]

@@ -16,7 +16,6 @@ from data.beton import Beton
 from data.decoders import BATCHES_AHEAD, Request, View, parts_of, undecodable, union
 from data.pixels import open_image
 
-
 # What DALI's host threads do for a GPU is the smaller part of the work, and processors are needed for all else.
 _MOST_THREADS_BESIDE_GPU = 8
 
@@ -119,10 +118,10 @@ class Decoder:
         after = next((i for i, line in enumerate(lines[:-1], 1) if "encountered:" in line), 0)
         why = lines[after] if lines else type(failure).__name__
         if isinstance(failure, MemoryError) or any(said in str(failure).lower() for said in _OUT_OF_MEMORY):
-            where = "the GPU" if self._device.type == "cuda" else "this process"
+            batch = self._pipeline_options["batch_size"]
             return DataError(
-                f"decoder=dali: not enough memory for batches of {self._pipeline_options['batch_size']} images on {where} "
-                f"({why}); take a smaller batch, or decoder=ffcv"
+                f"decoder=dali: not enough memory on {self._device.type} for batches of {batch} images ({why}); "
+                "take a smaller batch, or decoder=ffcv"
             )
         for index in (int(index) for request in requests for index in request.indices):
             try:

@@ -134,10 +134,18 @@ class Decoder:
         return self._prefetcher.batches(map(self._batch, requests))
 
     def _batch(self, request: Request) -> _Batch:
-        beton, (indices, boxes, flips) = self._beton, request
-        boxes = boxes.astype(np.int64)
-        places = beton.starts[indices], beton.lengths[indices], beton.sizes[indices], beton.raw[indices]
-        return _Batch(indices, *places, union(boxes), boxes, flips)
+        beton, indices, flips = self._beton, request.indices, request.flips
+        boxes = request.boxes.astype(np.int64)
+        return _Batch(
+            indices,
+            beton.starts[indices],
+            beton.lengths[indices],
+            beton.sizes[indices],
+            beton.raw[indices],
+            union(boxes),
+            boxes,
+            flips,
+        )
 
     def _fill(self, batch: _Batch, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
         if not hasattr(self._thread, "worker"):
