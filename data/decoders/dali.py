@@ -20,7 +20,7 @@ from data.pixels import open_image
 _MOST_THREADS_BESIDE_GPU = 8
 
 # What DALI's and CUDA's messages say where memory, of the host or of the device, is used up.
-_OUT_OF_MEMORY = ("out of memory", "bad_alloc", "memoryallocation", "allocator_failure", "can't allocate")
+_OUT_OF_MEMORY = ("out of memory", "bad_alloc", "allocation failed", "memoryallocation", "allocator_failure")
 
 
 class Decoder:

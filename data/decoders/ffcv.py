@@ -95,7 +95,10 @@ class _Worker:
 
 
 class _Batch(NamedTuple):
-    """A request with what compiled code reads of its n images, gathered once for all threads; see _fill."""
+    """A request with what compiled code reads of its n images, gathered once for all threads; see _fill.
+
+    jpeg, pixels: bytes of room that a thread needs for the largest of them.
+    """
 
     indices: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -105,6 +108,8 @@ class _Batch(NamedTuple):
     unions: NDArray[np.int64]
     boxes: NDArray[np.int64]
     flips: NDArray[np.bool_]
+    jpeg: int
+    pixels: int
 
 
 class Decoder:
@@ -134,17 +139,22 @@ class Decoder:
         return self._prefetcher.batches(map(self._batch, requests))
 
     def _batch(self, request: Request) -> _Batch:
-        beton, indices, flips = self._beton, request.indices, request.flips
+        beton, indices = self._beton, request.indices
         boxes = request.boxes.astype(np.int64)
+        lengths, sizes = beton.lengths[indices], beton.sizes[indices]
+        # Planes are padded, to whole blocks at most.
+        areas = (sizes + blocks.PADDING).prod(axis=1, dtype=np.int64)
         return _Batch(
             indices,
             beton.starts[indices],
-            beton.lengths[indices],
-            beton.sizes[indices],
+            lengths,
+            sizes,
             beton.raw[indices],
             union(boxes),
             boxes,
-            flips,
+            request.flips,
+            jpeg=0 if beton.in_blocks else int(lengths.max(initial=0)),
+            pixels=int(areas.max(initial=0)) * 3,
         )
 
     def _fill(self, batch: _Batch, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
@@ -153,13 +163,10 @@ class Decoder:
         worker: _Worker = self._thread.worker
         beton = self._beton
         beton.check(batch.indices[first:last])
-        sizes = batch.sizes[first:last]
         try:
-            # Planes are padded, to whole blocks at most.
-            area = (sizes + blocks.PADDING).prod(axis=1, dtype=np.int64).max(initial=0)
-            worker.make_room(0 if beton.in_blocks else batch.lengths[first:last].max(initial=0), area * 3)
+            worker.make_room(batch.jpeg, batch.pixels)
         except MemoryError:
-            largest = int(batch.indices[first + sizes.prod(axis=1, dtype=np.int64).argmax()])
+            largest = int(batch.indices[batch.sizes.prod(axis=1, dtype=np.int64).argmax()])
             raise undecodable(beton, largest, "no memory for an image of the size that the index says") from None
         failed, taken = _fill(
             beton.bytes,

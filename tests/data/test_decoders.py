@@ -13,9 +13,10 @@ from PIL import Image
 from data import DataError
 from data.beton import Beton, Encoded, write_beton
 from data.convert import Storage, encode
-from data.decoders import Request, View, build_decoder, choose
+from data.decoders import Request, View, build_decoder, choose, parts_of
+from data.decoders.prefetch import Prefetcher
 from data.loader import open_loader
-from data.plan import CropRule
+from data.plan import CropRule, random_boxes
 from tests.pictures import photograph
 
 NAMES = ["ffcv", "torchvision", "dali"]
@@ -172,6 +173,55 @@ def test_grayscale_and_one_pixel_boxes(tmp_path, decoder):
     pixel = np.asarray(Image.open(io.BytesIO(buffer.getvalue())))[63, 63]
     assert (crops[0] == int(pixel)).all()
     assert torch.equal(crops[1, 0], crops[1, 2])
+
+
+def test_parts_hold_the_pixels_of_their_boxes(tmp_path):
+    """Of a batch with and without tiles, raw images and one image twice: each lies where it says."""
+    pictures = [photograph(seed, 200 + 9 * seed, 310 - 11 * seed) for seed in range(6)]
+    rows = [encode(picture, Storage("raw" if seed == 4 else "jpeg")) for seed, picture in enumerate(pictures)]
+    buffer = io.BytesIO()
+    pictures[5].save(buffer, "JPEG", quality=90, subsampling="4:4:4")
+    rows[5] = rows[5]._replace(data=buffer.getvalue())
+    write_beton(tmp_path / "parts.beton", rows, at_most=6)
+    beton = Beton(tmp_path / "parts.beton")
+    indices = np.array([3, 0, 4, 5, 1, 0, 2, 4])
+    boxes, _ = random_boxes(indices, beton.sizes[indices], seed=1, epoch=0, copy=np.arange(8), scale=(0.05, 0.3))
+    cut = 0
+    for index, (top, left, height, width), part in zip(
+        indices.tolist(), boxes.tolist(), parts_of(beton, indices, boxes), strict=True
+    ):
+        if beton.raw[index]:
+            whole = beton.encoded(index).reshape(*beton.sizes[index], 3)
+            assert part.data.shape == (height, width, 3)
+            found = part.data
+        else:
+            whole = np.asarray(Image.open(io.BytesIO(beton.encoded(index).tobytes())))
+            found = np.asarray(Image.open(io.BytesIO(part.data.tobytes())))
+            found = found[top - part.top :, left - part.left :][:height, :width]
+            cut += len(part.data) < beton.lengths[index]
+        np.testing.assert_array_equal(found, whole[top : top + height, left : left + width])
+    assert cut >= 4
+
+
+def test_each_thread_has_one_job_a_batch():
+    asked = [Request(np.arange(n), np.zeros((n, 1, 4), np.int32), np.zeros((n, 1), np.bool_)) for n in (10, 1, 7, 16)]
+    jobs = []
+
+    def fill(request, first, last, outs):
+        jobs.append((len(request.indices), first, last))
+        outs[0][:, first:last] = len(request.indices)
+
+    prefetcher = Prefetcher(fill, views=(View(2, 4),), device=CPU, threads=3)
+    for request, (made,) in zip(asked, prefetcher.batches(asked), strict=True):
+        assert made.shape == (2 * len(request.indices), 3, 4, 4)
+        assert (made == len(request.indices)).all()
+    expected = {
+        10: [(0, 3), (3, 6), (6, 10)],
+        1: [(0, 1)],
+        7: [(0, 2), (2, 4), (4, 7)],
+        16: [(0, 5), (5, 10), (10, 16)],
+    }
+    assert sorted(jobs) == sorted((n, *part) for n, parts in expected.items() for part in parts)
 
 
 @pytest.mark.parametrize("decoder", NAMES)
