@@ -31,8 +31,8 @@ NAMES = ("auto", *_NEEDS)
 # Of sets stored as blocks alone, and on a GPU what `auto` means for these.
 _OF_BLOCKS = "blocks"
 
-# So many threads of the CPU path should keep up with one GPU's training on JPEGs, and leave the GPU to the networks: one
-# makes 770 to 2,700 crops of 224 px a second, by processor. How fast a GPU decodes has not been measured yet.
+# So many threads of the CPU path should keep up with one GPU's training on JPEGs, and leave the GPU to the networks:
+# one makes 770 to 2,700 crops of 224 px a second, by processor. How fast a GPU decodes has not been measured yet.
 _THREADS_WITHOUT_GPU = 8
 
 
