@@ -148,10 +148,9 @@ class Trainer:
                     # Counts in no rate.
                     mark += self._show(batch)
                 self._set_rates(progress.epoch + progress.step / loader.steps)
-                self.train_on(batch, progress.epoch, progress.step)
+                number = progress.epoch * loader.steps + progress.step + 1
+                self.train_on(batch, progress.epoch, progress.step, number)
                 progress.step += 1
-                for student in self.students:
-                    student.average(progress.epoch * loader.steps + progress.step)
                 bar.update(batch_size)
                 now = time.perf_counter()
                 progress.train_seconds += now - mark
@@ -277,10 +276,10 @@ class Trainer:
             config = student.job.config
             student.set_rate(config.schedule.factor(epoch, config.epochs))
 
-    def train_on(self, batch: CropBatch, epoch: int, step: int) -> None:
-        """Takes a step. Raises TrainError where that does not fit in memory, with a batch that does, if there is."""
+    def train_on(self, batch: CropBatch, epoch: int, step: int, number: int = 1) -> None:
+        """Takes a step; see Step. Raises TrainError where that does not fit in memory, with a batch that does, if there is."""
         try:
-            self.step(batch, epoch, step)
+            self.step(batch, epoch, step, number)
             return
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -149,8 +149,9 @@ def new_memory_is_nan():
 def test_fp16_scales_the_loss_and_skips_what_overflows(loader, new_memory_is_nan, kind):
     """A skipped step leaves nothing behind: the next one is the first step of a student that skipped none."""
     skipping, plain = (tiny_step(autocast=torch.float16, optimizer=kind) for _ in range(2))
-    scaler = skipping.students[0].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)  # gradients overflow
-    plain.students[0].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = skipping.students[0].scaler
+    scaler.update(2.0**30)  # gradients overflow
+    plain.students[0].scaler.update(2.0**10)
     weights, never_skipped = (step.students[0].network.head.weight for step in (skipping, plain))
     before = weights.detach().clone()
     batch = next(iter(loader.epoch(0)))
