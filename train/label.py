@@ -95,7 +95,7 @@ def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
     parts = with_costs([part for part in parts_of(ahead) if part.is_refinery])
     announce_plan(parts)
     (job,) = with_refinery(ahead, parts)
-    set_tf32_and_allocator(job.device, job.config.precision)
+    set_tf32_and_allocator(job.device, job.config.precision, deterministic=job.config.deterministic)
     set_threads(job.config.threads)
     labeller = Labeller(job, options, together)
     together.check_same(asdict(labeller.description) | {"epochs": epochs})

@@ -15,7 +15,7 @@ from data.progress import images_bar
 from train import TrainError
 from train.balance import class_weights
 from train.checks import said_memory
-from train.device import computing_in, on_device, set_tf32_and_allocator
+from train.device import computing_in, on_device, set_tf32_and_allocator, without_deterministic
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
 from train.labels.ground_truth import GroundTruthLabels
@@ -62,7 +62,7 @@ class Trainer:
     def __init__(self, jobs: Sequence[Job], *, cost: Cost | None = None, later: float = 0.0):
         self.job = job = jobs[0]
         config = job.config
-        set_tf32_and_allocator(job.device, config.precision)
+        set_tf32_and_allocator(job.device, config.precision, deterministic=config.deterministic)
         if job.compiled:
             forget_compiled_steps(len(job.resolutions))
         self.students = [Student.of(each) for each in jobs]
@@ -231,6 +231,9 @@ class Trainer:
             "devices": job.group.world,
             "torch": torch.__version__,
         }
+        if job.config.deterministic and job.device.type == "cuda":
+            start["deterministic"] = True
+            print("deterministic: no search for the fastest algorithms; steps are slower (not measured)", flush=True)
         (changes, *_) = [student.record.begin(start, progress.epoch, progress.step) for student in self.students]
         self._at_start = not (progress.epoch or progress.step)
         if (progress.epoch or progress.step) and progress.epoch < job.config.epochs:
@@ -277,11 +280,16 @@ class Trainer:
             student.set_rate(config.schedule.factor(epoch, config.epochs))
 
     def train_on(self, batch: CropBatch, epoch: int, step: int, number: int = 1) -> None:
-        """Takes a step; see Step. Raises TrainError where that does not fit in memory, with a batch that does, if there is."""
+        """Takes a step (see Step). Raises TrainError where it does not fit in memory, with a batch that does, if any."""
         try:
             self.step(batch, epoch, step, number)
             return
         except RuntimeError as error:
+            if operator := without_deterministic(error):
+                raise TrainError(
+                    f"deterministic: PyTorch {torch.__version__} has no deterministic {operator}; leave "
+                    "--deterministic out, or train another network"
+                ) from None
             if not is_out_of_memory(error):
                 raise
         # Here, the failed step's tensors are gone with its exception.

@@ -108,7 +108,7 @@ def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
     parts = with_costs([part for part in parts_of(ahead) if part.is_refinery])
     announce_plan(parts)
     (job,) = with_refinery(ahead, parts)
-    set_tf32_and_allocator(job.device, job.config.precision)
+    set_tf32_and_allocator(job.device, job.config.precision, deterministic=job.config.deterministic)
     set_threads(job.config.threads)
     mapper = Mapper(job, options, together)
     together.check_same(asdict(mapper.description))

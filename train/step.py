@@ -371,9 +371,7 @@ def _laid_out(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(weight, requires_grad=False).copy_(gradient)
 
 
-def _added(
-    total: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor | None]:
+def _added(total: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """The sums of gradients, None where both have none."""
     return [
         ours if theirs is None else theirs if ours is None else ours.add_(theirs)

@@ -149,7 +149,9 @@ def test_paired_crops_and_labels_on_disk_are_inputs_too():
 
     class OnDisk(GroundTruth):
         def forward(self, batch):
-            return super().forward(replace(batch, labels=(batch.labels_on_disk + batch.paired[pairing][:, 0, 0, 0]) % 3))
+            return super().forward(
+                replace(batch, labels=(batch.labels_on_disk + batch.paired[pairing][:, 0, 0, 0]) % 3)
+            )
 
     states = []
     for options in ({}, {"cuda_graphs": True, "capture": capture}):
@@ -181,7 +183,8 @@ def test_a_checkpoint_is_restored_into_the_tensors_that_the_graph_reads(monkeypa
             torch.manual_seed(6)
             take(step, range(6, 9))
             ends.append(of_students(step))
-        assert same(ends[0], ends[1]) and same(ends[0], ends[2])
+        assert same(ends[0], ends[1])
+        assert same(ends[0], ends[2])
         # What a checkpoint holds of the optimizer is numbers and tensors, as before there were graphs.
         assert saved[0]["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.05 / 5, rel=1e-15)
         assert not saved[0]["optimizer"]["param_groups"][0].get("capturable")
