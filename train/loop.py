@@ -16,6 +16,7 @@ from train import TrainError
 from train.balance import class_weights
 from train.checks import said_memory
 from train.device import computing_in, on_device, set_tf32_and_allocator, without_deterministic
+from train.failures import is_out_of_memory
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
 from train.labels.ground_truth import GroundTruthLabels
@@ -23,8 +24,8 @@ from train.length import Cost, Remaining, said_seconds
 from train.report.analysis import readable
 from train.runs import checkpoint
 from train.runs.crops import labelled_crops
-from train.score import Stopped, validation_loader
-from train.step import Step, forget_compiled_steps, is_out_of_memory
+from train.score import Answers, Stopped, score_all, validation_loader
+from train.step import Step, forget_compiled_steps
 from train.student import CROPS, LOSS, TOP1, TOP5, Student
 from train.waiting import Waiting
 
@@ -96,6 +97,12 @@ class Trainer:
             rank=job.group.rank,
             world=job.group.world,
             **job.loading,
+        )
+        self._answer = Answers(
+            [(student.scored, student.normalisation) for student in self.students],
+            device=job.device,
+            autocast=job.autocast,
+            compiled=job.compiled,
         )
         self.progress = Progress()
         self._waiting = Waiting(job.device)
@@ -194,15 +201,14 @@ class Trainer:
         """Scores the students and ends the epoch: its metrics are kept, and checkpoints written. Raises as run()."""
         self._check_weights()
         done, started = self.progress, time.perf_counter()
-        found = []
         for student in self.students:
             self.job.group.share_buffers({student.network, student.scored})
-            try:
-                found.append(student.score(self.validation, self.job.group, lambda: self._stop.requested))
-            except Stopped:
-                # Validation is repeated as a whole when the run goes on.
-                self._save()
-                raise self._interrupted() from None
+        try:
+            found = score_all(self._answer, self.validation, self.job.group, stop=lambda: self._stop.requested)
+        except Stopped:
+            # Validation is repeated as a whole when the run goes on.
+            self._save()
+            raise self._interrupted() from None
         took = time.perf_counter() - started
         self._remaining.count_validation(took)
         seconds = done.seconds + done.train_seconds + took
@@ -280,7 +286,7 @@ class Trainer:
             student.set_rate(config.schedule.factor(epoch, config.epochs))
 
     def train_on(self, batch: CropBatch, epoch: int, step: int, number: int = 1) -> None:
-        """Takes a step (see Step). Raises TrainError where it does not fit in memory, with a batch that does, if any."""
+        """Takes a step (see Step). Raises TrainError where it does not fit in memory, with a batch that does if any."""
         try:
             self.step(batch, epoch, step, number)
             return

@@ -17,6 +17,7 @@ from train import TrainError
 from train.augment import Augment, kept, partners
 from train.device import computing_in
 from train.distributed import ALONE, Group, Reduce
+from train.failures import is_out_of_memory, reason
 from train.jitter import with_jittered
 from train.labels.source import LabelSource, Targets
 from train.recorded import Capture, Recorder
@@ -383,20 +384,3 @@ def correct(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, t
     """How many crops have their class first, and among the first five (or all, of fewer). Two int64 scalars."""
     first = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return first[:, 0].sum(), first.sum()
-
-
-def reason(error: Exception) -> str:
-    """The first line that says what went wrong; a compiler's first one may only say which part of it failed."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch, on any device, could not get the memory that it asked for."""
-    seen: BaseException | None = error
-    while seen is not None:
-        # The CPU's allocator has no exception of its own.
-        if isinstance(seen, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(seen):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False

@@ -1,21 +1,19 @@
 """A network in training, with all that is its own: what moves, averages, scores and records it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 import models
-from data.loader import Loader
 from kernels.normalise import Normalisation
 from models.weights import load_into, load_weights
 from train.config import OptimizerConfig
 from train.device import on_device
-from train.distributed import ALONE, Group
 from train.job import Job
 from train.runs.record import Record, Silent
-from train.score import Scores, score
+from train.score import Scores
 
 # What the sums hold, in order.
 LOSS, TOP1, TOP5, CROPS = range(4)
@@ -190,18 +188,6 @@ class Student:
 
     def has_finite_weights(self) -> bool:
         return all(bool(weight.isfinite().all()) for weight in self.network.parameters())
-
-    def score(self, loader: Loader, together: Group = ALONE, stop: Callable[[], bool] = lambda: False) -> Scores:
-        """The scores of what is kept, on the images of the loaders of all processes. stop: as in train.score."""
-        return score(
-            self.scored,
-            loader,
-            self.normalisation,
-            device=self._device,
-            autocast=self._autocast,
-            together=together,
-            stop=stop,
-        )
 
     def count(self, scores: Scores) -> None:
         """Takes the scores at the end of an epoch for its own."""

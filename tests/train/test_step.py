@@ -12,9 +12,10 @@ from data.loader import open_loader
 from kernels.normalise import Normalise
 from train import TrainError
 from train.config import OptimizerConfig
+from train.failures import is_out_of_memory
 from train.labels.ground_truth import GroundTruth
 from train.labels.refinery import Refinery
-from train.step import Step, correct, forget_compiled_steps, is_out_of_memory
+from train.step import Step, correct, forget_compiled_steps
 from train.student import CROPS, LOSS, TOP1, TOP5, Student
 
 IMAGENET = models.normalisation("resnet18")
