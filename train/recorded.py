@@ -38,18 +38,22 @@ class Recorder:
         self._capture = capture or cuda_graphs(device)
         self._recorded: dict[Hashable, tuple[list[torch.Tensor], Callable[[], Any]]] = {}
 
-    def run(self, name: str, function: Callable[..., None], *inputs: torch.Tensor) -> None:
-        """As function(*inputs), by a replay. What it does besides writing to tensors is done in a recording alone.
+    def record(self, name: str, function: Callable[..., None], *inputs: torch.Tensor) -> None:
+        """Records function(*inputs) unless this was done for such inputs.
 
-        Where it is recorded first, it runs a few times beforehand, of which nothing is left. Raises what the function
-        or the recording raises; nothing has then changed.
+        It runs a few times beforehand, of which nothing is left; what it does besides writing to tensors it does then
+        alone. Raises what the function or the recording raises; nothing has then changed.
         """
-        key = (name, *((tensor.shape, tensor.dtype) for tensor in inputs))
+        key = _key(name, inputs)
         if key not in self._recorded:
-            # Laid out as the first ones are; those of later steps are alike.
+            # Laid out as these are; those of later steps are alike.
             own = [tensor.clone() for tensor in inputs]
             self._recorded[key] = own, self._record(lambda: function(*own))
-        own, replay = self._recorded[key]
+
+    def run(self, name: str, function: Callable[..., None], *inputs: torch.Tensor) -> None:
+        """As function(*inputs), by a replay; recorded where it was not yet, as `record`."""
+        self.record(name, function, *inputs)
+        own, replay = self._recorded[_key(name, inputs)]
         if own:
             torch._foreach_copy_(own, list(inputs))
         replay()
@@ -66,6 +70,10 @@ class Recorder:
     def _beside(self) -> AbstractContextManager[Any]:
         """On a stream of its own, as PyTorch asks of what runs before a recording."""
         return _OwnStream(self._device) if self._device.type == "cuda" else nullcontext()
+
+
+def _key(name: str, inputs: Sequence[torch.Tensor]) -> Hashable:
+    return (name, *((tensor.shape, tensor.dtype) for tensor in inputs))
 
 
 class Undone:

@@ -96,7 +96,8 @@ class Step:
                 self._loss_of_students, fullgraph=True, dynamic=False, options=dict(COMPILER_OPTIONS)
             )
         self._recorder: Recorder | None = None
-        # Where recorded parts add up their gradients.
+        # Shapes of crops of which all parts are recorded, and where these add up their gradients.
+        self._recorded: set[torch.Size] = set()
         self._total: list[torch.Tensor] = []
         if cuda_graphs:
             self._start_recording(capture)
@@ -204,8 +205,7 @@ class Step:
         elif self._device.type != "cuda" and capture is None:
             self._stop_recording(f"the device is a {self._device.type.upper()}")
         else:
-            numbers = [student.keep_numbers_on_device() for student in self.students]
-            self._numbers = numbers
+            self._numbers = [student.keep_numbers_on_device() for student in self.students]
             if self._replicas > 1:
                 self._total = [torch.zeros_like(weight) for weight in self._weights()]
             self._recorder = Recorder(self._written, self._device, capture)
@@ -244,22 +244,37 @@ class Step:
         return True
 
     def _replay_parts(self, recorder: Recorder, batch: CropBatch, epoch: int, step: int) -> None:
+        if batch.crops.shape not in self._recorded:
+            # All of it, before anything is counted or exchanged: a failure must find the step not yet begun.
+            for part in self._parts(batch, epoch, step):
+                recorder.record(*self._recordable_part(*part, epoch, step))
+            recorder.record("move", self._move_total)
+            self._recorded.add(batch.crops.shape)
         torch._foreach_zero_(self._total)
         parts: list[list[torch.Tensor]] = []
-        for part, own in self._parts(batch, epoch, step):
-
-            def add(own: CropBatch, draws: torch.Tensor | None, part: int = part) -> None:
-                torch._foreach_add_(self._total, self._filled(self._part(own, draws, part)))
-
-            name = "part" if part else "first part"
-            recorder.run(name, *self._recordable(add, own, self._draws(own, epoch, step, part)))
+        for part in self._parts(batch, epoch, step):
+            recorder.run(*self._recordable_part(*part, epoch, step))
             if self._reduce == "tree":
                 parts.append([gradient.clone() for gradient in self._total])
                 torch._foreach_zero_(self._total)
         if self._exchanges:
             # Not recorded: NCCL's part in a graph is one more thing that can only be tried where there is NCCL.
             torch._foreach_copy_(self._total, self._group.reduce_gradients(parts or [self._total], how=self._reduce))
-        recorder.run("move", lambda: self._move([gradient.clone() for gradient in self._total]))
+        recorder.run("move", self._move_total)
+
+    def _move_total(self) -> None:
+        # A scaler may write to what it is given.
+        self._move([gradient.clone() for gradient in self._total])
+
+    def _recordable_part(self, part: int, batch: CropBatch, epoch: int, step: int) -> tuple[Any, ...]:
+        """Name, function and tensors of what adds the gradients of a part to the total."""
+
+        def add(own: CropBatch, draws: torch.Tensor | None) -> None:
+            torch._foreach_add_(self._total, self._filled(self._part(own, draws, part)))
+
+        # All parts but the first restore the running statistics.
+        name = "part" if part else "first part"
+        return name, *self._recordable(add, batch, self._draws(batch, epoch, step, part))
 
     def _recordable(
         self, function: Callable[[CropBatch, torch.Tensor | None], Any], batch: CropBatch, draws: torch.Tensor | None
