@@ -183,7 +183,7 @@ class Student:
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
         if self.scaler:
-            yield from (self.scaler._scale, self.scaler._growth_tracker)
+            yield from (each for each in (self.scaler._scale, self.scaler._growth_tracker) if each is not None)
         yield self.sums
 
     def has_finite_weights(self) -> bool:
