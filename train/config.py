@@ -201,8 +201,11 @@ class Config:
         precision: bf16 or fp16 autocast, tf32 or fp32; what the device has no units for is replaced by what it has
             (auto: the first of bf16, fp16 and fp32 that it has)
         compile: compiles the step; auto does so on CUDA only (on a CPU it costs a minute or two first and seldom pays)
-        cuda_graphs: record the compiled step as CUDA graphs, for networks so small that launching kernels takes longer
-            than running them
+        cuda_graphs: on a GPU, record the whole step as one CUDA graph for each resolution and replay it, which spares
+            the launching of its kernels; what cannot be recorded runs as without it, after a notice (not yet measured)
+        deterministic: on a GPU, the same bits in each run of the same command: algorithms are neither searched for by
+            timing them nor taken from those whose sums depend on timing, which makes steps slower (how much has not
+            been measured); an operator without such an algorithm ends the run. CPUs need no option for that
         replicas: parts of a batch, each with batch statistics of its own, as on a GPU of its own; what several devices
             (--gpus N) share among them (default: as many as there are devices)
         reduce: how the gradients of several devices are added: sum; bf16, rounded on their way, which halves it; tree,
@@ -241,6 +244,7 @@ class Config:
     precision: Precision = "auto"
     compile: Literal["auto", "always", "never"] = "auto"
     cuda_graphs: bool = False
+    deterministic: bool = False
     replicas: int | None = None
     reduce: Reduce = "sum"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -68,7 +68,6 @@ def write_onnx(path: Path, module: nn.Module, *, resolution: int, metadata: Mapp
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 dynamic_shapes={INPUT: {0: torch.export.Dim("N")}},
-                custom_translation_table={torch.ops.label_refinery.binarise.default: _binarise()},
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -90,21 +89,6 @@ def write_onnx(path: Path, module: nn.Module, *, resolution: int, metadata: Mapp
 def as_text(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Metadata as an ONNX file holds it: JSON by name."""
     return {name: json.dumps(value) for name, value in metadata.items()}
-
-
-def _binarise() -> Any:
-    """kernels.binarise as ONNX has it: the signs, and what training would need, which nothing reads."""
-    from onnxscript import opset18
-
-    # Its operators take numbers too, which their types do not say.
-    op: Any = opset18
-
-    def binarise(x: Any) -> Any:
-        one, none = op.CastLike(1.0, x), op.CastLike(0.0, x)
-        signs = op.Where(op.GreaterOrEqual(x, none), one, op.Where(op.Less(x, none), op.Neg(one), x))
-        return signs, op.Less(op.Abs(x), one)
-
-    return binarise
 
 
 class Session:
