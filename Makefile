@@ -78,6 +78,9 @@ takes.test-all      := ARGS
 about.test-gpu      := the tests that need a GPU
 runs.test-gpu       := pytest -m gpu
 takes.test-gpu      := ARGS
+about.gpu           := what to type first on a machine with a GPU: kernels, tests, bench and trainings, on one page
+runs.gpu            := tests.gpu
+takes.gpu           := DEVICE ONLY MINUTES OUT ARGS
 about.test-wheel    := build the package, install it in an empty environment, and try it
 runs.test-wheel     := pytest tests/test_wheel.py
 takes.test-wheel    := ARGS
@@ -93,7 +96,7 @@ about.format        := let ruff order the code
 about.setup         := make .venv from requirements.lock (every verb does it by itself, once)
 about.help          := this text
 
-commands := train label maps chain tables convert look evaluate predict export runs clean-runs report bench bench-compare records compare-labels kernels test test-all test-gpu test-wheel kills soak
+commands := train label maps chain tables convert look evaluate predict export runs clean-runs report bench bench-compare records compare-labels kernels test test-all test-gpu gpu test-wheel kills soak
 verbs := $(commands) lint types format setup help
 
 flags := QUICK PROFILE INT8
@@ -202,11 +205,13 @@ Variables (typed on make's command line; the environment does not count)
   FORMAT      onnx, safetensors                   INT8        1: quantised too (onnx)
               (of predictions: text, csv, json, jsonl)
   ONLY        parts of the bench, with commas: machine, loaders, cold, networks, loop,
-              devices, refinery_cost, pooling; scale, only if it is named;
+              batches, devices, refinery_cost, pooling; scale, only if it is named;
               or of the kills: conversion, training, validation, labels, maps, make;
-              or of the soak: jpeg-ffcv, blocks-ffcv, ...
-  KILLS       how many of each of these parts     MINUTES     how long the soak trains: 60
-  QUICK       1: the bench in three minutes       PROFILE     1: trace one step instead
+              or of the soak: jpeg-ffcv, blocks-ffcv, ...; or stages of gpu
+  KILLS       how many of each of these parts     MINUTES     how long the soak trains: 60;
+                                                  when this call of gpu is to end
+  DEVICE      of gpu: cuda, or cpu, which only tries its stages
+  QUICK       1: the bench in a few minutes       PROFILE     1: trace one step instead
   PAIRS       resnet50:mobilenet,...              THREADS     that decode (bench): 4, or 1,2,4
   A, B        results of the bench to compare
   ARGS        any other options, as raw words: ARGS='--print_config', ARGS='-k plan'

@@ -5,13 +5,16 @@ make bench ONLY=loaders,loop
 """
 
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from bench import BenchError, cold, devices, loaders, loop, machine, networks, pooling, refinery_cost
+from bench import BenchError, batches, cold, devices, loaders, loop, machine, networks, pooling, refinery_cost
 from bench.record import table, write, writing
 from bench.scale.measure import measure as measure_scale
-from bench.settings import resolve
+from bench.settings import Settings, resolve
 from bench.trace import trace
 from command import run_command, with_flags
 from train.device import Precision
@@ -23,6 +26,7 @@ _PARTS = {
     "cold": cold.measure,
     "networks": networks.measure,
     "loop": loop.measure,
+    "batches": batches.measure,
     "devices": devices.measure,
     "refinery_cost": refinery_cost.measure,
     "pooling": pooling.measure,
@@ -30,6 +34,10 @@ _PARTS = {
 }
 # Takes minutes, and 1.3 GB of disk: measured where it is asked for.
 _ON_REQUEST = ("scale",)
+# With QUICK on a GPU: what is measured, the most valuable first, and each part's share of the minutes. Python loads its
+# libraries before, and charts are drawn after: 4 minutes in all.
+_QUICK_ON_GPU = {"networks": 0.5, "loop": 0.3, "loaders": 0.2}
+_QUICK_MINUTES = 3.5
 _FLAGS = ("--quick", "--profile")
 
 
@@ -51,15 +59,17 @@ def run(
     gpus: int | None = None,
     precision: Precision = "auto",
     compile: Literal["always", "never"] | None = None,
+    minutes: float | None = None,
     out: str = "bench/results",
 ) -> None:
     """Measures, prints tables, and writes them with charts and all figures to `out`.
 
     Args:
-        only: the parts to measure, with commas between them: machine, loaders, cold, networks, loop, devices,
-            refinery_cost, pooling, scale (default: all of them except scale, which takes minutes; devices only where
-            there are several)
-        quick: all in small, within three minutes on two cores; other options still count
+        only: the parts to measure, with commas between them: machine, loaders, cold, networks, loop, batches, devices,
+            refinery_cost, pooling, scale (default: all of them except scale, which takes minutes; batches only on a
+            GPU, devices only where there are several; quickly on a GPU: networks, loop and loaders)
+        quick: all in small, within three minutes on two cores; on a GPU three pairs at the usual size in fewer turns,
+            with minutes=3.5; other options still count
         profile: nothing is measured, but one step of the first pair traced, and its costliest operators shown
         data: any folder of images, or a converted set (default: images drawn by code)
         resolution: side of a crop in pixels (default: 224)
@@ -78,10 +88,11 @@ def run(
         gpus: for devices, how many train together (default: all GPUs of the machine); on a CPU, processes that share it
         precision: of networks, as in training: auto, bf16, fp16, tf32 or fp32
         compile: run networks compiled (default: on a GPU)
+        minutes: when measuring is to end; who had no turn by then is listed as not run
         out: the folder for the results
     """
-    parts = [part.strip() for part in only.split(",")] if only else [part for part in _PARTS if part not in _ON_REQUEST]
-    unknown = [part for part in parts if part not in _PARTS]
+    asked = [part.strip() for part in only.split(",")] if only else []
+    unknown = [part for part in asked if part not in _PARTS]
     if unknown:
         raise BenchError(f"only={unknown[0]}: unknown; there are {', '.join(_PARTS)}")
     settings = resolve(
@@ -101,6 +112,11 @@ def run(
         compile=compile,
         gpus=gpus,
     )
+    if minutes is not None and not minutes > 0:
+        raise BenchError(f"minutes={minutes:g}: must be above 0")
+    if minutes is None and settings.quick and settings.on_gpu:
+        minutes = _QUICK_MINUTES
+    parts = asked or _default_parts(settings)
     if "devices" in parts and devices.why_not(settings):
         if only:
             raise BenchError(f"only=devices: {devices.why_not(settings)}")
@@ -112,10 +128,25 @@ def run(
     if profile:
         print("written:", trace(settings, found, Path(out)))
         return
+    ends = _deadlines(parts, minutes) if minutes is not None else {}
     for part in parts:
-        record = _PARTS[part](settings)
+        record = _PARTS[part](replace(settings, deadline=ends.get(part)))
         print(f"\n{part}\n\n{table(record, found)}")
         print("written:", *write(record, found, Path(out)), flush=True)
+
+
+def _default_parts(settings: Settings) -> list[str]:
+    if settings.quick and settings.on_gpu:
+        return list(_QUICK_ON_GPU)
+    return [part for part in _PARTS if part not in _ON_REQUEST and (part != "batches" or settings.on_gpu)]
+
+
+def _deadlines(parts: Sequence[str], minutes: float) -> dict[str, float]:
+    """When each part is to end, of time.monotonic(); what one leaves over is the next one's."""
+    shares = [_QUICK_ON_GPU.get(part, 1 / len(_QUICK_ON_GPU)) for part in parts]
+    second = 60 * minutes / sum(shares)
+    now = time.monotonic()
+    return {part: now + second * sum(shares[: place + 1]) for place, part in enumerate(parts)}
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def measure(settings: Settings) -> Record:
                 )
                 for reading in readings
             ]
-            rows += in_turns(contenders, turns=settings.turns, seconds=settings.seconds, title=f"cold: {title}")
+            rows += in_turns(contenders, **settings.pace, title=f"cold: {title}")
     return Record(
         part="cold",
         settings={

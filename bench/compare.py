@@ -14,7 +14,7 @@ from bench.record import aligned, figure
 from command import exit_on_user_error
 
 # What a difference of figures may come from instead of the code.
-_MACHINE = ("device", "cpu", "versions")
+_MACHINE = ("device", "gpus", "cpu", "versions")
 
 
 def compare(first: Path, second: Path) -> str:
@@ -67,7 +67,8 @@ def _key(row: dict[str, Any]) -> tuple[str, str]:
 
 def _differing(title: str, one: dict[str, Any], other: dict[str, Any], name: str) -> str:
     """A line that says in what the two differ, or ""."""
-    mine, theirs = one.get(name), other.get(name)
+    # No GPUs are no difference to a record that says nothing of them.
+    mine, theirs = one.get(name) or None, other.get(name) or None
     if mine == theirs:
         return ""
     if isinstance(mine, dict) and isinstance(theirs, dict):

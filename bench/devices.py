@@ -22,7 +22,7 @@ from bench.compiler import compiler_note
 from bench.loop import Looping, config_of, write_inputs
 from bench.pair import CLASSES, Pair
 from bench.process import CallFailed, Process, answers
-from bench.record import DEVICE_MEMORY, MEMORY, Column, Record, Row, figure, optional, ran, rate_columns
+from bench.record import DEVICE_MEMORY, GPU_COLUMNS, MEMORY, Column, Record, Row, figure, optional, ran, rate_columns
 from bench.settings import Settings
 from bench.turns import Contender, Runner, Work, in_turns
 from data.processors import processors
@@ -66,7 +66,10 @@ class Devices(Runner):
             process.begin(_facts)
         found = answers(self._processes)
         peaks = [each["peak_device_memory_bytes"] for each in found if "peak_device_memory_bytes" in each]
-        return found[0] | ({"peak_device_memory_bytes": max(peaks)} if peaks else {})
+        # For an image of all, of which each device has its share.
+        busy = found[0].get("busy_seconds")
+        shared = {"busy_seconds": busy / len(found)} if busy is not None else {}
+        return found[0] | shared | ({"peak_device_memory_bytes": max(peaks)} if peaks else {})
 
 
 def _environment(rank: int, world: int, port: int) -> dict[str, str]:
@@ -138,7 +141,7 @@ def measure(settings: Settings) -> Record:
         folder = Path(name)
         found = images.find(settings.data, folder, most=count)
         contenders = _contenders(pair, images.spread(found, count), folder, threads)
-        rows = in_turns(contenders, turns=settings.turns, seconds=settings.seconds, title=f"devices, {pair}")
+        rows = in_turns(contenders, **settings.pace, apart=settings.on_gpu, title=f"devices, {pair}")
     add_efficiency(rows)
     used = min(len(found), count)
     return Record(
@@ -163,7 +166,7 @@ def measure(settings: Settings) -> Record:
             optional("exchange", "exchange", lambda share: f"{100 * share:.1f} %"),
             Column("waiting", lambda row: f"{100 * row['waiting']:.1f} %"),
             MEMORY,
-            *([DEVICE_MEMORY] if settings.device == "cuda" else []),
+            *((DEVICE_MEMORY, *GPU_COLUMNS) if settings.on_gpu else ()),
         ),
     )
 

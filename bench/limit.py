@@ -1,5 +1,6 @@
 """What bounds a step: the device's matrix products and the copies of its memory, each measured as it is at its best."""
 
+from dataclasses import replace
 from functools import partial
 
 from bench.machine import Copy, MatrixProduct
@@ -15,7 +16,8 @@ def limits(pair: Pair) -> list[Contender]:
     """Large matrix products and large copies, counted in images by what a step asks of the device for each."""
     refinery, student = pair.demands()
     demand = refinery.plus(student)
-    return [pair.contender(name, partial(_runner, name, demand), demand) for name in (PRODUCTS, COPIES)]
+    made = [pair.contender(name, partial(_runner, name, demand), demand) for name in (PRODUCTS, COPIES)]
+    return [replace(contender, beside=True) for contender in made]
 
 
 def _runner(name: str, demand: Demand, pair: Pair) -> Runner:
@@ -42,7 +44,8 @@ def demand_note(rows: dict[str, Row]) -> list[str]:
     products, copies = (rows[name]["rate"]["median"] for name in (PRODUCTS, COPIES))
     return [
         f"{row['flops'] / 1e9:.3g} GFLOP and {row['bytes'] / 1e6:.4g} MB an image in a step; the device does "
-        f"{products * row['flops'] / 1e12:.3g} TFLOP/s and copies {copies * row['bytes'] / 1e9:.4g} GB/s: at most "
+        f"{products * row['flops'] / 1e12:.3g} TFLOP/s, for {products:.0f} images/s, and copies "
+        f"{copies * row['bytes'] / 1e9:.4g} GB/s, for {copies:.0f} images/s: at most "
         f"{min(products, copies):.0f} images/s with these operations and passes."
     ]
 

@@ -94,8 +94,8 @@ def measure(settings: Settings) -> Record:
         for threads in settings.threads:
             rows += in_turns(
                 [_contender(name, files, stored[CONTENDERS[name].reads], batches, threads, settings) for name in names],
-                turns=settings.turns,
-                seconds=settings.seconds,
+                **settings.pace,
+                hurried=settings.on_gpu and settings.quick,
                 title=f"loaders, {threads} threads",
             )
     return Record(

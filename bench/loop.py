@@ -17,7 +17,9 @@ import models
 from bench import images
 from bench.baseline import Baseline
 from bench.compiler import CompilerNotes, compiler_note
+from bench.device_time import busy_seconds
 from bench.limit import demand_note, limit_notes, limits, with_shares
+from bench.networks import gpu_notes
 from bench.pair import CLASSES, Pair
 from bench.process import CallFailed, Process
 from bench.record import Column, Record, Row, ran, step_columns
@@ -53,7 +55,7 @@ class Looping(Runner):
 
     def facts(self) -> dict[str, Any]:
         found = {"compiler": self._compiler.found()} if self._compiler else {}
-        return found | {"decoder": self._trainer.loader.decoder}
+        return found | {"decoder": self._trainer.loader.decoder} | _busy(self)
 
 
 class Stepping(Runner):
@@ -68,6 +70,18 @@ class Stepping(Runner):
         for _ in range(self._trainer.loader.steps):
             self._trainer.step(self._batch)
         return Work(self._trainer.loader.steps * self._trainer.job.config.batch)
+
+    def facts(self) -> dict[str, Any]:
+        return _busy(self)
+
+
+def _busy(runner: Runner) -> dict[str, Any]:
+    """busy_seconds: on a GPU, for how long something runs on it for an image."""
+    if runner.device == "cpu":
+        return {}
+    done: list[Work] = []
+    busy = busy_seconds(lambda: done.append(runner.run()))
+    return {"busy_seconds": busy and busy / done[0].amount}
 
 
 def trainer_of(config: Config) -> Trainer:
@@ -133,7 +147,8 @@ def measure(settings: Settings) -> Record:
         found = images.find(settings.data, folder, most=count)
         files = images.spread(found, count)
         contenders = _contenders(pair, files, folder, threads)
-        rows = with_shares(in_turns(contenders, turns=settings.turns, seconds=settings.seconds, title=f"loop, {pair}"))
+        found_rows = in_turns(contenders, **settings.pace, **settings.arrangement, title=f"loop, {pair}")
+        rows = with_shares(found_rows)
     return Record(
         part="loop",
         settings=settings.of_networks
@@ -154,6 +169,7 @@ def measure(settings: Settings) -> Record:
             f"{threads} workers, transforms, float32, eager, NCHW, the refinery in training mode (bench/baseline.py). "
             "On a CPU loop and step keep freed memory (train/device.py); the baseline is as PyTorch comes.",
             *limit_notes(settings),
+            *gpu_notes(settings),
             *_findings(rows),
         ],
         rows=rows,

@@ -109,8 +109,7 @@ def measure(settings: Settings) -> Record:
         builds["decode, Pillow, one core"] = "images/s", partial(DecodeWhole, files)
         rows: list[dict[str, Any]] = in_turns(
             [Contender(build, {"name": name, "group": "", "unit": unit}) for name, (unit, build) in builds.items()],
-            turns=settings.turns,
-            seconds=settings.seconds,
+            **settings.pace,
             title="machine",
         )
     side = _SIDE[device]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import models
 from bench.chart import by_time
 from bench.compiler import CompilerNotes, compiler_note
+from bench.device_time import busy_seconds
 from bench.limit import demand_note, limit_notes, limits, with_shares
 from bench.pair import CLASSES, Pair, batch, crops, refinery
 from bench.record import Column, Record, Row, ran, step_columns
@@ -48,6 +49,13 @@ class _Batches(Runner):
 
     def step(self) -> None:
         raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """busy_seconds: on a GPU, for how long something runs on it for an image."""
+        if self.device == "cpu":
+            return {}
+        busy = busy_seconds(self.run)
+        return {"busy_seconds": busy and busy / (_AT_ONCE[self.device] * self.settings.batch)}
 
     def _forward_of(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
         """The network as train.step.Step runs it: under autocast, and compiled if asked for."""
@@ -108,9 +116,12 @@ class Optimizing(_Batches):
 
 
 class Stepping(_Batches):
-    """train.step.Step on crops that lie ready; with `networks` false, on two that do next to nothing."""
+    """train.step.Step on crops that lie ready; with `networks` false, on two that do next to nothing.
 
-    def __init__(self, pair: Pair, *, networks: bool):
+    cuda_graphs: replayed as CUDA graphs.
+    """
+
+    def __init__(self, pair: Pair, *, networks: bool, cuda_graphs: bool = False):
         super().__init__(pair)
         settings = self.settings
         self._compiler = CompilerNotes() if settings.compiled else None
@@ -123,6 +134,7 @@ class Stepping(_Batches):
             autocast=settings.autocast,
             compiled=settings.compiled,
             strict=True,
+            cuda_graphs=cuda_graphs,
         )
         self._batch = batch(settings)
 
@@ -130,7 +142,7 @@ class Stepping(_Batches):
         self._step(self._batch)
 
     def facts(self) -> dict[str, Any]:
-        return {"compiler": self._compiler.found()} if self._compiler else {}
+        return super().facts() | ({"compiler": self._compiler.found()} if self._compiler else {})
 
 
 class _Nothing(nn.Module):
@@ -158,12 +170,22 @@ def student_of(pair: Pair, network: nn.Module) -> Student:
 
 
 def measure(settings: Settings) -> Record:
-    """Measures the networks of each pair."""
+    """Measures the networks of each pair; quickly on a GPU, their whole steps alone."""
+    pairs = [Pair(*names, settings) for names in settings.pairs]
     rows: list[Row] = []
     notes: list[str] = []
-    for names in settings.pairs:
-        pair = Pair(*names, settings)
-        found = in_turns(_contenders(pair), turns=settings.turns, seconds=settings.seconds, title=f"networks, {pair}")
+    if settings.quick and settings.on_gpu:
+        # Compiling takes most of the time, and is done for all of them at once.
+        contenders = [each for pair in pairs for each in (*limits(pair), _stepping(pair))]
+        measured = in_turns(contenders, **settings.pace, **settings.arrangement, title="networks")
+    else:
+        measured = [
+            row
+            for pair in pairs
+            for row in in_turns(_contenders(pair), **settings.pace, **settings.arrangement, title=f"networks, {pair}")
+        ]
+    for pair in pairs:
+        found = [row for row in measured if row["group"] == str(pair)]
         rows += with_shares(found)
         notes += _findings(str(pair), found)
     return Record(
@@ -174,6 +196,7 @@ def measure(settings: Settings) -> Record:
             f"{settings.computing}, random weights. images/s of one device: median, lowest and highest of "
             f"{settings.turns} turns of {settings.seconds:g} s or more, in turns, after an untimed one each.",
             *limit_notes(settings),
+            *gpu_notes(settings),
             *notes,
         ],
         rows=rows,
@@ -181,6 +204,22 @@ def measure(settings: Settings) -> Record:
         figures=step_columns(settings.device),
         chart=by_time,
     )
+
+
+def gpu_notes(settings: Settings) -> list[str]:
+    """What the columns of record.GPU_COLUMNS say."""
+    if not settings.on_gpu:
+        return []
+    return [
+        "idle: of the time of a turn, the share in which nothing ran on the GPU: kernels and copies, whatever overlaps "
+        "once, are timed by PyTorch's profiler in a piece of work of its own. MHz, W: the GPU's clock and power in the "
+        "midst of the turns, by nvidia-smi."
+    ]
+
+
+def _stepping(pair: Pair) -> Contender:
+    forward, training = pair.demands()
+    return pair.contender(STEP, partial(Stepping, networks=True), forward.plus(training))
 
 
 def _contenders(pair: Pair) -> list[Contender]:
@@ -191,7 +230,7 @@ def _contenders(pair: Pair) -> list[Contender]:
         pair.contender(STUDENT, StudentPass, training),
         pair.contender(OPTIMIZER, Optimizing),
         pair.contender(BARE, partial(Stepping, networks=False)),
-        pair.contender(STEP, partial(Stepping, networks=True), forward.plus(training)),
+        _stepping(pair),
     ]
 
 

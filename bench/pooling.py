@@ -43,7 +43,7 @@ def measure(settings: Settings) -> Record:
         Contender(partial(Pooling, settings, dense), row | {"name": name})
         for name, dense in ((_DENSE, True), (_SPARSE, False))
     ]
-    rows = in_turns(contenders, turns=settings.turns, seconds=settings.seconds, title="pooling")
+    rows = in_turns(contenders, **settings.pace, title="pooling")
     if not any("not_run" in row for row in rows):
         rows[1]["gain"] = rows[1]["rate"]["median"] / rows[0]["rate"]["median"]
     return Record(

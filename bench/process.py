@@ -20,7 +20,7 @@ from command import safe_path
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 # Seconds without an answer after which a process counts as hanging.
-_PATIENCE = 1200
+PATIENCE = 1200
 
 
 class CallFailed(Exception):
@@ -63,11 +63,11 @@ class Process:
         with contextlib.suppress(OSError):  # of a dead process, as answer() will say
             self._connection.send((function, arguments))
 
-    def answer(self) -> Any:
-        """What the call that was begun returns, once it does. Raises CallFailed as call() does."""
+    def answer(self, patience: float = PATIENCE) -> Any:
+        """What the call that was begun returns, once it does, in so many seconds. Raises CallFailed as call() does."""
         try:
-            if not self._connection.poll(_PATIENCE):
-                raise CallFailed(f"no answer within {_PATIENCE} s")
+            if not self._connection.poll(patience):
+                raise CallFailed(f"no answer within {patience:.0f} s")
             answer, failure = self._connection.recv()
         except (EOFError, OSError):
             status = self._process.wait()
@@ -104,9 +104,9 @@ def answers(processes: Sequence[Process]) -> list[Any]:
     found: dict[Connection, Any] = {}
     of = {process._connection: process for process in processes}
     while len(found) < len(of):
-        ready = wait([connection for connection in of if connection not in found], _PATIENCE)
+        ready = wait([connection for connection in of if connection not in found], PATIENCE)
         if not ready:
-            raise CallFailed(f"no answer within {_PATIENCE} s")
+            raise CallFailed(f"no answer within {PATIENCE} s")
         for connection in ready:
             assert isinstance(connection, Connection)
             found[connection] = of[connection].answer()

@@ -43,6 +43,12 @@ def rate_columns(unit: str) -> tuple[Column, Column]:
 # Of rows whose unit is images/s; batch: images a batch.
 BATCH_TIME = Column("ms a batch", lambda row: figure(1000 * row["batch"] / row["rate"]["median"]))
 MEMORY = optional("memory MB", "peak_memory_bytes", lambda value: f"{value / 1e6:.0f}")
+# Of a GPU while it worked: the share of the time in which nothing ran on it, its clock, and what it drew.
+GPU_COLUMNS = (
+    optional("idle", "idle", lambda share: f"{100 * share:.1f} %"),
+    optional("MHz", "clock_mhz", lambda value: f"{value:.0f}"),
+    optional("W", "watts", lambda value: f"{value:.0f}"),
+)
 DEVICE_MEMORY = optional("GPU MB", "peak_device_memory_bytes", lambda value: f"{value / 1e6:.0f}")
 
 
@@ -53,7 +59,7 @@ def step_columns(device: str, *more: Column) -> tuple[Column, ...]:
         for head, key in (("of products", "share_of_flops"), ("of copies", "share_of_bytes"))
     ]
     common = (*rate_columns("images/s"), BATCH_TIME, *shares, *more, MEMORY)
-    return (*common, DEVICE_MEMORY) if device == "cuda" else common
+    return (*common, DEVICE_MEMORY, *GPU_COLUMNS) if device == "cuda" else common
 
 
 def ran(rows: list[Row]) -> dict[str, Row]:

@@ -178,7 +178,7 @@ def _rows(settings: Settings, resolution: int) -> list[Row]:
     rows: list[Row] = []
     for members in (labelling, teaching):
         title = f"refinery cost, {members[0].row['group']}"
-        found = in_turns(members, turns=settings.turns, seconds=settings.seconds, title=title)
+        found = in_turns(members, **settings.pace, apart=settings.on_gpu, title=title)
         # The first of each is what the others are compared with.
         if "not_run" not in found[0]:
             for row in found:

@@ -20,7 +20,7 @@ class Settings:
     turns: timed ones of each contender, of so many seconds at least. crops: an epoch of a loader. steps: an epoch of
     the training loop. contenders: names of loaders, or parts of them. pairs: (refinery, student), names of networks.
     refinery: a trained one. device: cpu or cuda. gpus: devices, or on a CPU processes, that train together.
-    compiled: networks run compiled. quick: all in small.
+    compiled: networks run compiled. quick: all in small. deadline: of time.monotonic(), when measuring is to end.
     """
 
     data: str | None
@@ -39,6 +39,21 @@ class Settings:
     precision: Precision
     compiled: bool
     quick: bool
+    deadline: float | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def pace(self) -> dict[str, Any]:
+        """What bench.turns.in_turns is to be called with."""
+        return {"turns": self.turns, "seconds": self.seconds, "on_gpu": self.on_gpu, "deadline": self.deadline}
+
+    @property
+    def arrangement(self) -> dict[str, bool]:
+        """The same for parts of several large contenders: on a GPU one at a time, or quickly all of them at once."""
+        return {"apart": self.on_gpu and not self.quick, "hurried": self.on_gpu and self.quick}
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -67,7 +82,7 @@ class Settings:
         return f"{self.precision}, {'compiled' if self.compiled else 'eager'}"
 
 
-# What is measured unless asked otherwise: on a GPU, on a CPU, and where it is to be over in three minutes.
+# What is measured unless asked otherwise: on a GPU, on a CPU, and of each where it is to be over in a few minutes.
 _ON_GPU: dict[str, Any] = {
     "resolution": 224,
     "batch": 256,
@@ -88,6 +103,12 @@ _QUICK: dict[str, Any] = {
     "pairs": "resnet18:mobilenet0.25",
     "compile": "never",
 }
+_QUICK_ON_GPU: dict[str, Any] = {
+    "epochs": 2,
+    "steps": 20,
+    "contenders": "ours ffcv,ours dali,ours blocks,dali slice,ffcv",
+    "pairs": "resnet50:mobilenet,resnet50:resnet18,resnet50:resnet50",
+}
 
 
 def resolve(
@@ -95,8 +116,8 @@ def resolve(
 ) -> Settings:
     """The settings that these options mean; of `asked`, what is None was left out. Raises BenchError and others."""
     where = device_named(device)
-    fitting = _ON_GPU if where.type == "cuda" else _ON_CPU
-    values = fitting | (_QUICK if quick else {}) | {name: value for name, value in asked.items() if value is not None}
+    fitting, small = (_ON_GPU, _QUICK_ON_GPU) if where.type == "cuda" else (_ON_CPU, _QUICK)
+    values = fitting | (small if quick else {}) | {name: value for name, value in asked.items() if value is not None}
     for name in ("resolution", "batch", "epochs", "crops", "steps"):
         if values[name] < 1:
             raise BenchError(f"{name}={values[name]}: must be at least 1")

@@ -1,11 +1,13 @@
 """One step of training under PyTorch's profiler: where its time goes, kernel by kernel."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.device_time import on_device
 from bench.networks import Stepping
 from bench.pair import Pair
 from bench.record import aligned, place, writing
@@ -16,7 +18,7 @@ _COSTLIEST = 10
 
 
 def trace(settings: Settings, found: dict[str, Any], folder: Path) -> Path:
-    """Prints the costliest operators or kernels of a step of the first pair, by their own time.
+    """Prints the costliest operators, or on a GPU kernels, of a step of the first pair, by their own time.
 
     Writes DATE-step-DEVICE.trace.json.gz, for chrome://tracing and ui.perfetto.dev, into the folder; returns its path.
     """
@@ -29,18 +31,7 @@ def trace(settings: Settings, found: dict[str, Any], folder: Path) -> Path:
         stepping.step()
         if on_gpu:
             torch.cuda.synchronize()
-    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, name), reverse=True)
-    total = sum(getattr(event, name) for event in events)
-    rows = [
-        [
-            event.key.split("(")[0][:80],
-            str(event.count),
-            f"{getattr(event, name) / 1000:.2f}",
-            f"{100 * getattr(event, name) / total:.1f} %",
-        ]
-        for event in events[:_COSTLIEST]
-    ]
+    rows = costliest(profiler.key_averages(), on_gpu=on_gpu)
     print(f"A step of {pair}: {settings.batch} crops of {settings.resolution} px, {settings.computing}.")
     print(aligned(["kernel" if on_gpu else "operator", "calls", "ms", "share"], rows, left=1))
     stem = place(folder, "step", found)
@@ -48,3 +39,21 @@ def trace(settings: Settings, found: dict[str, Any], folder: Path) -> Path:
     with writing(folder):
         profiler.export_chrome_trace(str(path))
     return path
+
+
+def costliest(events: Iterable[Any], *, on_gpu: bool) -> list[list[str]]:
+    """Name, calls, milliseconds and share of the whole of the events that took longest themselves.
+
+    events: averages of the profiler's. on_gpu: those of the device alone, whose time their operators have once more.
+    """
+    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    spent = sorted(
+        ((getattr(event, name), event) for event in (on_device(events) if on_gpu else events)),
+        key=lambda pair: pair[0],
+        reverse=True,
+    )
+    total = sum(time for time, _ in spent)
+    return [
+        [event.key.split("(")[0][:80], str(event.count), f"{time / 1000:.2f}", f"{100 * time / total:.1f} %"]
+        for time, event in spent[:_COSTLIEST]
+    ]

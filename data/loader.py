@@ -1,8 +1,10 @@
 """Crop batches, epoch after epoch: the plan decides, a decoder makes, the loader hands over."""
 
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from numpy.typing import NDArray
 
 from data import DataError, plan
 from data.beton import Beton
-from data.decoders import Request, View, build_decoder, choose, delivered
+from data.decoders import Request, View, build_decoder, choose, delivered, said_choice
 from data.decoders.prefetch import default_threads
+from data.feeder import fed
 from data.plan import CropRule
 from data.sets import is_converted, open_set
 
@@ -97,15 +100,17 @@ class Loader:
     Iterated over, it takes the place of a DataLoader: each pass is the epoch after that of the pass before, from 0 on
     or from what `set_epoch` was given. `len(loader)` is `steps`.
 
-    resolution: pixels a side. batch_size: crops a batch. decoder: see data.decoders.choose. train: random crops by
-    `crop`, in the order that `order` names: random, quasi-random (random within groups of file pages, for files larger
-    than memory) or sequential; else validation crops in file order.
+    resolution: pixels a side. batch_size: crops a batch. decoder: see data.decoders.choose; what `auto` picks is
+    printed once, to standard error. train: random crops by `crop`, in the order that `order` names: random,
+    quasi-random (random within groups of file pages, for files larger than memory) or sequential; else validation crops
+    in file order.
     seed: of order and crops. device: where batches are delivered. copies: crops of each image an epoch, from one
     decoding; they come in successive batches, and an epoch has that many times the steps. rank, world: which share of
     the images this is, of how many. threads: decoding threads (default: one per processor). drop_last: leave out a last
     batch that is not full (default: in training, where every rank then has the same number of steps).
     paired: further crops of the same images. fetch: the host half of a label source,
-    `(indices int64 [B], copies int64 [B], epoch) -> a host tensor [B, ...] or None`; the tensor travels to the device.
+    `(indices int64 [B], copies int64 [B], epoch) -> a host tensor [B, ...] or None`, which is called in the loader's
+    own thread; the tensor travels to the device.
     resident: on a GPU, the share of its free memory that a set stored as blocks may take, 0 to 1.
 
     num_samples: images in the file. num_classes and class_names: from the set's `set.json`, else counted and numbered.
@@ -154,6 +159,8 @@ class Loader:
         self._order = order if train else "sequential"
         self._paired, self._fetch = paired, fetch
         self._next_epoch = 0
+        # One for all epochs: PyTorch keeps the memory of each stream apart.
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self.num_samples = beton.num_samples
         self.class_names = _class_names(beton)
         self.num_classes = len(self.class_names)
@@ -168,13 +175,16 @@ class Loader:
             )
         views = [View(self.copies, resolution)]
         views += [View(self.copies if pairing.box == "same" else 1, pairing.resolution) for pairing in paired]
-        self.decoder = choose(decoder, self._device, in_blocks=beton.in_blocks)
+        threads = threads or default_threads()
+        self.decoder = choose(decoder, self._device, beton, threads=threads)
+        if decoder == "auto" and rank == 0:
+            _print_once(said_choice(self.decoder, self._device, beton, threads))
         self._decoder = build_decoder(
             self.decoder,
             beton,
             views=tuple(views),
             device=self._device,
-            threads=threads or default_threads(),
+            threads=threads,
             max_batch=batch_size,
             resident=resident,
         )
@@ -205,8 +215,12 @@ class Loader:
         """The batches of one epoch from start_step on; those before it cost nothing.
 
         blocks: of the epoch's blocks of images, each of which makes `copies` batches, only these, in this order.
+        They are planned, decoded and looked up in a thread of their own, ahead of their use; taking one costs little.
         Raises DataError for damage, and where the file has been written to since it was opened; see data.beton.Beton.
         """
+        return fed(self._batches(epoch, start_step, blocks), tensors=_tensors, stream=self._stream)
+
+    def _batches(self, epoch: int, start_step: int, blocks: Sequence[int] | None) -> Generator[CropBatch, None, None]:
         first_block, first_copy = divmod(start_step, self.copies)
         numbers = (range(self.blocks) if blocks is None else blocks)[first_block:]
         # The decoder asks for blocks ahead of their use; the boxes that it got wait here for their crops.
@@ -280,6 +294,15 @@ class Loader:
             },
             labels_on_disk=None if fetched is None else delivered(fetched, self._device),
         )
+
+
+def _tensors(batch: CropBatch) -> list[torch.Tensor]:
+    return [*(part for part in vars(batch).values() if isinstance(part, torch.Tensor)), *batch.paired.values()]
+
+
+@cache
+def _print_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _class_names(beton: Beton) -> tuple[str, ...]:

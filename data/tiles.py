@@ -84,6 +84,27 @@ class Layout(NamedTuple):
     scan: int
 
 
+class Taken(NamedTuple):
+    """What a box needs of an image, as `take` wrote it to a buffer.
+
+    wrong: what is wrong with the image, or 0; height and width are then those that its headers say. size: bytes of the
+    JPEG or, of raw images, of the box's pixels. top, left, height, width: the part of the image that these are, in
+    pixels. subsampled: see Layout.
+    """
+
+    wrong: int
+    size: int
+    top: int
+    left: int
+    height: int
+    width: int
+    subsampled: bool
+
+
+# What `take` finds wrong.
+NO_JPEG, OTHER_SIZE, BROKEN_TILES = 1, 2, 3
+
+
 class Region(NamedTuple):
     """A part of an image, in pixels, and the bytes of its JPEG in the buffer given; size 0: the image's own bytes."""
 
@@ -214,3 +235,78 @@ def cut(
         place = end + 2
     out[size - 1] = _EOI
     return Region(size, part_top, part_left, part_height, part_width)
+
+
+@njit(nogil=True, cache=True)
+def take(
+    stored: NDArray[np.uint8],
+    size: NDArray[np.int32],
+    box: NDArray[np.int64],
+    out: NDArray[np.uint8],
+) -> Taken:
+    """Writes the JPEG that a box needs of a stored one to out, which must be as long: that of its tiles, or all of it.
+
+    size: int [2], the height and width that the image should have. box: int64 [4] (top, left, height, width).
+    Headers are read again from what was written: another process may write to the file that stored is mapped from.
+    """
+    found = layout(stored)
+    if found.frame == 0:
+        return Taken(NO_JPEG, 0, 0, 0, 0, 0, False)
+    if found.height != size[0] or found.width != size[1]:
+        return Taken(OTHER_SIZE, 0, 0, 0, found.height, found.width, False)
+    region = Region(0, 0, 0, found.height, found.width)
+    if found.subsampled:
+        region = cut(stored, found, int(box[0]), int(box[1]), int(box[2]), int(box[3]), out)
+        if region.size < 0:
+            return Taken(BROKEN_TILES, 0, 0, 0, 0, 0, False)
+    length = region.size
+    if length == 0:
+        length = len(stored)
+        # A loop becomes a block copy; a slice assignment would go byte by byte.
+        for k in range(length):
+            out[k] = stored[k]
+    again = layout(out[:length])
+    if again.height != region.height or again.width != region.width or again.subsampled != found.subsampled:
+        return Taken(NO_JPEG, 0, 0, 0, 0, 0, False)
+    return Taken(0, length, region.top, region.left, region.height, region.width, found.subsampled)
+
+
+@njit(nogil=True, cache=True)
+def take_all(
+    file: NDArray[np.uint8],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    sizes: NDArray[np.int32],
+    raw: NDArray[np.bool_],
+    boxes: NDArray[np.int64],
+    out: NDArray[np.uint8],
+    places: NDArray[np.int64],
+) -> tuple[int, Taken]:
+    """Takes what the boxes int64 [n, 4] need of n images of a file, one behind the other, into out, uint8.
+
+    starts, lengths: int64 [n], of each image's bytes in the file; out must hold all of these. sizes: int [n, 2]. raw:
+    bool [n]; of raw images the pixels of the box are taken. places: int64 [n, 4], is filled with begin and end in out,
+    and top and left in the image, of each part.
+    Returns the place of the first image with which something is wrong, and what; else -1.
+    """
+    at = 0
+    taken = Taken(0, 0, 0, 0, 0, 0, False)
+    for i in range(len(starts)):
+        stored = file[starts[i] : starts[i] + lengths[i]]
+        if raw[i]:
+            top, left, height = int(boxes[i, 0]), int(boxes[i, 1]), int(boxes[i, 2])
+            row = int(boxes[i, 3]) * 3
+            for y in range(height):
+                begin = ((top + y) * sizes[i, 1] + left) * 3
+                source, target = stored[begin : begin + row], out[at + y * row :]
+                for k in range(len(source)):
+                    target[k] = source[k]
+            taken = Taken(0, height * row, top, left, height, row // 3, False)
+        else:
+            taken = take(stored, sizes[i], boxes[i], out[at:])
+            if taken.wrong:
+                return i, taken
+        places[i, 0], places[i, 1] = at, at + taken.size
+        places[i, 2], places[i, 3] = taken.top, taken.left
+        at += taken.size
+    return -1, taken

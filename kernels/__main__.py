@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from command import UserError, exit_on_user_error
-from kernels import binarise, pool_labels, refinery_loss, sample_blocks
+from kernels import pool_labels, refinery_loss, sample_blocks
 
 # Types of the kernels' arguments; those in capitals are constants, those not listed are int32.
 _TYPES = {
@@ -31,10 +31,6 @@ _TYPES = {
     "loss_ptr": "*fp32",
     "gradient_ptr": "*bf16",
     "temperature": "fp32",
-    "x_ptr": "*bf16",
-    "signs_ptr": "*bf16",
-    "passes_ptr": "*i1",
-    "result_ptr": "*bf16",
     "blocks_ptr": "*i64",
     "offsets_ptr": "*i64",
     "places_ptr": "*i32",
@@ -86,10 +82,7 @@ class Usage:
 
 def versions() -> list[Version]:
     """Every kernel: every kind at ImageNet's 1000 classes, the default kind also at few and at many classes."""
-    found = [
-        Version(binarise._binarise_kernel, "any", {"BLOCK": binarise._BLOCK}),
-        Version(binarise._backward_kernel, "any", {"BLOCK": binarise._BLOCK}),
-    ]
+    found: list[Version] = []
     for kernel in (refinery_loss._refinery_kernel, refinery_loss._sparse_kernel):
         for classes, kinds in ((10, ("soft",)), (1000, refinery_loss.KINDS), (21841, ("soft",))):
             block, warps = refinery_loss.tile(classes)

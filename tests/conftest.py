@@ -1,5 +1,6 @@
 """Small real sets that many tests share."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -23,6 +24,28 @@ settings.register_profile("thorough", deadline=None, max_examples=5000)
 settings.load_profile("no deadline")
 
 torch.set_num_threads(1)
+
+
+# What a test's `decoder` needs, where that may be missing.
+_DECODERS = {"dali": "nvidia.dali", "ffcv": "ffcv"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a GPU, or without a decoder's package, tests that need it are skipped."""
+    missing = {name: package for name, package in _DECODERS.items() if not _installed(package)}
+    for item in items:
+        decoder = item.callspec.params.get("decoder") if hasattr(item, "callspec") else None
+        if decoder in missing:
+            item.add_marker(pytest.mark.skip(reason=f"{missing[decoder]} is not installed"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 @pytest.fixture(scope="session")

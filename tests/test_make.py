@@ -131,6 +131,10 @@ def test_every_verb_is_one_command(make):
         (["test"], ["-m", "pytest", "-m", "not slow and not gpu"]),
         (["test-all"], ["-m", "pytest", "-m", "not gpu"]),
         (["test-gpu"], ["-m", "pytest", "-m", "gpu"]),
+        (
+            ["gpu", "DEVICE=cpu", "MINUTES=9", "ONLY=bench", "OUT=a b"],
+            ["-m", "tests.gpu", "--device", "cpu", "--only", "bench", "--minutes", "9", "--out", "a b"],
+        ),
         (["test-wheel"], ["-m", "pytest", "tests/test_wheel.py"]),
     ]:
         assert words_of(make(*words)) == command

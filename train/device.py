@@ -104,15 +104,38 @@ def on_device(module: _Module, device: torch.device) -> _Module:
     return module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def set_tf32_and_allocator(device: torch.device, precision: str) -> None:
-    """Sets, for the whole process and before any network runs, where TF32 is allowed and what becomes of freed memory.
+def set_tf32_and_allocator(device: torch.device, precision: str, *, deterministic: bool = False) -> None:
+    """Sets, for the whole process and before any network runs, which algorithms networks run by.
 
-    precision: TF32 is allowed if this is "tf32". device: on a CPU, memory that a step frees is kept for the next.
+    precision: TF32 is allowed if this is "tf32". device: on a GPU, cuDNN tries its algorithms for each new shape and
+    keeps the fastest, which may be another one in the next process; on a CPU, memory that a step frees is kept for the
+    next. deterministic: on a GPU, nothing is tried, and only algorithms run that give the same bits each time; an
+    operator that has none raises RuntimeError (see `without_deterministic`). On a CPU it changes nothing.
     """
     # TF32 rounds products to 10 bits of mantissa. Left alone, PyTorch takes it for convolutions, not for matrices.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if device.type == "cpu":
         _keep_freed_memory()
+        return
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    # Memory that is yet to be written to needs no value for that.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if deterministic:
+        # cuBLAS reads it when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from torch._inductor import config as inductor  # slow to import, and needed on GPUs alone
+
+    # Inductor, too, chooses among its kernels by timing them. Not in every PyTorch we take.
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = deterministic
+
+
+def without_deterministic(error: BaseException) -> str:
+    """The operator that has no deterministic algorithm, where this is why the error was raised; else ""."""
+    found = re.search(r"(\S+) does not have a deterministic implementation", str(error))
+    return found[1] if found else ""
 
 
 def set_threads(asked: int | None = None) -> None:

@@ -25,6 +25,7 @@ from train.announce import announce_plan
 from train.config import Config, configure, parse_both
 from train.device import computing_in, on_device, set_tf32_and_allocator, set_threads
 from train.distributed import ALONE, Group, group, joined
+from train.failures import is_out_of_memory, reason
 from train.interrupt import Stop, stop_on_signal
 from train.job import Job
 from train.labels.description import Description, data_part, refinery_part
@@ -33,7 +34,7 @@ from train.labels.rows import Exact, Packed, Rows
 from train.labels.store import Store, check_asked, create_store, existing_store
 from train.launch import on_devices
 from train.rounds import in_rounds, own_blocks
-from train.step import COMPILER_OPTIONS, forget_compiled_steps, is_out_of_memory, reason
+from train.step import COMPILER_OPTIONS, forget_compiled_steps
 from train.train import with_refinery
 
 # Batches whose rows may still be in transfer from a GPU while the next ones are labelled.
@@ -95,7 +96,7 @@ def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
     parts = with_costs([part for part in parts_of(ahead) if part.is_refinery])
     announce_plan(parts)
     (job,) = with_refinery(ahead, parts)
-    set_tf32_and_allocator(job.device, job.config.precision)
+    set_tf32_and_allocator(job.device, job.config.precision, deterministic=job.config.deterministic)
     set_threads(job.config.threads)
     labeller = Labeller(job, options, together)
     together.check_same(asdict(labeller.description) | {"epochs": epochs})

@@ -15,7 +15,8 @@ from data.progress import images_bar
 from train import TrainError
 from train.balance import class_weights
 from train.checks import said_memory
-from train.device import computing_in, on_device, set_tf32_and_allocator
+from train.device import computing_in, on_device, set_tf32_and_allocator, without_deterministic
+from train.failures import is_out_of_memory
 from train.interrupt import Interrupted, Stop, stop_on_signal
 from train.job import Job
 from train.labels.ground_truth import GroundTruthLabels
@@ -23,8 +24,8 @@ from train.length import Cost, Remaining, said_seconds
 from train.report.analysis import readable
 from train.runs import checkpoint
 from train.runs.crops import labelled_crops
-from train.score import Stopped, validation_loader
-from train.step import Step, forget_compiled_steps, is_out_of_memory
+from train.score import Answers, Stopped, score_all, validation_loader
+from train.step import Step, forget_compiled_steps
 from train.student import CROPS, LOSS, TOP1, TOP5, Student
 from train.waiting import Waiting
 
@@ -62,7 +63,7 @@ class Trainer:
     def __init__(self, jobs: Sequence[Job], *, cost: Cost | None = None, later: float = 0.0):
         self.job = job = jobs[0]
         config = job.config
-        set_tf32_and_allocator(job.device, config.precision)
+        set_tf32_and_allocator(job.device, config.precision, deterministic=config.deterministic)
         if job.compiled:
             forget_compiled_steps(len(job.resolutions))
         self.students = [Student.of(each) for each in jobs]
@@ -96,6 +97,12 @@ class Trainer:
             rank=job.group.rank,
             world=job.group.world,
             **job.loading,
+        )
+        self._answer = Answers(
+            [(student.scored, student.normalisation) for student in self.students],
+            device=job.device,
+            autocast=job.autocast,
+            compiled=job.compiled,
         )
         self.progress = Progress()
         self._waiting = Waiting(job.device)
@@ -148,10 +155,9 @@ class Trainer:
                     # Counts in no rate.
                     mark += self._show(batch)
                 self._set_rates(progress.epoch + progress.step / loader.steps)
-                self.train_on(batch, progress.epoch, progress.step)
+                number = progress.epoch * loader.steps + progress.step + 1
+                self.train_on(batch, progress.epoch, progress.step, number)
                 progress.step += 1
-                for student in self.students:
-                    student.average(progress.epoch * loader.steps + progress.step)
                 bar.update(batch_size)
                 now = time.perf_counter()
                 progress.train_seconds += now - mark
@@ -195,15 +201,14 @@ class Trainer:
         """Scores the students and ends the epoch: its metrics are kept, and checkpoints written. Raises as run()."""
         self._check_weights()
         done, started = self.progress, time.perf_counter()
-        found = []
         for student in self.students:
             self.job.group.share_buffers({student.network, student.scored})
-            try:
-                found.append(student.score(self.validation, self.job.group, lambda: self._stop.requested))
-            except Stopped:
-                # Validation is repeated as a whole when the run goes on.
-                self._save()
-                raise self._interrupted() from None
+        try:
+            found = score_all(self._answer, self.validation, self.job.group, stop=lambda: self._stop.requested)
+        except Stopped:
+            # Validation is repeated as a whole when the run goes on.
+            self._save()
+            raise self._interrupted() from None
         took = time.perf_counter() - started
         self._remaining.count_validation(took)
         seconds = done.seconds + done.train_seconds + took
@@ -232,6 +237,9 @@ class Trainer:
             "devices": job.group.world,
             "torch": torch.__version__,
         }
+        if job.config.deterministic and job.device.type == "cuda":
+            start["deterministic"] = True
+            print("deterministic: no search for the fastest algorithms; steps are slower (not measured)", flush=True)
         (changes, *_) = [student.record.begin(start, progress.epoch, progress.step) for student in self.students]
         self._at_start = not (progress.epoch or progress.step)
         if (progress.epoch or progress.step) and progress.epoch < job.config.epochs:
@@ -277,12 +285,17 @@ class Trainer:
             config = student.job.config
             student.set_rate(config.schedule.factor(epoch, config.epochs))
 
-    def train_on(self, batch: CropBatch, epoch: int, step: int) -> None:
-        """Takes a step. Raises TrainError where that does not fit in memory, with a batch that does, if there is."""
+    def train_on(self, batch: CropBatch, epoch: int, step: int, number: int = 1) -> None:
+        """Takes a step (see Step). Raises TrainError where it does not fit in memory, with a batch that does if any."""
         try:
-            self.step(batch, epoch, step)
+            self.step(batch, epoch, step, number)
             return
         except RuntimeError as error:
+            if operator := without_deterministic(error):
+                raise TrainError(
+                    f"deterministic: PyTorch {torch.__version__} has no deterministic {operator}; leave "
+                    "--deterministic out, or train another network"
+                ) from None
             if not is_out_of_memory(error):
                 raise
         # Here, the failed step's tensors are gone with its exception.

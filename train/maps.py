@@ -28,6 +28,7 @@ from train.announce import announce_plan
 from train.config import Config, configure, parse_both
 from train.device import computing_in, on_device, set_tf32_and_allocator, set_threads
 from train.distributed import ALONE, Group, group, joined
+from train.failures import is_out_of_memory
 from train.interrupt import Stop, stop_on_signal
 from train.job import Job
 from train.labels.description import Description, data_part, refinery_part
@@ -38,7 +39,6 @@ from train.labels.store import Store, check_asked, create_store
 from train.launch import on_devices
 from train.report.maps import show
 from train.rounds import in_rounds, own_blocks
-from train.step import is_out_of_memory
 from train.train import with_refinery
 from train.trees import export_maps, import_maps
 
@@ -108,7 +108,7 @@ def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
     parts = with_costs([part for part in parts_of(ahead) if part.is_refinery])
     announce_plan(parts)
     (job,) = with_refinery(ahead, parts)
-    set_tf32_and_allocator(job.device, job.config.precision)
+    set_tf32_and_allocator(job.device, job.config.precision, deterministic=job.config.deterministic)
     set_threads(job.config.threads)
     mapper = Mapper(job, options, together)
     together.check_same(asdict(mapper.description))

@@ -1,6 +1,6 @@
 """One training step: crops in, augmented, labels from their source, students forward and backward, weights moved.
 
-Nothing here waits for the device: the students' sums stay on it until they are read.
+Nothing here waits for the device: the students' sums stay on it until they are read. (AdamP does, in timm.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +17,10 @@ from train import TrainError
 from train.augment import Augment, kept, partners
 from train.device import computing_in
 from train.distributed import ALONE, Group, Reduce
+from train.failures import is_out_of_memory, reason
 from train.jitter import with_jittered
 from train.labels.source import LabelSource, Targets
+from train.recorded import Capture, Recorder
 from train.student import Student
 
 # Inductor may drop channels-last in the backward graph (PyTorch 2.13); the networks are laid out for it.
@@ -43,8 +45,11 @@ class Step:
     and not in the accuracies. augment: what is done to crops before the students see them; of mixed ones the accuracies
     count the class of the crop's own image. autocast: bfloat16, float16, or None for float32 throughout.
     compiled: labels, students and losses as one compiled graph, made in the first step of each resolution. Where that
-    fails, a notice is printed and the steps go on uncompiled, or under `strict` TrainError is raised. cuda_graphs: the
-    compiled graph is recorded and replayed, kernels and all, as CUDA graphs.
+    fails, a notice is printed and the steps go on uncompiled, or under `strict` TrainError is raised.
+    cuda_graphs: the whole step, from crops to moved and averaged weights, is recorded as one CUDA graph for each shape
+    of crops, and replayed; with several replicas as one for a part and one that moves the weights, between which
+    devices exchange gradients. Where that cannot be, a notice says why, and steps run as they do without.
+    capture: what records instead of CUDA graphs (train.recorded).
     replicas: parts of a step, of all devices, each with batch statistics of its own; the running ones are the first's.
     truth, weights: the share of cross entropy to the images' own labels in the loss, 0 to below 1, and what the losses
     of each class's images are multiplied by, float32 [C], None for 1 (train.config.LossConfig).
@@ -72,6 +77,7 @@ class Step:
         seed: int = 0,
         truth: float = 0.0,
         weights: torch.Tensor | None = None,
+        capture: Capture | None = None,
     ):
         self.students = students
         self.labels = labels
@@ -80,40 +86,82 @@ class Step:
         self._device, self._autocast = device, autocast
         self._replicas, self._group, self._reduce, self._seed = replicas, together, reduce, seed
         self._normalise = [Normalise(student.normalisation).to(device) for student in students]
-        self._compute: Callable[[CropBatch, Any], tuple[torch.Tensor, torch.Tensor]] = self._losses
+        self._compute: Callable[[CropBatch, Any], torch.Tensor] = self._loss_of_students
         self._compiled, self._strict = compiled, strict
         # Shapes of crops for which there is a graph.
         self._tried: set[torch.Size] = set()
         if compiled:
-            options = COMPILER_OPTIONS | ({"triton.cudagraphs": True} if cuda_graphs else {})
             # A graph for each resolution; one for all sizes would be slower at each.
-            self._compute = torch.compile(self._losses, fullgraph=True, dynamic=False, options=options)
+            self._compute = torch.compile(
+                self._loss_of_students, fullgraph=True, dynamic=False, options=dict(COMPILER_OPTIONS)
+            )
+        self._recorder: Recorder | None = None
+        # Shapes of crops of which all parts are recorded, and where these add up their gradients.
+        self._recorded: set[torch.Size] = set()
+        self._total: list[torch.Tensor] = []
+        if cuda_graphs:
+            self._start_recording(capture)
 
-    def __call__(self, batch: CropBatch, epoch: int = 0, step: int = 0) -> None:
-        """epoch, step: where in the run it is (0, 1, ...), of which its augmentation is a function."""
+    def __call__(self, batch: CropBatch, epoch: int = 0, step: int = 0, number: int = 1) -> None:
+        """epoch, step: where in the run it is (0, 1, ...), of which its augmentation is a function.
+
+        number: of all steps of the run (1, 2, ...), on which the weight of a step in averages depends.
+        """
         for student in self.students:
             student.network.train()
+            student.set_step(number)
+        if self._recorder and self._replayed(self._recorder, batch, epoch, step):
+            return
+        if self._replicas == 1:
+            self._whole(batch, self._draws(batch, epoch, step, 0))
+            return
+        total: list[torch.Tensor | None] | None = None
+        parts: list[list[torch.Tensor]] = []
+        for part, own in self._parts(batch, epoch, step):
+            gradients = self._part(own, self._draws(own, epoch, step, part), part)
+            if self._reduce == "tree":
+                parts.append(self._filled(gradients))
+            else:
+                total = gradients if total is None else _added(total, gradients)
+        if self._exchanges:
+            total = [*self._group.reduce_gradients(parts or [self._filled(total or [])], how=self._reduce)]
+        self._move(total or [])
+
+    @property
+    def _exchanges(self) -> bool:
+        """Whether the gradients of parts are added up outside backward, perhaps with those of other devices."""
+        return self._replicas > 1 and (self._group.world > 1 or self._reduce == "tree")
+
+    def _parts(self, batch: CropBatch, epoch: int, step: int) -> Iterator[tuple[int, CropBatch]]:
+        """This process's parts of a step, with their numbers, each to be computed before the next is asked for."""
         mine = self._replicas // self._group.world
-        counted: torch.Tensor | None = None
-        gradients: list[list[torch.Tensor]] = []
         for number in range(mine):
             # A batch deals the images of a step out in turns, as the plan does; so their part is a matter of the plan.
             part = self._group.rank + number * self._group.world
-            more = self._part(batch.part(number, mine), epoch, step, part)
-            counted = more if counted is None else counted + more
-            if self._replicas > 1 and self._reduce == "tree":
-                gradients.append(self._taken_gradients())
-        if self._replicas > 1 and (self._group.world > 1 or self._reduce == "tree"):
-            self._put_gradients(self._group.reduce_gradients(gradients or [self._taken_gradients()], how=self._reduce))
-        assert counted is not None
-        for student, sums in zip(self.students, counted, strict=True):
-            student.move()
-            student.sums += sums
-
-    def _part(self, batch: CropBatch, epoch: int, step: int, part: int) -> torch.Tensor:
-        """Adds the gradients of a part of the step to the weights; returns what is to be added to the sums."""
-        if self._replicas > 1:
             torch.manual_seed(seed_of_part(seed=self._seed, epoch=epoch, step=step, part=part))
+            yield part, batch.part(number, mine)
+
+    def _draws(self, batch: CropBatch, epoch: int, step: int, part: int) -> torch.Tensor | None:
+        if not self._augment:
+            return None
+        size = batch.crops.shape[-1]
+        return self._augment.draw(len(batch.crops), size, epoch=epoch, step=step, part=part)
+
+    def _whole(self, batch: CropBatch, draws: torch.Tensor | None) -> None:
+        """All that happens on the device in a step of one part."""
+        self._move(self._part(batch, draws, 0))
+
+    def _part(self, batch: CropBatch, draws: torch.Tensor | None, part: int) -> list[torch.Tensor | None]:
+        """The gradients of a part of the step, those of each weight; counts its crops in the students' sums."""
+        # The first part alone counts in the running statistics.
+        statistics = [(buffer, buffer.clone()) for buffer in self._buffers()] if part else []
+        gradients = self._gradients_of(batch, draws)
+        with torch.no_grad():
+            for buffer, before in statistics:
+                buffer.copy_(before)
+        return gradients
+
+    def _gradients_of(self, batch: CropBatch, draws: torch.Tensor | None) -> list[torch.Tensor | None]:
         if self._jitter:
             (student,) = self.students
             batch = with_jittered(
@@ -124,55 +172,146 @@ class Step:
                 eta=self._jitter,
                 autocast=self._autocast,
             )
-        draws = None
-        if self._augment:
-            size = batch.crops.shape[-1]
-            draws = self._augment.draw(len(batch.crops), size, epoch=epoch, step=step, part=part)
-            # The graph copies the batch, and would be compiled anew for the number of each epoch.
-            batch = replace(batch, epoch=0)
+        # The compiled graph would be made anew for the number of each epoch.
+        batch = replace(batch, epoch=0)
         untried = self._compiled and batch.crops.shape not in self._tried
-        # The first part alone counts in the running statistics.
-        statistics = [(buffer, buffer.clone()) for buffer in self._buffers()] if part else []
-        counted = self._first_gradients(batch, draws) if untried else self._gradients(batch, draws)
-        with torch.no_grad():
-            for buffer, before in statistics:
-                buffer.copy_(before)
-        return counted
+        return self._first_gradients(batch, draws) if untried else self._gradients(batch, draws)
 
     def _buffers(self) -> Iterator[torch.Tensor]:
         return (buffer for student in self.students for buffer in student.network.buffers())
 
-    def _weights(self) -> list[torch.Tensor]:
+    def _weights(self) -> list[torch.nn.Parameter]:
         """All that is trained, and has a gradient in every step."""
-        return [weight for student in self.students for weight in student.network.parameters() if weight.requires_grad]
+        return [weight for student in self.students for weight in student.trained()]
 
-    def _taken_gradients(self) -> list[torch.Tensor]:
-        """The gradients of all weights, which are then gone; 0 where a step has none."""
-        found = []
-        for weight in self._weights():
-            found.append(torch.zeros_like(weight) if weight.grad is None else weight.grad)
-            weight.grad = None
-        return found
+    def _filled(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """With 0 where a step has none."""
+        pairs = zip(self._weights(), gradients, strict=True)
+        return [torch.zeros_like(weight) if gradient is None else gradient for weight, gradient in pairs]
 
-    def _put_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
-        for weight, gradient in zip(self._weights(), gradients, strict=True):
-            weight.grad = gradient
+    def _move(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Moves the weights of all students by the gradients of all."""
+        left = list(gradients)
+        for student in self.students:
+            count = len(student.trained())
+            student.move(left[:count])
+            del left[:count]
+
+    def _start_recording(self, capture: Capture | None) -> None:
+        """Has steps be recorded, or says why they cannot be. Adaptive students of timm read from the device."""
+        reading = sorted({type(student.optimizer).__name__ for student in self.students if student.reads_device})
+        if reading:
+            self._stop_recording(f"{reading[0]} reads from the device in each step")
+        elif self._device.type != "cuda" and capture is None:
+            self._stop_recording(f"the device is a {self._device.type.upper()}")
+        else:
+            self._numbers = [student.keep_numbers_on_device() for student in self.students]
+            if self._replicas > 1:
+                self._total = [torch.zeros_like(weight) for weight in self._weights()]
+            self._recorder = Recorder(self._written, self._device, capture)
+
+    def _stop_recording(self, why: str) -> None:
+        print(f"cuda_graphs: the step is not recorded and its kernels are launched one by one ({why})", flush=True)
+        self._forget_recorded()
+
+    def _forget_recorded(self) -> None:
+        self._recorder, self._total = None, []
+        for student in self.students:
+            student.keep_numbers_on_host()
+
+    def _written(self) -> list[torch.Tensor]:
+        """All that a step writes to."""
+        return [*(tensor for student in self.students for tensor in student.tensors()), *self._total]
+
+    def _replayed(self, recorder: Recorder, batch: CropBatch, epoch: int, step: int) -> bool:
+        """Takes a step by replaying it; False, with nothing changed, where it cannot be recorded, which is said."""
+        for student, numbers in zip(self.students, self._numbers, strict=True):
+            numbers.copy_(torch.tensor(student.numbers, dtype=numbers.dtype))
+        try:
+            if self._replicas == 1:
+                recorder.run("step", *self._recordable(self._whole, batch, self._draws(batch, epoch, step, 0)))
+                return True
+            self._replay_parts(recorder, batch, epoch, step)
+        except TrainError:
+            raise
+        except Exception as error:  # of libraries and drivers, in as many ways as there are
+            for student in self.students:
+                student.forget_half_a_step()
+            if is_out_of_memory(error):
+                raise
+            self._stop_recording(reason(error))
+            return False
+        return True
+
+    def _replay_parts(self, recorder: Recorder, batch: CropBatch, epoch: int, step: int) -> None:
+        if batch.crops.shape not in self._recorded:
+            # All of it, before anything is counted or exchanged: a failure must find the step not yet begun.
+            for part in self._parts(batch, epoch, step):
+                recorder.record(*self._recordable_part(*part, epoch, step))
+            recorder.record("move", self._move_total)
+            self._recorded.add(batch.crops.shape)
+        torch._foreach_zero_(self._total)
+        parts: list[list[torch.Tensor]] = []
+        for part in self._parts(batch, epoch, step):
+            recorder.run(*self._recordable_part(*part, epoch, step))
+            if self._reduce == "tree":
+                parts.append([gradient.clone() for gradient in self._total])
+                torch._foreach_zero_(self._total)
+        if self._exchanges:
+            # Not recorded: NCCL's part in a graph is one more thing that can only be tried where there is NCCL.
+            torch._foreach_copy_(self._total, self._group.reduce_gradients(parts or [self._total], how=self._reduce))
+        recorder.run("move", self._move_total)
+
+    def _move_total(self) -> None:
+        # A scaler may write to what it is given.
+        self._move([gradient.clone() for gradient in self._total])
+
+    def _recordable_part(self, part: int, batch: CropBatch, epoch: int, step: int) -> tuple[Any, ...]:
+        """Name, function and tensors of what adds the gradients of a part to the total."""
+
+        def add(own: CropBatch, draws: torch.Tensor | None) -> None:
+            torch._foreach_add_(self._total, self._filled(self._part(own, draws, part)))
+
+        # All parts but the first restore the running statistics.
+        name = "part" if part else "first part"
+        return name, *self._recordable(add, batch, self._draws(batch, epoch, step, part))
+
+    def _recordable(
+        self, function: Callable[[CropBatch, torch.Tensor | None], Any], batch: CropBatch, draws: torch.Tensor | None
+    ) -> tuple[Any, ...]:
+        """The function as one of tensors alone, and these: of the batch, which they make up, and the draws."""
+        fields = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        names, pairings = list(fields), list(batch.paired)
+
+        def with_all(*tensors: torch.Tensor) -> None:
+            of_batch, rest = tensors[: len(names)], list(tensors[len(names) :])
+            paired = {pairing: rest.pop(0) for pairing in pairings}
+            made = replace(batch, epoch=0, **dict(zip(names, of_batch, strict=True)), paired=paired)
+            function(made, rest[0] if rest else None)
+
+        return with_all, *fields.values(), *batch.paired.values(), *([] if draws is None else [draws])
 
     def use_eager(self) -> None:
-        """Runs the steps from now on without the compiled graph."""
-        self._compute, self._compiled = self._losses, False
+        """Runs the steps from now on without the compiled graph, and unrecorded."""
+        self._compute, self._compiled = self._loss_of_students, False
+        self._forget_recorded()
 
-    def _gradients(self, batch: CropBatch, draws: torch.Tensor | None) -> torch.Tensor:
-        """Adds the gradients of a batch to the weights; returns what is to be added to the sums, [students, 4]."""
-        losses, counted = self._compute(batch, draws)
-        scaled = [student.scaled(loss) for student, loss in zip(self.students, losses, strict=True)]
-        (torch.stack(scaled).sum() / self._replicas).backward()
-        return counted
+    def _gradients(self, batch: CropBatch, draws: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """The gradients of the batch, for each weight, laid out as it is; None for a weight that took no part."""
+        loss = self._compute(batch, draws)
+        weights = self._weights()
+        # Not backward(): it would put each gradient in its place by an operator of its own.
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        return [
+            None if gradient is None else _laid_out(gradient, weight)
+            for gradient, weight in zip(found, weights, strict=True)
+        ]
 
-    def _first_gradients(self, batch: CropBatch, draws: torch.Tensor | None) -> torch.Tensor:
+    def _first_gradients(self, batch: CropBatch, draws: torch.Tensor | None) -> list[torch.Tensor | None]:
         """As _gradients, where forward and backward have yet to be compiled for crops of this shape."""
         self._tried.add(batch.crops.shape)
-        buffers = [(buffer, buffer.clone()) for buffer in self._buffers()]
+        written = [*self._buffers(), *(student.sums for student in self.students)]
+        before = [tensor.clone() for tensor in written]
         try:
             return self._gradients(batch, draws)
         except Exception as error:  # a compiler fails in as many ways as it has parts
@@ -182,16 +321,14 @@ class Step:
         if self._strict:
             raise TrainError(f"compile=always: the step cannot be compiled ({failure}); try --compile never")
         print(f"the step cannot be compiled and runs uncompiled ({failure})", flush=True)
-        self.use_eager()
-        for student in self.students:
-            student.forget_gradients()
+        self._compute, self._compiled = self._loss_of_students, False
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for tensor, old in zip(written, before, strict=True):
+                tensor.copy_(old)
         return self._gradients(batch, draws)
 
-    def _losses(self, batch: CropBatch, draws: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The students' losses, float32 [students], and what is to be added to their sums, float64 [students, 4]."""
+    def _loss_of_students(self, batch: CropBatch, draws: torch.Tensor | None) -> torch.Tensor:
+        """What is to be differentiated, float32 []: the students' losses, scaled and added. Adds to their sums."""
         crops = seen = batch.crops
         if self._augment and draws is not None:
             coloured = self._augment.colour(batch.crops, draws)
@@ -203,16 +340,16 @@ class Step:
                 student.network(normalise(crops))
                 for student, normalise in zip(self.students, self._normalise, strict=True)
             ]
-        losses, counted = [], []
+        losses = []
         # Jittered crops lie behind the clean ones.
         labels = batch.labels.repeat(2) if self._jitter else batch.labels
         crops = torch.full((), len(batch.labels), dtype=torch.float64, device=self._device)
-        for logits in outputs:
+        for student, logits in zip(self.students, outputs, strict=True):
             loss = self._loss_of(targets, logits, labels, draws).mean()
             top1, top5 = correct(logits[: len(batch.labels)], batch.labels)
-            losses.append(loss)
-            counted.append(torch.stack([loss.detach().double() * crops, top1.double(), top5.double(), crops]))
-        return torch.stack(losses), torch.stack(counted)
+            student.sums.add_(torch.stack([loss.detach().double() * crops, top1.double(), top5.double(), crops]))
+            losses.append(loss if student.scale is None else loss * student.scale)
+        return torch.stack(losses).sum() / self._replicas
 
     def _loss_of(
         self, targets: Targets, logits: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor | None
@@ -242,24 +379,23 @@ class Step:
         return loss if self._class_weights is None else self._class_weights[labels] * loss
 
 
+def _laid_out(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The gradient with its numbers in the order of the weight's, as fused optimizers want them."""
+    strides = zip(gradient.shape, gradient.stride(), weight.stride(), strict=True)
+    if all(size == 1 or ours == theirs for size, ours, theirs in strides):
+        return gradient
+    return torch.empty_like(weight, requires_grad=False).copy_(gradient)
+
+
+def _added(total: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The sums of gradients, None where both have none."""
+    return [
+        ours if theirs is None else theirs if ours is None else ours.add_(theirs)
+        for ours, theirs in zip(total, gradients, strict=True)
+    ]
+
+
 def correct(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How many crops have their class first, and among the first five (or all, of fewer). Two int64 scalars."""
     first = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return first[:, 0].sum(), first.sum()
-
-
-def reason(error: Exception) -> str:
-    """The first line that says what went wrong; a compiler's first one may only say which part of it failed."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch, on any device, could not get the memory that it asked for."""
-    seen: BaseException | None = error
-    while seen is not None:
-        # The CPU's allocator has no exception of its own.
-        if isinstance(seen, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(seen):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False

@@ -1,21 +1,19 @@
 """A network in training, with all that is its own: what moves, averages, scores and records it."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 import models
-from data.loader import Loader
 from kernels.normalise import Normalisation
 from models.weights import load_into, load_weights
 from train.config import OptimizerConfig
 from train.device import on_device
-from train.distributed import ALONE, Group
 from train.job import Job
 from train.runs.record import Record, Silent
-from train.score import Scores, score
+from train.score import Scores
 
 # What the sums hold, in order.
 LOSS, TOP1, TOP5, CROPS = range(4)
@@ -26,6 +24,9 @@ class Student:
 
     lr: the learning rate where the schedule's factor is 1. ema: decay a step of the average of the weights; 0 keeps
     none. autocast: what the networks compute in; with float16, whose gradients would underflow, the loss is scaled.
+
+    What changes from step to step and is set by the host, `numbers`, is two Python numbers, which optimizers take as
+    they are; after `keep_numbers_on_device` it is a tensor, so that a recorded step (train.recorded) reads new ones.
 
     scored: the network that is scored and kept, the average or the student itself. scores: its last ones. best: the
     highest top-1 so far, in percent.
@@ -56,8 +57,14 @@ class Student:
         self._lr = optimizer.lr if lr is None else lr
         self.optimizer = _optimizer(self.network, optimizer, self._lr)
         self.scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
+        if self.scaler:
+            # Makes its tensors, which it would otherwise do in the first step.
+            self.scaler.scale(torch.zeros((), device=device))
         self._average = _average(self.network, ema) if ema else None
         self.scored: nn.Module = self._average.module if self._average else self.network
+        self._averaged = _shared_by(self.network, self.scored) if ema else ([], [])
+        self._numbers: torch.Tensor | None = None
+        self._rate, self._share = self._lr, 1.0
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         self.best = 0.0
 
@@ -82,18 +89,64 @@ class Student:
     @property
     def lr(self) -> float:
         """The present learning rate."""
-        return self.optimizer.param_groups[0]["lr"]
+        return self._rate
 
     def set_rate(self, factor: float) -> None:
+        """factor: of the schedule."""
+        self._rate = self._lr * factor
+        if self._numbers is None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate
+
+    def set_step(self, step: int) -> None:
+        """Sets how much the next step counts in the average, if there is one. step: its number in the run, from 1."""
+        if self._average:
+            self._share = 1.0 - self._average.get_decay(step)
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        """The learning rate and the share of the new weights in the average, of the next step."""
+        return self._rate, self._share
+
+    def keep_numbers_on_device(self) -> torch.Tensor:
+        """Has steps read `numbers` from the tensor [2] that is returned, into which they are to be written."""
+        if self._numbers is None:
+            # A fused optimizer takes float32 on a GPU; on a CPU, float64 is the same number as Python's.
+            dtype = torch.float64 if self._device.type == "cpu" else torch.float32
+            self._numbers = torch.tensor(self.numbers, dtype=dtype, device=self._device)
+            self._seat_rate()
+        return self._numbers
+
+    def keep_numbers_on_host(self) -> None:
+        """Takes `keep_numbers_on_device` back."""
+        self._numbers = None
+        self._seat_rate()
+
+    def _seat_rate(self) -> None:
+        """Puts the learning rate, a number or a tensor, where the optimizer reads it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr * factor
+            group["lr"] = self._rate if self._numbers is None else self._numbers[0]
+            if "capturable" in group:
+                # PyTorch's word that a step reads nothing on the host.
+                group["capturable"] = self._numbers is not None
 
-    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss as it is to be differentiated."""
-        return self.scaler.scale(loss) if self.scaler else loss
+    @property
+    def reads_device(self) -> bool:
+        """Whether moving the weights makes the host wait for the device."""
+        return not self.optimizer.defaults.get("fused")
 
-    def move(self) -> None:
-        """Moves the weights by their gradients, which are then gone."""
+    @property
+    def scale(self) -> torch.Tensor | None:
+        """What the loss is multiplied by before it is differentiated, float32 []; None for 1."""
+        return self.scaler._scale if self.scaler else None
+
+    def move(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Moves the weights by the gradients of those that are trained, None for none, and counts them in the average.
+
+        With a scaler the gradients are those of the scaled loss; if one is not finite, the weights stay.
+        """
+        for weight, gradient in zip(self.trained(), gradients, strict=True):
+            weight.grad = gradient
         if self.scaler:
             # A fused optimizer skips the step on the device if a gradient is not finite, and nothing waits for it.
             self.scaler.step(self.optimizer)
@@ -101,29 +154,40 @@ class Student:
         else:
             self.optimizer.step()
         self.forget_gradients()
+        averages, weights = self._averaged
+        if averages:
+            with torch.no_grad():
+                if self._numbers is None:
+                    torch._foreach_lerp_(averages, weights, weight=self._share)
+                else:
+                    torch._foreach_lerp_(averages, weights, [self._numbers[1]] * len(averages))
+
+    def trained(self) -> list[nn.Parameter]:
+        """The weights that are trained."""
+        return [weight for weight in self.network.parameters() if weight.requires_grad]
 
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def average(self, step: int) -> None:
-        """Counts the weights in, where an average is kept. step: how many the run has done."""
+    def forget_half_a_step(self) -> None:
+        """After a step that failed on its way: gradients and the scaler's notes of it are gone."""
+        self.forget_gradients()
+        if self.scaler:
+            self.scaler._per_optimizer_states.clear()
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that a step writes to: weights, buffers, averages, the optimizer's memory, the scale, the sums."""
+        yield from self.network.state_dict(keep_vars=True).values()
         if self._average:
-            self._average.update(self.network, step=step)
+            yield from self.scored.state_dict(keep_vars=True).values()
+        for state in self.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+        if self.scaler:
+            yield from (each for each in (self.scaler._scale, self.scaler._growth_tracker) if each is not None)
+        yield self.sums
 
     def has_finite_weights(self) -> bool:
         return all(bool(weight.isfinite().all()) for weight in self.network.parameters())
-
-    def score(self, loader: Loader, together: Group = ALONE, stop: Callable[[], bool] = lambda: False) -> Scores:
-        """The scores of what is kept, on the images of the loaders of all processes. stop: as in train.score."""
-        return score(
-            self.scored,
-            loader,
-            self.normalisation,
-            device=self._device,
-            autocast=self._autocast,
-            together=together,
-            stop=stop,
-        )
 
     def count(self, scores: Scores) -> None:
         """Takes the scores at the end of an epoch for its own."""
@@ -141,20 +205,37 @@ class Student:
             # Where the model is an average: the weights that training goes on from.
             "trained": self.network.state_dict() if self._average else None,
             "network": self._description(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
             "scaler": self.scaler.state_dict() if self.scaler else {},
             "sums": self.sums.cpu(),
             "best_top1": self.best,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` gave. All tensors stay where they are, for a recorded step reads them there."""
         self.scored.load_state_dict(state["model"])
         self.network.load_state_dict(state["trained"] or state["model"])
+        before = {weight: dict(kept) for weight, kept in self.optimizer.state.items()}
         self.optimizer.load_state_dict(state["optimizer"])
+        for weight, kept in self.optimizer.state.items():
+            for name, tensor in before.get(weight, {}).items():
+                if isinstance(tensor, torch.Tensor) and name in kept:
+                    kept[name] = tensor.copy_(kept[name])
+        self._rate = float(self.optimizer.param_groups[0]["lr"])
+        self._seat_rate()
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
         self.sums.copy_(state["sums"])
         self.best = float(state["best_top1"])
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's, the same whether the learning rate lies on the device or not."""
+        state = self.optimizer.state_dict()
+        state["param_groups"] = [
+            group | {"lr": self._rate} | ({"capturable": False} if "capturable" in group else {})
+            for group in state["param_groups"]
+        ]
+        return state
 
     def _description(self) -> dict[str, Any]:
         """What models.trained needs to know of the network."""
@@ -192,9 +273,31 @@ def _average(network: nn.Module, decay: float) -> Any:
     return ModelEmaV3(network, decay=decay, use_warmup=True)
 
 
+def _shared_by(network: nn.Module, average: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The tensors of the average, and those of the network that each of them follows.
+
+    Whole numbers, which count batches, are no averages: both networks have the same tensor.
+    """
+    counters = {name: buffer for name, buffer in network.named_buffers() if not buffer.is_floating_point()}
+    for name, buffer in counters.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(average.get_submodule(owner), attribute, buffer)
+    theirs = average.state_dict(keep_vars=True)
+    pairs = [(theirs[name], own) for name, own in network.state_dict(keep_vars=True).items() if name not in counters]
+    return [average for average, _ in pairs], [own for _, own in pairs]
+
+
 def _optimizer(network: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
     if config.kind == "adamw":
-        return torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=config.weight_decay, fused=True)
+        adamw = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=config.weight_decay, fused=True)
+        for weight in adamw.param_groups[0]["params"]:
+            # As it makes them in its first step, which may be recorded.
+            adamw.state[weight] = {
+                "step": torch.zeros((), dtype=torch.float32, device=weight.device),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
+        return adamw
     if config.kind == "adamp":
         from timm.optim import AdamP
 

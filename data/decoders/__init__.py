@@ -8,7 +8,7 @@ agree within rounding: crop to the box, then the antialiased triangle filter (Pi
 import importlib
 import importlib.util
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from data import DataError, tiles
 from data.beton import Beton
+from data.processors import processors
 
 # Decoders work this many batches ahead, and one more is on its way to the device.
 BATCHES_AHEAD = 3
@@ -24,11 +25,18 @@ BATCHES_AHEAD = 3
 NO_JPEG = "no JPEG, or its headers are damaged"
 BROKEN_TILES = "its tiles are not where its table says"
 
-# The package that each decoder needs, in the order in which `auto` tries them on a CPU.
+# The package that each decoder needs.
 _NEEDS = {"ffcv": "ffcv", "dali": "nvidia.dali", "torchvision": "torchvision"}
 NAMES = ("auto", *_NEEDS)
 # Of sets stored as blocks alone, and on a GPU what `auto` means for these.
 _OF_BLOCKS = "blocks"
+
+# So many threads of the CPU path should keep up with one GPU's training on JPEGs, and leave the GPU to the networks:
+# one makes 770 to 2,700 crops of 224 px a second, by processor. How fast a GPU decodes has not been measured yet.
+_THREADS_WITHOUT_GPU = 8
+
+
+_Int = TypeVar("_Int", bound=np.integer)
 
 
 class View(NamedTuple):
@@ -58,12 +66,15 @@ class Decoder(Protocol):
         ...
 
 
-def choose(name: str, device: torch.device, *, in_blocks: bool = False) -> str:
-    """The decoder meant: `auto` is DALI on a GPU and FFCV on a CPU, or the next best that is installed.
+def choose(name: str, device: torch.device, beton: Beton | None = None, *, threads: int | None = None) -> str:
+    """The decoder meant: `auto` is the fastest one installed for how the set is stored, the threads and the device.
 
-    in_blocks: the set is stored as blocks, for which `auto` is a kernel on a GPU, and on a CPU what is called FFCV.
+    beton: the set; without it, JPEGs are assumed. threads: how many decode (default: one per processor).
+    Blocks are sampled by a kernel on a GPU, and elsewhere by the CPU path, which is called FFCV. All else is decoded
+    by FFCV, except JPEGs for a GPU with few processors beside it: by DALI. Where one is not installed, the next best.
     Raises DataError for an unknown name, for one whose package is missing and for one that cannot read blocks.
     """
+    in_blocks = beton is not None and beton.in_blocks
     if in_blocks and name == _OF_BLOCKS:
         return name
     if name not in NAMES:
@@ -75,11 +86,28 @@ def choose(name: str, device: torch.device, *, in_blocks: bool = False) -> str:
     if in_blocks and name != "ffcv":
         raise DataError(f"decoder={name}: cannot read a set stored as blocks; use decoder=auto")
     if name == "auto":
-        order = ("dali", "ffcv", "torchvision") if device.type == "cuda" else tuple(_NEEDS)
-        return next(candidate for candidate in order if _installed(candidate))
+        return next(filter(_installed, _fastest_first(device, beton, threads or processors())))
     if not _installed(name):
         raise DataError(f"decoder={name}: the package {_NEEDS[name]} is missing; install it, or use decoder=auto")
     return name
+
+
+def _fastest_first(device: torch.device, beton: Beton | None, threads: int) -> tuple[str, ...]:
+    """The decoders for JPEGs and raw images; of a CPU in the order of what was measured (bench/results, `loaders`)."""
+    if device.type == "cpu":
+        return "ffcv", "torchvision", "dali"
+    raw = np.zeros(1, np.bool_) if beton is None else beton.raw
+    if raw.any() != raw.all():
+        return "ffcv", "torchvision"  # DALI cannot mix raw images and JPEGs
+    if raw.any() or threads >= _THREADS_WITHOUT_GPU:
+        return "ffcv", "dali", "torchvision"
+    return "dali", "ffcv", "torchvision"
+
+
+def said_choice(chosen: str, device: torch.device, beton: Beton, threads: int) -> str:
+    """One line on what `auto` chose, and for what."""
+    stored = "blocks" if beton.in_blocks else "raw images" if beton.raw.all() else "JPEGs"
+    return f"decoder=auto: {chosen}, for {stored} on {device.type} with {threads} decoding threads"
 
 
 def build_decoder(
@@ -93,7 +121,7 @@ def build_decoder(
     resident: float = 0.0,
 ) -> Decoder:
     """The decoder that `choose` names, for requests of at most max_batch images. resident: see data.decoders.blocks."""
-    chosen = choose(name, device, in_blocks=beton.in_blocks)
+    chosen = choose(name, device, beton, threads=threads)
     module = importlib.import_module(f".{chosen}", __package__)
     own = {"resident": resident} if chosen == _OF_BLOCKS else {}
     return module.Decoder(beton, views=views, device=device, threads=threads, max_batch=max_batch, **own)
@@ -104,7 +132,7 @@ def delivered(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def union(boxes: NDArray[np.integer]) -> NDArray[np.integer]:
+def union(boxes: NDArray[_Int]) -> NDArray[_Int]:
     """The smallest boxes int [n, 4] around the m boxes of each image, int [n, m, 4]."""
     corner = boxes[:, :, :2].min(axis=1)
     return np.concatenate([corner, (boxes[:, :, :2] + boxes[:, :, 2:]).max(axis=1) - corner], axis=1)
@@ -118,36 +146,35 @@ class Part(NamedTuple):
     left: int
 
 
-def part_of(beton: Beton, index: int, box: NDArray[np.int32]) -> Part:
+def parts_of(beton: Beton, indices: NDArray[np.int64], boxes: NDArray[np.integer]) -> list[Part]:
+    """The parts of n images that boxes int [n, 4] (top, left, height, width) need; see part_of."""
+    beton.check(indices)
+    sizes, lengths, raw = beton.sizes[indices], beton.lengths[indices], beton.raw[indices]
+    out, places = np.empty(lengths.sum(), np.uint8), np.empty((len(indices), 4), np.int64)
+    failed, taken = tiles.take_all(
+        beton.bytes, beton.starts[indices], lengths, sizes, raw, boxes.astype(np.int64), out, places
+    )
+    if failed >= 0:
+        raise undecodable(beton, int(indices[failed]), wrong_with(beton, int(indices[failed]), taken))
+    return [
+        Part(out[begin:end].reshape(*boxes[i, 2:], 3) if raw[i] else out[begin:end], top, left)
+        for i, (begin, end, top, left) in enumerate(places.tolist())
+    ]
+
+
+def part_of(beton: Beton, index: int, box: NDArray[np.integer]) -> Part:
     """The part of an image that a box (top, left, height, width) needs: the JPEG of its tiles, or its raw pixels.
 
     Raises DataError naming the file and the image where its bytes are damaged.
     """
-    stored = beton.encoded(index)
-    height, width = map(int, beton.sizes[index])
-    top, left, box_height, box_width = map(int, box)
-    if beton.raw[index]:
-        pixels = stored.reshape(height, width, 3)[top : top + box_height, left : left + box_width]
-        return Part(np.ascontiguousarray(pixels), top, left)
-    # What is found in the headers holds for the bytes that are decoded, even if another process writes to the file.
-    stored = stored.copy()
-    found = tiles.layout(stored)
-    if not found.frame:
-        raise undecodable(beton, index, NO_JPEG)
-    if (found.height, found.width) != (height, width):
-        raise undecodable(beton, index, other_size(beton, index, found.height, found.width))
-    if not found.subsampled:
-        return Part(stored, 0, 0)
-    room = np.empty(len(stored), np.uint8)
-    region = tiles.cut(stored, found, top, left, box_height, box_width, room)
-    if region.size < 0:
-        raise undecodable(beton, index, BROKEN_TILES)
-    return Part(room[: region.size] if region.size else stored, region.top, region.left)
+    return parts_of(beton, np.array([index]), box[None])[0]
 
 
-def other_size(beton: Beton, index: int, height: int, width: int) -> str:
-    """What is wrong with an image that turns out to have this size."""
-    return f"is {width}x{height}, the index says {beton.sizes[index][1]}x{beton.sizes[index][0]}"
+def wrong_with(beton: Beton, index: int, taken: tiles.Taken) -> str:
+    """What data.tiles.take found wrong with an image."""
+    if taken.wrong == tiles.OTHER_SIZE:
+        return f"is {taken.width}x{taken.height}, the index says {beton.sizes[index][1]}x{beton.sizes[index][0]}"
+    return BROKEN_TILES if taken.wrong == tiles.BROKEN_TILES else NO_JPEG
 
 
 def undecodable(beton: Beton, index: int, why: str) -> DataError:

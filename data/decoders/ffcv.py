@@ -20,15 +20,16 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numpy.typing import NDArray
 
 from data import DataError, blocks, lanes, tiles
 from data.beton import Beton
 from data.blocks import SIDE, around, expand_planes
-from data.decoders import BROKEN_TILES, NO_JPEG, Request, View, other_size, resize, undecodable, union
+from data.decoders import Request, View, resize, undecodable, union, wrong_with
 from data.decoders.prefetch import Prefetcher
 from data.decoders.resize import crop_resize, crop_resize_planes
 from data.lanes import intrinsic
-from data.tiles import cut, layout
+from data.tiles import Taken, take
 
 
 def _libjpeg_turbo() -> ctypes.CDLL:
@@ -54,8 +55,8 @@ _RGB, _ACCURATE_DCT = 0, 4096
 # A notice is printed when compiling takes longer than this.
 _SILENT_SECONDS = 3.0
 
-# What _fill found wrong with an image.
-_NO_JPEG, _OTHER_SIZE, _BROKEN_TILES, _UNDECODABLE = 1, 2, 3, 4
+# What _fill found wrong with an image beyond what data.tiles.take finds: libjpeg-turbo did.
+_UNDECODABLE = -1
 
 
 class _Turbo(NamedTuple):
@@ -93,6 +94,24 @@ class _Worker:
         _turbo.tjDestroy(self.turbo.handle)
 
 
+class _Batch(NamedTuple):
+    """A request with what compiled code reads of its n images, gathered once for all threads; see _fill.
+
+    jpeg, pixels: bytes of room that a thread needs for the largest of them.
+    """
+
+    indices: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+    raw: NDArray[np.bool_]
+    unions: NDArray[np.int64]
+    boxes: NDArray[np.int64]
+    flips: NDArray[np.bool_]
+    jpeg: int
+    pixels: int
+
+
 class Decoder:
     def __init__(self, beton: Beton, *, views: tuple[View, ...], device: torch.device, threads: int, max_batch: int):
         self._beton = beton
@@ -112,54 +131,65 @@ class Decoder:
         )
         notice.start()
         try:
-            self._fill(none, 0, 0, outs)
+            self._fill(self._batch(none), 0, 0, outs)
         finally:
             notice.cancel()
 
     def decode(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, ...]]:
-        return self._prefetcher.batches(requests)
+        return self._prefetcher.batches(map(self._batch, requests))
 
-    def _fill(self, request: Request, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
-        if not hasattr(self._thread, "worker"):
-            self._thread.worker = _Worker()
-        worker: _Worker = self._thread.worker
-        beton, indices = self._beton, request.indices[first:last]
-        boxes = request.boxes[first:last].astype(np.int64)
-        beton.check(indices)
-        sizes, lengths = beton.sizes[indices], beton.lengths[indices]
-        try:
-            # Planes are padded, to whole blocks at most.
-            area = (sizes + blocks.PADDING).prod(axis=1, dtype=np.int64).max(initial=0)
-            worker.make_room(0 if beton.in_blocks else lengths.max(initial=0), area * 3)
-        except MemoryError:
-            largest = int(indices[sizes.prod(axis=1, dtype=np.int64).argmax()])
-            raise undecodable(beton, largest, "no memory for an image of the size that the index says") from None
-        failed, why, height, width = _fill(
-            beton.bytes,
+    def _batch(self, request: Request) -> _Batch:
+        beton, indices = self._beton, request.indices
+        boxes = request.boxes.astype(np.int64)
+        lengths, sizes = beton.lengths[indices], beton.sizes[indices]
+        # Planes are padded, to whole blocks at most.
+        areas = (sizes + blocks.PADDING).prod(axis=1, dtype=np.int64)
+        return _Batch(
+            indices,
             beton.starts[indices],
             lengths,
             sizes,
             beton.raw[indices],
-            beton.in_blocks,
             union(boxes),
             boxes,
-            request.flips[first:last],
+            request.flips,
+            jpeg=0 if beton.in_blocks else int(lengths.max(initial=0)),
+            pixels=int(areas.max(initial=0)) * 3,
+        )
+
+    def _fill(self, batch: _Batch, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
+        if not hasattr(self._thread, "worker"):
+            self._thread.worker = _Worker()
+        worker: _Worker = self._thread.worker
+        beton = self._beton
+        beton.check(batch.indices[first:last])
+        try:
+            worker.make_room(batch.jpeg, batch.pixels)
+        except MemoryError:
+            largest = int(batch.indices[batch.sizes.prod(axis=1, dtype=np.int64).argmax()])
+            raise undecodable(beton, largest, "no memory for an image of the size that the index says") from None
+        failed, taken = _fill(
+            beton.bytes,
+            batch.starts,
+            batch.lengths,
+            batch.sizes,
+            batch.raw,
+            beton.in_blocks,
+            batch.unions,
+            batch.boxes,
+            batch.flips,
             self._copies,
             tuple(out.numpy() for out in outs),
             first,
+            last,
             worker.turbo,
             worker.jpeg,
             worker.pixels,
         )
-        if why:
-            index = int(indices[failed])
-            reasons = {
-                _NO_JPEG: NO_JPEG,
-                _OTHER_SIZE: other_size(beton, index, height, width),
-                _BROKEN_TILES: BROKEN_TILES,
-                _UNDECODABLE: worker.error(),
-            }
-            raise undecodable(beton, index, reasons[why])
+        if failed >= 0:
+            index = int(batch.indices[failed])
+            found = taken.wrong == _UNDECODABLE
+            raise undecodable(beton, index, worker.error() if found else wrong_with(beton, index, taken))
 
 
 @intrinsic
@@ -183,14 +213,6 @@ def _compiled(sources: str):
     function encloses, though.
     """
 
-    @njit(nogil=True)
-    def copied(data, room):
-        """The bytes in memory that no other process can write to, as one could to a mapped file."""
-        # A loop becomes a block copy; a slice assignment would go byte by byte.
-        for k in range(len(data)):
-            room[k] = data[k]
-        return room[: len(data)]
-
     @njit(nogil=True, cache=True)
     def fill(
         file,
@@ -205,49 +227,40 @@ def _compiled(sources: str):
         copies,
         outs,
         first,
+        last,
         turbo: _Turbo,
         jpeg_room,
         pixel_room,
     ):
-        """Makes the crops of n images, from place `first` of outs on.
+        """Makes the crops of the images first..last-1 of a batch, each at its place of outs.
 
-        Returns (image, what is wrong with it or 0, height found in it, width found in it).
+        Returns the first image with which something is wrong, and what; else -1.
         """
         sources  # noqa: B018
         pointers = np.empty(3, np.int64)
         strides = np.empty(3, np.int32)
-        for i in range(len(starts)):
+        taken = Taken(0, 0, 0, 0, 0, 0, False)
+        for i in range(first, last):
             stored = file[starts[i] : starts[i] + lengths[i]]
             height, width = int(sizes[i, 0]), int(sizes[i, 1])
             luma, cb, cr = pixel_room[:0].reshape(0, 0), pixel_room[:0].reshape(0, 0), pixel_room[:0].reshape(0, 0)
             image = pixel_room[:0].reshape(0, 0, 3)
             top, left = 0, 0
-            planes = False
+            planes = in_blocks
             if raw[i]:
                 image = stored.reshape(height, width, 3)
             elif in_blocks:
-                planes = True
                 part = around(height, width, unions[i, 0], unions[i, 1], unions[i, 2], unions[i, 3])
                 top, left = part.luma.row * SIDE, part.luma.column * SIDE
                 luma, cb, cr = expand_planes(stored, height, width, part, pixel_room)
             else:
-                found = layout(stored)
-                if found.frame == 0:
-                    return i, _NO_JPEG, 0, 0
-                if found.height != height or found.width != width:
-                    return i, _OTHER_SIZE, found.height, found.width
-                planes = found.subsampled
+                taken = take(stored, sizes[i], unions[i], jpeg_room)
+                if taken.wrong:
+                    return i, taken
+                planes, top, left = taken.subsampled, taken.top, taken.left
+                data = jpeg_room[: taken.size]
                 if planes:
-                    region = cut(stored, found, unions[i, 0], unions[i, 1], unions[i, 2], unions[i, 3], jpeg_room)
-                    if region.size < 0:
-                        return i, _BROKEN_TILES, 0, 0
-                    data = jpeg_room[: region.size] if region.size else copied(stored, jpeg_room)
-                    # The decoder reads the headers by itself. Those of the file may have changed since they were read.
-                    again = layout(data)
-                    if (again.height, again.width) != (region.height, region.width) or not again.subsampled:
-                        return i, _NO_JPEG, 0, 0
-                    top, left = region.top, region.left
-                    half_height, half_width = (region.height + 1) // 2, (region.width + 1) // 2
+                    half_height, half_width = (taken.height + 1) // 2, (taken.width + 1) // 2
                     half = half_height * half_width
                     luma = pixel_room[: half * 4].reshape(half_height * 2, half_width * 2)
                     cb = pixel_room[half * 4 : half * 5].reshape(half_height, half_width)
@@ -261,14 +274,13 @@ def _compiled(sources: str):
                             np.int64(data.ctypes.data),
                             len(data),
                             np.int64(pointers.ctypes.data),
-                            region.width,
+                            taken.width,
                             np.int64(strides.ctypes.data),
-                            region.height,
+                            taken.height,
                             _ACCURATE_DCT,
                         ),
                     )
                 else:
-                    data = copied(stored, jpeg_room)
                     image = pixel_room[: height * width * 3].reshape(height, width, 3)
                     failed = _call(
                         turbo.to_rgb,
@@ -285,14 +297,14 @@ def _compiled(sources: str):
                         ),
                     )
                 if failed:
-                    return i, _UNDECODABLE, 0, 0
+                    return i, Taken(_UNDECODABLE, 0, 0, 0, 0, 0, False)
             crop = 0
             for view in range(len(copies)):
                 for copy in range(copies[view]):
                     box_top, box_left = int(boxes[i, crop, 0]), int(boxes[i, crop, 1])
                     box_height, box_width = int(boxes[i, crop, 2]), int(boxes[i, crop, 3])
                     flip = flips[i, crop]
-                    out = outs[view][copy, first + i]
+                    out = outs[view][copy, i]
                     if planes:
                         crop_resize_planes(
                             luma, cb, cr, top, left, height, width, box_top, box_left, box_height, box_width, flip, out
@@ -300,7 +312,7 @@ def _compiled(sources: str):
                     else:
                         crop_resize(image, box_top, box_left, box_height, box_width, flip, out)
                     crop += 1
-        return -1, 0, 0, 0
+        return -1, taken
 
     return fill
 

@@ -5,19 +5,28 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from data.decoders import BATCHES_AHEAD, Request, View
+from data.decoders import BATCHES_AHEAD, View
 from data.processors import processors
-
-# Images that one thread takes at a time: few enough that all threads end a batch together.
-_IMAGES_AT_ONCE = 16
-
 
 # Free buffers beyond these were once kept by a consumer, and are given back.
 _BUFFERS_KEPT = 4 * BATCHES_AHEAD
+
+
+class _OfImages(Protocol):
+    """A request, or what a decoder made of one."""
+
+    @property
+    def indices(self) -> NDArray[np.int64]: ...
+
+
+_Asked = TypeVar("_Asked", bound=_OfImages)
 
 
 class _Buffers:
@@ -42,8 +51,8 @@ class _Buffers:
         return torch.from_numpy(self._buffers[-1]).view(shape)
 
 
-class Prefetcher:
-    """Fills batches by `fill(request, first, last, outs)` on `threads` threads.
+class Prefetcher(Generic[_Asked]):
+    """Fills batches by `fill(request, first, last, outs)` on `threads` threads, one call on each of them for a batch.
 
     fill makes the crops of images first..last-1 of the request, outside the interpreter lock for most of its time:
     copy k of image i goes to outs[view][k, i], where outs holds a uint8 [copies, n, R, R, 3] for each view.
@@ -51,7 +60,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        fill: Callable[[Request, int, int, tuple[torch.Tensor, ...]], None],
+        fill: Callable[[_Asked, int, int, tuple[torch.Tensor, ...]], None],
         *,
         views: tuple[View, ...],
         device: torch.device,
@@ -60,32 +69,26 @@ class Prefetcher:
         self._fill = fill
         self._views = views
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._threads = threads
         self._buffers = _Buffers()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    def batches(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, ...]]:
-        """The batches of `Decoder.decode`; raises what fill raised."""
+    def batches(self, requests: Iterable[_Asked]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The batches of `Decoder.decode`, copied to the device on the current stream; raises what fill raised."""
         waiting: deque[tuple[tuple[torch.Tensor, ...], list[Future]]] = deque()
-        uploaded: deque[_Upload] = deque()
         try:
             for request in requests:
                 waiting.append(self._start(request))
                 if len(waiting) > BATCHES_AHEAD:
-                    uploaded.append(_Upload(*waiting.popleft(), self._device, self._stream))
-                # The next batch is on its way to the device while this one is used.
-                if len(uploaded) > 1:
-                    yield uploaded.popleft().crops()
-            while waiting or uploaded:
-                if waiting:
-                    uploaded.append(_Upload(*waiting.popleft(), self._device, self._stream))
-                yield uploaded.popleft().crops()
+                    yield self._ended(*waiting.popleft())
+            while waiting:
+                yield self._ended(*waiting.popleft())
         finally:
             for _, futures in waiting:
                 for future in futures:
                     future.cancel()
 
-    def _start(self, request: Request) -> tuple[tuple[torch.Tensor, ...], list[Future]]:
+    def _start(self, request: _Asked) -> tuple[tuple[torch.Tensor, ...], list[Future]]:
         n = len(request.indices)
         shapes = [(view.copies, n, view.resolution, view.resolution, 3) for view in self._views]
         # Tensors of a consumer's inference mode could not be written to by the threads, which are outside it.
@@ -95,30 +98,15 @@ class Prefetcher:
                 outs = tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in shapes)
             else:
                 outs = tuple(self._buffers.take(shape) for shape in shapes)
-        ranges = ((first, min(first + _IMAGES_AT_ONCE, n)) for first in range(0, n, _IMAGES_AT_ONCE))
-        return outs, [self._pool.submit(self._fill, request, first, last, outs) for first, last in ranges]
+        # A thread that is done with its share goes on with the next batch, so that equal shares are good enough.
+        parts = min(self._threads, n)
+        bounds = [n * part // parts for part in range(parts + 1)]
+        return outs, [self._pool.submit(self._fill, request, *of, outs) for of in pairwise(bounds)]
 
-
-class _Upload:
-    """A batch being copied to the device on a stream of its own, once its futures are done."""
-
-    def __init__(self, outs, futures: list[Future], device: torch.device, stream: "torch.cuda.Stream | None"):
+    def _ended(self, outs: tuple[torch.Tensor, ...], futures: list[Future]) -> tuple[torch.Tensor, ...]:
         for future in futures:
             future.result()
-        self._stream = stream
-        # On a CPU nothing is copied, and the context does nothing.
-        with torch.cuda.stream(stream):
-            self._outs = [out.flatten(0, 1).to(device, non_blocking=True).permute(0, 3, 1, 2) for out in outs]
-
-    def crops(self) -> tuple[torch.Tensor, ...]:
-        """The batch, for use on the current stream, which waits for the copy; the host does not."""
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self._stream.device)
-            current.wait_stream(self._stream)
-            for out in self._outs:
-                # Its memory must not be given away before what the current stream does with it has ended.
-                out.record_stream(current)
-        return tuple(self._outs)
+        return tuple(out.flatten(0, 1).to(self._device, non_blocking=True).permute(0, 3, 1, 2) for out in outs)
 
 
 def default_threads() -> int:

@@ -8,7 +8,7 @@ from torchvision.transforms.v2 import functional as F
 
 from command import first_line
 from data.beton import Beton
-from data.decoders import Part, Request, View, part_of, undecodable, union
+from data.decoders import Part, Request, View, parts_of, undecodable, union
 from data.decoders.prefetch import Prefetcher
 
 
@@ -25,10 +25,9 @@ class Decoder:
         return self._prefetcher.batches(requests)
 
     def _fill(self, request: Request, first: int, last: int, outs: tuple[torch.Tensor, ...]) -> None:
-        unions = union(request.boxes[first:last])
-        for i in range(first, last):
-            index = int(request.indices[i])
-            part = part_of(self._beton, index, unions[i - first])
+        indices = request.indices[first:last]
+        parts = parts_of(self._beton, indices, union(request.boxes[first:last]))
+        for i, index, part in zip(range(first, last), indices.tolist(), parts, strict=True):
             for view, copy, crop in self._crops(self._decode(index, part), part, request, i):
                 outs[view][copy, i] = crop.permute(1, 2, 0)
 
@@ -44,7 +43,7 @@ class Decoder:
 
     def _on_gpu(self, request: Request) -> tuple[torch.Tensor, ...]:
         indices = request.indices.tolist()
-        parts = [part_of(self._beton, index, box) for index, box in zip(indices, union(request.boxes), strict=True)]
+        parts = parts_of(self._beton, request.indices, union(request.boxes))
         try:
             encoded = [torch.from_numpy(part.data) for part in parts if part.data.ndim == 1]
             decoded = iter(decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self._device) if encoded else ())

@@ -75,6 +75,14 @@ def test_other_machines_versions_and_settings_are_said_loudly(tmp_path):
     assert "DIFFERENT VERSIONS: torch 2.11 / 2.14\n" in text
     assert "DIFFERENT CPU" not in text
     assert "different setting, batch: 64 / 256\n" in text
+    assert "GPUS" not in text
+    driven = environment | {"gpus": [{"driver": "580.1"}]}
+    text = compare(
+        written(tmp_path, "a", environment=environment | {"gpus": []}), written(tmp_path, "b", environment=driven)
+    )
+    assert "DIFFERENT GPUS: None / [{'driver': '580.1'}]\n" in text
+    text = compare(written(tmp_path, "a"), written(tmp_path, "b", environment=RESULT["environment"] | {"gpus": []}))
+    assert "DIFFERENT" not in text
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import logging
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +15,17 @@ import pytest
 import torch
 
 import models
-from bench import networks, refinery_cost
-from bench.__main__ import _FLAGS
+from bench import batches, networks, refinery_cost
+from bench.__main__ import _FLAGS, _deadlines, _default_parts
 from bench.baseline import Baseline
 from bench.compiler import CompilerNotes
+from bench.contenders import CONTENDERS
 from bench.limit import COPIES, PRODUCTS, demand_note, with_shares
 from bench.networks import BARE, OPTIMIZER, REFINERY, STEP, STUDENT, Optimizing, RefineryForward, Stepping, StudentPass
 from bench.pair import Pair
 from bench.pooling import Pooling
 from bench.settings import resolve
+from bench.task import Task
 from bench.trace import trace
 from command import with_flags
 from data.sources import image_files
@@ -39,6 +43,7 @@ SMALL = {
     "contenders": "ours torchvision x4",
     "pairs": "mobilenet0.25:mobilenet0.25",
 }
+PARTS = ("machine", "loaders", "networks", "loop", "refinery_cost", "pooling")
 WORDS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 
 
@@ -137,7 +142,7 @@ def test_shares_and_bookkeeping_follow_from_the_rates():
     }
     (note,) = demand_note({row["name"]: row for row in rows[:2]})
     assert "3 GFLOP and 300 MB an image" in note
-    assert "3 TFLOP/s and copies 150 GB/s: at most 500 images/s" in note
+    assert "3 TFLOP/s, for 1000 images/s, and copies 150 GB/s, for 500 images/s: at most 500 images/s" in note
     limit, bookkeeping = networks._findings("a → b", rows)
     assert limit == f"a → b: {note}"
     # A step of 80 ms: refinery 20, student 50; optimizer 1, normalise, loss and metrics 2.
@@ -160,6 +165,77 @@ def test_a_compiled_step_says_what_was_skipped(settings):
     stepping = Stepping(Pair(*settings.pairs[0], replace(settings, compiled=True)), networks=True)
     assert stepping.run().amount == 4
     assert stepping.facts()["compiler"]["graph_breaks"] == 0
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Settings as on a machine with a GPU, which may lie."""
+    monkeypatch.setattr("bench.settings.device_named", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("bench.settings.precision_on", lambda device, asked: "bf16")
+    monkeypatch.setattr("bench.settings.torch.cuda.device_count", lambda: 1)
+    names = ("resolution", "batch", "epochs", "crops", "steps", "contenders", "pairs", "compile", "threads", "gpus")
+
+    def of(**asked):
+        options = dict.fromkeys(names) | {"precision": "auto", "data": None, "refinery": None, "quick": True} | asked
+        return resolve(device="cuda", **options)
+
+    return of
+
+
+def test_a_quick_bench_of_a_gpu_is_the_usual_one_in_less_time(on_gpu):
+    quick, usual = on_gpu(), on_gpu(quick=False)
+    for each in (quick, usual):
+        assert (each.resolution, each.batch, each.compiled, each.precision) == (224, 256, True, "bf16")
+    assert [student for _, student in quick.pairs] == ["mobilenet", "resnet18", "resnet50"]
+    assert quick.arrangement == {"apart": False, "hurried": True}
+    assert usual.arrangement == {"apart": True, "hurried": False}
+    assert _default_parts(quick) == ["networks", "loop", "loaders"]
+    assert "batches" in _default_parts(usual)
+    assert all(name in CONTENDERS for name in quick.contenders)
+
+
+def test_each_part_has_its_share_of_the_time():
+    now = time.monotonic()
+    ends = _deadlines(["networks", "loop", "loaders"], 3.5)
+    assert [end - now for end in ends.values()] == pytest.approx([105, 168, 210], abs=1)
+    assert [end - now for end in _deadlines(["machine"], 2).values()] == pytest.approx([120], abs=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_quickly_on_a_gpu_only_whole_steps_are_measured(on_gpu):
+    """What can be seen of it without a GPU: who would have run."""
+    settings = replace(on_gpu(pairs="mobilenet0.25:mobilenet0.25,resnet18:mobilenet0.25", resolution=32), batch=4)
+    record = networks.measure(settings)
+    assert [row["name"] for row in record.rows] == [PRODUCTS, COPIES, STEP] * 2
+    assert [row["group"] for row in record.rows[::3]] == [str(Pair(*names, settings)) for names in settings.pairs]
+    assert all("CUDA" in row["not_run"] or "NVIDIA" in row["not_run"] for row in record.rows)
+    assert [column.head for column in record.figures[-3:]] == ["idle", "MHz", "W"]
+
+
+@pytest.mark.slow
+def test_batches_of_several_sizes_are_measured(tmp_path):
+    record = bench("--only", "batches", out=tmp_path / "results")["batches"]
+    names = [row["name"] for row in record["rows"]]
+    assert names == [
+        PRODUCTS,
+        COPIES,
+        *(f"{size} crops{how}" for size in (2, 4, 8, 16) for how in ("", ", CUDA graphs")),
+    ]
+    rows = {row["name"]: row for row in record["rows"]}
+    assert all(rows[f"{size} crops, CUDA graphs"]["not_run"] == "needs a GPU" for size in (2, 4, 8, 16))
+    for size in (2, 4, 8, 16):
+        assert rows[f"{size} crops"]["turns"][0]["amount"] % size == 0
+    # Fewer images share the weights' bytes.
+    assert rows["2 crops"]["bytes"] > rows["16 crops"]["bytes"]
+
+
+def test_what_cuda_graphs_gain():
+    def row(rate: float) -> dict:
+        return {"rate": {"median": rate}}
+
+    rows = {"4 crops": row(100), "4 crops, CUDA graphs": row(125), "8 crops": row(100)}
+    assert batches._findings(rows, [4, 8]) == ["4 crops: 1.250 times as fast with CUDA graphs."]
 
 
 def test_the_baseline_trains_as_the_original_did(pair, image_folder):
@@ -251,21 +327,39 @@ def test_the_loop_is_measured_beside_its_step_and_the_baseline(converted, tmp_pa
 
 @pytest.mark.slow
 def test_every_part_runs(trained, tmp_path):
-    check_every_part(bench("--refinery", trained.refinery, "--data", trained.data, out=tmp_path / "results"))
+    words = ("--refinery", trained.refinery, "--data", trained.data)
+    check_every_part(bench(*words, "--only", ",".join(PARTS), out=tmp_path / "results"), PARTS)
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(450)
 def test_every_part_runs_compiled_on_a_gpu(trained, tmp_path):
+    parts = (*PARTS, "batches")
     words = ("--device", "cuda", "--compile", "always", "--refinery", trained.refinery, "--data", trained.data)
-    records = bench(*words, out=tmp_path / "results", timeout=880)
-    check_every_part(records)
+    records = bench(*words, "--only", ",".join(parts), "--minutes", "7", out=tmp_path / "results", timeout=440)
+    check_every_part(records, parts)
     steps = [row for row in records["networks"]["rows"] if row["name"] == STEP]
     assert all(row["peak_device_memory_bytes"] > 0 and "compiler" in row for row in steps)
+    for row in (*steps, *(row for row in records["loop"]["rows"] if row["name"] == "loop")):
+        assert 0 <= row["idle"] < 1
+        assert row["watts"] > 0
 
 
-def check_every_part(records: dict[str, dict]) -> None:
-    assert set(records) == {"machine", "loaders", "networks", "loop", "refinery_cost", "pooling"}
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if name.startswith("limit:")])
+def test_what_bounds_loaders_is_delivered_to_a_gpu(settings, converted, name):
+    task = Task([], converted.beton("train"), 32, 4, 4, 1, "cuda")
+    made = list(CONTENDERS[name].build(task).epoch(0))
+    assert [batch.shape for batch in made] == [(4, 3, 32, 32)] * 4
+    assert all(batch.is_cuda for batch in made)
+
+
+def check_every_part(
+    records: dict[str, dict],
+    parts: Sequence[str] = ("machine", "loaders", "networks", "loop", "refinery_cost", "pooling"),
+) -> None:
+    assert set(records) == set(parts)
     for record in records.values():
         assert record["environment"] == records["machine"]["environment"]
         assert [row for row in record["rows"] if "not_run" in row] == []

@@ -1,7 +1,9 @@
 """Taking turns: real contenders, a failing one among them."""
 
+import os
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +60,81 @@ def test_preparation_does_not_count(monkeypatch):
     turn = turns._turn(0.025)
     assert 2 <= turn.amount <= 3
     assert turn.seconds < 0.05 * turn.amount
+
+
+class Alive(Runner):
+    """Writes a file as long as its process lives; its work is how many others do so."""
+
+    def __init__(self, folder: Path, name: str, seconds: float = 0.01):
+        self._folder, self._seconds = folder, seconds
+        (folder / f"{os.getpid()}.{name}").touch()
+
+    def run(self) -> Work:
+        time.sleep(self._seconds)
+        return Work(1)
+
+    def facts(self) -> dict:
+        return {"seen": sorted(path.suffix[1:] for path in self._folder.iterdir() if runs(int(path.stem)))}
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_large_contenders_are_in_memory_one_at_a_time(tmp_path):
+    made = [
+        contender("small", partial(Alive, tmp_path, "small"), beside=True),
+        contender("a", partial(Alive, tmp_path, "a")),
+        contender("broken", partial(Alive, tmp_path / "missing", "broken")),
+        contender("b", partial(Alive, tmp_path, "b")),
+    ]
+    rows = in_turns(made, turns=2, seconds=0.02, title="apart", apart=True)
+    assert [row.get("seen") for row in rows[1:]] == [["a", "small"], None, ["b", "small"]]
+    assert "FileNotFoundError" in rows[2]["not_run"]
+    # The small one has turns beside each of the others.
+    assert [len(row.get("turns", [])) for row in rows] == [6, 2, 0, 2]
+
+
+@pytest.mark.slow
+def test_at_the_deadline_all_ends_and_what_has_been_measured_counts(tmp_path):
+    made = [
+        contender("quick", partial(Alive, tmp_path, "quick")),
+        contender("slow", partial(Alive, tmp_path, "slow", seconds=60)),
+    ]
+    started = time.monotonic()
+    (quick,) = in_turns(made[:1], turns=1000, seconds=0.02, title="a few", deadline=started + 12)
+    assert 12 <= time.monotonic() - started < 15
+    assert 0 < len(quick["turns"]) < 1000
+    started = time.monotonic()
+    quick, slow = in_turns(made, turns=1, seconds=0.02, title="none", hurried=True, deadline=started + 12)
+    assert time.monotonic() - started < 15
+    assert slow["not_run"] == "the time was over before its first turn"
+    assert quick["not_run"] == slow["not_run"]
+
+
+@pytest.mark.slow
+def test_clock_and_power_are_those_in_the_midst_of_turns(tmp_path, monkeypatch):
+    """Of a program in nvidia-smi's place, which says what that says."""
+    script = tmp_path / "nvidia-smi"
+    script.write_text("#!/bin/sh\necho '1755, 612.50'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "alive").mkdir()
+    made = [contender("a", partial(Alive, tmp_path / "alive", "a"))]
+    (row,) = in_turns(made, turns=2, seconds=0.5, title="watched", on_gpu=True)
+    assert (row["clock_mhz"], row["watts"]) == (1755, 612.5)
+    (row,) = in_turns(made, turns=1, seconds=0.1, title="not watched")
+    assert "watts" not in row
+
+
+def test_idle_is_what_is_left_of_the_time_of_a_turn(tmp_path):
+    taking = turns._Taking([contender("a", partial(Alive, tmp_path, "a"))], 0.1, None, False)
+    taking._facts[0] = {"busy_seconds": 0.25}
+    taking._measured[0] = [turns.Turn(3, 1.0, 0, 1, 0)]
+    assert taking.row(0)["idle"] == pytest.approx(0.25)
+    taking._facts[0] = {"busy_seconds": None}
+    assert "idle" not in taking.row(0)

@@ -20,6 +20,7 @@ from data.beton import Beton
 from data.convert import Storage, convert_source, encode, ensure_converted
 from data.sets import Unconverted, find_set, open_set
 from data.sources import Split, open_source
+from tests.paths import python_path
 from tests.pictures import photograph, write_class_folders
 
 ROOT = Path(__file__).parents[2]
@@ -171,7 +172,7 @@ def test_a_script_without_a_guard_converts_once(tmp_path):
     done = subprocess.run(
         [sys.executable, script],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         timeout=60,

@@ -5,10 +5,7 @@ import torch
 
 from data.loader import open_loader
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
@@ -23,6 +20,43 @@ def test_same_crops_as_on_the_cpu(converted, decoder):
             assert torch.equal(getattr(one, name), getattr(other, name).cpu()), name
         error = (one.crops.int() - other.crops.cpu().int()).abs().float()
         assert error.mean() < (0.01 if decoder == "ffcv" else 1.5)
+
+
+@pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
+def test_a_batch_is_complete_where_it_is_taken(converted, decoder):
+    """On whatever stream that is, with much still to do on it and memory used again all the time."""
+    loader = open_loader(
+        converted.beton("train"), resolution=96, batch_size=8, decoder=decoder, device="cuda", copies=2
+    )
+    expected = [(batch.crops.cpu(), batch.labels.cpu()) for batch in loader.epoch(0)]
+    for _ in range(3):
+        found = []
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for batch in loader.epoch(0):
+                torch.cuda._sleep(20_000_000)
+                found.append((batch.crops.clone(), batch.labels.clone()))
+                del batch
+        torch.cuda.synchronize()
+        for (crops, labels), (all_crops, all_labels) in zip(found, expected, strict=True):
+            assert torch.equal(crops.cpu(), all_crops)
+            assert torch.equal(labels.cpu(), all_labels)
+
+
+@pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
+def test_a_graph_is_captured_while_batches_are_made(converted, decoder):
+    """And while old ones are freed. The capture must be of its own thread alone (thread_local)."""
+    loader = open_loader(
+        converted.beton("train"), resolution=96, batch_size=8, decoder=decoder, device="cuda", copies=2
+    )
+    held = torch.zeros(8, 3, 96, 96, device="cuda", dtype=torch.float64)
+    for epoch in range(2):
+        for batch in loader.epoch(epoch):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                total = (held * 2).sum()
+            held.copy_(batch.crops)
+            graph.replay()
+            assert total.item() == 2 * batch.crops.sum().item()
 
 
 @pytest.mark.parametrize("decoder", ["ffcv", "dali"])

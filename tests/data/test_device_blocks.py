@@ -88,11 +88,11 @@ def test_damage_is_named(path, tmp_path, resident):
         list(loaded(tmp_path / "set.beton", resident=resident, drop_last=False).epoch(0))
 
 
-def test_auto_is_the_kernel_on_a_gpu_alone():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose("auto", cuda, in_blocks=True) == "blocks"
-    assert choose("auto", cpu, in_blocks=True) == "ffcv"
-    assert choose("ffcv", cuda, in_blocks=True) == "ffcv"
+def test_auto_is_the_kernel_on_a_gpu_alone(path):
+    cpu, cuda, beton = torch.device("cpu"), torch.device("cuda"), Beton(path)
+    assert choose("auto", cuda, beton) == "blocks"
+    assert choose("auto", cpu, beton) == "ffcv"
+    assert choose("ffcv", cuda, beton) == "ffcv"
     with pytest.raises(DataError, match="decoder=blocks: unknown"):
         choose("blocks", cuda)
 

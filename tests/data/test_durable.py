@@ -20,6 +20,7 @@ from data.durable import locked, move_folder
 from data.sets import Unconverted, find_set
 from data.sources import open_source
 from tests.kills.harness import await_end_of
+from tests.paths import python_path
 from tests.pictures import write_class_folders
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,7 @@ def test_trainings_begun_together_share_one_conversion(image_folder, tmp_path):
         subprocess.Popen(
             [sys.executable, "ensure.py", str(image_folder)],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": python_path()},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -200,7 +201,7 @@ def test_a_full_disk_is_called_one_and_what_was_there_stays(image_folder, tmp_pa
     done = on_a_small_disk(
         disk,
         f"mkdir {disk}/out && touch {disk}/out/mine && "
-        f"PYTHONPATH=. {sys.executable} {tmp_path}/replace.py {image_folder} {disk}/out; "
+        f"PYTHONPATH=.:$PYTHONPATH {sys.executable} {tmp_path}/replace.py {image_folder} {disk}/out; "
         f"echo $?; find {disk} -mindepth 1",
     )
     said = f"error: {disk}/out: the disk is full; free some space first (nothing was left half-done)"

@@ -2,12 +2,24 @@
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
-from kernels import binarise, pool_labels, refinery_loss, sample_blocks
+from kernels import pool_labels, refinery_loss, sample_blocks
 from kernels.refinery_loss import KINDS
-from tests.kernels.cases import activations, block_images, check, defined, dense, read_blocks, sparse
+from tests.kernels.cases import block_images, check, defined, dense, read_blocks, sparse
 
 CASES = [(10, torch.float32, 1.0), (37, torch.bfloat16, 3.0), (1000, torch.float16, 2.0)]
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_with_index(tensor, scope) -> None:
+    """Triton before 3.8 reads a loop's bound by int() of one element's array, which NumPy 2.5 refuses."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = _patch_with_index
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,22 +61,6 @@ def test_broken_networks_show(kind):
     student[1, 4] = torch.nan
     loss, _ = refinery_loss.launch(student, refinery, kind, 1.0)
     assert loss.isnan().tolist() == [False, True, True]
-
-
-def test_binarise():
-    for x in activations("cpu"):
-        signs, passes = binarise.launch(x)
-        expected_signs, expected_passes = binarise._binarise(x)
-        assert torch.equal(signs, expected_signs)
-        assert torch.equal(passes, expected_passes)
-        assert (signs.stride(), passes.stride()) == (expected_signs.stride(), expected_passes.stride())
-        # The incoming gradient may have another layout, or come from a sum.
-        gradient = torch.randn_like(signs)
-        turned = gradient.movedim(0, -1).contiguous().movedim(-1, 0) if gradient.ndim else gradient
-        for incoming in (gradient, turned, gradient.sum().expand(signs.shape)):
-            back = binarise.launch_backward(incoming, passes)
-            assert torch.equal(back, torch.where(passes, incoming, 0))
-    assert binarise.launch(torch.tensor([torch.nan]))[0].isnan().all()
 
 
 def test_sum_by_class():

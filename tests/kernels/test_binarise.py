@@ -2,8 +2,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
-from kernels import binarise as module
 from kernels.binarise import binarise, reference
 from tests.kernels.cases import activations
 
@@ -27,7 +28,7 @@ def test_signs(values, dtype):
     assert torch.equal(binarise(signs), signs)
 
 
-def test_operator_follows_its_reference():
+def test_follows_its_reference():
     for x in activations("cpu"):
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
         signs = binarise(ours)
@@ -37,12 +38,6 @@ def test_operator_follows_its_reference():
         signs.backward(weights)
         reference(theirs).backward(weights)
         assert torch.equal(ours.grad, theirs.grad)
-
-
-def test_the_operators_are_registered_well():
-    for x in activations("cpu"):
-        torch.library.opcheck(module._binarise, (x.clone().requires_grad_(),))
-        torch.library.opcheck(module._binarise_backward, (x, x > 0))
 
 
 def test_one_compiled_graph():
@@ -55,3 +50,21 @@ def test_one_compiled_graph():
         return (binarise(2 * x) * torch.arange(20)).sum()
 
     assert torch.equal(gradient(torch.compile(layer, fullgraph=True, backend="aot_eager")), gradient(layer))
+
+
+def test_the_compiler_sees_what_it_fuses():
+    """No operator of ours in its graphs, which it would leave as it is."""
+    seen: list[str] = []
+
+    def noted(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph)
+
+    x = torch.linspace(-2, 2, 60).requires_grad_()
+    torch._dynamo.reset()
+    torch.compile(lambda x: binarise(2 * x).sum(), fullgraph=True, backend=aot_autograd(fw_compiler=noted))(
+        x
+    ).backward()
+    torch._dynamo.reset()
+    assert any("where" in target for target in seen)
+    assert all(target.startswith("aten.") for target in seen)

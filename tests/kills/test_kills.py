@@ -10,6 +10,7 @@ import torch
 
 from tests.kills.runs import content
 from tests.kills.tries import ROOT
+from tests.paths import python_path
 
 
 @pytest.mark.slow
@@ -120,7 +121,7 @@ def survive(tmp_path, command: str, kills: int = 40, **options) -> subprocess.Co
         "folder, compare = pathlib.Path(sys.argv[1]), ['result', 'other']\n"
         f"print(harness.survive(words, folder, compare=compare, kills={kills}, seed=0, **{options!r}))\n"
     )
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    environment = os.environ | {"PYTHONPATH": f"{python_path()}:{tmp_path}"}
     words = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "run")]
     return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
 

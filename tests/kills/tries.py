@@ -22,6 +22,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.paths import python_path
+
 ROOT = Path(__file__).parents[2]
 
 # What a process does to files, as Python's audit events name it; an `open` counts if it is one for writing.
@@ -160,7 +162,7 @@ def _run(words: Sequence[str], folder: Path, aim: Aim, reporter: Connection, log
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(folder)
-    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["PYTHONPATH"] = python_path()
     points: Counter[str] = Counter()
     inside = not aim.during
 

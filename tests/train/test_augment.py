@@ -133,7 +133,7 @@ def test_what_is_drawn_is_no_number_of_the_graph(batch):
     student = Student("mobilenet0.25", network, OptimizerConfig(), normalisation=IMAGENET, device=CPU)
     labels = Refinery(models.build("mobilenet0.25", 3), IMAGENET, sees="coloured")
     step = Step([student], labels, augment=augment(config), device=CPU, autocast=None, compiled=False)
-    step._compute = torch.compile(step._losses, fullgraph=True, dynamic=False, backend=compiler)
+    step._compute = torch.compile(step._loss_of_students, fullgraph=True, dynamic=False, backend=compiler)
     for epoch in (0, 1, 9):
         for number in range(3):
             step(replace(batch, epoch=epoch), epoch, number)

@@ -16,6 +16,7 @@ import torch
 
 import models
 from command import exit_on_user_error, run_command
+from tests.paths import python_path
 from tests.pictures import photograph, write_class_folders
 from train.config import parse
 from train.evaluate import evaluate
@@ -28,7 +29,7 @@ TINY = ["--model", "mobilenet0.25", "--resolution", "32", "--batch", "16", "--ep
 
 
 def command(module: str, *words: object, cwd: Path, **options) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, words)],
         cwd=cwd,
@@ -114,7 +115,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_continue(workplace, image_fo
     place, _ = workplace
     words = [*TINY, "--epochs", "400", "--seed", "5", "--out", "stopped", "--data", str(image_folder)]
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(),
         "OMP_NUM_THREADS": "1",
         "TYPED_COMMAND": "make train EPOCHS=400",
     }

@@ -10,9 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.paths import python_path
 from train import TrainError
 from train import device as device_module
-from train.device import autocast_type, device_named, precision_on, set_tf32_and_allocator, set_threads
+from train.device import (
+    autocast_type,
+    device_named,
+    precision_on,
+    set_tf32_and_allocator,
+    set_threads,
+    without_deterministic,
+)
 from train.distributed import Group
 
 CPU = torch.device("cpu")
@@ -49,6 +57,36 @@ def test_tf32_only_where_asked():
             assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
     finally:
         set_tf32_and_allocator(CPU, "fp32")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_algorithms_are_searched_for_on_a_gpu_unless_the_same_bits_are_asked_for(deterministic, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        set_tf32_and_allocator(torch.device("cuda"), "bf16", deterministic=deterministic)
+        assert torch.backends.cudnn.benchmark is not deterministic
+        assert torch.backends.cudnn.deterministic is deterministic
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+        # A CPU keeps what it has.
+        set_tf32_and_allocator(CPU, "bf16", deterministic=not deterministic)
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+    finally:
+        set_tf32_and_allocator(torch.device("cuda"), "fp32")
+        torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_what_has_no_deterministic_algorithm_is_named():
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            # One of the few on a CPU.
+            torch.zeros(4).put_(torch.tensor([1, 1]), torch.ones(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert without_deterministic(caught.value) == "put_"
+    assert not without_deterministic(RuntimeError("CUDA out of memory"))
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
@@ -148,7 +186,7 @@ def test_threads_below_one_are_refused():
 def test_threads_of_commands_spin_for_a_moment_only(given, found):
     """The variable must be there before PyTorch is loaded; the user's own counts."""
     environment = {name: value for name, value in os.environ.items() if not name.endswith(("_POLICY", "_SPINCOUNT"))}
-    environment |= {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT)} | given
+    environment |= {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": python_path()} | given
     done = subprocess.run(
         [sys.executable, "-m", "train.evaluate", "--help"], capture_output=True, text=True, env=environment
     )

@@ -20,6 +20,7 @@ import models
 from data.beton import Beton
 from data.loader import open_loader
 from kernels.normalise import Normalise
+from tests.paths import python_path
 from tests.train.conftest import TINY
 from train import TrainError
 from train.config import OptimizerConfig, parse
@@ -141,7 +142,7 @@ def test_buckets_are_added_up_and_a_lost_process_ends_the_others_without_a_word(
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", _EXCHANGE],
-            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)},
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": python_path()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -233,7 +234,7 @@ def work():
         group.check_same({{"data": data}})
 exit_on_user_error(work)
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = os.environ | {"PYTHONPATH": python_path(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program],
@@ -268,7 +269,7 @@ def start(folder: Path, *words: str, module=("train",), more=None) -> subprocess
     environment = {name: value for name, value in os.environ.items() if name != "TYPED_COMMAND"}
     return subprocess.Popen(
         command,
-        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (more or {}),
+        env=environment | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"} | (more or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

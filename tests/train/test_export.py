@@ -25,6 +25,7 @@ import models
 from command import run_command
 from models.standalone import standalone
 from models.weights import CHECKPOINT_FORMAT
+from tests.paths import ROOT
 from tests.pictures import photograph
 from train import TrainError
 from train.export import command
@@ -109,7 +110,9 @@ def alone(folder: Path, photo: Image.Image) -> list[str]:
     photo.save(folder / "photo.jpg", quality=95)
     (lines,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     check = "import importlib.util\nassert not importlib.util.find_spec('kernels')\n"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # Packages may lie there.
+    places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place and place != str(ROOT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
     done = subprocess.run(
         [sys.executable, "-c", check + lines], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
     )

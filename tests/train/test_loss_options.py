@@ -158,7 +158,7 @@ def test_it_is_compiled_into_the_same_graph(batch):
     augment = Augment(AugmentConfig(cutmix=0.5), seed=5, epochs=10, device=CPU)
     options = {"truth": 0.3, "weights": WEIGHTS, "augment": augment}
     step = Step(students("mobilenet0.25"), labeller(), device=CPU, autocast=None, compiled=False, **options)
-    step._compute = torch.compile(step._losses, fullgraph=True, dynamic=False, backend=compiler)
+    step._compute = torch.compile(step._loss_of_students, fullgraph=True, dynamic=False, backend=compiler)
     for number in range(3):
         step(batch, 0, number)
     assert compiler.frame_count == 1

@@ -13,6 +13,7 @@ from torch import nn
 
 import models
 from models.weights import CHECKPOINT_FORMAT
+from tests.paths import python_path
 from tests.pictures import photograph, write_class_folders
 from train import TrainError
 from train.evaluate import evaluate
@@ -175,7 +176,7 @@ def test_an_empty_list_of_rows_is_json():
 
 def test_lines_come_at_once_and_a_reader_may_leave(place):
     """Standard output holds nothing but rows; and a full disk there ends in one line too."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     words = "--checkpoint run --images images/*/*.jpg --format jsonl --batch 1 --device cpu"
     typed = f"{sys.executable} -m train.predict {words}"
 

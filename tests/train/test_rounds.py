@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from data.beton import Beton
+from tests.paths import python_path
 from tests.train.conftest import TINY
 from train import TrainError
 from train.chain import main as chain_main
@@ -64,7 +65,7 @@ def start(module: str, *words: str, launcher: tuple[str, ...] = ()) -> subproces
     environment = {name: value for name, value in os.environ.items() if name != "TYPED_COMMAND"}
     return subprocess.Popen(
         [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), module, *words],
-        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=environment | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

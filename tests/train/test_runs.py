@@ -14,7 +14,7 @@ from kernels.normalise import Normalise
 from models import ModelError
 from models.trained import digest_of, load_trained
 from tests.stopping import stop_at
-from train import TrainError
+from train import TrainError, loop
 from train.config import parse
 from train.evaluate import evaluate
 from train.interrupt import Interrupted
@@ -25,7 +25,6 @@ from train.runs.code import training_code
 from train.runs.environment import environment
 from train.runs.record import locked
 from train.step import Step
-from train.student import Student
 from train.train import train
 
 
@@ -92,14 +91,15 @@ def test_the_validation_loss_is_recorded(run, converted, capsys):
 
 def test_a_validation_loss_that_is_not_finite_stays_json(run, monkeypatch, capsys):
     """Statistics of batches may spoil the network that is scored while the one in training is sound."""
-    original = Student.score
+    original = loop.score_all
 
-    def score(self, *others):
-        scores = original(self, *others)
-        scores.loss = float("inf")
-        return scores
+    def score_all(*arguments, **options):
+        found = original(*arguments, **options)
+        for scores in found:
+            scores.loss = float("inf")
+        return found
 
-    monkeypatch.setattr(Student, "score", score)
+    monkeypatch.setattr(loop, "score_all", score_all)
     finished = run("--epochs", "1")
     assert '"val_loss": null' in (finished.folder / "metrics.jsonl").read_text()
     assert "loss not finite; " in capsys.readouterr().out

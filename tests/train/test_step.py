@@ -12,9 +12,10 @@ from data.loader import open_loader
 from kernels.normalise import Normalise
 from train import TrainError
 from train.config import OptimizerConfig
+from train.failures import is_out_of_memory
 from train.labels.ground_truth import GroundTruth
 from train.labels.refinery import Refinery
-from train.step import Step, correct, forget_compiled_steps, is_out_of_memory
+from train.step import Step, correct, forget_compiled_steps
 from train.student import CROPS, LOSS, TOP1, TOP5, Student
 
 IMAGENET = models.normalisation("resnet18")
@@ -149,8 +150,9 @@ def new_memory_is_nan():
 def test_fp16_scales_the_loss_and_skips_what_overflows(loader, new_memory_is_nan, kind):
     """A skipped step leaves nothing behind: the next one is the first step of a student that skipped none."""
     skipping, plain = (tiny_step(autocast=torch.float16, optimizer=kind) for _ in range(2))
-    scaler = skipping.students[0].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)  # gradients overflow
-    plain.students[0].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = skipping.students[0].scaler
+    scaler.update(2.0**30)  # gradients overflow
+    plain.students[0].scaler.update(2.0**10)
     weights, never_skipped = (step.students[0].network.head.weight for step in (skipping, plain))
     before = weights.detach().clone()
     batch = next(iter(loader.epoch(0)))

@@ -13,10 +13,7 @@ from train.step import Step
 from train.student import LOSS, Student
 from train.train import train
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def step_of(compiled: bool, autocast: torch.dtype = torch.bfloat16, cuda_graphs: bool = False) -> Step:

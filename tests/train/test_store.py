@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from data.durable import in_units
 from tests.damage import bytes_of, documents
+from tests.paths import python_path
 from train import TrainError
 from train.labels.description import Description, differences
 from train.labels.rows import CellRows
@@ -115,7 +116,7 @@ def test_what_a_killed_process_left_is_written_over(store):
         "    rows[:] = 9\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": python_path()}
     assert subprocess.run([sys.executable, "-c", program], env=environment, timeout=120).returncode == -signal.SIGKILL
     assert sorted(os.listdir(store.folder)) == [".epoch-0000.partial", "labels.json"]
     assert store.epochs == 0

@@ -22,9 +22,10 @@ from PIL import Image
 
 from models import ModelError
 from models.trained import load_trained
+from tests.paths import python_path
 from tests.stopping import stop_at
 from tests.train.conftest import TINY
-from train import TrainError
+from train import TrainError, loop
 from train.config import parse
 from train.interrupt import Interrupted
 from train.job import Job
@@ -32,7 +33,6 @@ from train.runs import all_runs, checkpoint, read_run
 from train.runs.__main__ import table
 from train.runs.record import Record, Silent, locked
 from train.score import Scores
-from train.student import Student
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("images_per_second_per_device", "waiting", "seconds")
@@ -661,18 +661,17 @@ def test_plots_are_what_tensorboard_reads(run, stopped):
     [
         (signal.SIGTERM, 2, []),
         pytest.param(signal.SIGINT, 2, ["--ema", "0.9"], marks=pytest.mark.slow),
-        # Of the first network all batches, and some of the second's.
         pytest.param(
-            *(signal.SIGTERM, 1, ["--model", "mobilenet0.25 resnet18", "--optimizer.lr", "0.01"]),
+            *(signal.SIGTERM, 2, ["--model", "mobilenet0.25 resnet18", "--optimizer.lr", "0.01"]),
             marks=pytest.mark.slow,
         ),
     ],
 )
 def test_a_stop_in_validation_is_heeded_within_a_batch(run, monkeypatch, number, epoch, words, capsys):
-    """Twelve steps an epoch; validation is four batches."""
+    """Twelve steps an epoch; validation is four batches, for several networks as for one."""
     where = "--runs" if len(words) == 4 else "--out"
     run(*words, where, "whole", "--batch", "4")
-    batches, original = 0, Student.score
+    batches, original = 0, loop.score_all
 
     class Counting:
         def __init__(self, loader):
@@ -689,11 +688,11 @@ def test_a_stop_in_validation_is_heeded_within_a_batch(run, monkeypatch, number,
                     signal.raise_signal(number)
                 yield batch
 
-    def score(self, loader, *others) -> Scores:
-        return original(self, Counting(loader), *others)
+    def score_all(answer, loader, *others, **options) -> list[Scores]:
+        return original(answer, Counting(loader), *others, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Student, "score", score)
+        patch.setattr(loop, "score_all", score_all)
         with pytest.raises(Interrupted, match=f"stopped in epoch {epoch} of 2, after step 12 of 12; to continue"):
             run(*words, where, "run", "--batch", "4")
     assert batches == 6
@@ -705,7 +704,7 @@ def test_a_stop_in_validation_is_heeded_within_a_batch(run, monkeypatch, number,
 
 
 def start(folder: Path, *words: str, **options) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TYPED_COMMAND": "make train"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "TYPED_COMMAND": "make train"}
     command = [sys.executable, "-m", "train", *TINY, "--data", str(folder), "--out", "run", *words]
     return subprocess.Popen(command, env=environment, **options)
 

@@ -128,6 +128,14 @@ def test_the_table_of_stored_labels(setting, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_table_of_statistics(setting, tmp_path):
+    rows = make_tables(["statistics"], with_options(setting, seeds=1), tmp_path / "tables.md")
+    of = {row.name: row.runs[0].identity["labels"].get("bn") for row in rows}
+    del of["refinery resnet18"]
+    assert of == {"no refinery": None, "batch": "batch", "averaged": "averaged", "running": "running"}
+
+
+@pytest.mark.slow
 def test_the_papers_at_length(setting, tmp_path, capsys):
     """What is worth most comes first; a command that was stopped goes on where it was, seeds last."""
     out = tmp_path / "tables.md"

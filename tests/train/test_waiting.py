@@ -19,7 +19,6 @@ def test_on_a_cpu_it_is_the_time_of_fetching():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_it_is_the_time_without_work():
     """While the device is still busy with the step before, a host that fetches keeps nobody waiting."""
     waiting, work = Waiting(torch.device("cuda")), torch.randn(4096, 4096, device="cuda")

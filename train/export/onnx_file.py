@@ -68,7 +68,6 @@ def write_onnx(path: Path, module: nn.Module, *, resolution: int, metadata: Mapp
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 dynamic_shapes={INPUT: {0: torch.export.Dim("N")}},
-                custom_translation_table={torch.ops.label_refinery.binarise.default: _binarise()},
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -90,21 +89,6 @@ def write_onnx(path: Path, module: nn.Module, *, resolution: int, metadata: Mapp
 def as_text(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Metadata as stored in an ONNX file: JSON by name."""
     return {name: json.dumps(value) for name, value in metadata.items()}
-
-
-def _binarise() -> Any:
-    """kernels.binarise in ONNX operators: the signs, and the second output for training, which is not used."""
-    from onnxscript import opset18
-
-    # Its operators also accept Python numbers, which their type hints do not say.
-    op: Any = opset18
-
-    def binarise(x: Any) -> Any:
-        one, none = op.CastLike(1.0, x), op.CastLike(0.0, x)
-        signs = op.Where(op.GreaterOrEqual(x, none), one, op.Where(op.Less(x, none), op.Neg(one), x))
-        return signs, op.Less(op.Abs(x), one)
-
-    return binarise
 
 
 class Session:

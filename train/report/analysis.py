@@ -124,7 +124,9 @@ def accuracies(subject: Subject, data: ConvertedSet, *, seed: int, compute: Comp
         "resolution": subject.resolution,
         "crop": asdict(subject.rule),
         "seed": seed,
-        "decoder": decoders.choose(compute.decoder, compute.device),
+        "decoder": decoders.choose(
+            compute.decoder, compute.device, Beton(data.beton("train")), threads=compute.threads
+        ),
         "device": compute.device.type,
         "precision": subject.precision,
     }

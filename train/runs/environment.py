@@ -19,6 +19,7 @@ import torch
 from PIL import features
 
 from command import typed_command
+from train import nvidia
 from train.runs.code import ROOT
 
 _PACKAGES = (
@@ -44,10 +45,11 @@ _SIMD = ("sse4_1", "avx2", "avx512f", "avx512bw", "avx512_vbmi", "avx512_vnni", 
 def environment(device: str) -> dict[str, Any]:
     """The machine and the versions that figures depend on, before anything is measured, and the command typed.
 
-    device: cpu or cuda. memory_bytes: of the machine. load_average: of the last minute, from other work. threads: that
-    PyTorch uses, unless a part or a run sets their number. compiler: for C++, which PyTorch compiles networks with on a
-    CPU; FFCV's and our decoders are compiled by llvmlite, kernels by triton. command: with file names without their
-    folders, which differ between machines.
+    device: cpu or cuda. memory_bytes: of the machine. load_average: of the last minute, what else it was busy with.
+    threads: that PyTorch computes on, where a part or a run does not choose their number. gpus: on a GPU, what
+    train.nvidia knows of each that may be used.
+    compiler: that of C++, which PyTorch compiles networks with on a CPU; FFCV's and our decoders are compiled by
+    llvmlite, kernels by triton. command: with files by their names alone: where they lie is another machine's matter.
     """
     cpu = _cpu()
     return {
@@ -57,6 +59,7 @@ def environment(device: str) -> dict[str, Any]:
         "dirty": bool(_git("status", "--porcelain", "--", "*.py", "*.yaml")),
         "command": _PLACE.sub("", typed_command()),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu["model"],
+        "gpus": nvidia.gpus() if device == "cuda" else [],
         "cpu": cpu,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": os.getloadavg()[0],
@@ -75,7 +78,7 @@ def machine_line(found: dict[str, Any], *, load: bool = True) -> str:
     commit = (
         f"commit {found['commit'][:10]}{' with changes' if found['dirty'] else ''}" if found["commit"] else "no commit"
     )
-    gpu = f"{found['device']}; " if found["device"] != cpu["model"] else ""
+    gpu = f"{found['device']}{nvidia.described(found.get('gpus', []))}; " if found["device"] != cpu["model"] else ""
     busy = (
         f", {found['threads']} threads, load before {found['load_average']:.1f}; {found['date'][:10]}" if load else ""
     )
@@ -121,7 +124,17 @@ def _versions() -> dict[str, str | None]:
             versions[name] = None
     # Pillow's; torchvision, FFCV and DALI bundle their own, whose version is not available.
     versions["libjpeg-turbo"] = features.version_feature("libjpeg_turbo")
+    # What PyTorch was built for, and the library that it loads where there is a GPU.
+    versions["cuda"] = torch.version.cuda
+    versions["cudnn"] = _cudnn()
     return versions
+
+
+def _cudnn() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    found = torch.backends.cudnn.version()
+    return found and f"{found // 10000}.{found // 100 % 100}.{found % 100}"
 
 
 def _git(*words: str) -> str:

@@ -17,6 +17,7 @@ from kernels.normalise import Normalisation, Normalise
 from train import TrainError
 from train.device import computing_in
 from train.distributed import ALONE, Group
+from train.failures import is_out_of_memory, reason
 
 
 class Stopped(Exception):
@@ -55,19 +56,60 @@ class Said:
     of_label: torch.Tensor
 
 
+class Answers:
+    """Networks as one function of crops uint8 [B, 3, R, R] to the logits of each, float32 [B, outputs].
+
+    networks: each with the normalisation of its input. compiled: as one compiled graph; fewer crops than there were at
+    first are filled up to as many, for which there is a graph. Where it cannot be compiled, a notice is printed.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[tuple[nn.Module, Normalisation]],
+        *,
+        device: torch.device,
+        autocast: torch.dtype | None,
+        compiled: bool = False,
+    ):
+        self.networks = [network for network, _ in networks]
+        self.device, self._autocast = device, autocast
+        self._normalise = [Normalise(normalisation).to(device) for _, normalisation in networks]
+        self._compiled = torch.compile(self._logits, fullgraph=True, dynamic=False) if compiled else None
+        self._full = 0
+
+    @torch.no_grad()
+    def __call__(self, crops: torch.Tensor) -> list[torch.Tensor]:
+        # Not inference_mode: its tensors are of another kind, for which there would be a graph more.
+        if self._compiled is None:
+            return self._logits(crops)
+        count = len(crops)
+        self._full = max(self._full, count)
+        filled = crops
+        if count < self._full:
+            filled = torch.cat([crops, crops[:1].expand(self._full - count, -1, -1, -1)])
+            filled = filled.contiguous(memory_format=torch.channels_last)
+        try:
+            return [logits[:count] for logits in self._compiled(filled)]
+        except Exception as error:  # a compiler fails in as many ways as it has parts
+            if is_out_of_memory(error):
+                raise
+            print(f"validation cannot be compiled and runs uncompiled ({reason(error)})", flush=True)
+        self._compiled = None
+        return self._logits(crops)
+
+    def _logits(self, crops: torch.Tensor) -> list[torch.Tensor]:
+        with computing_in(self._autocast, self.device):
+            pairs = zip(self.networks, self._normalise, strict=True)
+            return [network(normalise(crops)).float() for network, normalise in pairs]
+
+
 def answering(
     network: nn.Module, normalisation: Normalisation, *, device: torch.device, autocast: torch.dtype | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The network in evaluation mode, as a function of crops uint8 [B, 3, R, R] to logits float32 [B, outputs]."""
     network.eval()
-    normalise = Normalise(normalisation).to(device)
-
-    @torch.inference_mode()
-    def logits(crops: torch.Tensor) -> torch.Tensor:
-        with computing_in(autocast, device):
-            return network(normalise(crops)).float()
-
-    return logits
+    answer = Answers([(network, normalisation)], device=device, autocast=autocast)
+    return lambda crops: answer(crops)[0]
 
 
 def likeliest_five(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +120,6 @@ def likeliest_five(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return logits.topk(min(5, logits.shape[1]), dim=1).indices, logits.softmax(dim=1)
 
 
-@torch.inference_mode()
 def score(
     network: nn.Module,
     loader: Loader | Originals,
@@ -99,54 +140,94 @@ def score(
     batch. each: called after each batch. Raises Stopped if `stop` returns True in any process, and TrainError if no
     image is left.
     """
-    answer = answering(network, normalisation, device=device, autocast=autocast)
-    num_classes = loader.num_classes
-    known = torch.tensor(range(num_classes) if columns is None else columns)
-    # The loader's classes to choose from, and their outputs.
-    choices = (known >= 0).nonzero()[:, 0].to(device)
-    outputs = known.to(device)[choices]
-    # The index of each class among the choices; cross entropy ignores images with index -1.
-    places = torch.full((num_classes,), -1, dtype=torch.int64, device=device)
-    places[choices] = torch.arange(len(choices), device=device)
-    # Rows: images of each class, those right in top-1, those right in top-5.
-    counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
-    predicted = torch.full((loader.num_samples,), -1, dtype=torch.int64, device=device)
-    # Per image, so that the sum has the same order for any number of processes.
-    losses = torch.zeros(loader.num_samples, dtype=torch.float64, device=device)
+    answer = Answers([(network, normalisation)], device=device, autocast=autocast)
+    return score_all(answer, loader, together, columns=columns, stop=stop, each=each)[0]
+
+
+@torch.no_grad()
+def score_all(
+    answer: Answers,
+    loader: Loader | Originals,
+    together: Group = ALONE,
+    *,
+    columns: Sequence[int] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    each: Callable[[Said], None] | None = None,
+) -> list[Scores]:
+    """Scores networks in one pass over the loader's images, in evaluation mode; of each, as `score`."""
+    for network in answer.networks:
+        network.eval()
+    counts = [_Counts(loader, columns, answer.device, each) for _ in answer.networks]
     stopped = False
     with images_bar(loader.num_samples, "score", leave=False) as bar:
         for batch in loader.epoch(0):
             stopped = stop()
             if stopped:
                 break
-            chosen = answer(batch.crops)[:, outputs]
-            first_five, probabilities = likeliest_five(chosen)
-            likeliest = choices[first_five]
-            predicted[batch.indices] = likeliest[:, 0]
-            own = F.cross_entropy(chosen, places[batch.labels], ignore_index=-1, reduction="none")
-            losses[batch.indices] = own.double()
-            hits = likeliest == batch.labels[:, None]
-            for row, weights in enumerate((torch.isin(batch.labels, choices), hits[:, 0], hits.any(dim=1))):
-                counts[row].scatter_add_(0, batch.labels, weights.long())
-            if each:
-                each(_said(batch, choices, first_five, probabilities))
+            for count, logits in zip(counts, answer(batch.crops), strict=True):
+                count.add(batch, logits)
             bar.update(len(batch.labels))
     if any(together.largest([stopped])):
         raise Stopped
-    predicted = together.sum(predicted + 1) - 1
-    losses = together.sum(losses)
-    images, first, within5 = together.sum(counts).cpu().tolist()
-    total = sum(images)
-    if not total:
-        raise TrainError("there is no image to score: none could be read that is of a class of the network")
-    return Scores(
-        top1=100 * sum(first) / total,
-        top5=100 * sum(within5) / total,
-        images=total,
-        per_class=[(n, 100 * right / n if n else None) for n, right in zip(images, first, strict=True)],
-        predicted=predicted.cpu(),
-        loss=float(losses.sum()) / total,
-    )
+    return [count.scores(together) for count in counts]
+
+
+class _Counts:
+    """What has been counted of a network's answers; arguments as of `score`."""
+
+    def __init__(
+        self,
+        loader: Loader | Originals,
+        columns: Sequence[int] | None,
+        device: torch.device,
+        each: Callable[[Said], None] | None,
+    ):
+        num_classes = loader.num_classes
+        known = torch.tensor(range(num_classes) if columns is None else columns)
+        # The loader's classes to choose from, and their outputs.
+        self._choices = (known >= 0).nonzero()[:, 0].to(device)
+        self._outputs = known.to(device)[self._choices]
+        # The index of each class among the choices; cross entropy ignores images with index -1.
+        self._places = torch.full((num_classes,), -1, dtype=torch.int64, device=device)
+        self._places[self._choices] = torch.arange(len(self._choices), device=device)
+        # Rows: images of each class, those right in top-1, those right in top-5.
+        self._counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
+        self._predicted = torch.full((loader.num_samples,), -1, dtype=torch.int64, device=device)
+        # Per image, so that the sum has the same order for any number of processes.
+        self._losses = torch.zeros(loader.num_samples, dtype=torch.float64, device=device)
+        self._each = each
+
+    def add(self, batch: CropBatch, logits: torch.Tensor) -> None:
+        """Counts the answers to a batch, float32 [B, outputs]."""
+        chosen = logits[:, self._outputs]
+        first_five, probabilities = likeliest_five(chosen)
+        likeliest = self._choices[first_five]
+        self._predicted[batch.indices] = likeliest[:, 0]
+        own = F.cross_entropy(chosen, self._places[batch.labels], ignore_index=-1, reduction="none")
+        self._losses[batch.indices] = own.double()
+        hits = likeliest == batch.labels[:, None]
+        rows = torch.isin(batch.labels, self._choices), hits[:, 0], hits.any(dim=1)
+        for row, weights in enumerate(rows):
+            self._counts[row].scatter_add_(0, batch.labels, weights.long())
+        if self._each:
+            self._each(_said(batch, self._choices, first_five, probabilities))
+
+    def scores(self, together: Group) -> Scores:
+        """Of all images of all processes. Raises TrainError where there is none."""
+        predicted = together.sum(self._predicted + 1) - 1
+        losses = together.sum(self._losses)
+        images, first, within5 = together.sum(self._counts).cpu().tolist()
+        total = sum(images)
+        if not total:
+            raise TrainError("there is no image to score: none could be read that is of a class of the network")
+        return Scores(
+            top1=100 * sum(first) / total,
+            top5=100 * sum(within5) / total,
+            images=total,
+            per_class=[(n, 100 * right / n if n else None) for n, right in zip(images, first, strict=True)],
+            predicted=predicted.cpu(),
+            loss=float(losses.sum()) / total,
+        )
 
 
 def _said(batch: CropBatch, choices: torch.Tensor, first_five: torch.Tensor, probabilities: torch.Tensor) -> Said:

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from train.distributed import group
 from train.evaluate import evaluate
 from train.label import LabelOptions, label
+from train.labels.refinery import RefineryOptions
 from train.maps import MapsOptions, make_maps
 from train.runs import Run, key_of
 from train.tables.text import REFINERIES, Row, Score, Setting, words_of
@@ -156,6 +157,11 @@ class Tables:
             self._add(
                 Row("stored", f"{name}, with the others", words_of({"model": name, "labels.stored": str(store)})), run
             )
+
+    def _table_statistics(self) -> None:
+        self._row("statistics", "no refinery", self._setting.options.student)
+        for bn in get_args(RefineryOptions.__annotations__["bn"]):
+            self._refined("statistics", bn, {"labels.bn": bn})
 
     def _store(self, options: LabelOptions, epochs: int) -> Path:
         """The folder of the refinery's labels of the crops of seed 0, which are made if they are missing."""

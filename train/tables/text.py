@@ -23,6 +23,7 @@ TITLES = {
     "relabel-networks": "ReLabel, networks from ground truth and from label maps, with CutMix",
     "relabel-labels": "ReLabel, kinds of labels, with and without CutMix",
     "stored": "Stored labels, of one refinery for students of all seeds",
+    "statistics": "The refinery's batch normalisation: by the batch, by a few batches' average, by its own training",
     "length": "The papers at length, in the order of what the runs are worth",
 }
 # The rows of refineries, which do not belong to a table.
@@ -34,10 +35,11 @@ class TablesOptions:
     """Options of the tables.
 
     Args:
-        tables: which, separated by commas (default: Label Refinery's 1,4,2,3,6,7 and, with taxonomy, 5); ReLabel's are
-            relabel-networks and relabel-labels; stored, which is in no paper, compares labels from files with the
-            refinery's own; length has the main results of both papers, for long runs on a GPU
-        seeds: runs per row, of seeds 0, 1, ...; refineries are trained once
+        tables: which, with commas between them (default: Label Refinery's 1,4,2,3,6,7 and, with taxonomy, 5); ReLabel's
+            are relabel-networks and relabel-labels; in no paper are stored, labels from files beside the refinery's
+            own, and statistics, cheaper batch normalisations of the refinery; length has what both papers say most of,
+            for long runs on a GPU
+        seeds: runs a row, of seeds 0, 1, ...; refineries are trained once
         student: the student of most rows
         students: those of Table 2, of relabel-networks and of length, and those that train together on one folder of
             stored labels

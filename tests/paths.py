@@ -1,0 +1,11 @@
+"""Where programs under test find this checkout."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def python_path() -> str:
+    """PYTHONPATH with this checkout in front of what it holds already: on some machines, that is where packages lie."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,0 +1,93 @@
+"""What NVIDIA's driver says of the GPUs: by nvidia-smi, which comes with it."""
+
+import contextlib
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_SECONDS = 10
+# What is noted of each GPU, under which name, and how it is read.
+_FIXED = {
+    "driver": ("driver_version", str),
+    "name": ("name", str),
+    "memory_mib": ("memory.total", float),
+    "power_limit_watts": ("power.limit", float),
+    "max_clock_mhz": ("clocks.max.sm", float),
+    "max_memory_clock_mhz": ("clocks.max.memory", float),
+}
+_NOW = {"clock_mhz": ("clocks.sm", float), "watts": ("power.draw", float)}
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Of each GPU that this process may use what does not change: driver, name, memory, power limit, highest clocks."""
+    return _asked(_FIXED)
+
+
+def described(found: list[dict[str, Any]]) -> str:
+    """What gpus() found in words, in brackets behind the name of a GPU; nothing where none was found."""
+    if not found:
+        return ""
+    said = [
+        f"{len(found)} of them" if len(found) > 1 else None,
+        *(
+            text.format(found[0][name])
+            for name, text in (
+                ("driver", "driver {}"),
+                ("memory_mib", "{:.0f} MiB"),
+                ("max_clock_mhz", "up to {:.0f} MHz"),
+                ("max_memory_clock_mhz", "memory {:.0f} MHz"),
+                ("power_limit_watts", "{:.0f} W"),
+            )
+            if found[0][name] is not None
+        ),
+    ]
+    return f" ({', '.join(text for text in said if text)})"
+
+
+def now() -> dict[str, float]:
+    """Clock and power at this moment, clock_mhz and watts, as means of the GPUs; what is not known is left out."""
+    found = _asked(_NOW)
+    known = {name: [gpu[name] for gpu in found if gpu[name] is not None] for name in _NOW}
+    return {name: sum(values) / len(values) for name, values in known.items() if values}
+
+
+def _asked(fields: Mapping[str, tuple[str, type]]) -> list[dict[str, Any]]:
+    """A GPU's fields each, None where the driver does not know one; nothing where nvidia-smi does not answer."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(name for name, _ in fields.values())}"]
+    kinds = [(name, kind) for name, (_, kind) in fields.items()]
+    # Where it knows the GPUs by other names, all are asked.
+    for ids in (_ids(), []):
+        try:
+            done = subprocess.run(
+                [*command, *ids, "--format=csv,noheader,nounits"],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=_SECONDS,
+            )
+        except (OSError, subprocess.SubprocessError):
+            continue
+        lines = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+        return [
+            {name: _read(cell, kind) for (name, kind), cell in zip(kinds, cells, strict=True)}
+            for cells in lines
+            if len(cells) == len(kinds)
+        ]
+    return []
+
+
+def _ids() -> list[str]:
+    """The option that leaves out the GPUs that are hidden from this process."""
+    count = torch.cuda.device_count()
+    ids = [str(getattr(torch.cuda.get_device_properties(number), "uuid", "")) for number in range(count)]
+    names = [f"GPU-{each.removeprefix('GPU-')}" for each in ids if each]
+    return [f"--id={','.join(names)}"] if names and len(names) == count else []
+
+
+def _read(cell: str, kind: type) -> Any:
+    # "[N/A]", "[Not Supported]" and the like.
+    with contextlib.suppress(ValueError):
+        return None if cell.startswith("[") else kind(cell)
+    return None
