@@ -85,11 +85,11 @@ class Layout(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What a box needs of an image, as `take` wrote it to a buffer.
+    """The part of an image that a box needs, as written to a buffer by `take`.
 
-    wrong: what is wrong with the image, or 0; height and width are then those that its headers say. size: bytes of the
-    JPEG or, of raw images, of the box's pixels. top, left, height, width: the part of the image that these are, in
-    pixels. subsampled: see Layout.
+    wrong: what is wrong with the image, or 0; height and width are then those of its headers. size: bytes of the JPEG
+    or, for raw images, of the box's pixels. top, left, height, width: the part of the image that these are, in pixels.
+    subsampled: see Layout.
     """
 
     wrong: int
@@ -101,7 +101,7 @@ class Taken(NamedTuple):
     subsampled: bool
 
 
-# What `take` finds wrong.
+# Errors found by `take`.
 NO_JPEG, OTHER_SIZE, BROKEN_TILES = 1, 2, 3
 
 
@@ -244,10 +244,10 @@ def take(
     box: NDArray[np.int64],
     out: NDArray[np.uint8],
 ) -> Taken:
-    """Writes the JPEG that a box needs of a stored one to out, which must be as long: that of its tiles, or all of it.
+    """Writes the part of a stored JPEG that a box needs, its tiles or all of it, to out, which must be as long.
 
     size: int [2], the height and width that the image should have. box: int64 [4] (top, left, height, width).
-    Headers are read again from what was written: another process may write to the file that stored is mapped from.
+    Headers are read again from out, since another process may write to the file that stored is mapped from.
     """
     found = layout(stored)
     if found.frame == 0:
@@ -282,12 +282,12 @@ def take_all(
     out: NDArray[np.uint8],
     places: NDArray[np.int64],
 ) -> tuple[int, Taken]:
-    """Takes what the boxes int64 [n, 4] need of n images of a file, one behind the other, into out, uint8.
+    """Copies the parts of n images of a file that the boxes int64 [n, 4] need, one after the other, to out, uint8.
 
-    starts, lengths: int64 [n], of each image's bytes in the file; out must hold all of these. sizes: int [n, 2]. raw:
-    bool [n]; of raw images the pixels of the box are taken. places: int64 [n, 4], is filled with begin and end in out,
-    and top and left in the image, of each part.
-    Returns the place of the first image with which something is wrong, and what; else -1.
+    starts, lengths: int64 [n], of each image's bytes in the file; out must have space for all of them. sizes: int [n,
+    2]. raw: bool [n]; the box's pixels are copied from raw images. places: int64 [n, 4], is filled with begin and end
+    in out, and top and left in the image, of each part.
+    Returns the index of the first damaged image and what is wrong with it; otherwise -1.
     """
     at = 0
     taken = Taken(0, 0, 0, 0, 0, 0, False)

@@ -202,11 +202,12 @@ class Config:
         precision: bf16 or fp16 autocast, tf32 or fp32; if the device has no units for it, another is used (auto: the
             first of bf16, fp16 and fp32 that it has)
         compile: compile the step; auto does so on CUDA only (on a CPU it takes a minute or two and seldom pays off)
-        cuda_graphs: on a GPU, record the whole step as one CUDA graph for each resolution and replay it, which spares
-            the launching of its kernels; what cannot be recorded runs as without it, after a notice (not yet measured)
-        deterministic: on a GPU, the same bits in each run of the same command: algorithms are neither searched for by
-            timing them nor taken from those whose sums depend on timing, which makes steps slower (how much has not
-            been measured); an operator without such an algorithm ends the run. CPUs need no option for that
+        cuda_graphs: on a GPU, record the whole step as one CUDA graph for each resolution and replay it, which avoids
+            launching its kernels one by one; a step that cannot be recorded runs without it, after a notice (not yet
+            measured)
+        deterministic: on a GPU, the same bits in each run of the same command: algorithms are not selected by timing,
+            and those whose sums depend on timing are not used, which makes steps slower (not yet measured); an operator
+            without a deterministic algorithm ends the run. On CPUs this option is not needed
         replicas: parts of a batch, each with its own batch statistics, as on its own GPU; several devices (--gpus N)
             divide them among themselves (default: the number of devices)
         reduce: how the gradients of several devices are added: sum; bf16, rounded for the transfer, which halves it;

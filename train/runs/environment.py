@@ -45,11 +45,11 @@ _SIMD = ("sse4_1", "avx2", "avx512f", "avx512bw", "avx512_vbmi", "avx512_vnni", 
 def environment(device: str) -> dict[str, Any]:
     """The machine and the versions that figures depend on, before anything is measured, and the command typed.
 
-    device: cpu or cuda. memory_bytes: of the machine. load_average: of the last minute, what else it was busy with.
-    threads: that PyTorch computes on, where a part or a run does not choose their number. gpus: on a GPU, what
-    train.nvidia knows of each that may be used.
+    device: cpu or cuda. memory_bytes: of the machine. load_average: of the last minute, from other work. threads: that
+    PyTorch uses, unless a part or a run sets their number. gpus: on a GPU, properties of each usable one from
+    train.nvidia.
     compiler: that of C++, which PyTorch compiles networks with on a CPU; FFCV's and our decoders are compiled by
-    llvmlite, kernels by triton. command: with files by their names alone: where they lie is another machine's matter.
+    llvmlite, kernels by triton. command: with file names without their folders, which differ between machines.
     """
     cpu = _cpu()
     return {
@@ -124,7 +124,7 @@ def _versions() -> dict[str, str | None]:
             versions[name] = None
     # Pillow's; torchvision, FFCV and DALI bundle their own, whose version is not available.
     versions["libjpeg-turbo"] = features.version_feature("libjpeg_turbo")
-    # What PyTorch was built for, and the library that it loads where there is a GPU.
+    # The CUDA version that PyTorch was built for, and the cuDNN version that it loads if there is a GPU.
     versions["cuda"] = torch.version.cuda
     versions["cudnn"] = _cudnn()
     return versions

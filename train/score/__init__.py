@@ -59,8 +59,8 @@ class Said:
 class Answers:
     """Networks as one function of crops uint8 [B, 3, R, R] to the logits of each, float32 [B, outputs].
 
-    networks: each with the normalisation of its input. compiled: as one compiled graph; fewer crops than there were at
-    first are filled up to as many, for which there is a graph. Where it cannot be compiled, a notice is printed.
+    networks: each with the normalisation of its input. compiled: as one compiled graph; batches smaller than the first
+    one are filled up to its size, which the graph was compiled for. If compilation fails, a notice is printed.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Answers:
 
     @torch.no_grad()
     def __call__(self, crops: torch.Tensor) -> list[torch.Tensor]:
-        # Not inference_mode: its tensors are of another kind, for which there would be a graph more.
+        # Not inference_mode: its tensors are of another kind, which would need a further graph.
         if self._compiled is None:
             return self._logits(crops)
         count = len(crops)
@@ -90,7 +90,7 @@ class Answers:
             filled = filled.contiguous(memory_format=torch.channels_last)
         try:
             return [logits[:count] for logits in self._compiled(filled)]
-        except Exception as error:  # a compiler fails in as many ways as it has parts
+        except Exception as error:  # compilers raise many kinds of errors
             if is_out_of_memory(error):
                 raise
             print(f"validation cannot be compiled and runs uncompiled ({reason(error)})", flush=True)
@@ -173,7 +173,7 @@ def score_all(
 
 
 class _Counts:
-    """What has been counted of a network's answers; arguments as of `score`."""
+    """Counts of a network's answers so far; arguments as for `score`."""
 
     def __init__(
         self,
@@ -213,7 +213,7 @@ class _Counts:
             self._each(_said(batch, self._choices, first_five, probabilities))
 
     def scores(self, together: Group) -> Scores:
-        """Of all images of all processes. Raises TrainError where there is none."""
+        """The scores over all images of all processes. Raises TrainError if there are none."""
         predicted = together.sum(self._predicted + 1) - 1
         losses = together.sum(self._losses)
         images, first, within5 = together.sum(self._counts).cpu().tolist()

@@ -36,10 +36,10 @@ class TablesOptions:
 
     Args:
         tables: which, with commas between them (default: Label Refinery's 1,4,2,3,6,7 and, with taxonomy, 5); ReLabel's
-            are relabel-networks and relabel-labels; in no paper are stored, labels from files beside the refinery's
-            own, and statistics, cheaper batch normalisations of the refinery; length has what both papers say most of,
-            for long runs on a GPU
-        seeds: runs a row, of seeds 0, 1, ...; refineries are trained once
+            are relabel-networks and relabel-labels; not from a paper are stored, labels from files beside the
+            refinery's own, and statistics, cheaper batch normalisations of the refinery; length has the main results of
+            both papers, for long runs on a GPU
+        seeds: runs per row, of seeds 0, 1, ...; refineries are trained once
         student: the student of most rows
         students: those of Table 2, of relabel-networks and of length, and those that train together on one folder of
             stored labels
