@@ -21,7 +21,7 @@ _VARIABLE = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)", re.DOTALL)
 _HELP = """\
 usage: label-refinery VERB [options]
 
-Train image classifiers on labels that a better network writes for every crop.
+Train image classifiers on labels that a better network gives to every crop.
 
   label-refinery train --model mobilenet --refinery resnet50    the first thing to try: no data needed, minutes
 

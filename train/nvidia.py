@@ -21,7 +21,7 @@ _NOW = {"clock_mhz": ("clocks.sm", float), "watts": ("power.draw", float)}
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Of each GPU that this process may use what does not change: driver, name, memory, power limit, highest clocks."""
+    """Constant properties of each GPU that this process may use: driver, name, memory, power limit, highest clocks."""
     return _asked(_FIXED)
 
 

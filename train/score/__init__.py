@@ -154,7 +154,7 @@ def score_all(
     stop: Callable[[], bool] = lambda: False,
     each: Callable[[Said], None] | None = None,
 ) -> list[Scores]:
-    """Scores networks in one pass over the loader's images, in evaluation mode; of each, as `score`."""
+    """Scores several networks in one pass over the loader's images, in evaluation mode; see `score`."""
     for network in answer.networks:
         network.eval()
     counts = [_Counts(loader, columns, answer.device, each) for _ in answer.networks]
