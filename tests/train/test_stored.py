@@ -383,7 +383,7 @@ def test_some_labels_that_are_not_finite_spoil_their_epoch(make, tmp_path, monke
         return said.index_fill(0, torch.tensor([0]), torch.nan) if len(batches) == 4 else said  # one of epoch 2
 
     monkeypatch.setattr(Labeller, "logits", logits)
-    with pytest.raises(TrainError, match="some crops of epoch 2 is not finite"):
+    with pytest.raises(TrainError, match="some crops of epoch 2 are not finite"):
         make("labels", LabelOptions())
     assert open_store(tmp_path / "labels").epochs == 1
 
