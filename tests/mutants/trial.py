@@ -55,7 +55,7 @@ def stages_of(path: Path, root: Path) -> list[list[Path]]:
     module = ".".join([room, *(part for part in inner if part != "__init__")])
     own = f"test_{module.rpartition('.')[2]}"
     parent, _, name = module.rpartition(".")
-    imports = re.compile(rf"\b{re.escape(module)}\b|from {re.escape(parent)} import .*\b{re.escape(name)}\b")
+    imports = re.compile(rf"\b{re.escape(module)}\b|from {re.escape(parent)} import [\w\s,(]*\b{re.escape(name)}\b")
     stages: list[list[Path]] = [[], [], []]
     for test in sorted((root / "tests" / room).rglob("test_*.py")):
         stages[0 if test.stem == own else 1 if imports.search(test.read_text()) else 2].append(test)
@@ -120,6 +120,7 @@ class Trial:
     def _tried(self, tests: Sequence[Path], seconds: float = float("inf")) -> End:
         """Runs tests in a fork of this process, which has loaded the libraries already."""
         with tempfile.TemporaryFile("w+", errors="replace") as said:
+            sys.stdout.flush()
             child = os.fork()
             if not child:
                 self._run(tests, said.fileno())
@@ -153,6 +154,8 @@ class Trial:
             os.setsid()
             os.dup2(output, 1)
             os.dup2(output, 2)
+            assert sys.__stdout__ and sys.__stderr__
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
             os.chdir(self._root)
             original = Path(__file__).parents[2]
             for name in [name for name in sys.modules if name.partition(".")[0] in ("command", "tests")]:
