@@ -176,20 +176,21 @@ def _call(typingctx, address, arguments):
     return types.int32(types.int64, types.UniTuple(types.int64, len(arguments))), generate
 
 
+@njit(nogil=True)
+def _copied(data, room):
+    """The bytes in memory that no other process can write to, as one could to a mapped file."""
+    # A loop becomes a block copy; a slice assignment would go byte by byte.
+    for k in range(len(data)):
+        room[k] = data[k]
+    return room[: len(data)]
+
+
 def _compiled(sources: str):
     """The function that makes crops, kept compiled on disk as long as `sources` and this file stay the same.
 
     Numba knows when the file of a cached function changes, but not those of what it calls; its key holds what a
-    function encloses, though.
+    function encloses, though. Another compiled function must not be among that: each process has another key for it.
     """
-
-    @njit(nogil=True)
-    def copied(data, room):
-        """The bytes in memory that no other process can write to, as one could to a mapped file."""
-        # A loop becomes a block copy; a slice assignment would go byte by byte.
-        for k in range(len(data)):
-            room[k] = data[k]
-        return room[: len(data)]
 
     @njit(nogil=True, cache=True)
     def fill(
@@ -241,7 +242,7 @@ def _compiled(sources: str):
                     region = cut(stored, found, unions[i, 0], unions[i, 1], unions[i, 2], unions[i, 3], jpeg_room)
                     if region.size < 0:
                         return i, _BROKEN_TILES, 0, 0
-                    data = jpeg_room[: region.size] if region.size else copied(stored, jpeg_room)
+                    data = jpeg_room[: region.size] if region.size else _copied(stored, jpeg_room)
                     # The decoder reads the headers by itself. Those of the file may have changed since they were read.
                     again = layout(data)
                     if (again.height, again.width) != (region.height, region.width) or not again.subsampled:
@@ -268,7 +269,7 @@ def _compiled(sources: str):
                         ),
                     )
                 else:
-                    data = copied(stored, jpeg_room)
+                    data = _copied(stored, jpeg_room)
                     image = pixel_room[: height * width * 3].reshape(height, width, 3)
                     failed = _call(
                         turbo.to_rgb,
