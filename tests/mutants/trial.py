@@ -154,7 +154,6 @@ class Trial:
             os.setsid()
             os.dup2(output, 1)
             os.dup2(output, 2)
-            assert sys.__stdout__ and sys.__stderr__
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
             os.chdir(self._root)
             original = Path(__file__).parents[2]
