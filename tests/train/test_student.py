@@ -60,7 +60,13 @@ def test_it_is_scored_on_crops_as_it_was_made_for(job_of, converted, model):
     loader = open_loader(converted.beton("val"), resolution=32, batch_size=15, train=False)
     batch = next(iter(loader.epoch(0)))
     with torch.no_grad():
+        # With statistics of no pictures, an untrained network says the same of all.
+        for module in student.network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        student.network.train()(Normalise(models.normalisation(model))(batch.crops))
         logits = student.network.eval()(Normalise(models.normalisation(model))(batch.crops))
+    assert logits.std(dim=0).max() > 0.01
     assert student.score(loader).loss == pytest.approx(F.cross_entropy(logits, batch.labels).item(), rel=1e-5)
     described = student.state()["network"]
     assert (tuple(described["mean"]), tuple(described["std"])) == models.normalisation(model)
