@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import NoReturn
 
 import pytest
+from hypothesis import Phase, settings
 
 from command import UserError
 
@@ -24,7 +25,7 @@ from command import UserError
 _SECONDS_OF_A_TEST = 120
 
 # What most tests load, and what takes longer than they do.
-_LIBRARIES = ("torch", "torchvision", "timm", "numba", "scipy", "PIL.Image", "hypothesis", "jsonargparse")
+_LIBRARIES = ("torch", "torchvision", "timm", "numba", "scipy", "PIL.Image", "jsonargparse")
 
 
 def copy_tree(root: Path, to: Path) -> Path:
@@ -165,7 +166,20 @@ class Trial:
             # Files change within a second, which is all that Python's own cache looks at.
             sys.dont_write_bytecode = True
             os.environ |= {"PYTHONPATH": str(self._root), "PYTHONDONTWRITEBYTECODE": "1"}
-            words = ["-x", "-q", "--tb=line", "-m", "not slow and not gpu", "-p", "no:cacheprovider"]
+            # A failure is enough; the smallest one that hypothesis could find takes many times as long.
+            phases = [Phase.explicit, Phase.reuse, Phase.generate]
+            settings.register_profile("first failure", deadline=None, phases=phases)
+            words = [
+                "--hypothesis-profile",
+                "first failure",
+                "-x",
+                "-q",
+                "--tb=line",
+                "-m",
+                "not slow and not gpu",
+                "-p",
+                "no:cacheprovider",
+            ]
             status = pytest.main([*words, f"--timeout={_SECONDS_OF_A_TEST}", *map(str, tests)])
         finally:
             sys.stdout.flush()
