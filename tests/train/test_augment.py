@@ -60,6 +60,19 @@ def pictures(batch, config=ALL, epoch=0, step=0):
     return {"plain": batch.crops, "coloured": coloured, "mixed": maker.mix(coloured, draws)}, draws
 
 
+def test_by_default_nothing_is_done_and_betas_are_the_papers():
+    config = AugmentConfig()
+    assert not config.colours
+    assert not config.mixes
+    assert config.describe() == ""
+    # CutMix (section 3.1) and Mixup on ImageNet (section 3.1).
+    assert (config.cutmix_beta, config.mixup_beta) == (1, 0.2)
+    assert AugmentConfig(lighting=0.1).colours
+    assert AugmentConfig(color_jitter=0.1).colours
+    assert AugmentConfig(cutmix=0.1).mixes
+    assert AugmentConfig(mixup=0.1).mixes
+
+
 @pytest.mark.parametrize("labels", [GroundTruth(3), GroundTruth(3, 0.1), Category(torch.rand(3, 3).softmax(dim=1))])
 def test_the_loss_is_the_weighted_sum_of_two(batch, labels):
     loss, student, _ = stepped(batch, labels, epoch=1, step=2)

@@ -21,6 +21,7 @@ from tests.stopping import stop_at
 from tests.train.conftest import TINY
 from train import TrainError
 from train.config import parse
+from train.distributed import Group
 from train.evaluate import evaluate
 from train.interrupt import Interrupted
 from train.job import check, resolve
@@ -33,6 +34,7 @@ from train.student import Student
 from train.train import train
 
 ROOT = Path(__file__).parents[2]
+PAIR = ["--model", "mobilenet0.25 resnet18", "--optimizer.lr", "0.01"]
 
 
 def test_what_a_run_leaves(run, bf16_units, capsys):
@@ -166,6 +168,63 @@ def test_resuming_equals_never_stopping_bit_for_bit(run, monkeypatch, capsys, st
         for folder in (whole.folder, parts.folder)
     ]
     assert lines[0] == lines[1]
+
+
+def test_the_metrics_are_those_of_the_sums(run, monkeypatch, capsys):
+    """Also of several networks, each of which is named; and the bar of a continued epoch ends with all its images."""
+    sums = []
+    original = Trainer.validate
+
+    def validate(self):
+        sums.append([student.sums.tolist() for student in self.students])
+        original(self)
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        with pytest.raises(Interrupted):
+            run(*PAIR, "--epochs", "1")
+    capsys.readouterr()
+    runs = run(*PAIR, "--epochs", "1")
+    shown = capsys.readouterr()
+    ((*each,),) = sums
+    for finished, (loss, top1, top5, crops) in zip(runs, each, strict=True):
+        (line,) = finished.metrics
+        assert crops == 48
+        assert (line["loss"], line["train_top1"]) == (pytest.approx(loss / 48), pytest.approx(100 * top1 / 48))
+        assert line["train_top5"] == 100 * top5 / 48 == 100
+        assert f"{finished.identity['model']}, epoch 1/1: loss {loss / 48:.3f}, " in shown.err + shown.out
+    assert "epoch 1/1: 100%" in shown.err
+    assert " 48/48 " in shown.err
+
+
+class Agreeing(Group):
+    """One of two processes, of which both say the same."""
+
+    def largest(self, values):
+        self.asked = list(values)
+        return list(values)
+
+
+def test_the_first_process_decides_when_to_save_and_to_look(converted, tmp_path):
+    """The others ask for nothing but a stop, and all of them only now and then."""
+    config = parse([*TINY, "--data", str(converted.folder), "--runs", str(tmp_path), "--save_minutes", "1"])
+    data, (labels,) = check([config])
+    trainer = Trainer([resolve(config, data, labels)])
+    long, short = 3600.0, 0.0
+    assert trainer._agreed(long, short, 0.1) == (False, True, False)
+    assert trainer._agreed(short, long, 0.1) == (False, False, True)
+    for rank, saves in ((0, True), (1, False)):
+        group = Agreeing(rank, 2)
+        trainer.job = replace(trainer.job, group=group)
+        trainer._apart = 3
+        for step in (1, 2, 4):
+            trainer.progress.step = step
+            assert trainer._agreed(long, long, 0.125) == (False, False, False)
+        trainer.progress.step = 3
+        assert trainer._agreed(long, long, 0.125) == (False, saves, saves)
+        # By its own steps of an eighth of a second, the first asks every fourth.
+        assert group.asked == ([False, True, True, 4] if saves else [False, 0, 0, 0])
 
 
 # A network with dropout, which draws from generators; stopped between the two crops of an image.
@@ -507,9 +566,6 @@ def test_a_stop_after_the_last_validation_stops_what_would_follow(run, monkeypat
 def same_weights(one: Path, other: Path) -> bool:
     states = [torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (one, other)]
     return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-
-
-PAIR = ["--model", "mobilenet0.25 resnet18", "--optimizer.lr", "0.01"]
 
 
 def test_several_networks_train_together_as_they_would_alone(run, capsys):

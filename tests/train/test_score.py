@@ -9,7 +9,7 @@ from torch import nn
 import models
 from data.originals import Originals
 from data.sources import open_source
-from train.score import Said, likeliest_five, score
+from train.score import Said, answering, likeliest_five, score
 
 IMAGENET = models.normalisation("resnet18")
 CPU = torch.device("cpu")
@@ -77,3 +77,14 @@ def test_likeliest_five(classes):
     places, chances = likeliest_five(logits)
     assert places.tolist() == logits.argsort(dim=1, descending=True)[:, :5].tolist()
     torch.testing.assert_close(chances, logits.softmax(dim=1))
+
+
+def test_an_answer_needs_no_gradient_and_no_statistics_of_its_batch():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.Flatten(), nn.Linear(288, 4))
+    answer = answering(network.train(), IMAGENET, device=CPU, autocast=None)
+    crops = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    said = answer(crops)
+    assert not said.requires_grad
+    for row in range(5):
+        torch.testing.assert_close(answer(crops[row : row + 1])[0], said[row])
