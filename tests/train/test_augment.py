@@ -87,6 +87,31 @@ def test_the_loss_is_the_weighted_sum_of_two(batch, labels):
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_crops_are_coloured_and_mixed_as_drawn(batch):
+    """Written out from the plan; and left as they are where nothing is asked for."""
+    for config in (AugmentConfig(cutmix=1.0), AugmentConfig(mixup=1.0)):
+        seen, draws = pictures(batch, config, epoch=1, step=2)
+        options = {"cutmix": config.cutmix, "mixup": config.mixup}
+        mixing = random_mixing(8, 32, seed=5, epoch=1, step=2, **options)
+        top, left, bottom, right = mixing.box
+        wanted = batch.crops.float()
+        box = wanted[:, :, top:bottom, left:right]
+        wanted[:, :, top:bottom, left:right] = mixing.inside * box + (1 - mixing.inside) * box[mixing.partners]
+        assert seen["coloured"] is batch.crops
+        assert not torch.equal(wanted, batch.crops.float())
+        torch.testing.assert_close(seen["mixed"].float(), wanted, rtol=0, atol=1e-3)
+        assert partners(draws).tolist() == mixing.partners.tolist()
+        assert kept(draws).tolist() == pytest.approx([mixing.kept] * 8)
+    for config in (AugmentConfig(color_jitter=0.4), AugmentConfig(lighting=0.1)):
+        seen, _ = pictures(batch, config)
+        assert (seen["coloured"] - batch.crops.float()).abs().mean(dim=(1, 2, 3)).min() > 0.5
+        assert torch.equal(seen["mixed"], seen["coloured"])
+    maker = augment(AugmentConfig())
+    draws = maker.draw(8, 32, epoch=0, step=0)
+    assert maker.colour(batch.crops, draws) is batch.crops
+    assert maker.mix(batch.crops, draws) is batch.crops
+
+
 @pytest.mark.parametrize("sees", ["plain", "coloured", "mixed"])
 def test_the_refinery_sees_what_was_chosen(batch, sees):
     torch.manual_seed(9)
