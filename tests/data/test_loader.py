@@ -215,6 +215,17 @@ def test_paired_crops(converted):
         Pairing("corner", 16)
 
 
+def test_paired_crops_of_copies(converted):
+    """The training crop again is each copy's own; the central crop is the same for all of them."""
+    same, center = Pairing("same", 32), Pairing("center", 24)
+    batches = list(loader_of(converted, copies=3, paired=(same, center)).epoch(0))
+    for place, batch in enumerate(batches):
+        assert torch.equal(batch.paired[same], batch.crops)
+        assert batch.paired[center].shape == (8, 3, 24, 24)
+        assert torch.equal(batch.paired[center], batches[place - place % 3].paired[center])
+    assert not torch.equal(batches[0].crops, batches[1].crops)
+
+
 def test_whole_images_are_squashed_to_squares(converted):
     whole = Pairing("whole", 16)
     beton = Beton(converted.beton("train"))
