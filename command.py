@@ -1,4 +1,4 @@
-"""How every command takes its options, what it shows, and how it ends: bad input in one line with exit status 2."""
+"""Command lines of all commands: options, output, and errors; bad input ends with one line and exit status 2."""
 
 import argparse
 import difflib
@@ -16,14 +16,14 @@ from typing import Any, NoReturn, TextIO, TypeVar
 
 Result = TypeVar("Result")
 
-# What acts on a terminal instead of being shown: control characters, and those that turn the order of what follows.
-# The names of other people's files and classes may hold them, as well as bytes that are no text (as surrogates).
+# Characters that control a terminal instead of being shown: control characters and those that change text direction.
+# Other people's file and class names may hold them, as well as bytes that are not text (as surrogates).
 _ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LINES = re.compile("(?![\t\n])" + _ACTING.pattern)
-# What a progress bar does to its place on the terminal.
+# Cursor movements of a progress bar.
 _BAR = re.compile(r"\n*(?:\x1b\[A)*")
 
-# What libraries say where they are refused memory.
+# Messages of libraries that could not get memory.
 _NO_MEMORY = (
     "allocate memory",
     "bad_alloc",
@@ -33,7 +33,7 @@ _NO_MEMORY = (
 )
 
 
-# What jsonargparse says of a value of another type, and what is wanted instead.
+# jsonargparse's message for a value of a wrong type, and names for the expected types.
 _WRONG_TYPE = re.compile(
     r"key \"([\w.]+)\": (?:Does not validate .*?Subtypes: \[|Expected a )<class '(int|float|bool)'>"
     r"(?:, <class 'NoneType'>\].*Given value:|\. Got value:) (.*)"
@@ -42,15 +42,15 @@ _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 class UserError(ValueError):
-    """A bad input: one line that names the option or file and says what to do. Base of the error of every room."""
+    """A bad input: one line that names the option or file and the remedy. Base class of the error of every room."""
 
 
 def run_command(function: Callable[..., Any], *, prog: str, words: list[str] | None = None) -> Any:
-    """Calls function with the options of the command line, typed and described by its signature and docstring.
+    """Calls function with the options of the command line; its signature and docstring give their types and help.
 
     words: the command line without the program's name (default: sys.argv's). Ends as `exit_on_user_error` does.
     """
-    # Loaded here: the processes that encode images import UserError, and need no parser.
+    # Imported here: the processes that encode images import UserError, but need no parser.
     from jsonargparse import auto_cli
 
     typed = with_underscores(sys.argv[1:] if words is None else words)
@@ -65,10 +65,11 @@ def run_command(function: Callable[..., Any], *, prog: str, words: list[str] | N
 
 
 def exit_on_user_error(work: Callable[[], Result]) -> Result:
-    """Returns what a command's work returns; bad input or a lack of memory ends the program with one line and status 2.
+    """Returns the result of a command's work; bad input or a lack of memory ends the program with one line and status
+    2.
 
-    A stop by the user ends it with status 130. What the work prints is escaped (`Escaped`). Parsers are to be built
-    with exit_on_error=False.
+    A stop by the user ends it with status 130. The work's output is escaped (`Escaped`). Parsers must be built with
+    exit_on_error=False.
     """
     try:
         if signal.getsignal(signal.SIGINT) is _leave:
@@ -90,7 +91,7 @@ def exit_on_user_error(work: Callable[[], Result]) -> Result:
 
 
 def said_of_options(error: Exception, known: Collection[str] = ()) -> str:
-    """What a parser says of bad options, in one line and in words. known: the options there are, without dashes."""
+    """A parser's message about bad options as one readable line. known: the existing options, without dashes."""
     said = " ".join(str(error).split())
     wrong = _WRONG_TYPE.search(said)
     if wrong:
@@ -101,13 +102,13 @@ def said_of_options(error: Exception, known: Collection[str] = ()) -> str:
 
 
 def did_you_mean(unknown: Iterable[str], known: Collection[str]) -> str:
-    """The options nearest to unknown ones, as the end of a message; nothing where none is near."""
+    """The options most similar to unknown ones, as the end of a message; "" if there is none."""
     near = [option for word in unknown for option in difflib.get_close_matches(word, known, 1)]
     return f"; did you mean {' or '.join(f'--{option}' for option in near)}?" if near else ""
 
 
 def _lack_of_memory(error: BaseException) -> str | None:
-    """What to say of an error by which this process was refused memory, or a thread, by the system or a limit."""
+    """The message for an error by which the system or a limit refused memory, or a thread, to this process."""
     seen: BaseException | None = error
     while seen:
         lines = [line.strip() for line in str(seen).splitlines()]
@@ -117,41 +118,41 @@ def _lack_of_memory(error: BaseException) -> str | None:
         if said and isinstance(seen, (MemoryError, RuntimeError, ImportError, OSError)):
             advice = "take a smaller batch, end other programs, or raise the limit (ulimit -v)"
             return f"out of memory: {said}; {advice}"
-        # Libraries raise errors of their own over what they met.
+        # Libraries raise their own errors from the original one.
         seen = seen.__cause__ or seen.__context__
     return None
 
 
 def typed_command() -> str:
-    """The command that the user typed, to be typed again."""
+    """The command that the user typed, for messages."""
     if typed := os.environ.get("TYPED_COMMAND"):
         return typed
     spec = sys.modules["__main__"].__spec__
     words = ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]] if spec else sys.argv
-    # Of torchrun's own options its processes know nothing.
+    # torchrun's processes do not know torchrun's own options.
     starter = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python"
     return f"{starter} {shlex.join(words)}"
 
 
 def safe_path() -> list[str]:
-    """The option of Python by which a further interpreter leaves out the current folder's modules, as this one does."""
+    """Python's option to ignore the current folder's modules, for further interpreters if this one uses it."""
     return ["-P"] if sys.flags.safe_path else []
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says first, or its type where it says nothing."""
+    """The first line of an exception's message, or its type if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def printable(text: str) -> str:
-    """A name as one line that a terminal shows and does not act on: control characters are escaped, as in \\x1b."""
+    """A name as one line that is safe to print on a terminal: control characters are escaped, as in \\x1b."""
     return _ACTING.sub(_escape, text)
 
 
 class Escaped:
-    """A stream in which names cannot act on a terminal: all control characters but ends of lines and tabs are escaped.
+    """A stream that is safe for a terminal: all control characters except newlines and tabs are escaped.
 
-    bars: progress bars are written to it.
+    bars: whether progress bars are written to it.
     """
 
     def __init__(self, stream: TextIO, *, bars: bool = False):
@@ -184,13 +185,13 @@ def _escaped_output() -> Iterator[None]:
 
 def _escape(found: re.Match[str]) -> str:
     code = ord(found[0])
-    # os.fsdecode gives a byte that is no text as a surrogate from 0xDC80 on.
+    # os.fsdecode maps bytes that are not text to surrogates from 0xDC80 on.
     code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def with_flags(words: Sequence[str], flags: Collection[str]) -> list[str]:
-    """The words of a command line, of which these flags without a value as --flag=true."""
+    """The words of a command line, with these flags as --flag=true if they have no value."""
     following = [*words, "--"][1:]
     return [
         f"{word}=true" if word in flags and after.startswith("--") else word
@@ -199,7 +200,7 @@ def with_flags(words: Sequence[str], flags: Collection[str]) -> list[str]:
 
 
 def with_underscores(words: list[str]) -> list[str]:
-    """--max-resolution as --max_resolution: both spellings are common, and neither is worth an error."""
+    """--max-resolution as --max_resolution: both spellings are common, and both are accepted."""
     return [_with_underscores(word) if word.startswith("--") else word for word in words]
 
 
@@ -214,7 +215,7 @@ def _fail(message: object) -> NoReturn:
 
 
 def _leave(number: int, frame: Any) -> None:
-    """Ctrl-C while a command loads its libraries: nothing has begun, and they would turn an exception into others."""
+    """Handles Ctrl-C while libraries are imported: nothing has begun, and they would turn an exception into others."""
     os.write(2, b"\ninterrupted\n")
     os._exit(130)
 
@@ -227,11 +228,11 @@ def _not_loaded(kind: type[BaseException], error: BaseException, trace: Tracebac
     sys.__excepthook__(kind, error, trace)
 
 
-# Of `python -m ROOM`, while Python looks for the module and the room's package imports this file.
+# For `python -m ROOM`, while Python looks for the module and the room's package imports this file.
 if sys.argv[:1] == ["-m"]:
-    # Before PyTorch is loaded. Its threads spin for milliseconds where they wait for each other, and where other
-    # programs or the decoding threads want the processors too, a step takes many times as long; threads that do not
-    # spin at all cost a quiet machine a third.
+    # Set before PyTorch is imported. Its threads spin for milliseconds while they wait for each other, and if other
+    # programs or the decoding threads also need the processors, a step takes many times as long; without any spinning,
+    # a quiet machine loses a third of its speed.
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         os.environ["GOMP_SPINCOUNT"] = "1000"
     sys.excepthook = _not_loaded

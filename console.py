@@ -3,8 +3,8 @@
     label-refinery train --model mobilenet --refinery resnet50
     label-refinery train MODEL=mobilenet REFINERY=resnet50
 
-Options are those of the verb's module; make's variables stand for the same options as they do there. This file is at
-work where the package is installed: the build writes the verbs beside it, in verbs.json.
+Options are those of the verb's module; make's variables are accepted as well. This file is used when the package is
+installed: the build writes the verbs to verbs.json beside it.
 """
 
 import difflib
@@ -21,7 +21,7 @@ _VARIABLE = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)", re.DOTALL)
 _HELP = """\
 usage: label-refinery VERB [options]
 
-Train image classifiers on labels that a better network writes for every crop.
+Train image classifiers on labels that a better network gives to every crop.
 
   label-refinery train --model mobilenet --refinery resnet50    the first thing to try: no data needed, minutes
 
@@ -34,7 +34,7 @@ label-refinery VERB --help lists a verb's options; label-refinery --version prin
 
 
 def main() -> NoReturn:
-    """Becomes the verb's program, as `python -m` would start it. Ends with status 2 and one line for a bad verb."""
+    """Replaces this process by the verb's program, as `python -m` would start it. A bad verb: one line, status 2."""
     listed = json.loads(Path(__file__).with_name("verbs.json").read_text())
     words = sys.argv[1:]
     try:
@@ -46,14 +46,14 @@ def main() -> NoReturn:
         print(options[0])
         sys.exit(0)
     os.environ["TYPED_COMMAND"] = shlex.join(["label-refinery", *words])
-    # -P: modules of the folder it is typed in, such as its data.py, are none of ours.
+    # -P: ignores modules of the current folder, such as a data.py.
     os.execv(sys.executable, [sys.executable, "-P", "-m", f"{__package__}.{module}", *options])
 
 
 def program(words: list[str], listed: dict[str, Any]) -> tuple[str, list[str]]:
-    """The module that a command line asks for and its options; or "" and what is to be shown.
+    """The module for a command line and its options; or "" and the text to print.
 
-    listed: what setup.py takes from the Makefile. Raises ValueError, in one line, for what is no command.
+    listed: what setup.py reads from the Makefile. Raises ValueError, with one line, for an unknown command.
     """
     verbs = listed["verbs"]
     verb, *rest = words or ["--help"]
@@ -78,7 +78,7 @@ def program(words: list[str], listed: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def _options(variable: str, value: str, named: dict[str, str], listed: dict[str, Any]) -> list[str]:
-    """What a variable becomes, as in the Makefile: raw words of ARGS; an operand; a flag unless it is 0; an option."""
+    """The words for a variable, as in the Makefile: raw words of ARGS; an operand; a flag unless it is 0; an option."""
     if variable == "ARGS":
         return shlex.split(value)
     if not value:

@@ -1,10 +1,10 @@
-"""Image files in zip and tar archives, each read at random by any process.
+"""Image files in zip and tar archives, with random access from any process.
 
-A zip and an uncompressed tar are read where they lie. A compressed tar can only be read from its beginning, so it is
-unpacked once, to one uncompressed temporary tar. No member is ever written under a name of its own.
+A zip file and an uncompressed tar file are read in place. A compressed tar file can only be read sequentially, so it is
+unpacked once, to one uncompressed temporary tar file. No member is ever written under its own name.
 
-Archives may be built to fill memory or disk. Of a zip no more is inflated than its index says, of no archive a file
-beyond MOST_BYTES is read as an image, and a compressed tar is given up where it grows as no images do.
+Archives may be built to fill memory or disk. No more of a zip member is inflated than the index declares, no file
+larger than MOST_BYTES is read as an image, and unpacking a compressed tar stops if it grows more than images can.
 """
 
 import bz2
@@ -34,13 +34,13 @@ from data import DataError
 from data.layouts import ANNOTATIONS
 from data.pixels import EXTENSIONS, open_image
 
-# An image file in an archive is read as a whole: at most what an uncompressed RGB picture of the size takes beyond
-# which Pillow gives warnings, about 9,500 x 9,500 pixels.
+# An image file in an archive is read as a whole: at most the size of an uncompressed RGB image at which Pillow starts
+# to warn, about 9,500 x 9,500 pixels.
 MOST_BYTES = 256 << 20
-# An unpacked tar takes at most so many times the bytes of the compressed one, or _UNPACKED_ANYWAY, whichever is more.
-# Images hardly shrink; small ones in a tar do, by its headers and padding, to about a fifth.
+# An unpacked tar takes at most this many times the bytes of the compressed one, or _UNPACKED_ANYWAY, whichever is more.
+# Images hardly compress; a tar of small ones does, because of its headers and padding, to about a fifth.
 _MOST_GROWTH, _UNPACKED_ANYWAY = 100, 1 << 30
-# Headers of a tar that precede another one, long names and the like, are read as a whole.
+# Tar headers that precede another header (long names, for example) are read as a whole.
 _EXTENDED = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -50,7 +50,7 @@ _EXTENDED = (
 )
 _MOST_HEADER_BYTES = 1 << 20
 
-# The first bytes say what an archive is: names are often wrong, and a .tar may well be compressed.
+# The type of an archive is read from its first bytes: names are often wrong, and a .tar may be compressed.
 _COMPRESSED: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"
 _ENDING = re.compile(r"\.(zip|tar|tgz|txz|tbz2?|tar\.(gz|xz|bz2))$", re.IGNORECASE)
@@ -66,7 +66,7 @@ _DAMAGE = (
     struct.error,
     EOFError,
     NotImplementedError,
-    RecursionError,  # of headers that all say that another one follows
+    RecursionError,  # of headers that all announce another one
     ValueError,
 )
 
@@ -74,7 +74,7 @@ _DAMAGE = (
 class ZipMember(NamedTuple):
     """An image file in a zip: where its local header lies, its stored size in bytes, if deflated, its CRC-32.
 
-    length: bytes of the file itself, as the index says.
+    length: bytes of the file itself, according to the index.
     """
 
     archive: str
@@ -102,13 +102,13 @@ class TarMember(NamedTuple):
 
 
 def read_zip_member(member: ZipMember) -> Image.Image:
-    """Opens the image. Raises ValueError or OSError where it is damaged or not an image."""
+    """Opens the image. Raises ValueError or OSError if it is damaged or not an image."""
     return open_image(io.BytesIO(_zip_contents(member)))
 
 
 def _zip_contents(member: ZipMember) -> bytes:
-    """The bytes of the file. Raises ValueError or OSError where it is damaged."""
-    # Not by zipfile, which reads the list of all members first: 12 s and 700 MB a process for a million of them.
+    """The bytes of the file. Raises ValueError or OSError if it is damaged."""
+    # Not by zipfile, which reads the list of all members first: 12 s and 700 MB per process for a million of them.
     _check_length(max(member.length, member.size))
     try:
         with open(member.archive, "rb") as file:
@@ -117,7 +117,7 @@ def _zip_contents(member: ZipMember) -> bytes:
             file.seek(name_length + extra_length, os.SEEK_CUR)
             contents = file.read(member.size)
         if member.deflated:
-            # One byte more than there should be, by which a member that inflates to more is noticed.
+            # One byte more than expected, to detect a member that inflates to more.
             contents = zlib.decompressobj(-zlib.MAX_WBITS).decompress(contents, member.length + 1)
     except (struct.error, zlib.error) as error:
         raise ValueError(f"damaged in the archive ({error})") from None
@@ -146,14 +146,14 @@ class TarReader:
 
 def _check_length(size: int) -> None:
     if size > MOST_BYTES:
-        raise ValueError(f"{size / 1e6:.0f} MB, and of a file in an archive {MOST_BYTES / 1e6:.0f} are read at most")
+        raise ValueError(f"{size / 1e6:.0f} MB; at most {MOST_BYTES / 1e6:.0f} MB of a file in an archive are read")
 
 
 @dataclass(frozen=True)
 class Archive:
     """The image files of an archive.
 
-    below: what the paths lie below, for messages. files: path (as `train/cat/1.jpg`) to member, for read. annotations:
+    below: prefix of the paths, for messages. files: path (as `train/cat/1.jpg`) to member, for read. annotations:
     the contents of files that name the classes of images (data/layouts.py), by path.
     """
 
@@ -169,7 +169,7 @@ def archive_name(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Changes with the archive; quick, for it looks at the name, the size and the time of the last change only."""
+    """Changes with the archive; fast, since it uses only the name, the size and the time of the last change."""
     status = path.stat()
     described = f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n"
     return hashlib.sha256(described.encode(errors="surrogateescape")).hexdigest()
@@ -178,11 +178,11 @@ def fingerprint(path: Path) -> str:
 def open_archive(path: Path) -> Archive:
     """Lists the image files of a zip or a tar, unpacking a compressed tar to a temporary file.
 
-    The temporary file goes when the archive's `read` is no longer referred to, or with the process.
-    Folders that all images lie below are taken off their paths, except for `train` and `val` and for the last one, the
-    class. Hidden files, links and what macOS adds do not count. Where two members have one name, the later one counts,
+    The temporary file is removed when the archive's `read` is no longer referenced, or when the process ends.
+    Folders that contain all images are removed from their paths, except `train` and `val` and the last one, the class.
+    Hidden files, links and files added by macOS are skipped. If two members have the same name, the later one is used,
     as when unpacking. A tar within a tar is a folder of that name.
-    Raises DataError where the archive is damaged, encrypted, packed in a way that cannot be read, or the disk is full.
+    Raises DataError if the archive is damaged, encrypted, packed in a way that cannot be read, or the disk is full.
     """
     read: Callable[[Any], Image.Image] = read_zip_member
     contents: Callable[[Any], bytes] = _zip_contents
@@ -216,7 +216,7 @@ def _zip_members(path: Path) -> dict[str, ZipMember]:
     members = {}
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            # Some packers of Windows write backslashes.
+            # Some archivers on Windows write backslashes.
             place = _wanted_path(info.filename.replace("\\", "/"))
             if place is None or info.is_dir() or stat.S_ISLNK(info.external_attr >> 16):
                 continue
@@ -247,7 +247,7 @@ def _tar_members(path: str, file: IO[bytes]) -> Iterator[tuple[str, TarMember]]:
 
 
 def _tar_files(path: str, file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """The regular files of the tar that begins where the file stands, with the offset of their contents."""
+    """The regular files of the tar that begins at the file's current position, with the offset of their contents."""
     with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as archive:
         while (info := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # it would keep all, 2 GB for a million
@@ -255,7 +255,7 @@ def _tar_files(path: str, file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, in
                 raise DataError(f"{path}: {info.name} is stored as a sparse file; pack it again without --sparse")
             if info.isreg():
                 yield info, info.offset_data
-        # tarfile takes any header it cannot read for the end, and the rest of a damaged archive would be missing.
+        # tarfile treats any header it cannot read as the end, and the rest of a damaged archive would be missing.
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("its end is missing")
@@ -271,11 +271,11 @@ class _Header(tarfile.TarInfo):
 
 
 def _unpacked(path: Path, opener: Callable[[Path], Any]) -> TarReader:
-    """Unpacks a compressed tar to a temporary one, which goes with the reader returned."""
+    """Unpacks a compressed tar to a temporary one, which is removed with the returned reader."""
     place = tempfile.gettempdir()
     advice = "free some space, or set TMPDIR to a folder on another disk"
     size = path.stat().st_size
-    # Images hardly shrink: the archive's own size is a fair guess at what it takes.
+    # Images hardly compress: the archive's own size is a good estimate of the space it takes.
     if shutil.disk_usage(place).free < size:
         raise DataError(f"{path}: {size / 1e9:.1f} GB do not fit in {place}, where it has to be unpacked; {advice}")
     print(f"{path}: a compressed tar is unpacked to {place} first", flush=True)
@@ -293,7 +293,7 @@ def _unpacked(path: Path, opener: Callable[[Path], Any]) -> TarReader:
             unpacked.flush()
         except OSError as error:
             remove()
-            if error.errno:  # decompressors raise OSError, too, without a number
+            if error.errno:  # decompressors also raise OSError, without a number
                 raise DataError(f"{path}: could not be unpacked to {place} ({error.strerror}); {advice}") from None
             raise
         except BaseException:
@@ -303,7 +303,7 @@ def _unpacked(path: Path, opener: Callable[[Path], Any]) -> TarReader:
 
 
 def _path(name: str) -> str | None:
-    """A member's name as a plain relative path; None where it, or a folder it lies in, is hidden (or is `..`)."""
+    """A member's name as a plain relative path; None if it, or a folder it lies in, is hidden (or is `..`)."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return None if any(part.startswith(".") or part == "__MACOSX" for part in parts) else "/".join(parts)
 
@@ -318,10 +318,10 @@ def _is_annotations(place: str) -> bool:
 
 
 def _unwrapped(members: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Takes off the folders that wrap all others. Returns them, and the images by what is left of their paths."""
+    """Removes the folders that wrap all others. Returns them, and the images by the rest of their paths."""
     below, files = "", members
     while True:
-        nested = [place for place in files if "/" in place]  # loose images are in no class
+        nested = [place for place in files if "/" in place]  # images outside class folders have no class
         tops = {place.partition("/")[0] for place in nested}
         deeper = any(place.count("/") > 1 for place in nested)
         if len(tops) != 1 or tops & {"train", "val"} or not deeper:

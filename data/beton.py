@@ -1,14 +1,15 @@
 """The `.beton` file of FFCV 1.0.2, read and written with NumPy alone.
 
-Layout: header, field descriptors, one metadata row an image, then pages of encoded bytes (an image never crosses a
-page), and at the very end the allocation table with place and length of each image's bytes. Ours hold the two fields
-`image` (RGBImageField, type 2) and `label` (IntField, type 1), which is what stock FFCV image loaders expect. Those of
-block storage (data/blocks.py) hold `bytes` (BytesField, type 3), `height`, `width` and `label` (IntField): stock FFCV
-opens them too, and never takes blocks for pixels.
+Layout: header, field descriptors, one metadata row per image, then pages of encoded bytes (an image never crosses a
+page), and at the end the allocation table with offset and length of each image's bytes. Files written here hold the two
+fields `image` (RGBImageField, type 2) and `label` (IntField, type 1), which is what stock FFCV image loaders expect.
+Files of block storage (data/blocks.py) hold `bytes` (BytesField, type 3), `height`, `width` and `label` (IntField):
+stock FFCV opens them too, and does not mistake blocks for pixels.
 
-Files written here carry a seal as well, where stock FFCV does not look: a CRC-32 of every image's bytes, and a digest
-of the index and of these. A damaged file is refused by name instead of training on garbage: the index when the file is
-opened, an image's bytes when they are first used. Files of other writers have no seal, and are read without.
+Files written here also have a seal, in a place that stock FFCV ignores: a CRC-32 of every image's bytes, and a digest
+of the index and of these checksums. A damaged file raises an error that names it, instead of training on garbage: the
+index is checked when the file is opened, an image's bytes when they are first used. Files of other writers have no seal
+and are read without these checks.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ _ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 _IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 _BYTES = np.dtype([("data_ptr", "<u8"), ("size", "<u8")])
 _FLOAT_FIELD, _INT_FIELD, _IMAGE_FIELD, _BYTES_FIELD = 0, 1, 2, 3
-# Fields whose metadata row has a fixed type; a file with any other kind of field is not one of ours to read.
+# Fields whose metadata row has a fixed type; files with any other kind of field are not supported.
 _ROW_TYPES = {_FLOAT_FIELD: np.dtype("<f8"), _INT_FIELD: np.dtype("<i8"), _IMAGE_FIELD: _IMAGE, _BYTES_FIELD: _BYTES}
 _JPEG, _RAW = 0, 1
 # Name and type of the fields, in order, of images and of block storage.
@@ -69,7 +70,7 @@ class Encoded(NamedTuple):
 
 
 class FileIdentity(NamedTuple):
-    """Which file, and in which state. inode: with its device. size: in bytes. changed: when, in ns."""
+    """Which file, and in which state. inode: with its device. size: in bytes. changed: time in ns."""
 
     inode: tuple[int, int]
     size: int
@@ -85,18 +86,19 @@ def identity_of(file: int | Path) -> FileIdentity:
 class Beton:
     """A `.beton` opened for reading: sizes, labels and encoded bytes, without decoding anything.
 
-    sizes: int32 [n, 2], height and width of each image in pixels. labels: int64 [n]. raw: bool [n], pixels, no JPEG.
+    sizes: int32 [n, 2], height and width of each image in pixels. labels: int64 [n]. raw: bool [n], whether it is
+    stored as pixels instead of JPEG.
     in_blocks: all images are stored as blocks (data/blocks.py).
-    starts, lengths: int64 [n], place of each image's bytes. pages: int64 [n], the file page that holds each image.
-    bytes: uint8, the whole file, mapped. fingerprint: hex digest of index and contents; of the index alone where the
-    file has no seal, which still differs whenever an image was added, dropped, moved or encoded to another length.
-    identity: of the file, as it was opened. checksums: uint32 [n], CRC-32 of each image's bytes; None without a seal.
+    starts, lengths: int64 [n], where each image's bytes are. pages: int64 [n], the file page that holds each image.
+    bytes: uint8, the whole file, mapped. fingerprint: hex digest of index and contents; of the index alone if the file
+    has no seal, which still differs whenever an image was added, dropped, moved or encoded to another length.
+    identity: of the file when it was opened. checksums: uint32 [n], CRC-32 of each image's bytes; None without a seal.
     Raises DataError when the file is missing, cut short, damaged, or of another format.
 
-    A file that is removed, or replaced by another one, stays mapped as it was. What is written to the file itself is
-    seen: an image's checksum is compared only once, and a file that has become shorter ends the process with SIGBUS
-    where an image is read that it no longer holds. check_unchanged, which loaders call before each batch, notices it
-    in time unless the batches in the making are read in that very moment, or size and time have been put back.
+    A file that is removed, or replaced by another one, stays mapped as it was. Writes to the file itself are visible:
+    an image's checksum is compared only once, and if the file has become shorter, reading an image that it no longer
+    holds ends the process with SIGBUS. check_unchanged, which loaders call before each batch, detects such writes in
+    time, unless batches that are being made are read at that moment or size and time have been restored.
     """
 
     def __init__(self, path: str | Path):
@@ -106,15 +108,15 @@ class Beton:
                 self.identity = identity_of(file.fileno())
                 file_size = self.identity.size
                 header, (image, label), self.in_blocks, allocations, seal, sealed = self._read_index(file, file_size)
-                # Private: decoders that insist on writable buffers take its views as they are, and nothing reaches the
-                # file. Nothing is reserved for writes that never come, so that it may be larger than memory.
+                # Private: decoders that require writable buffers accept its views, and nothing is written to the file.
+                # No memory is reserved for writes, so it may be larger than memory.
                 flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
                 mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from None
         self.num_samples = len(label)
         if self.num_samples and max(image["height"].max(), image["width"].max()) > _MOST_PIXELS:
-            raise self._broken(f"an image of more than {_MOST_PIXELS} pixels a side")
+            raise self._broken(f"an image of more than {_MOST_PIXELS} pixels per side")
         self.sizes = np.stack([image["height"], image["width"]], axis=1).astype(np.int32)
         self.labels = label.astype(np.int64)
         if self.num_samples and (self.sizes.min() < 1 or self.labels.min() < 0):
@@ -129,7 +131,7 @@ class Beton:
             raise self._broken("a raw image of another size than the index says")
         if self.in_blocks and (self.lengths != blocks.size(*self.sizes.T.astype(np.int64))).any():
             raise self._broken("an image of another number of blocks than its size needs")
-        # Before a decoder makes room for what a few bytes claim to be.
+        # Before a decoder allocates memory for the size that a few bytes claim.
         claimed = self.sizes.prod(axis=1, dtype=np.int64) > self.lengths * JPEG_PIXELS_PER_BYTE
         if not self.in_blocks and (claimed := claimed & ~self.raw).any():
             image_number = int(claimed.argmax())
@@ -160,12 +162,12 @@ class Beton:
         return data
 
     def check(self, indices: NDArray[np.int64]) -> None:
-        """Compares the images' bytes, of those not used before, with their checksums. Raises DataError if damaged."""
+        """Compares the bytes of images not used before with their checksums. Raises DataError if damaged."""
         for index in indices[~self._trusted[indices]]:
             self.encoded(index)
 
     def check_unchanged(self) -> None:
-        """Raises DataError where the open file has been written to since. Quick: reads nothing of the file itself."""
+        """Raises DataError if the open file has been written to since. Quick: reads nothing of the file itself."""
         try:
             now = identity_of(self.path)
         except FileNotFoundError:
@@ -177,7 +179,7 @@ class Beton:
 
     def _lengths(self, pointers: NDArray[np.uint64], allocations: NDArray, table: np.uint64) -> NDArray[np.int64]:
         """The length of the bytes that begin at each pointer; all of them lie in front of the allocation table."""
-        # Column by column: with ImageNet's number of images, rows of the table and their copies are much memory.
+        # Column by column: with ImageNet's number of images, rows of the table and their copies take much memory.
         order = np.argsort(allocations["ptr"], kind="stable")
         places = allocations["ptr"][order]
         slots = np.minimum(np.searchsorted(places, pointers), max(len(places) - 1, 0))
@@ -190,7 +192,7 @@ class Beton:
         return lengths.astype(np.int64)
 
     def _verified_checksums(self, seal, index: tuple[NDArray, ...], file_size: int) -> NDArray[np.uint32]:
-        """The images' checksums, once the digest has vouched for them and for the index."""
+        """The images' checksums, after the digest of them and of the index has been verified."""
         start = int(seal["checksums_ptr"])
         if start + self.num_samples * 4 > file_size:
             raise self._broken("its seal is damaged")
@@ -213,7 +215,7 @@ class Beton:
         in_blocks = tuple(zip(fields["name"].tolist(), types, strict=True)) == _BLOCKS
         of_images = set(types) <= {*_ROW_TYPES} - {_BYTES_FIELD} and {_IMAGE_FIELD, _INT_FIELD} <= set(types)
         if not of_images and not in_blocks:
-            raise DataError(f"{self.path}: its fields are not one RGB image and one integer label, and no blocks")
+            raise DataError(f"{self.path}: its fields are not one RGB image and one integer label, nor blocks")
         row_type = np.dtype([("", _ROW_TYPES[type_id]) for type_id in types], align=True)
         n, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
         # Checked before reading, so that a damaged count never becomes a huge allocation.
@@ -245,7 +247,7 @@ class Beton:
 
 
 def _read(file, dtype: np.dtype, count: int) -> NDArray | None:
-    """count records of dtype, or None where the file ends before."""
+    """count records of dtype, or None if the file ends earlier."""
     data = file.read(dtype.itemsize * count)
     return np.frombuffer(data, dtype=dtype) if len(data) == dtype.itemsize * count else None
 
@@ -253,7 +255,7 @@ def _read(file, dtype: np.dtype, count: int) -> NDArray | None:
 def _digest(*arrays: NDArray) -> bytes:
     digest = hashlib.sha256()
     for part in arrays:
-        # Without a second copy in memory.
+        # Avoids a second copy in memory.
         digest.update(np.ascontiguousarray(part).view(np.uint8).data)
     return digest.digest()
 
@@ -261,7 +263,7 @@ def _digest(*arrays: NDArray) -> bytes:
 def write_beton(path: str | Path, images: Iterable[Encoded], *, at_most: int, in_blocks: bool = False) -> int:
     """Writes images in the order given; the same images always give the same bytes. Returns how many there were.
 
-    at_most: an upper bound of their number, which reserves the room for the metadata in front of them. in_blocks: their
+    at_most: an upper bound of their number, which reserves space for the metadata in front of them. in_blocks: their
     data are blocks (data/blocks.py).
     Raises DataError when an image is larger than a page. On any error the half-written file is removed.
     """

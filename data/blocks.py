@@ -1,10 +1,10 @@
-"""Block storage: an image as 4x4 blocks of fixed size, of which any box is read without decoding anything else.
+"""Block storage: an image as 4x4 blocks of fixed size, so that any box is read without decoding anything else.
 
 An image is three planes one after the other: Y, then Cb and Cr halved both ways (odd sizes rounded up), as JFIF defines
 them. A plane is its blocks row by row, each of them BC4 (also called RGTC1 and ATI1), 8 bytes: endpoint 0, endpoint 1,
 and 16 codes of 3 bits, little-endian, the first pixel in the lowest bits, rows first. Code 0 is endpoint 0, code 1 is
-endpoint 1, and codes 2 to 7 are the six steps from the first to the second. Endpoint 0 is always above endpoint 1: else
-codes 6 and 7 would stand for 0 and 255. Blocks that reach beyond a plane repeat its last row and column.
+endpoint 1, and codes 2 to 7 are the six steps from the first to the second. Endpoint 0 is always above endpoint 1:
+otherwise codes 6 and 7 would mean 0 and 255. Blocks that reach beyond a plane repeat its last row and column.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from data.lanes import EXPANDED, FITTED, expand_blocks, fit_blocks
 
 SIDE = 4
 BLOCK_BYTES = 8
-# Expanded planes are at most so much higher and wider than the image.
+# Expanded planes are at most this many pixels higher and wider than the image.
 PADDING = SIDE * EXPANDED
 
 
 def encode(image: Image.Image) -> bytes:
-    """An RGB image as blocks; `size` says how many bytes they are."""
+    """An RGB image as blocks; `size` returns how many bytes they take."""
     luma, cb, cr = image.convert("YCbCr").split()
     return b"".join(encode_plane(np.asarray(plane)).tobytes() for plane in (luma, cb.reduce(2), cr.reduce(2)))
 
@@ -65,12 +65,12 @@ def size(height, width):
 
 @njit(nogil=True)
 def across(pixels):
-    """How many blocks cover so many pixels."""
+    """The number of blocks that cover this many pixels."""
     return (pixels + SIDE - 1) // SIDE
 
 
 class Window(NamedTuple):
-    """Blocks of a plane: the first row and how many, the first column and how many."""
+    """Blocks of a plane: first row and number of rows, first column and number of columns."""
 
     row: int
     rows: int
@@ -79,7 +79,7 @@ class Window(NamedTuple):
 
 
 class Around(NamedTuple):
-    """Where the blocks lie that a box needs, in Y and in both Cb and Cr; those begin at the same place of the image."""
+    """Where the blocks are that a box needs, in Y and in both Cb and Cr; both begin at the same point of the image."""
 
     luma: Window
     chroma: Window
@@ -89,7 +89,7 @@ class Around(NamedTuple):
 def around(height: int, width: int, top: int, left: int, box_height: int, box_width: int) -> Around:
     """The blocks that a box (pixels) of an image of height x width needs.
 
-    One pixel around the box belongs to what it needs of Cb and Cr: enlarging them looks that far.
+    Cb and Cr are needed one pixel beyond the box, because upsampling them reads that far.
     """
     row, column = max((top - 1) // 2, 0) // SIDE, max((left - 1) // 2, 0) // SIDE
     last_row = min((top + box_height) // 2, (height - 1) // 2) // SIDE
@@ -105,7 +105,7 @@ def expand_planes(stored: NDArray[np.uint8], height: int, width: int, part: Arou
     """Y, Cb and Cr of a part of an image, from its blocks, uint8 [size].
 
     room: uint8, at least 3 * (height + PADDING) * (width + PADDING). Returns views of it, uint8 [rows * SIDE, w], with
-    w a multiple of EXPANDED blocks; what lies beyond the part's columns is no picture.
+    w a multiple of EXPANDED blocks; values beyond the part's columns are undefined.
     """
     across_luma, across_chroma = across(width), across((width + 1) // 2)
     luma_bytes = across(height) * across_luma * BLOCK_BYTES
@@ -119,7 +119,7 @@ def expand_planes(stored: NDArray[np.uint8], height: int, width: int, part: Arou
 
 @njit(nogil=True)
 def expand(blocks: NDArray[np.uint8], columns: int, window: Window, room: NDArray[np.uint8]):
-    """A window of a plane from its blocks, uint8 [n], `columns` of them a row; see expand_planes."""
+    """A window of a plane from its blocks, uint8 [n], `columns` of them per row; see expand_planes."""
     whole, rest = window.columns // EXPANDED, window.columns % EXPANDED
     stride = (whole + (rest > 0)) * EXPANDED * SIDE
     used = room[: window.rows * SIDE * stride]
@@ -132,7 +132,7 @@ def expand(blocks: NDArray[np.uint8], columns: int, window: Window, room: NDArra
             start += EXPANDED * BLOCK_BYTES
             out += EXPANDED * SIDE
         if rest:
-            # Through a copy: the bytes may end with these blocks.
+            # From a copy, since the bytes may end with these blocks.
             for i in range(rest * BLOCK_BYTES):
                 last[i] = blocks[start + i]
             expand_blocks(last, 0, used, out, stride)

@@ -3,7 +3,7 @@
     python -m data.convert --data images/ --out converted/images
     make convert DATA=images/ OUT=converted/images
 
-What it writes is described in data/sets.py.
+The format is described in data/sets.py.
 """
 
 import contextlib
@@ -45,14 +45,14 @@ from data.progress import images_bar
 from data.sets import ConvertedSet, Unconverted, is_converted, names_file, open_set, still_fitting
 from data.sources import Source, Split, crops_for, open_source
 
-# Images that a process takes at a time, at most, and bytes that they take as stored.
+# The most images that a process takes at a time, and the most bytes that they take as stored.
 _CHUNK, _CHUNK_BYTES = 32, 4 << 20
-# Chunks for each process that are encoded or waited for: what bounds the memory that they take.
+# Chunks per process that are being encoded or waited for, which bounds the memory that they take.
 _CHUNKS_AHEAD = 4
-# Bytes: with much less, the processes cannot be started, and the pool that starts them waits for ever.
+# Bytes: with much less, the processes cannot be started, and the pool that starts them waits forever.
 _ADDRESS_SPACE = 700 << 20
 _REJECTS_SHOWN = 5
-# Three bytes a pixel add up: a raw image takes at 256 pixels what a JPEG takes at 512 or so, times three.
+# Raw images take three bytes per pixel: about three times as much at 256 pixels as a JPEG at 512.
 _MAX_RESOLUTIONS = {"jpeg": 512, "blocks": 512, "raw": 256}
 
 
@@ -69,7 +69,7 @@ class Storage:
 
 
 def ensure_converted(found: ConvertedSet | Unconverted) -> ConvertedSet:
-    """What find_set found, converted now if it was not yet. Raises DataError as convert_source does."""
+    """Converts what find_set found, unless it is converted already. Raises DataError as convert_source does."""
     if isinstance(found, ConvertedSet):
         return found
     if found.stale:
@@ -93,12 +93,12 @@ def convert(
             folder of ImageNet's tars, or a set's name
         out: the folder to write; it must not exist yet
         storage: jpeg; or blocks, which a CPU reads several times as fast, for twice the bytes; or raw pixels for small
-            images or a large memory: no decoding, some ten times the bytes
+            images or a large memory: no decoding, about ten times the bytes
         max_resolution: larger images are reduced so that the longer side has this many pixels (default: 512; raw: 256)
         quality: JPEG quality, 1 to 100
         processes: how many encode at once (default: one per core)
-        max_pixels: images of more are left out, as they may be built to fill the memory (default: Pillow's limit, about
-            179 million); each process takes up to some 6 bytes a pixel
+        max_pixels: images with more are skipped, as they may be built to fill the memory (default: Pillow's limit,
+            about 179 million); each process takes up to about 6 bytes per pixel
     """
     if max_resolution is None:
         max_resolution = _MAX_RESOLUTIONS[storage]
@@ -127,10 +127,10 @@ def convert_source(
 ) -> ConvertedSet:
     """Writes a source as a converted set; `out` appears only when it is complete.
 
-    One process at a time converts to a place; others wait. What a killed one left there is removed.
-    max_pixels: images of more are left out (default: Pillow's limit).
-    replace: take the place of what `out` holds, which stays until the new one is complete; a set that another process
-    has made of this source in the meantime is used as it is.
+    One process at a time converts to a folder; others wait. Files that a killed process left there are removed.
+    max_pixels: images with more are skipped (default: Pillow's limit).
+    replace: replaces the contents of `out`, which stay until the new set is complete; a set that another process has
+    made from this source in the meantime is used instead.
     Raises DataError when `out` exists (without replace), a split has no readable image, the disk is full or a process
     dies, and KeyboardInterrupt after SIGTERM or SIGHUP.
     """
@@ -171,7 +171,7 @@ def convert_source(
 
 @dataclass(frozen=True)
 class _Encoding:
-    """How images are encoded: what is stored, by how many processes, from images of how many pixels at most."""
+    """How images are encoded: storage, number of processes, and the most pixels of an image."""
 
     storage: Storage
     processes: int
@@ -179,7 +179,7 @@ class _Encoding:
 
 
 def _write_set(source: Source, folder: Path, encoding: _Encoding) -> int:
-    """Makes the folder of a converted set, safe on disk; returns how many images could not be read."""
+    """Makes the folder of a converted set and syncs it to disk; returns how many images could not be read."""
     folder.mkdir()
     storage = encoding.storage
     rejects, train_files = _convert_split(source.train, "train", folder, encoding)
@@ -205,7 +205,7 @@ def _write_set(source: Source, folder: Path, encoding: _Encoding) -> int:
 
 
 def _print_repeated(val: Split, train_files: NDArray[np.uint64], val_files: NDArray[np.uint64]) -> None:
-    """Prints how many images of val are in train as well, if any are: by their files' hashes, 0 where there is none."""
+    """Prints how many images of val are also in train, if any, compared by the hashes of their files (0: no file)."""
     repeated = np.flatnonzero(np.isin(val_files, train_files) & (val_files != 0))
     if len(repeated):
         print(
@@ -217,13 +217,13 @@ def _print_repeated(val: Split, train_files: NDArray[np.uint64], val_files: NDAr
 
 @contextlib.contextmanager
 def _stopping_on_signals(out: Path) -> Iterator[None]:
-    """SIGTERM, and SIGHUP unless it is ignored, end a conversion in order, as Ctrl-C does."""
+    """SIGTERM, and SIGHUP unless it is ignored, end a conversion cleanly, as Ctrl-C does."""
 
     def stop(number: int, frame: object) -> None:
         name = signal.Signals(number).name
         raise KeyboardInterrupt(f"{out}: conversion stopped by {name}; nothing was left half-done")
 
-    # Python lets only the main thread decide this.
+    # Python allows only the main thread to set signal handlers.
     asked = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.getsignal(number) for number in asked}
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
@@ -276,7 +276,7 @@ def _convert_split(split: Split, name: str, folder: Path, encoding: _Encoding) -
     rate = count / (time.perf_counter() - started)
     print(
         f"{name}: {count} images at {rate:.0f} images/s, {stored_bytes / 1e6:.1f} MB "
-        f"({stored_bytes / count / 1e3:.1f} kB an image), "
+        f"({stored_bytes / count / 1e3:.1f} kB per image), "
         + (f"mean tile {tiled_area / tiles_cut / tiles.MCU:.0f}x{tiles.MCU} pixels, " if tiles_cut else "")
         + f"{len(rejects)} left out",
         flush=True,
@@ -284,14 +284,14 @@ def _convert_split(split: Split, name: str, folder: Path, encoding: _Encoding) -
     return rejects, hashes
 
 
-# The hash of an image's file, 0 where it has none, and the image's encoding, or why it has none.
+# The hash of an image's file (0 if there is none), and the encoded image, or the reason why there is none.
 _Result = tuple[int, Encoded | str]
 
 
 def _encode_ahead(split: Split, encoding: _Encoding) -> Iterator[_Result]:
-    """What has become of each image, in order, encoded by all processes ahead."""
+    """The result for each image, in order, encoded ahead by all processes."""
     storage, processes = encoding.storage, encoding.processes
-    # A fresh server process: forking one that runs PyTorch's threads can deadlock. It imports once for all.
+    # A fresh server process, since forking a process that runs PyTorch's threads can deadlock. It imports once for all.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     chunk = _chunk(storage)
@@ -312,16 +312,16 @@ def _encode_ahead(split: Split, encoding: _Encoding) -> Iterator[_Result]:
             while waiting:
                 yield from waiting.popleft().result()
         finally:
-            # Waited for: a worker whose parent is gone would have its own last words below the one line of an error.
+            # Wait for them: a worker whose parent is gone would print its own error after the one line of the command.
             stop.close()
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextlib.contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Signals that end a conversion wait until the end of the context, in which processes are started.
+    """Delays signals that end a conversion until the end of the context, in which processes are started.
 
-    A process whose start was interrupted would be known to nobody, and fail with a traceback of its own.
+    A process whose start was interrupted would be tracked by no one, and fail with a traceback of its own.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -331,9 +331,9 @@ def _signals_held_back() -> Iterator[None]:
     handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
     for number in handlers:
         signal.signal(number, lambda number, _: asked.append(number))
-    # Those that reach every process of a terminal: what is blocked here is blocked in processes that start now.
+    # Signals that reach every process of a terminal: signals blocked here are blocked in processes that start now.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))
-    # It unblocks SIGINT.
+    # ensure_running unblocks SIGINT.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
@@ -350,7 +350,7 @@ def _signals_held_back() -> Iterator[None]:
 def _main_left_out() -> Iterator[None]:
     """Processes that are started in this context do not run the program's script again, as they otherwise would.
 
-    They need nothing of it, and a script without an `if __name__ == "__main__"` would convert in each of them.
+    They do not need it, and a script without `if __name__ == "__main__"` would start a conversion in each of them.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -361,27 +361,27 @@ def _main_left_out() -> Iterator[None]:
 
 
 def _chunk(storage: Storage) -> int:
-    """Images that a process takes at a time: what certainly fits in _CHUNK_BYTES as stored, but 1 to _CHUNK."""
+    """Images that a process takes at a time, 1 to _CHUNK: as many as surely fit in _CHUNK_BYTES as stored."""
     largest = min(storage.max_resolution**2 * (3 if storage.kind == "raw" else 1), PAGE_SIZE)
     return min(max(_CHUNK_BYTES // largest, 1), _CHUNK)
 
 
-# In a worker: whether what it is making is still wanted.
+# In a worker: set when its results are no longer needed.
 _unwanted = threading.Event()
 
 
 def _begin_worker(stop: Connection, max_pixels: int | None) -> None:
     if max_pixels is not None:
-        # Pillow refuses images of more than twice this; of an odd number, it allows one pixel more.
+        # Pillow refuses images with more than twice this many pixels; for an odd limit, it allows one pixel more.
         Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)
-    # Ctrl-C and the end of a terminal reach every process of it; the main one ends the others in order.
+    # Ctrl-C and a closed terminal reach all its processes; the main one stops the others cleanly.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(stop,), daemon=True).start()
 
 
 def _end_with_parent(stop: Connection) -> None:
-    """Waits until the main process has closed its end of the pipe, and then until it has ended, killed or not."""
+    """Waits until the main process has closed its end of the pipe, then until it has ended, whether killed or not."""
     stop.poll(None)
     _unwanted.set()
     parent = multiprocessing.parent_process()
@@ -395,7 +395,7 @@ def _encode_chunk(read, items: list, storage: Storage) -> list[_Result]:
     for item in items:
         if _unwanted.is_set():
             break
-        # Image readers meet anything on users' disks and raise as many kinds of errors: all mean an unreadable image.
+        # Image readers raise many kinds of errors for the files on users' disks: all mean an unreadable image.
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -410,7 +410,7 @@ def _encode_chunk(read, items: list, storage: Storage) -> list[_Result]:
 
 
 def _file_hash(image: Image.Image) -> int:
-    """A hash of the file that an image was opened from and not yet read, 64 bits; 0 where it came from no file."""
+    """A 64-bit hash of the file that an image was opened from and not yet read; 0 if it came from no file."""
     file = getattr(image, "fp", None)
     if file is None:
         return 0
@@ -422,9 +422,9 @@ def _file_hash(image: Image.Image) -> int:
 
 
 def encode(image: Image.Image, storage: Storage) -> Encoded:
-    """An image as stored: upright RGB, reduced to storage.max_resolution, as restart-grid JPEG, blocks or raw; label 0.
+    """Encodes an image: upright RGB, reduced to storage.max_resolution, as restart-grid JPEG, blocks or raw; label 0.
 
-    Raises ValueError for one that is larger than a page of the file.
+    Raises ValueError if the result is larger than a page of the file.
     """
     image = upright_rgb(image)
     image.thumbnail((storage.max_resolution, storage.max_resolution), Image.Resampling.BICUBIC)
@@ -440,7 +440,7 @@ def encode(image: Image.Image, storage: Storage) -> Encoded:
 
 
 if __name__ == "__main__":
-    # Not this copy of the module, which its processes could not import by name.
+    # Not this copy of the module, since worker processes could not import it by name.
     from data.convert import convert as command
 
     run_command(command, prog="python -m data.convert")

@@ -1,4 +1,4 @@
-"""JSON that may come from other people: each field of a kind that is said, before anything is made of it."""
+"""JSON that may come from other people: the type of each field is checked before it is used."""
 
 import json
 import os
@@ -13,7 +13,7 @@ _SHOWN = 60
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file says. Raises OSError, and ValueError where it is no JSON or nested without end."""
+    """The contents of a JSON file. Raises OSError, and ValueError if it is not JSON or nested too deep."""
     try:
         return json.loads(path.read_text())
     except RecursionError:
@@ -23,10 +23,10 @@ def read_json(path: Path) -> Any:
 def check_fields(said: Any, fields: Mapping[str, Fits], *, of: str = "") -> None:
     """Raises ValueError, which names the field, unless `said` is an object that has these fields, and each fits.
 
-    of: what stands before a field's name in the message.
+    of: prefix of a field's name in the message.
     """
     if not isinstance(said, dict):
-        raise ValueError(f"{of.rstrip('.') or 'it'} is no JSON object")
+        raise ValueError(f"{of.rstrip('.') or 'it'} is not a JSON object")
     for name, fits in fields.items():
         if name not in said:
             raise ValueError(f"{of}{name} is missing")
@@ -36,7 +36,7 @@ def check_fields(said: Any, fields: Mapping[str, Fits], *, of: str = "") -> None
 
 
 def of_type(*types: type) -> Fits:
-    """A value of one of these types; true and false are no numbers."""
+    """A value of one of these types; true and false are not numbers."""
     return lambda value: isinstance(value, types) and not isinstance(value, bool)
 
 
@@ -59,7 +59,7 @@ def span(low: float, high: float) -> Fits:
 
 
 def text(value: Any) -> bool:
-    """A string that the file system could hold: bytes that are no text are escaped as os.fsdecode does."""
+    """A string that can be a file name: bytes that are not text are escaped as os.fsdecode does."""
     if not isinstance(value, str) or "\0" in value:
         return False
     try:
@@ -70,12 +70,12 @@ def text(value: Any) -> bool:
 
 
 def file_name(value: Any) -> bool:
-    """A string that names a file in a folder, and none elsewhere."""
+    """A string that names a file directly in a folder, and no other place."""
     return text(value) and value not in ("", ".", "..") and "/" not in value and len(os.fsencode(value)) <= 255
 
 
 def path_below(value: Any) -> bool:
-    """A string that names a file in a folder or below it, and none elsewhere."""
+    """A string that names a file in a folder or below it, and no other place."""
     return text(value) and not {"", ".", ".."} & set(value.split("/"))
 
 

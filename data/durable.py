@@ -1,4 +1,4 @@
-"""Files and folders that are there as a whole or not at all, whenever a process or its machine ends; their locks."""
+"""Files and folders that exist completely or not at all, whenever a process or its machine stops; their locks."""
 
 import errno
 import fcntl
@@ -13,23 +13,23 @@ from typing import BinaryIO
 from command import first_line
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# Of file systems that have no locks.
+# Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def locked(path: Path, notice: str) -> Iterator[bool]:
-    """Holds the lock that the file at path stands for, among all processes that see it; it ends with the process.
+    """Holds a lock, identified by the file at path, among all processes that see it; it ends with the process.
 
-    The file is made, and removed at the end; after a kill it stays, and is no obstacle. notice: printed where another
-    process holds the lock, which is then waited for. Gives False, without a lock, where the file system has none.
-    Raises OSError where the file cannot be made.
+    The file is made, and removed at the end; one that stays after a kill does no harm. notice: printed if another
+    process holds the lock, before waiting for it. Yields False, without a lock, if the file system does not support
+    locks. Raises OSError if the file cannot be made.
     """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             held = _lock(file, notice)
-            # The process that held it may have removed the file since; then the lock is one of a file without a name.
+            # The process that held it may have removed the file since; then this lock is on a file without a name.
             if not _is_named(file, path):
                 continue
             try:
@@ -65,9 +65,9 @@ def _is_named(file: int, path: Path) -> bool:
 
 @contextmanager
 def replacing(path: Path, *, keep: Path | None = None) -> Iterator[BinaryIO]:
-    """A file to be filled beside `path`, whose place it takes, on the disk, when the context ends without an error.
+    """Yields a file to write; it replaces `path`, synced to disk, when the context ends without an error.
 
-    keep: where the file that was at `path` stays. Raises OSError where that fails; `path` is then as it was.
+    keep: where the previous file at `path` is kept. Raises OSError if that fails; `path` is then unchanged.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -80,7 +80,7 @@ def replacing(path: Path, *, keep: Path | None = None) -> Iterator[BinaryIO]:
             try:
                 os.link(path, keep)
             except OSError:
-                # Some file systems have no hard links; for a moment there is then no file at `path`.
+                # Some file systems have no hard links; then there is no file at `path` for a moment.
                 os.replace(path, keep)
         os.replace(partial, path)
     except BaseException:
@@ -91,7 +91,7 @@ def replacing(path: Path, *, keep: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Makes `text` the content of a file. One that has it already is left alone. Raises OSError as `replacing`."""
+    """Writes `text` to a file, unless it has that content already. Raises OSError as `replacing` does."""
     content = text.encode()
     with suppress(OSError):
         if path.read_bytes() == content:
@@ -101,7 +101,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder, and those above it, unless they are there. Raises OSError."""
+    """Makes a folder and its parents unless they exist. Raises OSError."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:
@@ -109,12 +109,12 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings to the disk which files a folder has. Raises OSError."""
+    """Syncs a folder's list of files to disk. Raises OSError."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
     except OSError as error:
-        # Some network file systems sync no folders.
+        # Some network file systems cannot sync folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -122,7 +122,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Brings to the disk what is in a folder's files, which it has none below, and their names. Raises OSError."""
+    """Syncs a folder's files and their names to disk; the folder has no subfolders. Raises OSError."""
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -130,12 +130,12 @@ def sync_files(folder: Path) -> None:
 
 
 def partial_prefix(out: Path) -> str:
-    """How the names of folders begin that lie beside `out` and are to take its place, made under its lock."""
+    """Prefix of the names of temporary folders beside `out` that are to replace it, made under its lock."""
     return f".{out.name}.partial-"
 
 
 def move_folder(made: Path, out: Path, *, replaced: Path) -> None:
-    """Moves a complete folder to its place. What is there goes to `replaced`, and comes back if moving fails."""
+    """Moves a complete folder to `out`. A folder that is there is moved to `replaced`, and restored if moving fails."""
     try:
         if out.exists():
             out.rename(replaced)
@@ -147,10 +147,10 @@ def move_folder(made: Path, out: Path, *, replaced: Path) -> None:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Removes what killed processes have left that were to fill `out`. Only for the process that holds its lock."""
+    """Removes temporary folders of killed processes beside `out`. Only for the process that holds its lock."""
     for path in out.parent.iterdir():
         if re.fullmatch(re.escape(partial_prefix(out)) + r"\w+", path.name):
-            # Of one that was killed between the two steps of replacing a folder.
+            # Left by a process that was killed between the two steps of replacing a folder.
             _give_back(path / "replaced", out)
             shutil.rmtree(path, ignore_errors=True)
 
@@ -166,9 +166,9 @@ def is_full(error: OSError) -> bool:
 
 
 def reason(error: BaseException, path: Path) -> str:
-    """Why the file could not be written, for a message; a full disk is called that."""
+    """Why the file could not be written, for a message; a full disk is named as such."""
     cause: BaseException | None = error
-    # torch.save may raise an error of its own on the way out.
+    # torch.save may raise another error while it handles the first.
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
     if isinstance(cause, OSError) and is_full(cause):
@@ -177,7 +177,7 @@ def reason(error: BaseException, path: Path) -> str:
 
 
 def in_units(size: int) -> str:
-    """A number of bytes, as people read it."""
+    """A number of bytes in readable units."""
     value, units = float(size), ["bytes", "kB", "MB", "GB", "TB", "PB", "EB"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]

@@ -17,12 +17,12 @@ class Found(NamedTuple):
 
 
 def files_below(folder: str | Path, endings: Container[str]) -> Found:
-    """The files of these endings (in lower case, as `.jpg`) in a folder and below; hidden ones and
-    what macOS adds (__MACOSX) are left out.
+    """The files with these endings (in lower case, such as `.jpg`) in a folder and below, except hidden files and those
+    added by macOS (__MACOSX).
 
-    Links are followed, each real folder once: one that is reached by its own name is read there, and links may lead in
-    circles. Links to nothing, folders that cannot be read and what is no regular file are skipped.
-    Raises DataError where the folder itself cannot be read.
+    Links are followed, each real folder once: a folder that is also reached by its own name is read there, and links
+    may form cycles. Broken links, folders that cannot be read and anything but regular files are skipped.
+    Raises DataError if the folder itself cannot be read.
     """
     files: list[str] = []
     again: list[str] = []
@@ -58,7 +58,7 @@ def files_below(folder: str | Path, endings: Container[str]) -> Found:
                 elif entry.is_symlink() and not os.path.exists(entry.path):
                     skipped.append(f"{entry.path}: a link to nothing")
                 elif wanted and not os.path.isfile(entry.path):
-                    skipped.append(f"{entry.path}: no regular file")
+                    skipped.append(f"{entry.path}: not a regular file")
                 elif wanted:
                     files.append(entry.path)
     notes = []

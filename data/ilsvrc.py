@@ -1,10 +1,10 @@
 """ImageNet's training and validation images (ILSVRC 2012) as they are distributed: a folder of tars, not unpacked.
 
-ILSVRC2012_img_train.tar        a tar of tars, one a class
+ILSVRC2012_img_train.tar a tar of tars, one per class
 ILSVRC2012_img_val.tar          50,000 images, without classes
 and their classes, one of
 ILSVRC2012_devkit_t12.tar.gz    or unpacked as ILSVRC2012_devkit_t12/: a number for each image, and meta.mat
-*.txt                           a WordNet id (n01440764) a line, in the order of the images' names
+*.txt                           one WordNet id (n01440764) per line, in the order of the images' names
 """
 
 import hashlib
@@ -30,21 +30,21 @@ _WNID = re.compile(r"n\d{8}")
 
 
 def is_distributed(root: Path) -> bool:
-    """Whether a folder holds the tars, or one of them, and no folders of unpacked images."""
+    """Whether a folder holds at least one of the tars and no folders of unpacked images."""
     unpacked = any((root / part).is_dir() for part in ("train", "val"))
     return not unpacked and any((root / name).is_file() for name in (_TRAIN, _VAL))
 
 
 def fingerprint(root: Path) -> str:
-    """Changes with the tars and the classes; quick: by sizes and times. Raises DataError where one is missing."""
+    """Changes with the tars and the classes; fast, from sizes and times. Raises DataError if one is missing."""
     files = [*_tars(root), *_truth_files(root)]
     return hashlib.sha256("".join(map(archives.fingerprint, files)).encode()).hexdigest()
 
 
 def open_distributed(root: Path) -> tuple[Parts, Callable[[Any], Image.Image], Callable[[Any], Image.Image]]:
-    """The images by class, and what reads the training and the validation images.
+    """The images by class, and functions that read the training and the validation images.
 
-    Raises DataError where a file is missing or damaged, or where images and classes do not go together.
+    Raises DataError if a file is missing or damaged, or if images and classes do not match.
     """
     tars = _tars(root)
     place, wnids = _ground_truth(root)
@@ -95,7 +95,7 @@ def _tars(root: Path) -> tuple[Path, Path]:
 
 
 def _truth_files(root: Path) -> list[Path]:
-    """The files that name the classes of the validation images: the development kit, else the one list."""
+    """The files that name the classes of the validation images: the development kit, or else the only list."""
     unpacked = [root / _DEVKIT / part for part in (_META, _NUMBERS)]
     if all(file.is_file() for file in unpacked):
         return unpacked
@@ -104,16 +104,16 @@ def _truth_files(root: Path) -> list[Path]:
         return [packed]
     lists = sorted(file for file in root.glob("*.txt") if file.is_file())
     if len(lists) != 1:
-        found = f"{len(lists)} .txt files" if lists else "nothing"
+        found = f"{len(lists)} .txt files" if lists else "no list of them"
         raise DataError(
-            f"{root}: {found} to say of which class each image of {_VAL} is; put {_DEVKIT}.tar.gz there, or one list "
-            "(.txt) of a WordNet id a line"
+            f"{root}: the classes of {_VAL} are not known ({found}); put {_DEVKIT}.tar.gz there, or one "
+            "list (.txt) with one WordNet id per line"
         )
     return lists
 
 
 def _ground_truth(root: Path) -> tuple[str, list[str]]:
-    """The WordNet id of each validation image, in order, and what messages call the place they come from."""
+    """The WordNet id of each validation image, in order, and the source's name for messages."""
     files = _truth_files(root)
     try:
         if len(files) == 2:
@@ -149,7 +149,7 @@ def _member(kit: tarfile.TarFile, path: str) -> bytes:
 
 
 def _by_numbers(meta: bytes, numbers: str, meta_place: str, place: str) -> list[str]:
-    """Numbers to WordNet ids by ILSVRC2012_ID of meta.mat: they do not count the sorted WordNet ids."""
+    """Maps numbers to WordNet ids by ILSVRC2012_ID of meta.mat; they are not in the order of the sorted WordNet ids."""
     # Loaded here: few sets need it.
     from scipy.io import loadmat
 

@@ -1,4 +1,4 @@
-"""How sets lie on disk: which image belongs to which class, and which of them are for training and for validation."""
+"""How data sets are laid out on disk: which class each image has, and which images are for training or validation."""
 
 import csv
 import os
@@ -10,11 +10,11 @@ from command import first_line
 from data import DataError
 from data.pixels import EXTENSIONS
 
-# What the folder of the validation images is called, the first that is there.
+# Names of the folder of the validation images; the first that exists is used.
 VAL_NAMES = ("val", "valid", "validation", "test")
 # Tiny-ImageNet's val/ holds no class folders: this file in it names the class of each image.
 ANNOTATIONS = "val_annotations.txt"
-# What columns of a CSV are called, in lower case.
+# Names of the columns of a CSV, in lower case.
 _COLUMNS = {
     "file": ("file", "filename", "file_name", "filepath", "path", "image"),
     "class": ("class", "label", "class_name", "category"),
@@ -22,14 +22,14 @@ _COLUMNS = {
 }
 _SHOWN = 3
 
-# What is to be read of each image, by class and by the path within the class.
+# The item to read for each image, by class and by the path within the class.
 Classes = Mapping[str, Mapping[str, Any]]
 
 
 class Parts(NamedTuple):
     """The images of a set, by class.
 
-    val: None where the set has no splits: train holds all images then. train_place, val_place: what messages call them.
+    val: None if the set has no splits: train then holds all images. train_place, val_place: their names in messages.
     """
 
     train: Classes
@@ -47,11 +47,11 @@ def val_folder(root: Path) -> str | None:
 
 
 def of_folders(root: str, below: str, files: Mapping[str, Any], annotations: Mapping[str, bytes]) -> Parts:
-    """By the paths of image files: train/CLASS/... and val/CLASS/..., or CLASS/... alone.
+    """The parts by the paths of image files: train/CLASS/... and val/CLASS/..., or CLASS/... alone.
 
-    root: what messages call the set. below: what stands before a path in messages. annotations: the contents of files
+    root: the name of the set in messages. below: the prefix of paths in messages. annotations: the contents of files
     named ANNOTATIONS, by path.
-    Raises DataError where a class folder or one of the two parts is missing.
+    Raises DataError if a class folder or one of the two parts is missing.
     """
     tops = _by_folder(files)
     val_names = [name for name in VAL_NAMES if name in tops]
@@ -76,19 +76,20 @@ def of_folders(root: str, below: str, files: Mapping[str, Any], annotations: Map
 
 
 def empty_folders(root: Path, parts: list[Path], classes: set[str]) -> tuple[str, ...]:
-    """A note about class folders that hold no images in any of the parts, if there are some."""
+    """A note about class folders without images in any of the parts, if there are any."""
     folders = set()
     for part in parts:
         with os.scandir(part) as entries:
             folders |= {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
     empty = sorted(name for name in folders - classes if not name.startswith(".") and name != "__MACOSX")
-    return (f"{root}: {len(empty)} folders hold no images and are no classes ({some(empty)})",) if empty else ()
+    return (f"{root}: {len(empty)} folders hold no images and are not classes ({some(empty)})",) if empty else ()
 
 
 def of_csv(path: Path) -> Parts:
-    """By a table of file, class and perhaps split, whose first line names the columns; files are relative to the table.
+    """The parts by a table of file, class and optionally split, whose first line names the columns; paths are relative
+    to it.
 
-    The items are paths. Raises DataError where the table or a line of it is not as it should be, or a file is missing.
+    The items are paths. Raises DataError if the table or a line of it is not valid, or a file is missing.
     """
     columns, lines = _table(path)
     found: dict[str, dict[str, dict[str, str]]] = {}
@@ -122,7 +123,7 @@ def of_csv(path: Path) -> Parts:
 
 
 def _table(path: Path) -> tuple[dict[str, int | None], list[tuple[int, list[str]]]]:
-    """Where the columns file, class and split of a CSV are, and its other lines with their numbers."""
+    """The indices of the columns file, class and split of a CSV, and its other lines with their numbers."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as table:
             rows = csv.reader(table)
@@ -131,7 +132,7 @@ def _table(path: Path) -> tuple[dict[str, int | None], list[tuple[int, list[str]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: no CSV in UTF-8 ({first_line(error)})") from None
+        raise DataError(f"{path}: not a CSV file in UTF-8 ({first_line(error)})") from None
     columns: dict[str, int | None] = {}
     for kind, names in _COLUMNS.items():
         columns[kind] = next((header.index(name) for name in names if name in header), None)
@@ -166,14 +167,14 @@ def some(names: list[str]) -> str:
 
 
 def _annotated(place: str, listed: bytes, images: Mapping[str, Any]) -> tuple[Classes, tuple[str, ...]]:
-    """The images by class, as Tiny-ImageNet's val_annotations.txt says: FILE, tab, CLASS, tab, a box."""
+    """The images by class, according to Tiny-ImageNet's val_annotations.txt: FILE, tab, CLASS, tab, a box."""
     class_of = {}
     for number, line in enumerate(os.fsdecode(listed).splitlines(), 1):
         fields = line.split("\t")
         if not line.strip():
             continue
         if len(fields) < 2 or not fields[0] or not fields[1].strip():
-            raise DataError(f"{place}: line {number} is no file and class with a tab between them")
+            raise DataError(f"{place}: line {number} is not a file and a class separated by a tab")
         class_of[fields[0]] = fields[1].strip()
     by_name = {path.rpartition("/")[2]: item for path, item in images.items()}
     unnamed = sorted(set(by_name) - set(class_of))
@@ -188,7 +189,7 @@ def _annotated(place: str, listed: bytes, images: Mapping[str, Any]) -> tuple[Cl
 
 
 def _by_folder(files: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Files by the first folder of their paths, which is taken off; loose files are left out."""
+    """Files by the first folder of their paths, which is removed; files outside folders are skipped."""
     folders: dict[str, dict[str, Any]] = {}
     for path, item in files.items():
         folder, slash, rest = path.partition("/")
@@ -198,7 +199,7 @@ def _by_folder(files: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _classes(root: str, files: Mapping[str, Any]) -> Classes:
-    """The images of each class folder by their paths, sorted; empty folders don't count."""
+    """The images of each class folder by their paths, sorted; empty folders are ignored."""
     classes = sorted_classes(_by_folder(files))
     if not classes:
         raise DataError(f"{root}: no images in class folders below it ({', '.join(sorted(EXTENSIONS))})")

@@ -1,4 +1,4 @@
-"""The image files that a user names for a prediction: one, a folder, a pattern, a list, or several of these."""
+"""The image files that IMAGES selects for a prediction: one, a folder, a pattern, a list, or several of these."""
 
 import glob
 import os
@@ -12,14 +12,14 @@ from data.sources import image_files
 
 
 def files_named(named: str) -> Found:
-    """The files that IMAGES names, in the order in which it does.
+    """The files that IMAGES names, in its order.
 
-    named: an image file; a folder, whose image files are meant, also of folders below; a pattern such as
-    `photos/*.jpg` or `photos/**/*.png`; `@list.txt` or `list.txt`, a file of one path a line; or several of these as a
-    shell would divide them. What is there under the very name is meant, whatever characters the name holds. Paths of
-    a list are of the working folder or, where they are not there, of the list's own.
-    Of folders and patterns files are taken by their extension; a file that is named itself is, whatever it is called.
-    Raises DataError for what is not there, and where there are no files.
+    named: an image file; a folder, for all image files in it and below; a pattern such as `photos/*.jpg` or
+    `photos/**/*.png`; `@list.txt` or `list.txt`, a file of one path per line; or several of these, divided as in a
+    shell. A file or folder that has exactly this name is used, whatever characters the name holds. Paths in a list are
+    relative to the working folder or, if they do not exist there, to the list's folder. Folders and patterns give files
+    with known extensions; a file that is named itself may have any. Raises DataError if something does not exist, and
+    if there are no files.
     """
     found = _found(named, listed=True)
     if found is None:
@@ -44,17 +44,17 @@ def files_named(named: str) -> Found:
 
 
 def _found(word: str, *, listed: bool) -> Found | None:
-    """The files of one word; None where there is nothing of this name. listed: whether a .txt is taken for a list."""
+    """The files of one word; None if nothing has this name. listed: whether a .txt is read as a list."""
     if os.path.isdir(word):
         return image_files(word)
     if os.path.lexists(word):
         is_list = Path(word).suffix.lower() == ".txt"
         if is_list and not listed:
-            raise DataError(f"IMAGES: {word}: is no image; if it is a list of files, give it as @{word}")
+            raise DataError(f"IMAGES: {word}: is not an image; if it is a list of files, give it as @{word}")
         return Found(_of_list(Path(word)) if is_list else [word], ())
     if word.startswith("@"):
         return Found(_of_list(Path(word[1:])), ())
-    # A match may be a folder, of which ** has given the files already.
+    # A match may be a folder, whose files ** has given already.
     matches = sorted(glob.glob(word, recursive=True)) if glob.has_magic(word) else []
     images = [file for file in matches if Path(file).suffix.lower() in EXTENSIONS and not os.path.isdir(file)]
     if matches and not images:
@@ -63,13 +63,15 @@ def _found(word: str, *, listed: bool) -> Found | None:
 
 
 def _of_list(path: Path) -> list[str]:
-    """The paths in a file, one a line; empty lines are skipped."""
+    """The paths in a file, one per line; empty lines are skipped."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"IMAGES=@{path}: cannot be read ({error.strerror}); give a file of one path a line") from None
+        raise DataError(
+            f"IMAGES=@{path}: cannot be read ({error.strerror}); give a file of one path per line"
+        ) from None
     if b"\0" in content:
-        raise DataError(f"IMAGES=@{path}: is no text; give a file of one path a line")
+        raise DataError(f"IMAGES=@{path}: is not text; give a file of one path per line")
     lines = [line.rstrip("\r") for line in os.fsdecode(content.removeprefix(b"\xef\xbb\xbf")).split("\n")]
     return [_place(line, path.parent) for line in lines if line.strip()]
 

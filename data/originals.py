@@ -29,7 +29,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 def central_crop(image: Image.Image, *, resolution: int, center_ratio: float) -> NDArray[np.uint8]:
     """The validation crop of an upright RGB picture: uint8 [R, R, 3]."""
     top, left, height, width = map(int, center_boxes([(image.height, image.width)], ratio=center_ratio)[0])
-    # Cropped first: the filter of a resize within a box would see what lies beyond it.
+    # Cropped first: the filter of a resize within a box would also read pixels beyond it.
     crop = image.crop((left, top, left + width, top + height))
     return np.array(crop.resize((resolution, resolution), Image.Resampling.BILINEAR))
 
@@ -39,10 +39,11 @@ def _name_on_screen(item: Any, reason: str) -> None:
 
 
 class Originals:
-    """The central crop of each image of a split, once, in order, as data.loader.Loader gives them; for evaluation.
+    """The central crop of each image of a split, once, in order, with the interface of data.loader.Loader; for
+    evaluation.
 
-    num_samples: images in the split; those that cannot be read are left out of the batches.
-    left_out: called with the item of each of these, and why it cannot be read (default: prints that).
+    num_samples: images in the split; those that cannot be read are not in the batches.
+    left_out: called with the item of each of these and the reason (default: prints them).
     num_classes, class_names: of the set. files: names of the images' files, without their folders.
     """
 
@@ -82,7 +83,7 @@ class Originals:
                 for start in range(0, self.num_samples, self._batch_size):
                     indices = range(start, min(start + self._batch_size, self.num_samples))
                     ahead.append((indices, [pool.submit(self._crop, index) for index in indices]))
-                    # Enough to keep the threads busy, and not the whole set.
+                    # Enough to keep the threads busy, but not the whole set.
                     if len(ahead) == _BATCHES_AHEAD:
                         yield from self._batch(*ahead.popleft(), epoch)
                 while ahead:
@@ -100,7 +101,7 @@ class Originals:
         return crop, (image.height, image.width)
 
     def _batch(self, indices: range, futures: list[Future], epoch: int) -> Iterator[CropBatch]:
-        """The batch of these images, or none where not one of them can be read."""
+        """The batch of these images, or none if none of them can be read."""
         read = []
         for index, future in zip(indices, futures, strict=True):
             result = future.result()

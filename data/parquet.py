@@ -1,8 +1,7 @@
 """Sets of images in Parquet files, as Hugging Face's `datasets` writes them.
 
-A folder holds train-00000-of-00002.parquet and the like, or has them in data/. Their rows hold an image, as the bytes
-of its file, and the number of its class; the schema's metadata says which columns these are and what the classes are
-called.
+A folder, or its data/, holds files such as train-00000-of-00002.parquet. A row holds an image, as the bytes of its
+file, and the number of its class; the schema's metadata names the columns and the classes.
 """
 
 import functools
@@ -24,7 +23,7 @@ _PART = re.compile(r"(train|" + "|".join(VAL_NAMES) + r")(-.*)?\.parquet", re.IG
 
 
 class Row(NamedTuple):
-    """An image: its file, its row group and its place in it, the column. name: of the image's own file, or ''."""
+    """An image: its Parquet file, row group, place in the group, and column. name: of its own file, or ''."""
 
     file: str
     group: int
@@ -37,7 +36,7 @@ class Row(NamedTuple):
 
 
 def splits(root: Path) -> dict[str, list[Path]]:
-    """The Parquet files of each split in a folder or in its data/, in order; empty where there are none."""
+    """The Parquet files of each split in a folder or in its data/, in order; empty if there are none."""
     found: dict[str, list[Path]] = {}
     for folder in (root, root / "data"):
         for file in sorted(folder.glob("*.parquet")) if not found else ():
@@ -48,7 +47,7 @@ def splits(root: Path) -> dict[str, list[Path]]:
 
 
 def fingerprint(root: Path) -> str:
-    """Changes with the files; quick: by their names, sizes and times."""
+    """Changes with the files; fast, from their names, sizes and times."""
     files = [file for files in splits(root).values() for file in files]
     return hashlib.sha256("".join(map(archives.fingerprint, files)).encode()).hexdigest()
 
@@ -56,8 +55,8 @@ def fingerprint(root: Path) -> str:
 def open_splits(root: Path) -> Parts:
     """The images by class, as Rows; without a split for validation, all are train's. Their bytes are not read yet.
 
-    Raises DataError where pyarrow is missing, there is no train split, or the files are damaged, hold no images and
-    classes, or differ in these.
+    Raises DataError if pyarrow is missing, there is no train split, or the files are damaged, lack images or classes,
+    or have different ones.
     """
     files = splits(root)
     val_name = next((name for name in VAL_NAMES if name in files), None)
@@ -72,7 +71,7 @@ def open_splits(root: Path) -> Parts:
 
 
 def read_row(row: Row) -> Image.Image:
-    """Opens the image. Raises ValueError or OSError where it is damaged or not an image."""
+    """Opens the image. Raises ValueError or OSError if it is damaged or not an image."""
     contents = _group(row.file, row.column, row.group)[row.place]
     if contents is None:
         raise ValueError("no bytes of an image are stored")
@@ -80,7 +79,7 @@ def read_row(row: Row) -> Image.Image:
 
 
 def _by_class(files: list[Path], first: Path) -> Classes:
-    """The images of a split by class. first: the file whose columns and classes all have."""
+    """The images of a split by class. first: the file whose columns and classes all others must have."""
     features = _features(first, _open(first))
     image, label, names = features
     classes: dict[str, dict[str, Row]] = {}
@@ -98,7 +97,7 @@ def _by_class(files: list[Path], first: Path) -> Classes:
                 raise DataError(f"{file}: damaged ({first_line(error)}); fetch it again") from None
             for place, (number, name) in enumerate(zip(numbers, own, strict=True)):
                 row = Row(str(file), group, place, image, name)
-                # -1 in the splits of competitions, whose classes are secret.
+                # -1 in the splits of competitions, whose classes are not published.
                 if number is None or not 0 <= number < len(names):
                     raise DataError(f"{row}: has no class; give splits whose images have classes")
                 base = name.rpartition("/")[2]
@@ -138,7 +137,7 @@ def _features(file: Path, table: Any) -> tuple[str, str, tuple[str, ...]]:
         names = {name: tuple(map(str, described[name]["names"])) for name in label_columns}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise DataError(
-            f"{file}: says nothing of its columns as datasets of Hugging Face does; save it with its to_parquet, or "
+            f"{file}: does not describe its columns as Hugging Face's datasets does; save it with its to_parquet, or "
             "give a folder of images"
         ) from None
     label_columns = ["label"] if "label" in label_columns else label_columns

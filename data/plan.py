@@ -1,8 +1,8 @@
 """Which images, in which order, cropped where: pure functions of (seed, epoch, image); and how crops are augmented.
 
-Every number is drawn by hashing (seed, epoch, index, copy, draw) with SplitMix64 (Steele, Lea and Flood 2014), so
-there is no generator state: any subset, in any order, on any rank, after any restart, gives the same crops. What is
-drawn for a step as a whole comes from a generator that is made for it, with a hash of (seed, epoch, step) as its key.
+Every number is drawn by hashing (seed, epoch, index, copy, draw) with SplitMix64 (Steele, Lea and Flood 2014), so there
+is no generator state: any subset, in any order, on any rank, after any restart, gives the same crops. Draws for a whole
+step come from a generator made for that step, keyed by a hash of (seed, epoch, step).
 """
 
 import math
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
-# Separate streams: an image's place in the order says nothing about its crop.
+# Separate streams: an image's position in the order is independent of its crop.
 _ORDER, _BOXES, _PAGES, _GENERATION, _COLOURS, _MIXING, _DROPOUT = 1, 2, 3, 4, 5, 6, 7
 
 # RandomResizedCrop gives up after this many proposals and takes the central crop.
@@ -26,11 +26,11 @@ PAGES_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class CropRule:
-    """Where the crops of a set lie.
+    """How the crops of a data set are chosen.
 
-    scale: lowest and highest share of the image's area in a training crop. ratio: lowest and highest width over height
-    of one. flip: half of the training crops are mirrored. center_ratio: side of the validation crop, a square in the
-    image's centre, as a share of the shorter side.
+    scale: lowest and highest share of the image's area in a training crop. ratio: its lowest and highest width over
+    height. flip: half of the training crops are mirrored. center_ratio: side of the validation crop, a central square,
+    as a share of the shorter side.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -65,8 +65,8 @@ def epoch_order(
 ) -> NDArray[np.int64]:
     """The images of one epoch in the order in which this rank visits them.
 
-    Ranks take turns: rank r gets places r, r + world, ... of one common order, so a step over all ranks covers the
-    same images whatever their number. Shards differ in length by at most one.
+    Rank r gets positions r, r + world, ... of one common order, so a step over all ranks covers the same images for any
+    number of ranks. Shards differ in length by at most one.
 
     pages: int [n], the file page of each image. The order then visits random groups of pages, and is random within
     a group, so that a file larger than memory is read nearly in sequence.
@@ -105,10 +105,11 @@ def random_boxes(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """The random crop of each image, by the law of torchvision's RandomResizedCrop, and whether it is flipped.
+    """The random crop of each image, distributed as in torchvision's RandomResizedCrop, and whether it is flipped.
 
-    The area is uniform in `scale` of the image, the aspect (width / height) log-uniform in `ratio`, the place uniform;
-    after ten proposals that do not fit, the largest central crop within `ratio` is taken. A flip has probability 1/2.
+    The area is uniform in `scale` of the image, the aspect (width / height) log-uniform in `ratio`, the position
+    uniform; after ten proposals that do not fit, the largest central crop within `ratio` is taken. A flip has
+    probability 1/2.
 
     indices: int [n], the images. sizes: int [n, 2], the height and width of each of them in pixels.
     copy: which of several crops of the image; an int or int [n].
@@ -169,9 +170,9 @@ def whole_boxes(sizes: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.bool_]]
 def random_colours(
     count: int, *, seed: int, epoch: int, step: int, part: int = 0, jitter: float, lighting: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """How the colours of a step's crops are changed, crop by crop (kernels/colour.py).
+    """How the colours of each crop of a step are changed (kernels/colour.py).
 
-    part: which of the parts of a step the crops are; they are drawn apart.
+    part: which part of a step the crops are; parts are drawn independently.
     jitter: brightness, contrast and saturation are each multiplied by a factor uniform in 1 - jitter to 1 + jitter.
     lighting: standard deviation of the shift along each principal component of ImageNet's colours.
     Returns the factors float32 [count, 3] and the shifts, in standard deviations of the component, float32 [count, 3].
@@ -186,9 +187,9 @@ def random_colours(
 class Mixing:
     """How the crops of a step are mixed in pairs (kernels/mix.py).
 
-    partners: int64 [B], the place in the batch of the crop that is mixed into each; a permutation. box: (top, left,
-    bottom, right) in pixels, where it is. inside: the crop's own share of the pixels in the box, the partner has the
-    rest. kept: its own share of all pixels, and so of the label.
+    partners: int64 [B], the index in the batch of the crop that is mixed into each; a permutation. box: (top, left,
+    bottom, right) in pixels, where it is mixed in. inside: the crop's own share of the pixels in the box; the rest is
+    the partner's. kept: its own share of all pixels, and so of the label.
     """
 
     partners: NDArray[np.int64]
@@ -210,16 +211,16 @@ def random_mixing(
     mixup: float = 0.0,
     mixup_beta: float = 0.2,
 ) -> Mixing:
-    """How the `count` crops of a step's part, `resolution` px a side, are mixed: one box and one share for all of them.
+    """How the `count` crops of a step's part (`resolution` pixels per side) are mixed: one box and one share for all.
 
-    cutmix, mixup: the probability of each, in sum at most 1. CutMix (Yun et al. 2019, section 3.2) puts a box of the
-    partner into the crop: with l ~ Beta(cutmix_beta, cutmix_beta) its sides are those of the crop times sqrt(1 - l),
-    its centre is uniform in the crop, and what lies outside is cut off, so that `kept` is counted from its pixels.
+    cutmix, mixup: the probability of each; their sum is at most 1. CutMix (Yun et al. 2019, section 3.2) puts a box of
+    the partner into the crop: with l ~ Beta(cutmix_beta, cutmix_beta) its sides are those of the crop times sqrt(1 -
+    l), its centre is uniform in the crop, and the part outside is cut off, so `kept` is computed from its pixels.
     Mixup (Zhang et al. 2018, section 2) takes l ~ Beta(mixup_beta, mixup_beta) of every pixel from the crop.
     """
     draws = _generator(_MIXING, seed, epoch, step, part)
     kind = draws.uniform()
-    # Drawn in any case, so that one option changes nothing else.
+    # Always drawn, so that one option does not change the other draws.
     partners = draws.permutation(count)
     y, x = draws.integers(resolution, size=2).tolist()
     if kind < cutmix:
@@ -235,7 +236,7 @@ def random_mixing(
 
 
 def seed_of_part(*, seed: int, epoch: int, step: int, part: int) -> int:
-    """The seed of what networks draw themselves (dropout) in one of the parts of a step. Returns 0 to 2**64 - 1."""
+    """The seed of the networks' own random numbers (dropout) in one part of a step. Returns 0 to 2**64 - 1."""
     return _key(_DROPOUT, seed, epoch, step, part)
 
 
@@ -276,7 +277,7 @@ def _key(*parts: int) -> int:
 
 
 def _generator(*parts: int) -> np.random.Generator:
-    """Random numbers of a purpose that are a function of these parts alone (Philox: Salmon et al. 2011)."""
+    """A generator that is a function of these parts alone (Philox: Salmon et al. 2011)."""
     return np.random.Generator(np.random.Philox(key=_key(*parts)))
 
 

@@ -1,4 +1,4 @@
-"""How many processors this process may use: of a container often far fewer than its machine has."""
+"""How many processors this process may use: in a container often far fewer than the machine has."""
 
 import math
 import os
@@ -10,9 +10,9 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def processors() -> int:
-    """The processors that it may run on, or fewer where its control groups give it less time; at least 1.
+    """The processors that this process may run on, or fewer if its control groups allow less time; at least 1.
 
-    Half a processor of time counts as a whole one.
+    Fractions are rounded up.
     """
     count = len(os.sched_getaffinity(0))
     limit = time_limit(_CGROUPS, _OWN_CGROUPS)
@@ -20,16 +20,16 @@ def processors() -> int:
 
 
 def time_limit(mounted: Path, own: Path) -> float | None:
-    """Seconds of processors in a second that control groups (v1 or v2) give a process; None: as many as there are.
+    """Processor seconds per second that control groups (v1 or v2) allow a process; None: no limit.
 
-    mounted: where they are mounted, as /sys/fs/cgroup. own: the process's list of its groups, as /proc/self/cgroup.
+    mounted: where they are mounted, e.g. /sys/fs/cgroup. own: the list of the process's groups, e.g. /proc/self/cgroup.
     """
     limits = [limit for folder in _folders(mounted, own) if (limit := _limit_of(folder)) is not None]
     return min(limits, default=None)
 
 
 def _folders(mounted: Path, own: Path) -> Iterator[Path]:
-    """The groups of the process and those above, of which each may have a limit."""
+    """The groups of the process and their parents, each of which may have a limit."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -42,7 +42,7 @@ def _folders(mounted: Path, own: Path) -> Iterator[Path]:
             roots = [mounted / controllers, mounted / "cpu"]
         else:
             continue
-        # In a container the path may be the host's, of which only the end, or nothing, is mounted here.
+        # In a container the path may be the host's, and only its end, or nothing, may be mounted here.
         parts = Path(path).parts[1:]
         for root in roots:
             yield from (root.joinpath(*parts[:length]) for length in range(len(parts) + 1))

@@ -1,4 +1,4 @@
-"""The progress bar of every long piece of work, in images and images/s."""
+"""The progress bar of all long operations, in images and images/s."""
 
 import sys
 
@@ -8,7 +8,7 @@ _silent = False
 
 
 def silence() -> None:
-    """Shows no bars from now on: of several processes one speaks."""
+    """Shows no bars from now on: only one of several processes prints."""
     global _silent
     _silent = True
 

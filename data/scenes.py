@@ -32,7 +32,7 @@ Colour = tuple[int, int, int]
 
 SIZES = {"train": 2400, "val": 600}
 GROUND = 255  # in a class map: no object here
-MIN_SHARE = 0.04  # a crop that objects cover less than this shows nothing to name
+MIN_SHARE = 0.04  # a crop of which objects cover less than this shows no class
 
 # How a picture is composed; lengths are relative to its shorter side.
 SHORT_SIDE = (80, 112)  # pixels
@@ -45,7 +45,7 @@ TILT = 0.5  # radians to either side
 _DOMAINS = {"train": 1, "val": 4}
 _LABEL, _PLAN, _GROUND, _OBJECT = range(
     4
-)  # what a stream of random numbers is for: the last one takes the object's number on top
+)  # what a stream of random numbers is for; the object's number is added to the last one
 
 
 def _stream(split: str, index: int, purpose: int) -> np.random.Generator:
@@ -113,7 +113,7 @@ class _Sprite:
         self.mark(_ellipse(self.u, self.v, x, y, a, b, angle), _WHITE, 0.6, soft=1.2 * min(a, b))
 
     def pick(self, *colours: Colour) -> Floats:
-        """One of the colours, a little off; nineteen times of twenty the first, which is the typical one."""
+        """One of the colours, slightly varied; mostly the first, which is the typical one."""
         colour: Floats = np.array(colours[int(len(colours) * self.rng.random() ** 30)], np.float32)
         colour = colour * self.rng.uniform(0.88, 1.1) + self.rng.normal(0, 8, 3).astype(np.float32)
         return np.clip(colour, 8, 250)
@@ -294,7 +294,7 @@ CLASS_NAMES: tuple[str, ...] = tuple(_PAINTERS)
 def _paint_ground(rng: np.random.Generator, height: int, width: int) -> Floats:
     """A ground without objects, float32 [3, H, W] in about 0..255."""
     kind = rng.choice(["grass", "sand", "soil", "stone", "wood", "cloth"])
-    # Dark and light colour; the noise's cells, so many pixels down and across; contrast of the finest grain.
+    # Dark and light colour; height and width of the noise's cells in pixels; contrast of the finest grain.
     dark, light, down, across, grain = {
         "grass": ((84, 98, 66), (132, 144, 98), 9, 2.2, 0.3),
         "sand": ((182, 166, 138), (212, 198, 170), 5, 14, 0.2),
@@ -410,7 +410,7 @@ def _paint(split: str, index: int, coloured: bool) -> tuple[Floats | None, Class
 
 
 def label(split: str, index: int) -> int:
-    """The class of the picture's main object. Every ten pictures in a row show each class once."""
+    """The class of the picture's main object. Each block of ten pictures shows each class once."""
     block = _stream(split, index - index % len(CLASS_NAMES), _LABEL).permutation(len(CLASS_NAMES))
     return int(block[index % len(CLASS_NAMES)])
 
@@ -426,8 +426,8 @@ def draw(split: str, index: int) -> Image.Image:
 def class_map(split: str, index: int) -> ClassMap:
     """The class seen at each pixel of the drawn picture, uint8 [H, W], or GROUND.
 
-    An object is seen where it covers at least half of the pixel, and hides what lies behind it. Read-only, as
-    the same array is handed out again.
+    An object is seen where it covers at least half of the pixel, and hides objects behind it. Read-only, as the same
+    array is returned again.
     """
     _, classes = _paint(split, index, coloured=False)
     classes.flags.writeable = False
@@ -437,7 +437,7 @@ def class_map(split: str, index: int) -> ClassMap:
 def crop_truth(split: str, indices: npt.ArrayLike, boxes: npt.ArrayLike) -> npt.NDArray[np.int64]:
     """What crops show: the class with the most pixels in each box, int64 [n].
 
-    It is -1 where objects cover less than MIN_SHARE of the box. indices: int [n]; boxes: int [n, 4]
+    It is -1 if objects cover less than MIN_SHARE of the box. indices: int [n]; boxes: int [n, 4]
     (top, left, height, width), inside the picture, in its pixels.
     """
     truth = []

@@ -1,9 +1,9 @@
-"""Converted sets as they lie on disk: what is in one, and which one belongs to what the user gave as DATA.
+"""Converted sets on disk: their contents, and which one belongs to DATA.
 
 A converted set is a folder: `train.beton` and `val.beton` (baseline 4:2:0 JPEGs with a restart grid, see data/tiles.py,
 blocks, see data/blocks.py, or raw pixels), `train.names.json` and `val.names.json` (the images' file names, in order,
-where they come from files), `set.json` (class names in order, resolution and crop rule, how it was made), `rejects.txt`
-(what could not be read).
+if they come from files), `set.json` (class names in order, resolution and crop rule, how it was made), `rejects.txt`
+(images that could not be read).
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from data.plan import CropRule
 from data.sources import TORCHVISION_SETS, Source, crops_for, open_source, quick_identity
 
 _FORMAT = 3
-# Of this one, the resolution is part of the crop rule.
+# In this one, the resolution is part of the crop rule.
 _OLDER_FORMAT = 2
 
 
@@ -64,8 +64,8 @@ _CROP_FIELDS: dict[str, Fits] = {
 class ConvertedSet:
     """A converted set on disk, as `set.json` describes it.
 
-    folder holds `train.beton` and `val.beton`. name: of what it was made from (`scenes`, a set's name or a folder's).
-    resolution: pixels a side of the crops that fit it.
+    folder holds `train.beton` and `val.beton`. name: of its source (`scenes`, a set's name or a folder's). resolution:
+    pixels per side of the crops that fit it.
     """
 
     folder: Path
@@ -77,7 +77,7 @@ class ConvertedSet:
     made: dict[str, Any]
 
     def beton(self, split: str) -> Path:
-        """Where a split's images are. Raises DataError where they are no longer those that `fingerprint` has named."""
+        """The file of a split's images. Raises DataError if they are no longer those that `fingerprint` identified."""
         path = self._path(split)
         if "_known" in vars(self):
             fingerprint, identity, _ = self._known[split]
@@ -88,7 +88,7 @@ class ConvertedSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the stored images and labels of both splits."""
+        """Identifies the stored images and labels of both splits."""
         return hashlib.sha256("".join(fingerprint for fingerprint, *_ in self._known.values()).encode()).hexdigest()
 
     def num_images(self, split: str) -> int:
@@ -107,8 +107,8 @@ class ConvertedSet:
     def image_names(self, split: str) -> list[str]:
         """The file names of a split's stored images, in their order, as CLASS/FILE below the split's folder.
 
-        Bytes that are no text are escaped as os.fsdecode does. Raises DataError for a set without file names (of
-        cifar10, svhn or scenes, or converted by an earlier version), and where they are damaged.
+        Bytes that are not text are escaped as os.fsdecode does. Raises DataError for a set without file names (cifar10,
+        svhn or scenes, or converted by an earlier version), and if they are damaged.
         """
         path = names_file(self.folder, split)
         try:
@@ -145,7 +145,7 @@ class ConvertedSet:
 
 
 def open_set(folder: str | Path) -> ConvertedSet:
-    """Reads the `set.json` of a converted set. Raises DataError where it is missing or damaged."""
+    """Reads the `set.json` of a converted set. Raises DataError if it is missing or damaged."""
     folder = Path(folder)
     path = folder / "set.json"
     try:
@@ -175,7 +175,7 @@ def open_set(folder: str | Path) -> ConvertedSet:
 
 
 def names_file(folder: Path, split: str) -> Path:
-    """Where a converted set keeps the file names of a split: a JSON list, in ASCII, one a line."""
+    """Where a converted set keeps the file names of a split: a JSON list, in ASCII, one per line."""
     return folder / f"{split}.names.json"
 
 
@@ -184,9 +184,9 @@ def is_converted(data: str | Path) -> bool:
 
 
 def _of_other_writers(folder: Path) -> ConvertedSet | None:
-    """The set of a train.beton and a val.beton that lie in a folder without set.json, if they do.
+    """The set of a folder that holds train.beton and val.beton but no set.json; None for other folders.
 
-    Their classes are called by their numbers. Raises DataError where the files cannot be read or their classes differ.
+    Its classes are named by their numbers. Raises DataError if the files cannot be read or their classes differ.
     """
     files = {split: folder / f"{split}.beton" for split in ("train", "val")}
     if not all(map(Path.is_file, files.values())) or (folder / "train").is_dir():
@@ -205,7 +205,7 @@ def _of_other_writers(folder: Path) -> ConvertedSet | None:
 
 @dataclass(frozen=True)
 class Unconverted:
-    """A source that has no converted set yet, or one that no longer fits; data.convert makes it at `folder`."""
+    """A source without a converted set, or with an outdated one (stale); data.convert makes it at `folder`."""
 
     source: Source
     folder: Path
@@ -221,10 +221,10 @@ class Unconverted:
 
 
 def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Unconverted:
-    """The set for what the user gave as DATA: a converted set, or one converted earlier below `cache`, or still to be.
+    """The set for DATA: a converted set, one converted earlier below `cache`, or one that is still to be converted.
 
-    A folder with train.beton and val.beton of another writer is a converted set whose classes are numbered.
-    Quick: nothing is decoded. Raises DataError as open_source and open_set do.
+    A folder with train.beton and val.beton of another writer is a converted set whose classes are numbered. Fast:
+    nothing is decoded. Raises DataError as open_source and open_set do.
     """
     if is_converted(data):
         return open_set(data)
@@ -234,7 +234,7 @@ def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Un
         return others
     known = quick_identity(path)
     if known:
-        # Asked before the archive is opened: a compressed tar would be unpacked for that.
+        # Checked before the archive is opened, since a compressed tar would have to be unpacked.
         name, fingerprint = known
         converted = still_fitting(_cache_folder(cache, name, str(path.resolve())), fingerprint)
         if converted:
@@ -246,7 +246,7 @@ def find_set(data: str, *, cache: str | Path = "converted") -> ConvertedSet | Un
 
 
 def open_unsplit(data: str) -> Source | None:
-    """All images of a set without a split for validation, as open_source gives the whole of it; None for other sets.
+    """All images of a set without a validation split, as open_source(whole=True) returns them; None for other sets.
 
     Raises DataError as open_source does.
     """

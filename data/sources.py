@@ -27,8 +27,8 @@ _HAS_SPLITS = "has images for training and others for validation; leave --split 
 class Split:
     """The images of one split: items[i] names image i, read(items[i]) opens it. labels: int64 [n].
 
-    names: of the image files, as CLASS/FILE below the split's folder; None where images come from no files. Bytes that
-    are no text are escaped as os.fsdecode does.
+    names: of the image files, as CLASS/FILE below the split's folder; None if images come from no files. Bytes that are
+    not text are escaped as os.fsdecode does.
     """
 
     items: Sequence[Any]
@@ -41,7 +41,7 @@ class Split:
 class Source:
     """A set of images to be converted.
 
-    resolution (pixels a side), crop: of the crops that fit it; None where they follow from the sizes of the images.
+    resolution (pixels per side), crop: of the crops that fit it; None if they depend on the sizes of the images.
     fingerprint: changes whenever the images do. notes: what the user should know about how the set was read.
     """
 
@@ -61,12 +61,12 @@ def open_source(data: str, *, whole: bool | None = False) -> Source:
     By path also a folder of ImageNet's tars (data/ilsvrc.py) or of Parquet files (data/parquet.py). The layouts of
     folders and of a CSV: data/layouts.py.
 
-    whole: of images without splits, as in class folders alone, all are val's and none train's, for a set that is only
-    evaluated on; with None, one that has splits is opened as it is.
+    whole: if a set has no splits (class folders alone), all its images are in val and none in train, for a set that is
+    only evaluated on; with None, a set that has splits is opened as it is.
     A compressed tar is unpacked to a temporary file first; see open_archive.
-    Raises DataError for a name that is neither a set nor a folder nor a file of these kinds, one without images or with
-    one class, classes in val that train lacks, a damaged or encrypted archive, a set that cannot be downloaded, and for
-    the whole of what has a train and a val split.
+    Raises DataError for a name that is neither a set nor a folder nor a file of these kinds, a set without images or
+    with one class, classes in val that train lacks, a damaged or encrypted archive, a set that cannot be downloaded,
+    and with whole=True for a set that has a train and a val split.
     """
     if whole and data in ("scenes", *TORCHVISION_SETS):
         raise DataError(f"DATA={data}: {_HAS_SPLITS}")
@@ -92,10 +92,10 @@ def open_source(data: str, *, whole: bool | None = False) -> Source:
 
 
 def crops_for(sizes: NDArray[np.int32]) -> tuple[int, CropRule]:
-    """The resolution and the rule of crops of images of these sizes (int [n, 2], pixels), if no more is known of them.
+    """The default resolution and crop rule for images of these sizes (int [n, 2], pixels).
 
-    Photographs get the paper's rule. Below 96 pixels a crop of 8 % of the area would be a few pixels wide, so small
-    images are cropped to no less than a quarter and validated whole.
+    Photographs get the paper's rule. Below 96 pixels a crop of 8 % of the area would be a few pixels wide, so crops of
+    small images are at least a quarter of the area, and validation uses whole images.
     """
     short = int(np.median(np.min(sizes, axis=1)))
     resolution = min(224, max(32, short // 32 * 32))
@@ -110,7 +110,7 @@ def _scenes() -> Source:
         labels = np.array([scenes.label(name, i) for i in range(n)], dtype=np.int64)
         return Split([(name, i) for i in range(n)], labels, _draw_scene)
 
-    # Small crops of small pictures: most show one object, and often another than the main one.
+    # Small crops of small images: most show one object, often not the main one.
     rule = CropRule(scale=(0.05, 0.2), center_ratio=0.7)
     return Source("scenes", scenes.CLASS_NAMES, split("train"), split("val"), scenes_fingerprint(), 32, rule)
 
@@ -125,7 +125,7 @@ def _draw_scene(item: tuple[str, int]) -> Image.Image:
 
 
 def _torchvision_set(name: str) -> Source:
-    # Imported here: torchvision takes seconds, and a folder needs none of it.
+    # Imported here: torchvision takes seconds, and folders do not need it.
     from torchvision import datasets
 
     root = Path("downloads") / name
@@ -146,7 +146,7 @@ def _torchvision_set(name: str) -> Source:
         raise DataError(
             f"DATA={name}: could not be downloaded to {root} ({reason}); put its files there, or give a folder"
         ) from None
-    # A flipped 2 is no digit, and a tight crop of a house number shows the neighbouring digit.
+    # A flipped 2 is not a digit, and a tight crop of a house number shows the neighbouring digit.
     splits = [Split(part.data.transpose(0, 2, 3, 1), part.labels.astype(np.int64), _from_array) for part in digits]
     rule = CropRule(scale=(0.5, 1.0), flip=False, center_ratio=1.0)
     return Source(name, tuple("0123456789"), splits[0], splits[1], "torchvision", 32, rule)
@@ -159,7 +159,7 @@ def _from_array(pixels: NDArray[np.uint8]) -> Image.Image:
 def _folder(root: Path, whole: bool | None = False) -> Source:
     files: dict[str, str] = {}
     skipped: tuple[str, ...] = ()
-    # Of a folder with train/ and val/ nothing else is looked at: a test/ beside them may be large.
+    # In a folder with train/ and val/ everything else is ignored: a test/ beside them may be large.
     val_name = layouts.val_folder(root)
     parts = [root / "train", root / val_name] if val_name else [root]
     for part in parts:
@@ -169,7 +169,7 @@ def _folder(root: Path, whole: bool | None = False) -> Source:
     annotations = _annotations(root, val_name)
     arranged = layouts.of_folders(str(root), f"{root}/", files, annotations)
     names, train, val, notes = _arranged(str(root), arranged, open_image, whole)
-    # The folder in an annotated val/ is no class.
+    # The folder in an annotated val/ is not a class.
     skipped += layouts.empty_folders(root, parts[:1] if annotations else parts, set(names))
     fingerprint = _fingerprint(root, [train, val], b"".join(annotations.values()))
     return Source(root.resolve().name or "images", names, train, val, fingerprint, notes=skipped + notes)
@@ -219,7 +219,7 @@ def _in_order_of_items(split: Split) -> Split:
 
 
 def quick_identity(path: Path) -> tuple[str, str] | None:
-    """The name and fingerprint of a source whose images take long to list, as open_source gives them; else None."""
+    """The name and fingerprint of a source whose images take long to list, as from open_source; None for others."""
     if path.is_dir() and ilsvrc.is_distributed(path):
         return path.resolve().name, ilsvrc.fingerprint(path)
     if path.is_dir() and parquet.splits(path):
@@ -230,7 +230,7 @@ def quick_identity(path: Path) -> tuple[str, str] | None:
 
 
 def _refuse_betons(path: Path) -> None:
-    """Raises DataError for a .beton, or a folder of them, and says what it is."""
+    """Raises DataError for a .beton file or a folder of them, with a message that describes it."""
     if path.is_dir():
         names = [file.name for file in sorted(path.glob("*.beton"))]
         if not names or any(entry.is_dir() for entry in path.iterdir()):
@@ -254,7 +254,7 @@ def _refuse_betons(path: Path) -> None:
 def _arranged(
     root: str, parts: layouts.Parts, read: Callable[[Any], Image.Image], whole: bool | None
 ) -> tuple[tuple[str, ...], Split, Split, tuple[str, ...]]:
-    """Class names, train and val splits, and notes; images without splits are split, or as a whole are val's."""
+    """Class names, train and val splits, and notes; a set without splits is split, or is all val (see open_source)."""
     train, val = parts.train, parts.val
     notes = parts.notes
     if val is not None:
@@ -296,7 +296,7 @@ def image_files(folder: str | Path) -> Found:
 
 
 def _held_out(name: str, paths: list[str]) -> set[str]:
-    """A tenth of a class's images, at least one of two, chosen by the hash of their paths: a stable choice."""
+    """A tenth of a class's images, at least one if it has two, chosen by the hash of their paths: a stable choice."""
     count = max(round(len(paths) * _VAL_SHARE), 1) if len(paths) > 1 else 0
     by_hash = sorted(paths, key=lambda path: hashlib.sha256(f"{name}/{path}".encode(errors="surrogateescape")).digest())
     return set(by_hash[:count])
@@ -310,7 +310,7 @@ def _split_of(classes: layouts.Classes, names: tuple[str, ...], read: Callable[[
 
 
 def _fingerprint(root: Path, splits: list[Split], described: bytes = b"") -> str:
-    """described: the contents of the file that names the classes of the images, if one does."""
+    """described: the contents of the file that names the classes of the images, if there is one."""
     digest = hashlib.sha256(described)
     for split in splits:
         for file in split.items:

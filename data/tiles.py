@@ -1,11 +1,11 @@
 """Restart-grid JPEGs: encode one, cut a box out of its bytes.
 
-A restart marker resets what a JPEG's entropy coding remembers, so the bytes between two markers, a segment, can be
-moved. With a restart interval that divides the MCUs (16x16 pixels) of a row, the segments form a grid of tiles, and the
-JPEG of a tile-aligned region is: the headers with height and width patched, the region's segments, the markers
-renumbered. The lengths of the segments stand in an APP9 segment of the file, so that nothing is searched for.
+A restart marker resets the state of a JPEG's entropy coding, so the bytes between two markers, a segment, can be moved.
+With a restart interval that divides the MCUs (16x16 pixels) of a row, the segments form a grid of tiles, and the JPEG
+of a tile-aligned region is: the headers with height and width patched, the region's segments, the markers renumbered.
+The lengths of the segments are in an APP9 segment of the file, so no search is needed.
 
-Any JPEG reader reads the whole image; a decoder given a cut reads that part of it, with the same pixels.
+Any JPEG decoder reads the whole image; from a cut, it decodes that part of it, with the same pixels.
 """
 
 import io
@@ -18,18 +18,18 @@ from PIL import Image
 
 MCU = 16
 _NAME = b"tiles\0"
-# Segment lengths are 16-bit numbers in one APP segment, whose own length is one too.
+# Segment lengths are 16-bit numbers in one APP segment, whose own length is also 16 bits.
 _MOST_TILES = 32_000
-# The grid, lengths included, costs less than this share of the bytes; else it is made coarser, or left out.
+# The grid, lengths included, costs less than this share of the bytes; otherwise it is made coarser, or omitted.
 _OVERHEAD = 0.03
-# What a tile was seen to cost: its marker, filling its last byte, a DC coefficient without prediction, its length.
+# Measured cost of a tile: its marker, padding of its last byte, a DC coefficient without prediction, its length.
 _TILE_BYTES = 5.7
 
 _SOI, _EOI, _SOS, _DQT, _DRI, _APP9, _APP14, _RST0 = 0xD8, 0xD9, 0xDA, 0xDB, 0xDD, 0xE9, 0xEE, 0xD0
 
 
 def encode(image: Image.Image, quality: int) -> bytes:
-    """An RGB image as baseline 4:2:0 JPEG with a restart grid; plain where no grid fits 3 % of the bytes."""
+    """An RGB image as baseline 4:2:0 JPEG with a restart grid; plain if any grid costs over 3 % of the bytes."""
     plain = _jpeg(image, quality)
     columns, rows = -(-image.width // MCU), -(-image.height // MCU)
     for tile_columns in range(min(2, columns), columns + 1):
@@ -44,13 +44,13 @@ def encode(image: Image.Image, quality: int) -> bytes:
 
 def _jpeg(image: Image.Image, quality: int, **options: int) -> bytes:
     buffer = io.BytesIO()
-    # Without the comment of the original, which Pillow would copy.
+    # An empty comment: Pillow would copy that of the original.
     image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0", comment=b"", **options)
     return buffer.getvalue()
 
 
 def _with_lengths(jpeg: bytes) -> bytes | None:
-    """The same JPEG with its segments' lengths in an APP9 segment; None where one is too long for 16 bits."""
+    """The same JPEG with its segments' lengths in an APP9 segment; None if one is too long for 16 bits."""
     array = np.frombuffer(jpeg, np.uint8)
     found = layout(array)
     data = array[found.scan : -2]
@@ -60,15 +60,15 @@ def _with_lengths(jpeg: bytes) -> bytes | None:
         return None
     table = _NAME + lengths.astype(">u2").tobytes()
     segment = bytes([0xFF, _APP9]) + (len(table) + 2).to_bytes(2, "big") + table
-    # In front of the frame header; JFIF wants its own APP0 to come first.
+    # In front of the frame header; JFIF requires its own APP0 to come first.
     at = found.frame
     return jpeg[:at] + segment + jpeg[at:]
 
 
 class Layout(NamedTuple):
-    """Where the parts of a JPEG begin, in bytes, and what its headers say.
+    """Where the parts of a JPEG begin, in bytes, and the contents of its headers.
 
-    frame: of SOF's marker (0: no JPEG that this code understands). height, width: pixels. subsampled: three planes,
+    frame: of SOF's marker (0: not a JPEG that this code can read). height, width: pixels. subsampled: three planes,
     chroma halved both ways (4:2:0). interval: MCUs between restart markers, or 0. lengths: of the first of `tiles`
     segment lengths, table: of the marker of the APP segment that holds them, scan: of the entropy-coded bytes.
     """
@@ -85,11 +85,11 @@ class Layout(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What a box needs of an image, as `take` wrote it to a buffer.
+    """The part of an image that a box needs, as written to a buffer by `take`.
 
-    wrong: what is wrong with the image, or 0; height and width are then those that its headers say. size: bytes of the
-    JPEG or, of raw images, of the box's pixels. top, left, height, width: the part of the image that these are, in
-    pixels. subsampled: see Layout.
+    wrong: what is wrong with the image, or 0; height and width are then those of its headers. size: bytes of the JPEG
+    or, for raw images, of the box's pixels. top, left, height, width: the part of the image that these are, in pixels.
+    subsampled: see Layout.
     """
 
     wrong: int
@@ -101,7 +101,7 @@ class Taken(NamedTuple):
     subsampled: bool
 
 
-# What `take` finds wrong.
+# Errors found by `take`.
 NO_JPEG, OTHER_SIZE, BROKEN_TILES = 1, 2, 3
 
 
@@ -124,7 +124,7 @@ def layout(jpeg: NDArray[np.uint8]) -> Layout:
     i = 2
     while i + 4 <= n and jpeg[i] == 0xFF:
         marker = jpeg[i + 1]
-        # As libjpeg reads it, to whom this must not say another size: FF may be repeated, and these have no length.
+        # As libjpeg, since both must read the same size: FF may be repeated, and these markers have no length.
         if marker == 0xFF:
             i += 1
             continue
@@ -172,8 +172,8 @@ def cut(
 ) -> Region:
     """Writes the JPEG of the tiles that a box (pixels) needs to out, which must be as long as jpeg, uint8 [n].
 
-    One pixel around the box belongs to what it needs: the decoder's chroma upsampling looks that far.
-    The region is the whole image, of size 0, where there is no grid; its size is -1 where the grid is damaged.
+    The region includes one pixel around the box: the decoder's chroma upsampling reads that far. It is the whole image,
+    of size 0, if there is no grid; its size is -1 if the grid is damaged.
     """
     whole = Region(0, 0, 0, found.height, found.width)
     if found.tiles == 0 or found.interval == 0:
@@ -203,13 +203,14 @@ def cut(
     out[frame + 5], out[frame + 6] = part_height >> 8, part_height & 255
     out[frame + 7], out[frame + 8] = part_width >> 8, part_width & 255
 
-    # Read once: they are checked and used again, and another process may write to the file that jpeg is mapped from.
+    # Read once, since they are checked and then used, and another process may write to the file that jpeg is mapped
+    # from.
     lengths = np.empty(last_row * across + last_tile + 1, np.int64)
     for tile in range(len(lengths)):
         at = found.lengths + tile * 2
         lengths[tile] = (np.int64(jpeg[at]) << 8) + jpeg[at + 1]
 
-    # The tiles of a row lie side by side in the file, so a row is copied as one; then its markers are renumbered.
+    # The tiles of a row are contiguous in the file, so a row is copied at once; then its markers are renumbered.
     place, marks, run = found.scan, 0, 0
     for tile in range(len(lengths)):
         end = place + lengths[tile]
@@ -243,10 +244,10 @@ def take(
     box: NDArray[np.int64],
     out: NDArray[np.uint8],
 ) -> Taken:
-    """Writes the JPEG that a box needs of a stored one to out, which must be as long: that of its tiles, or all of it.
+    """Writes the part of a stored JPEG that a box needs, its tiles or all of it, to out, which must be as long.
 
     size: int [2], the height and width that the image should have. box: int64 [4] (top, left, height, width).
-    Headers are read again from what was written: another process may write to the file that stored is mapped from.
+    Headers are read again from out, since another process may write to the file that stored is mapped from.
     """
     found = layout(stored)
     if found.frame == 0:
@@ -281,12 +282,12 @@ def take_all(
     out: NDArray[np.uint8],
     places: NDArray[np.int64],
 ) -> tuple[int, Taken]:
-    """Takes what the boxes int64 [n, 4] need of n images of a file, one behind the other, into out, uint8.
+    """Copies the parts of n images of a file that the boxes int64 [n, 4] need, one after the other, to out, uint8.
 
-    starts, lengths: int64 [n], of each image's bytes in the file; out must hold all of these. sizes: int [n, 2]. raw:
-    bool [n]; of raw images the pixels of the box are taken. places: int64 [n, 4], is filled with begin and end in out,
-    and top and left in the image, of each part.
-    Returns the place of the first image with which something is wrong, and what; else -1.
+    starts, lengths: int64 [n], of each image's bytes in the file; out must have space for all of them. sizes: int [n,
+    2]. raw: bool [n]; the box's pixels are copied from raw images. places: int64 [n, 4], is filled with begin and end
+    in out, and top and left in the image, of each part.
+    Returns the index of the first damaged image and what is wrong with it; otherwise -1.
     """
     at = 0
     taken = Taken(0, 0, 0, 0, 0, 0, False)

@@ -1,3 +1,3 @@
-"""The few operations worth fusing, one per file, each defined by plain PyTorch."""
+"""Operations worth fusing, one per file, each defined by plain PyTorch."""
 
 import command  # noqa: F401  # first, so that Ctrl-C ends `python -m kernels` quietly while libraries load

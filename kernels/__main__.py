@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from command import UserError, exit_on_user_error
 from kernels import pool_labels, refinery_loss, sample_blocks
 
-# The kernels' arguments; those in capitals are constants, all others int32.
+# Types of the kernels' arguments; those in capitals are constants, those not listed are int32.
 _TYPES = {
     "student_ptr": "*bf16",
     "refinery_ptr": "*bf16",
@@ -38,9 +38,10 @@ _TYPES = {
 }
 
 
-# A usual crop: the root of the mean area of a training crop of 512 x 384 pixels, and what it is resized to.
+# A typical crop: the square root of the mean area of a training crop of 512 x 384 pixels, and the size it is resized
+# to.
 _BOX, _RESOLUTION = 326, 224
-# Of an H100 (SXM): bytes of memory a second, and instructions of a warp that 132 x 4 schedulers issue at 1.755 GHz.
+# H100 (SXM): memory bytes per second, and warp instructions per second that 132 x 4 schedulers issue at 1.755 GHz.
 _BYTES, _ISSUED = 3.35e12, 132 * 4 * 1.755e9
 
 _H100 = 90
@@ -53,7 +54,7 @@ class KernelError(UserError):
 
 @dataclass
 class Version:
-    """A kernel with all that is fixed when it is compiled."""
+    """A kernel with everything that is fixed at compile time."""
 
     kernel: Any
     shape: str
@@ -68,9 +69,9 @@ class Version:
 
 @dataclass
 class Usage:
-    """What a compiled kernel takes: registers and spilled bytes of a thread, bytes of shared memory of a program.
+    """What a compiled kernel uses: registers and spilled bytes per thread, bytes of shared memory per program.
 
-    loops: instructions of each innermost loop, in their order.
+    loops: instructions of each innermost loop, in order.
     """
 
     registers: int
@@ -80,7 +81,7 @@ class Usage:
 
 
 def versions() -> list[Version]:
-    """Every kernel: every kind at ImageNet's 1000 classes, the usual kind at few and at many, too."""
+    """Every kernel: every kind at ImageNet's 1000 classes, the default kind also at few and at many classes."""
     found: list[Version] = []
     for kernel in (refinery_loss._refinery_kernel, refinery_loss._sparse_kernel):
         for classes, kinds in ((10, ("soft",)), (1000, refinery_loss.KINDS), (21841, ("soft",))):
@@ -102,13 +103,13 @@ def compile_version(version: Version, target: int) -> Usage:
         version.kernel,
         {name: "constexpr" if name.isupper() else _TYPES.get(name, "i32") for name in names},
         version.constants,
-        # What Triton knows of the arguments at a launch: memory begins at multiples of 16 bytes, and sizes of
+        # What Triton knows about the arguments at a launch: memory begins at multiples of 16 bytes, and sizes of
         # activations, unlike numbers of classes, are multiples of 16 too.
         {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name.endswith("_ptr") or name == "count"},
     )
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": version.warps})
-    except Exception as error:  # Triton has no common kind for what may go wrong.
+    except Exception as error:  # Triton's errors have no common base class.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise KernelError(f"{version.name}, {version.shape}, for sm_{target}: {reason}") from error
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -116,7 +117,7 @@ def compile_version(version: Version, target: int) -> Usage:
         file.flush()
         listing, code = (_dumped(file.name, what) for what in ("-res-usage", "-sass"))
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", listing)}
-    # The kernels keep nothing on the stack themselves: what lies there was spilled.
+    # The kernels do not use the stack themselves: everything on it was spilled.
     return Usage(usage["REG"], usage["STACK"], compiled.metadata.shared, _innermost_loops(code))
 
 
@@ -126,7 +127,7 @@ def _dumped(file: str, what: str) -> str:
 
 
 def _innermost_loops(code: str) -> list[int]:
-    """Instructions of the loops without another inside, of more than one, in a listing of machine code."""
+    """Instructions of each innermost loop of more than one instruction, in a listing of machine code."""
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
     instructions = [(int(address, 16), text) for address, text in found]
     backward = []
@@ -143,9 +144,9 @@ def _innermost_loops(code: str) -> list[int]:
 
 
 def crop_bound(usage: Usage) -> str:
-    """What a crop of block storage takes at least, and the rate that an H100 by its data sheet allows, in words."""
+    """A lower bound of what a crop of block storage costs, and the rate that an H100's data sheet allows, as text."""
     side, resolution = _BOX, _RESOLUTION
-    # One tile's loops over what lies below it; each takes whole squares of pixels.
+    # One tile's loops over the source below it; each takes whole squares of pixels.
     step = side / resolution
     span = sample_blocks.TILE * step + 2 * max(step, 1)
     luma = math.ceil(span / sample_blocks.ROWS) * math.ceil(span / sample_blocks.COLUMNS)
@@ -157,7 +158,7 @@ def crop_bound(usage: Usage) -> str:
     return (
         f"{resolution} px from a box of {side}: {moved / 1e3:.0f} kB moved, {instructions / 1e6:.2f} million "
         f"instructions of a warp in its innermost loops; an H100 moves {_BYTES / moved / 1e6:.0f} million and issues "
-        f"{_ISSUED / instructions / 1e6:.1f} million such crops a second, at most"
+        f"{_ISSUED / instructions / 1e6:.1f} million such crops per second, at most"
     )
 
 

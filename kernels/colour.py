@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-# How much red, green and blue count in a gray value (ITU-R BT.601).
+# Weights of red, green and blue in a gray value (ITU-R BT.601).
 _GRAY = (0.299, 0.587, 0.114)
-# Principal components of the colours of ImageNet's training images, for values in 0..1: of each colour its part in the
-# three components, and the standard deviations along these.
+# Principal components of the colours of ImageNet's training images, for values in 0..1: each colour's part in the three
+# components, and the standard deviations along these.
 _VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 _DEVIATIONS = (0.2175, 0.0188, 0.0045)
 
@@ -17,11 +17,11 @@ def change_colours(crops: Tensor, factors: Tensor, shifts: Tensor) -> Tensor:
     crops: 0..255, of any type, [B, 3, R, R]. factors: of brightness b, contrast c and saturation s, [B, 3]. shifts:
     along each principal component of ImageNet's colours, in standard deviations, [B, 3].
 
-    With g the gray value of a pixel and m the crop's mean gray value, saturation makes s x + (1 - s) g of x, contrast
-    c x + (1 - c) m, brightness b x. Without clipping in between these commute, so that
-    b (c (s x + (1 - s) g) + (1 - c) m) is what any order gives.
+    With g the gray value of a pixel and m the crop's mean gray value, saturation maps x to s x + (1 - s) g, contrast to
+    c x + (1 - c) m, brightness to b x. Without clipping in between these commute: any order gives b (c (s x + (1 - s)
+    g) + (1 - c) m).
     """
-    # Plain numbers, since a tensor of constants would be copied to the device in every step.
+    # Python numbers, since a tensor of constants would be copied to the device in every step.
     brightness, contrast, saturation = factors.float().unbind(1)
     along = (shifts.float() * 255).unbind(1)
     steps = [deviation * shift for deviation, shift in zip(_DEVIATIONS, along, strict=True)]

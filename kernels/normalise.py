@@ -1,4 +1,4 @@
-"""Bytes to what a network takes."""
+"""From bytes to the input of a network."""
 
 import torch
 from torch import nn
@@ -19,11 +19,11 @@ class Normalise(nn.Module):
     def __init__(self, normalisation: Normalisation):
         super().__init__()
         mean, std = torch.tensor(normalisation, dtype=torch.float64)
-        # Buffers, so that they lie on the device once and for all; no part of a checkpoint's weights.
+        # Buffers, so that they are moved to the device once; not part of a checkpoint's weights.
         self.register_buffer("scale", (1 / (255 * std)).float().view(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift", (-mean / std).float().view(1, 3, 1, 1), persistent=False)
 
     def forward(self, crops: torch.Tensor) -> torch.Tensor:
-        # The compiler makes one pointwise kernel of this, with what follows it: a Triton version has nothing to win
-        # (argued, not measured).
+        # The compiler fuses this with the following operations into one pointwise kernel: a Triton version has nothing
+        # to gain (argued, not measured).
         return torch.addcmul(self.shift, crops.float(), self.scale)

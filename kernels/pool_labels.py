@@ -1,9 +1,9 @@
 """The soft label of a crop from the label map of its image (ReLabel: Yun et al. 2021, arXiv 2101.05022, section 3.1).
 
-A label map holds, for each of S x S cells of the image, the logits of the likeliest K classes; all others are 0. The
-crop's box, in cells, pools it as RoIAlign does (He et al. 2017; 1x1, aligned=False, adaptive sampling). Its weights
-are the product of one vector for rows and one for columns, so that the sum over S x S x K stored logits is all that is
-computed, and never the dense map of S x S x C.
+A label map holds, for each of S x S cells of the image, the logits of the K most likely classes; all others are 0. The
+crop's box, in cells, pools it as RoIAlign does (He et al. 2017; 1x1, aligned=False, adaptive sampling). Its weights are
+the product of one vector for rows and one for columns, so only the sum over the S x S x K stored logits is computed,
+and never the dense map of S x S x C.
 
 The Triton version has not yet been measured on a GPU.
 """
@@ -17,16 +17,16 @@ from torchvision.ops import roi_align
 KINDS = ("logits", "probabilities")
 
 MOST_CLASSES = 65536
-# Stored logits that a program of the kernel takes at a time.
+# Stored logits that a program of the kernel processes at a time.
 ENTRIES = 16
 
 
 def pool_labels(logits: Tensor, ids: Tensor, boxes: Tensor, num_classes: int, *, kind: str = "logits") -> Tensor:
     """The soft label of each crop: float32 [B, C], rows sum to 1.
 
-    logits: of the cells' likeliest classes, float16 or float32 [B, S, S, K], rows of the image first. ids: of these
-    classes, any integer type [B, S, S, K], distinct in a cell, 0 to C - 1. boxes: float32 [B, 4], the crops' top, left,
-    bottom and right as shares of the image's height and width, 0 to 1. A flipped crop has the label of its box.
+    logits: of the cells' most likely classes, float16 or float32 [B, S, S, K], rows of the image first. ids: of these
+    classes, any integer type [B, S, S, K], distinct within a cell, 0 to C - 1. boxes: float32 [B, 4], the crops' top,
+    left, bottom and right as shares of the image's height and width, 0 to 1. Flips do not change a label.
     kind: logits pools logits and takes the softmax of the result (as published); probabilities pools each cell's
     softmax.
     Raises ValueError for other kinds and for shapes that do not match.
@@ -53,10 +53,10 @@ def pool_labels(logits: Tensor, ids: Tensor, boxes: Tensor, num_classes: int, *,
 
 
 def pooling_weights(starts: Tensor, ends: Tensor, side: int) -> Tensor:
-    """How much each of `side` cells counts along one axis: float32 [B, side].
+    """The weight of each of `side` cells along one axis: float32 [B, side].
 
-    starts, ends: of the boxes, as shares of the image, [B]. RoIAlign takes ceil(length) samples at even distances, at
-    least one cell apart, and interpolates between the two nearest cells; beyond the outer ones it takes these.
+    starts, ends: of the boxes, as shares of the image, [B]. RoIAlign takes lengths of at least one cell, ceil(length)
+    samples at equal distances, and interpolates between the two nearest cells; beyond the outer ones it uses these.
     """
     starts, ends = starts.float() * side - 0.5, ends.float() * side - 0.5
     lengths = (ends - starts).clamp(min=1)
@@ -65,13 +65,13 @@ def pooling_weights(starts: Tensor, ends: Tensor, side: int) -> Tensor:
     places = starts[:, None] + (number + 0.5) * (lengths / samples)[:, None]
     counts = (number < samples[:, None]) & (places >= -1) & (places <= side)
     places = places.clamp(0, side - 1)
-    # A cell's share of a sample falls off to 0 at its neighbours' centres.
+    # A cell's weight in a sample falls to 0 at its neighbours' centres.
     shares = (1 - (places[:, :, None] - torch.arange(side, device=starts.device)).abs()).clamp(min=0)
     return (shares * counts[:, :, None]).sum(dim=1) / samples[:, None]
 
 
 def reference(logits: Tensor, ids: Tensor, boxes: Tensor, num_classes: int, *, kind: str = "logits") -> Tensor:
-    """What defines pool_labels: torchvision's roi_align on the dense map."""
+    """The definition of pool_labels: torchvision's roi_align on the dense map."""
     batch, side = logits.shape[:2]
     dense = logits.new_zeros(batch, side, side, num_classes, dtype=torch.float32)
     dense = dense.scatter(3, ids.long(), logits.float()).permute(0, 3, 1, 2)
@@ -106,7 +106,7 @@ def _(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
 
 @_sum_by_class.register_kernel("cuda")
 def launch(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
-    """The Triton version of the operator: the same bits each time, unlike one with atomic additions."""
+    """The Triton version of the operator: deterministic, unlike one with atomic additions."""
     sums = values.new_empty(len(values), num_classes)
     if sums.numel():
         block, warps = tile(num_classes)
@@ -125,7 +125,7 @@ def launch(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
 
 
 def tile(classes: int) -> tuple[int, int]:
-    """What a row of so many classes takes: elements of its block, and warps that share them."""
+    """Block size and number of warps for a row of this many classes."""
     if classes > MOST_CLASSES:
         raise ValueError(f"{classes} classes: the kernel holds a row in registers and takes at most {MOST_CLASSES}")
     block = triton.next_power_of_2(classes)
@@ -140,7 +140,7 @@ def _sum_kernel(values_ptr, ids_ptr, sums_ptr, entries, columns, ENTRIES: tl.con
     for start in range(0, entries, ENTRIES):
         entry = start + tl.arange(0, ENTRIES)
         value = tl.load(values_ptr + row * entries + entry, mask=entry < entries, other=0.0)
-        # Cells outside the crop count nothing, and lie together.
+        # Cells outside the crop have weight 0 and are contiguous.
         if tl.max(tl.abs(value), 0) > 0:
             class_id = tl.load(ids_ptr + row * entries + entry, mask=entry < entries, other=-1).to(tl.int32)
             sums += tl.sum(tl.where(class_id[:, None] == at[None, :], value[:, None], 0.0), 0)

@@ -1,18 +1,18 @@
-"""The loss of label refinery: how far the student's output is from the label, crop by crop.
+"""The loss of label refinery: the distance of the student's output from the label, for each crop.
 
-One pass gives the loss and its gradient with respect to the student's logits, in their dtype: backward only scales it.
-The Triton version has not yet been measured on a GPU.
+One pass computes the loss and its gradient with respect to the student's logits, in their dtype: backward only scales
+it. The Triton version has not yet been measured on a GPU.
 
 p is the label: softmax(refinery / T), or the probabilities of a label file. q is softmax(student / T).
 
-    soft      KL(p || q) = sum p log(p / q)     Label Refinery, eq. 1; 0 where the student says what the label says
-    hard      -log q[argmax p]                  the likeliest class alone; the first of equal ones
+    soft      KL(p || q) = sum p log(p / q)     Label Refinery, eq. 1; 0 where the student equals the label
+    hard      -log q[argmax p]                  the most likely class alone; the first if several are equal
     reversed  KL(q || p) = sum q log(q / p)     Label Refinery, table 7
     l2        sum (p - q)^2                     Label Refinery, table 7, which does not define it further
 
 Each is multiplied by T^2, so that gradients keep their size (Hinton et al. 2015, arXiv 1503.02531, section 2).
-Logarithms of p stop at that of float32's smallest normal number, -87.3: where p is 0, which a label file may well
-say, "reversed" would be infinite. Arithmetic is in float32, whatever comes in. Losses are differentiable once.
+Logarithms of p are clamped at that of float32's smallest normal number, -87.3: where p is 0, as it may be in a label
+file, "reversed" would be infinite. Arithmetic is in float32 for any input dtype. Losses are differentiable once.
 """
 
 import math
@@ -34,8 +34,8 @@ _MOST_CLASSES = 65536
 def refinery_loss(student: Tensor, refinery: Tensor, *, kind: str = "soft", temperature: float = 1.0) -> Tensor:
     """The loss of each crop to a refinery's output, float32 [B].
 
-    student, refinery: logits [B, C], float32, bfloat16 or float16. kind: one of KINDS. The gradient runs through the
-    refinery too where its logits require one (adversarial jitter: Label Refinery, section 3.1).
+    student, refinery: logits [B, C], float32, bfloat16 or float16. kind: one of KINDS. The gradient also flows to the
+    refinery's logits if they require one (adversarial jitter: Label Refinery, section 3.1).
     Raises ValueError for other kinds, shapes that differ, T <= 0, and on a GPU for more than 65536 classes.
     """
     _check(student, refinery, kind, temperature)
@@ -50,8 +50,8 @@ def sparse_loss(
     """The loss of each crop to the probabilities of a few classes, float32 [B].
 
     student: logits [B, C], float32, bfloat16 or float16. classes: int64 [B, K], distinct in a row, 0 to C - 1. values:
-    their probabilities, [B, K]. rest: what each of the other C - K classes gets, [B]. Labels are final: the temperature
-    is the student's alone, and no gradient reaches them. kind, raises: as refinery_loss.
+    their probabilities, [B, K]. rest: the probability of each of the other C - K classes, [B]. Labels are final: the
+    temperature applies to the student only, and they get no gradient. kind, raises: as refinery_loss.
     """
     _check(student, None, kind, temperature)
     if classes.shape != values.shape or classes.shape[:1] != student.shape[:1] or rest.shape != student.shape[:1]:
@@ -85,11 +85,11 @@ def _check(student: Tensor, label: Tensor | None, kind: str, temperature: float)
         raise ValueError(f"student and label must be [B, C] alike, not {' and '.join(map(str, shapes))}")
 
 
-# ---- what defines the operators
+# ---- the definitions of the operators
 
 
 def reference(student: Tensor, refinery: Tensor, *, kind: str, temperature: float) -> Tensor:
-    """What defines refinery_loss, in plain PyTorch: differentiable in both. float64 stays float64, for checks."""
+    """The definition of refinery_loss in plain PyTorch: differentiable in both. float64 stays float64, for checks."""
     log_p = F.log_softmax(_wide(refinery) / temperature, dim=1)
     return _divergence(student, log_p.exp(), log_p.clamp(min=_LOG_TINY), refinery, kind, temperature)
 
@@ -97,13 +97,13 @@ def reference(student: Tensor, refinery: Tensor, *, kind: str, temperature: floa
 def sparse_reference(
     student: Tensor, classes: Tensor, values: Tensor, rest: Tensor, *, kind: str, temperature: float
 ) -> Tensor:
-    """What defines sparse_loss, in plain PyTorch: differentiable in student, values and rest."""
+    """The definition of sparse_loss in plain PyTorch: differentiable in student, values and rest."""
     p = _dense(student, classes, values, rest)
     return _divergence(student, p, p.clamp(min=_TINY).log(), p, kind, temperature)
 
 
 def _divergence(student: Tensor, p: Tensor, log_p: Tensor, ranks: Tensor, kind: str, temperature: float) -> Tensor:
-    """ranks: in the order of p, but without its rounding: equal only where classes are equally likely."""
+    """ranks: ordered as p but without its rounding: equal only if classes are equally likely."""
     log_q = F.log_softmax(_wide(student) / temperature, dim=1)
     if kind == "soft":
         loss = (p * (log_p - log_q)).sum(1)
@@ -190,7 +190,7 @@ _refinery_loss.register_autograd(_backward, setup_context=_keep)
 _sparse_loss.register_autograd(_backward, setup_context=_keep)
 
 
-# ---- their Triton version: a program a row, the whole row in registers
+# ---- their Triton version: one program per row, the whole row in registers
 
 
 @_refinery_loss.register_kernel("cuda")
@@ -248,11 +248,12 @@ def launch_sparse(
 
 
 def tile(classes: int) -> tuple[int, int]:
-    """What a row of so many classes takes: elements of its block, and warps that share them."""
+    """Block size and number of warps for a row of this many classes."""
     if classes > _MOST_CLASSES:
         raise ValueError(f"{classes} classes: the kernels hold a row in registers and take at most {_MOST_CLASSES}")
     block = triton.next_power_of_2(classes)
-    # 8 elements a thread, as long as there are warps. Rows of more than 16384 no longer fit the registers and spill.
+    # 8 elements per thread, up to the maximum number of warps. Rows of more than 16384 do not fit in registers and
+    # spill.
     return block, min(max(block // 256, 1), 32)
 
 

@@ -1,12 +1,12 @@
-"""Crops straight from block storage: blocks are expanded where the resize reads them, and nothing is written between.
+"""Crops directly from block storage: blocks are expanded where the resize reads them, without intermediate results.
 
 An image is three planes of 4x4 blocks (data/blocks.py): Y, and Cb and Cr halved both ways. A crop is its box resized by
-the triangle filter (Pillow's BILINEAR), chroma by that filter after libjpeg's "fancy" upsampling, and then made RGB, as
-on the CPU (data/decoders/resize.py).
+the triangle filter (Pillow's BILINEAR), chroma by that filter after libjpeg's "fancy" upsampling, and then converted to
+RGB, as on the CPU (data/decoders/resize.py).
 
-A program makes a square of a crop: it walks over the squares of source pixels below it, expands each, and multiplies it
-by the filter's weights, which are zero elsewhere, along both axes. These are matrix products of float16, in which bytes
-are exact and weights are off by 1/2048 of themselves at most.
+A program computes a square of a crop: it loops over the squares of source pixels below it, expands each, and multiplies
+it by the filter's weights, which are zero elsewhere, along both axes. These are matrix products in float16, in which
+bytes are exact and weights have a relative error of at most 1/2048.
 
 The Triton version has not yet been measured on a GPU.
 """
@@ -20,8 +20,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Pixels a side of what a program makes of a crop, and rows and columns of what it expands at a time. Weights of columns
-# are computed anew for each so many rows, so that these are more.
+# Pixels per side of the part of a crop that a program computes, and the rows and columns that it expands at a time.
+# Weights of columns are recomputed for each ROWS rows, so ROWS is larger.
 TILE, ROWS, COLUMNS = 32, 64, 16
 WARPS = 4
 
@@ -31,8 +31,9 @@ def sample_blocks(
 ) -> Tensor:
     """Crops of images in block storage: uint8 [B, 3, R, R], channels-last.
 
-    blocks: int64 [N], each one block of 8 bytes, little-endian. offsets: int64 [B, 3], where the first block of each
-    plane lies among them, or would lie: only blocks of rows that `rows_read` says have to be there.
+    blocks: int64 [N], each one block of 8 bytes, little-endian. offsets: int64 [B, 3], the index among them of the
+    first block of each plane, which need not be there itself: only the rows of blocks that `rows_read` returns are
+    read.
     sizes: int32 [B, 2] (height, width) of the images in pixels. boxes: int32 [B, 4] (top, left, height, width) in
     pixels, within the images. flips: bool [B], mirrored crops. All on one device.
     Raises ValueError for shapes that do not match; boxes and offsets are not checked.
@@ -48,12 +49,12 @@ def sample_blocks(
 
 
 def rows_read(boxes: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows of blocks of Y, and of Cb and Cr, that crops of boxes are made from: first, and one more than the last.
+    """The rows of blocks of Y, and of Cb and Cr, that crops are computed from: the first, and one more than the last.
 
-    boxes: int [n, 4] (top, left, height, width) in pixels. Returns two int64 [n, 2]; the plane may end before.
+    boxes: int [n, 4] (top, left, height, width) in pixels. Returns two int64 [n, 2]; the plane may end earlier.
     """
     tops, bottoms = boxes[:, 0].astype(np.int64), (boxes[:, 0] + boxes[:, 2]).astype(np.int64)
-    # Of chroma, one sample more on either side.
+    # For chroma, one sample more on either side.
     firsts = np.stack([tops // 4, np.maximum(tops // 2 - 1, 0) // 4], axis=1)
     return firsts, np.stack([(bottoms + 3) // 4, ((bottoms + 1) // 2 + 1 + 3) // 4], axis=1)
 
@@ -64,7 +65,7 @@ def planes(blocks: Tensor, offsets: Sequence[int], height: int, width: int) -> l
     shapes = [(height, width)] + 2 * [((height + 1) // 2, (width + 1) // 2)]
     for offset, (rows, columns) in zip(offsets, shapes, strict=True):
         down, across = (rows + 3) // 4, (columns + 3) // 4
-        # Blocks that are not there count nothing, whatever stands in their place.
+        # Absent blocks have weight 0, whatever values are in their place.
         places = torch.arange(offset, offset + down * across, device=blocks.device).clamp(0, len(blocks) - 1)
         words = blocks[places].view(down, across)
         bits = torch.arange(16, 64, 3, device=words.device)
@@ -77,7 +78,7 @@ def planes(blocks: Tensor, offsets: Sequence[int], height: int, width: int) -> l
 
 
 def reference(blocks: Tensor, offsets: Tensor, sizes: Tensor, boxes: Tensor, flips: Tensor, resolution: int) -> Tensor:
-    """What defines sample_blocks: image by image, chroma enlarged to full size, the filter as matrices."""
+    """The definition of sample_blocks: image by image, chroma upsampled to full size, the filter as matrices."""
     crops = []
     places = zip(offsets.tolist(), sizes.tolist(), boxes.tolist(), flips.tolist(), strict=True)
     for starts, (height, width), box, flip in places:
@@ -95,7 +96,7 @@ def reference(blocks: Tensor, offsets: Tensor, sizes: Tensor, boxes: Tensor, fli
 
 
 def _filter(size: int, start: int, length: int, resolution: int) -> Tensor:
-    """The triangle filter from `size` pixels, of which a box has some, to the resolution: float64 [R, size]."""
+    """The triangle filter from a box within `size` pixels to the resolution: float64 [R, size]."""
     step = length / resolution
     centers = start + (torch.arange(resolution, dtype=torch.float64) + 0.5) * step
     distances = (torch.arange(size) + 0.5 - centers[:, None]).abs()
@@ -105,7 +106,7 @@ def _filter(size: int, start: int, length: int, resolution: int) -> Tensor:
 
 
 def _doubling(size: int) -> Tensor:
-    """libjpeg's "fancy" upsampling to `size` pixels: 3/4 of the nearer sample and 1/4 of the further, [size, half]."""
+    """libjpeg's "fancy" upsampling to `size` pixels: 3/4 of the nearer sample and 1/4 of the farther, [size, half]."""
     half = (size + 1) // 2
     pixels = torch.arange(size)
     near = pixels // 2
@@ -163,7 +164,7 @@ def _triangle(pixel, centers, support, start, end):
 
 @triton.jit
 def _weights(samples, centers, support, start, end, size, HALF: tl.constexpr):
-    """The unnormalised weights of a plane's samples; of a halved plane, those of the pixels that they become."""
+    """The unnormalised weights of a plane's samples; for a halved plane, those of the pixels that they expand to."""
     if not HALF:
         return _triangle(samples, centers, support, start, end)
     first = samples * 2
@@ -178,7 +179,7 @@ def _weights(samples, centers, support, start, end, size, HALF: tl.constexpr):
 
 @triton.jit
 def _span(centers, support, start, end, size, HALF: tl.constexpr):
-    """The first sample that outputs with these centres may read, and one more than the last; see rows_read."""
+    """The first sample that outputs with these centres read, and one more than the last; see rows_read."""
     first = tl.maximum((tl.min(centers, 0) - support).to(tl.int32) - 1, start)
     last = tl.minimum((tl.max(centers, 0) + support).to(tl.int32) + 2, end)
     if HALF:
@@ -212,7 +213,7 @@ def _plane(
             step = tl.where(code == 0, 0, tl.where(code == 1, 7, code - 1))
             ends = word.to(tl.int32)
             sevenths = (ends & 255) * (7 - step) + (ends >> 8 & 255) * step
-            # Divided by 7 and rounded: exact for what two bytes can make.
+            # Division by 7 with rounding: exact for all pairs of bytes.
             pixels = (sevenths + 3) * 9363 >> 16
             weights = _weights(x[:, None], columns[None, :], wide, left, right, width, HALF) * column_scale[None, :]
             partial = tl.dot(pixels.to(tl.float16), weights.to(tl.float16), partial)
@@ -249,7 +250,7 @@ def _sample_kernel(
     bottom, right, flip = top + tl.load(place + 4), left + tl.load(place + 5), tl.load(place + 6)
     y, x = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.program_id(2) * TILE + tl.arange(0, TILE)
     down, along = (bottom - top) / resolution, (right - left) / resolution
-    # Outputs beyond the crop read what the last ones do, and are not written.
+    # Outputs beyond the crop read the same as the last ones, and are not written.
     rows = top + (tl.minimum(y, resolution - 1).to(tl.float32) + 0.5) * down
     columns = left + (tl.minimum(x, resolution - 1).to(tl.float32) + 0.5) * along
     tall, wide = tl.maximum(down, 1.0), tl.maximum(along, 1.0)

@@ -31,7 +31,7 @@ class ModelError(UserError):
 
 class _Network(NamedTuple):
     build: Callable[..., nn.Module]  # build(num_classes=...)
-    smallest: int = 32  # px; what the strides multiply to
+    smallest: int = 32  # pixels; the product of the strides
 
 
 _NETWORKS = {
@@ -41,12 +41,12 @@ _NETWORKS = {
     "mobilenet0.5": _Network(partial(MobileNet, width=0.5)),
     "mobilenet0.25": _Network(partial(MobileNet, width=0.25)),
     # torchvision's own: their stride is in the 3x3, and their key names are those of most published files.
-    # Blocks that begin as identities learn sooner (Goyal et al. 2017, section 5.1).
+    # Blocks that start as identities learn faster (Goyal et al. 2017, section 5.1).
     "resnet18": _Network(partial(resnet18, zero_init_residual=True)),
     "resnet34": _Network(partial(resnet34, zero_init_residual=True)),
     "resnet50": _Network(partial(resnet50, zero_init_residual=True)),
     "resnet50-xnor": _Network(XnorResNet50),
-    # With batch normalisation, which the learning rate of 0.1 wants, and as published with dropout in the classifier.
+    # With batch normalisation, as the learning rate of 0.1 requires, and, as published, dropout in the classifier.
     "vgg16": _Network(vgg16_bn),
     "vgg19": _Network(vgg19_bn),
     "darknet19": _Network(Darknet19),
@@ -56,7 +56,7 @@ _IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def names() -> list[str]:
-    """The built-in networks; `build` takes `timm:<name>` and `torchvision:<name>` besides, for each of their names."""
+    """The built-in networks; `build` also accepts `timm:<name>` and `torchvision:<name>` for each of their names."""
     return list(_NETWORKS)
 
 
@@ -65,9 +65,8 @@ def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module
 
     name: one of `names()`, or `timm:<name>` or `torchvision:<name>`, with or without the tag of its weights
         (`timm:resnet18.a1_in1k`, `torchvision:resnet50.IMAGENET1K_V1`).
-    pretrained: start from the published weights, fetched from the network; where `num_classes` is not
-        theirs, the classifier keeps its initialisation. Only for the networks of hubs: for the others, and
-        without a network, `models.weights` reads files.
+    pretrained: start from the published weights, downloaded; if `num_classes` differs from theirs, the classifier keeps
+        its initialisation. Only for networks of hubs: for the others, and offline, `models.weights` reads files.
 
     Raises ModelError for an unknown name, fewer than one class, or weights that cannot be fetched.
     """
@@ -82,21 +81,21 @@ def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module
         return hub.build(plain, num_classes)
     try:
         return hub.fetch(plain, num_classes)
-    except Exception as error:  # each hub and each proxy fails with another class
+    except Exception as error:  # hubs and proxies raise different classes
         raise ModelError(
             f"{name}: its pretrained weights cannot be fetched ({first_line(error)}); pass a file of weights instead"
         ) from error
 
 
 def constructor(name: str) -> Callable[..., nn.Module]:
-    """What builds a built-in network, called with num_classes: a class or function, or a partial one of these."""
+    """The callable that builds a built-in network from num_classes: a class or function, or a partial of one."""
     return _NETWORKS[name].build
 
 
 def check_resolution(name: str, resolution: int) -> None:
-    """Check that the network takes square crops of `resolution` px and gives one logit a class.
+    """Check that the network accepts square crops of `resolution` pixels per side and gives one logit per class.
 
-    A hub's network is tried with shapes alone, without memory for weights or activations. Raises ModelError.
+    A hub's network is run on the meta device, without memory for weights or activations. Raises ModelError.
     """
     hub, plain = _found(name)
     if hub is None:
@@ -107,13 +106,13 @@ def check_resolution(name: str, resolution: int) -> None:
     classes = 2
     try:
         with torch.device("meta"), torch.no_grad():
-            # Two crops, because batch normalisation in training refuses a single value a channel.
+            # Two crops, because batch normalisation in training refuses a single value per channel.
             logits = hub.build(plain, classes)(torch.empty(2, 3, resolution, resolution))
-    except Exception as error:  # whatever its layers raise at a size they were not made for
+    except Exception as error:  # whatever its layers raise for an unsupported size
         takes = hub.published(plain).takes
         raise ModelError(f"{name}: cannot take resolution={resolution} ({first_line(error)}); {takes}") from error
     if getattr(logits, "shape", None) != (2, classes):
-        raise ModelError(f"{name}: does not give one logit a class; choose a network that classifies")
+        raise ModelError(f"{name}: does not give one logit per class; choose a network that classifies")
 
 
 def normalisation(name: str) -> Normalisation:

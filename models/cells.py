@@ -1,4 +1,4 @@
-"""A network's classifier at every cell of its last feature map, in place of their mean (ReLabel, section 3.1)."""
+"""A network's classifier at every cell of its last feature map, instead of at their mean (ReLabel, section 3.1)."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from models import ModelError
 
-# Of the largest logit; rounding alone stays well below.
+# Relative to the largest logit; rounding errors are far smaller.
 _TOLERANCE = 1e-3
-# px a side, at which networks of any common stride have several cells.
+# Pixels per side at which networks of any common stride have several cells.
 _LARGER = (64, 128, 256)
 
 
@@ -18,15 +18,15 @@ class CellLogits(nn.Module):
     """The logits of every cell: float [B, 3, R, R] to [B, C, S, S]; their mean over the cells is the network's output.
 
     network: one that averages its feature map and classifies the mean by a linear layer, or classifies every cell by a
-    convolution and averages that; it runs in evaluation mode. resolution: px a side of a picture that it takes.
-    head: what was found, in words. Raises ModelError for any other network.
+    convolution and averages the result; it runs in evaluation mode. resolution: pixels per side of an image that it
+    accepts. head: a description of the head that was found. Raises ModelError for any other network.
     """
 
     def __init__(self, network: nn.Module, name: str, resolution: int):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self._classifier: nn.Linear | None = None
-        # With a single cell, the output of every module equals its mean: larger pictures have more.
+        # With a single cell, the output of every module equals its mean: larger images have more cells.
         sides = (resolution, *(side for side in _LARGER if side > resolution))
         found = next(filter(None, (_found(network, side) for side in sides)), None)
         features, self._classifier = found or (None, None)
@@ -59,7 +59,7 @@ class CellLogits(nn.Module):
 
 @torch.inference_mode()
 def _found(network: nn.Module, resolution: int) -> tuple[nn.Module, nn.Linear | None] | None:
-    """The module whose output is averaged, and the linear layer behind it (None: none is needed); None for neither."""
+    """The module whose output is averaged, and the linear layer after it (None: not needed); None if not found."""
     made: list[tuple[nn.Module, Tensor]] = []
     linear: list[tuple[nn.Linear, Tensor, Tensor]] = []
 
@@ -75,11 +75,11 @@ def _found(network: nn.Module, resolution: int) -> tuple[nn.Module, nn.Linear | 
     try:
         logits = network(probe)
     except (RuntimeError, ValueError, AssertionError):
-        return None  # it takes no pictures of this size
+        return None  # it does not accept images of this size
     finally:
         for hook in hooks:
             hook.remove()
-    # The last of all, since activations may change a map in place.
+    # The last of them, since activations may change a map in place.
     for module, output in reversed(made):
         if _averages_to(output, logits):
             return module, None

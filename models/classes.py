@@ -1,7 +1,7 @@
-"""Which of a network's outputs stand for the classes of a set.
+"""The mapping from the classes of a set to a network's outputs.
 
-Classes are compared by name. Of the classes of ImageNet that is their WordNet id, so that a network of all 1000 labels
-or is scored on a set of any of them.
+Classes are compared by name. For ImageNet's classes that is the WordNet id, so a network with all 1000 can label, or be
+scored on, a set of any of them.
 """
 
 import re
@@ -14,7 +14,7 @@ _NUMBERS = frozenset(map(str, range(1000)))
 
 
 def by_id(class_names: Sequence[str]) -> tuple[str, ...]:
-    """The names, except for folders numbered 0 to 999, as ImageNetV2 names them: of these the WordNet ids.
+    """The names; for folders numbered 0 to 999, as in ImageNetV2, the WordNet ids instead.
 
     The numbers are ImageNet's class ids (sorted as text, 10 would come before 2).
     """
@@ -28,9 +28,9 @@ def are_imagenet(class_names: Sequence[str]) -> bool:
 
 
 def readable(class_names: Sequence[str]) -> tuple[str, ...]:
-    """The classes in words: those of ImageNet as people call them, all others by their names.
+    """Readable class names: the usual words for those of ImageNet, the given names for all others.
 
-    No two are the same: where the usual word is that of two classes, further ones are added, or the WordNet id.
+    They are distinct: if two classes share the usual word, further words are added, or the WordNet id.
     """
     ids = by_id(class_names)
     known = [synonyms(name) if _is_wordnet_id(name) else [] for name in ids]
@@ -45,7 +45,7 @@ def readable(class_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def class_columns(outputs: Sequence[str], class_names: Sequence[str]) -> list[int]:
-    """For each class, which of a network's outputs stands for it; -1 for a class that the network lacks.
+    """For each class, the index of the network's output for it; -1 for a class that the network lacks.
 
     outputs: the classes of the network's outputs, in their order.
     """

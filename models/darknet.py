@@ -7,7 +7,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from models.initialise import initialise
 
-# Output channels, 3x3 and 1x1 convolutions in turn; the resolution halves between two stages.
+# Output channels of alternating 3x3 and 1x1 convolutions; the resolution halves between stages.
 _STAGES = (
     (32,),
     (64,),
@@ -41,8 +41,8 @@ class Darknet19(nn.Module):
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
         initialise(self)
-        # No convolution to the rest of the network, but its linear layer: with few classes, the variance of
-        # its fan-out would prefer some of them by much.
+        # Initialised as a linear layer: with few classes, the variance of its fan-out would strongly favour some of
+        # them.
         nn.init.normal_(self.classifier.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:

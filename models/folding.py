@@ -1,4 +1,4 @@
-"""Batch normalisation by running statistics, folded into the layers in front of it."""
+"""Folds batch normalisation with running statistics into the layers in front of it."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-# Of the largest logit; rounding alone stays well below.
+# Relative to the largest logit; rounding errors are far smaller.
 _TOLERANCE = 1e-3
 
 
@@ -14,9 +14,9 @@ _TOLERANCE = 1e-3
 def fold(network: nn.Module, resolution: int) -> int:
     """Folds each batch normalisation of a network in evaluation mode into the layer whose output it takes.
 
-    What the network computes stays the same within rounding; the folded layers become identities. Layers are paired
-    by what reaches what in a forward pass at `resolution` px. Returns how many were folded: none, and the network
-    is left as it was, where the logits would differ.
+    The network's output stays the same within rounding; the folded layers become identities. Layers are paired by data
+    flow in a forward pass at `resolution` pixels per side. Returns how many were folded: 0, with the network unchanged,
+    if the logits would differ.
     """
     weight = next(network.parameters())
     probe = torch.randn(2, 3, resolution, resolution, generator=torch.Generator().manual_seed(0)).to(weight)
@@ -27,7 +27,7 @@ def fold(network: nn.Module, resolution: int) -> int:
         fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         _replace(*parents[layer], fuse(layer, norm))
         _replace(*parents[norm], nn.Identity())
-    # A layer's output that others take besides its normalisation would show here.
+    # This detects a layer whose output is used by more than its normalisation.
     if (network(probe) - expected).abs().max() > _TOLERANCE * expected.abs().max():
         for parent, name, module in before:
             _replace(parent, name, module)
@@ -36,8 +36,8 @@ def fold(network: nn.Module, resolution: int) -> int:
 
 
 def _pairs(network: nn.Module, probe: torch.Tensor) -> tuple[list[tuple[nn.Module, nn.Module]], torch.Tensor]:
-    """Convolutions and linear layers with the normalisation that takes their output, and the logits."""
-    made: dict[int, tuple[nn.Module, torch.Tensor]] = {}  # the output is held, so that its id stays its own
+    """Pairs of a convolution or linear layer and the normalisation of its output, and the logits."""
+    made: dict[int, tuple[nn.Module, torch.Tensor]] = {}  # the output is kept, so that its id stays unique
     pairs = []
 
     def remember(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:

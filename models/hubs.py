@@ -1,7 +1,7 @@
-"""The networks that timm and torchvision publish: their names, their weights, and what these want to be fed.
+"""The networks that timm and torchvision publish: their names, their weights, and the inputs that these expect.
 
-A name may carry the tag of its weights (`resnet50.a1_in1k`, `resnet50.IMAGENET1K_V1`); without one it means the
-default ones.
+A name may have the tag of its weights (`resnet50.a1_in1k`, `resnet50.IMAGENET1K_V1`); without one, the default weights
+are used.
 """
 
 import socket
@@ -20,7 +20,7 @@ from kernels.normalise import Normalisation
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
-# Seconds in which a hub that can be reached has answered.
+# Seconds within which a reachable hub answers.
 _PATIENCE = 5
 
 
@@ -28,9 +28,9 @@ _PATIENCE = 5
 class Published:
     """What a network's published weights were made for.
 
-    num_classes: of their classifier, 0 where they have none. normalisation: mean and std of their input.
-    resolution: px a side. center_ratio: side of the validation crop as a share of the image's shorter side.
-    takes: the sizes of input that the network takes, in words.
+    num_classes: of their classifier, 0 if they have none. normalisation: mean and std of their input.
+    resolution: pixels per side. center_ratio: side of the validation crop as a share of the image's shorter side.
+    takes: the input sizes that the network accepts, as text.
     """
 
     num_classes: int
@@ -41,7 +41,7 @@ class Published:
 
 
 class Hub(ABC):
-    """A publisher of networks, which are called by its own names for them."""
+    """A publisher of networks, with its own names for them."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -55,7 +55,7 @@ class Hub(ABC):
     def fetch(self, name: str, num_classes: int) -> nn.Module:
         """The network with its published weights; a classifier for other classes keeps its initialisation.
 
-        Raises, where they cannot be fetched, whatever the way to them raises.
+        If they cannot be fetched, raises the error of the library or of the connection.
         """
 
     @abstractmethod
@@ -63,7 +63,7 @@ class Hub(ABC):
 
 
 class Timm(Hub):
-    # Loading timm takes seconds, which other networks need not wait for.
+    # Importing timm takes seconds; other networks do not need it.
 
     def names(self) -> list[str]:
         import timm
@@ -79,15 +79,15 @@ class Timm(Hub):
         import timm
         from huggingface_hub import constants
 
-        # Without a connection the hub's client would try again for three quarters of a minute, twice where the weights
-        # are in its cache. Offline it looks there at once.
+        # Without a connection the hub's client would retry for 45 seconds, twice if the weights are in its cache. In
+        # offline mode it looks there immediately.
         unreachable = connection_error(constants.ENDPOINT)
         before = constants.HF_HUB_OFFLINE
         constants.HF_HUB_OFFLINE = before or unreachable is not None
         try:
             return timm.create_model(name, num_classes=num_classes, pretrained=True)
         except Exception:
-            # What the client says of being offline is beside the point.
+            # The client's own message about offline mode would mislead.
             if unreachable:
                 raise unreachable from None
             raise
@@ -108,7 +108,7 @@ class Timm(Hub):
             num_classes=config.num_classes,
             normalisation=((red, green, blue), (red_std, green_std, blue_std)),
             resolution=resolution,
-            center_ratio=min(config.crop_pct, 1.0),  # a few pad the image
+            center_ratio=min(config.crop_pct, 1.0),  # some pad the image
             takes=takes,
         )
 
@@ -116,7 +116,7 @@ class Timm(Hub):
         import timm
         from timm.models import PretrainedCfg
 
-        # timm, too, takes the defaults for a model without published weights.
+        # timm also uses the defaults for a model without published weights.
         return timm.get_pretrained_cfg(name) or PretrainedCfg()
 
 
@@ -124,7 +124,7 @@ class Torchvision(Hub):
     def names(self) -> list[str]:
         plain = torchvision_models.list_models(module=torchvision_models)
         tags = [(name, weights) for name in plain for weights in torchvision_models.get_model_weights(name)]
-        # Some weights are of the convolutions alone.
+        # Some weights are only of the convolutions.
         return plain + [f"{name}.{weights.name}" for name, weights in tags if weights.meta["categories"]]
 
     def build(self, name: str, num_classes: int) -> nn.Module:
@@ -132,7 +132,7 @@ class Torchvision(Hub):
         try:
             return torchvision_models.get_model(plain, num_classes=num_classes)
         except NotImplementedError:
-            # RegNets look at values while they are being built, and a meta device has none.
+            # RegNets read values while they are built, and the meta device has none.
             device = torch.get_default_device()
             with torch.device("cpu"):
                 return torchvision_models.get_model(plain, num_classes=num_classes).to(device)
@@ -144,7 +144,7 @@ class Torchvision(Hub):
             return torchvision_models.get_model(plain, weights=weights)
         network = self.build(name, num_classes)
         given, own = weights.get_state_dict(progress=True, check_hash=True), network.state_dict()
-        # The classifier is what differs in its first dimension alone.
+        # The classifier's tensors differ only in their first dimension.
         head = [key for key in given if key in own and given[key].shape[0:1] != own[key].shape[0:1]]
         network.load_state_dict({key: own[key] if key in head else given[key] for key in given})
         return network
@@ -170,7 +170,7 @@ HUBS: dict[str, Hub] = {"timm": Timm(), "torchvision": Torchvision()}
 
 
 def connection_error(url: str) -> OSError | None:
-    """Why a server cannot be reached, or None where it can, or where a proxy stands between."""
+    """Why a server cannot be reached; None if it can, or if there is a proxy."""
     place = urlsplit(url)
     if getproxies().keys() & {place.scheme, "all"}:
         return None

@@ -6,14 +6,14 @@ from typing import Any
 
 @cache
 def class_ids(outputs: int = 1000) -> tuple[str, ...] | None:
-    """The WordNet ids (`n01440764`, ...) of a published ImageNet classifier's outputs, in their order.
+    """The WordNet ids (`n01440764`, ...) of a published ImageNet classifier's outputs, in order.
 
-    Sorted for the 1000 classes of ILSVRC 2012; a classifier with some other number of outputs is of the larger ImageNet
-    in one of its editions. None where no edition has as many classes. The lists are timm's.
+    Sorted for the 1000 classes of ILSVRC 2012; other numbers of outputs belong to editions of the larger ImageNet. None
+    if no edition has this many classes. The lists are timm's.
     """
     if outputs < 1000:
         return None
-    # Loading timm takes seconds.
+    # Importing timm takes seconds.
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     edition = infer_imagenet_subset({"num_classes": outputs})
@@ -21,7 +21,7 @@ def class_ids(outputs: int = 1000) -> tuple[str, ...] | None:
 
 
 def synonyms(wordnet_id: str) -> list[str]:
-    """What a class of ImageNet is called (`cassette player`), the usual word first; empty where that is not known."""
+    """The names of an ImageNet class (`cassette player`), the usual one first; empty if they are not known."""
     try:
         return _names_in_words().label_name_to_description(wordnet_id).split(", ")
     except KeyError:
@@ -30,7 +30,7 @@ def synonyms(wordnet_id: str) -> list[str]:
 
 @cache
 def _names_in_words() -> Any:
-    """Timm's list of ImageNet's classes. Kept, because it reads the words of all 21,000 at first."""
+    """timm's list of ImageNet's classes. Cached, because it first reads the words of all 21,000."""
     from timm.data import ImageNetInfo
 
     return ImageNetInfo()

@@ -1,4 +1,4 @@
-"""How the hand-written networks start (He et al. 2015, arXiv 1502.01852), for SGD at 0.01 to 0.1."""
+"""Initialisation of the hand-written networks (He et al. 2015, arXiv 1502.01852), for SGD at 0.01 to 0.1."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A network without this project: the lines of Python that build it, and the code that they need beside them.
+"""A network without this project: the Python lines that build it, and the code that they need.
 
 code = standalone("mobilenet0.25", num_classes=5)
 code.imports        # from network import MobileNet
@@ -15,7 +15,8 @@ from functools import partial
 from models import constructor
 from models.initialise import initialise
 
-# Stand-ins for what the networks' modules import from this project: weights come from a file, and nothing is trained.
+# Replacements for what the networks' modules import from this project: weights come from a file, and nothing is
+# trained.
 _STAND_INS = {
     initialise.__name__: "def initialise(network):\n    pass  # the weights come from a file\n",
     "binarise": "def binarise(x):\n    return torch.where(x >= 0, 1, torch.where(x < 0, -1, x))\n",
@@ -25,7 +26,7 @@ _OURS = re.compile(r"^from (?:label_refinery\.)?(?:models|kernels)\S* import (\w
 
 @dataclass(frozen=True)
 class Standalone:
-    """imports: a line. expression: makes the network. source: of the `network.py` that they need, or None."""
+    """imports: one line. expression: builds the network. source: of the `network.py` that they need, or None."""
 
     imports: str
     expression: str
@@ -33,7 +34,7 @@ class Standalone:
 
 
 def standalone(name: str, num_classes: int) -> Standalone:
-    """How a network of ours or of torchvision is built without this project. Raises ModelError for an unknown name."""
+    """How to build a network of ours or of torchvision without this project. Raises ModelError for an unknown name."""
     hub, _, plain = name.partition(":")
     if hub == "torchvision":
         plain = plain.partition(".")[0]
@@ -44,14 +45,14 @@ def standalone(name: str, num_classes: int) -> Standalone:
         return Standalone("import timm", f'timm.create_model("{plain}", num_classes={num_classes})')
     build = constructor(name)
     function, options = (build.func, build.keywords) if isinstance(build, partial) else (build, {})
-    # How its weights start does not matter here.
+    # The initialisation of its weights does not matter here.
     options = {"num_classes": num_classes} | {key: options[key] for key in options if not key.startswith("zero_init")}
     expression = f"{function.__name__}({', '.join(f'{key}={value!r}' for key, value in options.items())})"
     if function.__module__.startswith("torchvision."):
         return Standalone(f"from torchvision.models import {function.__name__}", expression)
     source = inspect.getsource(sys.modules[function.__module__])
     needed = "\n\n".join(_STAND_INS[found] for found in _OURS.findall(source))
-    # In place of the first import from here, all of which come last; between two blank lines.
+    # Inserted at the first import from this project, all of which come last; between two blank lines.
     replacements = iter([f"\n{needed}"])
     source = _OURS.sub(lambda _: next(replacements, ""), source)
     return Standalone(f"from network import {function.__name__}", expression, source)

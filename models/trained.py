@@ -18,10 +18,10 @@ from models.classes import by_id, class_columns
 from models.imagenet import class_ids
 from models.weights import count_outputs, load_into, load_weights
 
-# Of a run: its last checkpoint, or that of the epoch with the highest top-1.
+# The checkpoints of a run: the last one, and that of the epoch with the highest top-1.
 Which = Literal["last", "best"]
 
-# What takes the place of a file for the weights that a hub publishes.
+# Given in place of a file for the weights that a hub publishes.
 _PRETRAINED = "pretrained"
 
 
@@ -29,10 +29,10 @@ _PRETRAINED = "pretrained"
 class Trained:
     """A network with its weights.
 
-    file: None for weights that a hub published. class_names: of its outputs, in order.
-    resolution, center_ratio: pixels a side it was trained at, and its validation crop; None where the file doesn't say.
-    epoch: after how many epochs of its run it was saved; None where the file doesn't say.
-    generation: 0 where it learned from the ground truth, or where its file doesn't say; its refinery's + 1 otherwise.
+    file: None for weights that a hub published. class_names: of its outputs, in order. resolution, center_ratio: pixels
+    per side it was trained at, and its validation crop; None if unknown. epoch: after how many epochs of its run it was
+    saved; None if unknown.
+    generation: 0 if it was trained on the ground truth, or if unknown; its refinery's + 1 otherwise.
     """
 
     network: nn.Module
@@ -47,12 +47,12 @@ class Trained:
 
     @property
     def origin(self) -> str:
-        """Where its weights come from, for messages."""
+        """The source of its weights, for messages."""
         return str(self.file) if self.file else f"{self.name}:{_PRETRAINED}"
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hex, of its file, or of its weights where there is none."""
+        """SHA-256, in hex, of its file, or of its weights if there is no file."""
         if self.file:
             return digest_of(self.file)
         digest = hashlib.sha256()
@@ -62,12 +62,12 @@ class Trained:
         return digest.hexdigest()
 
     def columns_of(self, class_names: Sequence[str]) -> list[int] | None:
-        """For each of these classes its output, or -1 for none; None where they are the network's own, in order."""
+        """The output for each of these classes, or -1 for none; None if they are the network's own, in order."""
         return None if self.class_names == tuple(class_names) else class_columns(self.class_names, class_names)
 
     @torch.inference_mode()
     def failure_at(self, resolution: int) -> str | None:
-        """Why the network does not take crops of so many pixels a side; None if it does."""
+        """Why the network does not accept crops of this many pixels per side; None if it does."""
         if resolution == self.resolution:
             return None
         try:
@@ -77,7 +77,7 @@ class Trained:
         return None
 
     def check_resolution(self, resolution: int) -> None:
-        """Raises ModelError unless the network takes crops of so many pixels a side."""
+        """Raises ModelError unless the network accepts crops of this many pixels per side."""
         failure = self.failure_at(resolution) if resolution > 0 else "there is no such size"
         if failure:
             raise ModelError(
@@ -94,8 +94,8 @@ def digest_of(path: Path) -> str:
 def parse_spec(spec: str) -> tuple[str | None, str | None]:
     """A network's name and a file, either of which may be left out: NAME, NAME:FILE, or a run folder or file.
 
-    `resnet50`, `timm:NAME`, `resnet50:weights.pt`, `timm:NAME:weights.pt`, `runs/scenes/resnet50-0123abcd`. In place
-    of a file, `pretrained` stands for what a hub publishes: `timm:NAME:pretrained`, `torchvision:NAME:pretrained`.
+    `resnet50`, `timm:NAME`, `resnet50:weights.pt`, `timm:NAME:weights.pt`, `runs/scenes/resnet50-0123abcd`. In place of
+    a file, `pretrained` means the weights that a hub publishes: `timm:NAME:pretrained`, `torchvision:NAME:pretrained`.
     """
     hubs = tuple(f"{hub}:" for hub in models.HUBS)
     if spec in models.names() or (spec.startswith(hubs) and spec.count(":") == 1):
@@ -107,20 +107,20 @@ def parse_spec(spec: str) -> tuple[str | None, str | None]:
 
 
 def names_network_alone(spec: str) -> bool:
-    """Whether a network is named without saying which weights."""
+    """Whether a network is named without its weights."""
     return parse_spec(spec)[1] is None
 
 
 def load_trained(spec: str, *, class_names: Sequence[str] | None = None, which: Which | None = None) -> Trained:
     """Loads a run folder (its last.pt), a checkpoint file of ours, NAME:FILE, or NAME:pretrained.
 
-    which: of a run folder, the checkpoint of its last epoch (default) or of the one with the highest top-1.
-    class_names: those of the data. A bare file of weights names no classes: its are these, unless it has as many
-    outputs as ImageNet has classes and these are some of ImageNet's, or not known; then its are ImageNet's, in the
-    order of all published networks.
+    which: for a run folder, the checkpoint of its last epoch (default) or of the one with the highest top-1.
+    class_names: those of the data. A bare file of weights does not name its classes: it is assumed to have these,
+    unless it has as many outputs as ImageNet has classes and these are some of ImageNet's, or not known; then it has
+    ImageNet's, in the order of all published networks.
 
-    Raises ModelError for a path that is not there, for files that do not fit the network, for published weights that
-    cannot be fetched, and for `which` of what is no run folder.
+    Raises ModelError for a path that does not exist, for files that do not fit the network, for published weights that
+    cannot be fetched, and for `which` with anything but a run folder.
     """
     name, file = parse_spec(spec)
     if file is None:
@@ -161,7 +161,7 @@ def load_trained(spec: str, *, class_names: Sequence[str] | None = None, which: 
             normalisation=(tuple(described["mean"]), tuple(described["std"])),
             resolution=described["resolution"],
             center_ratio=described["center_ratio"],
-            generation=described.get("generation", 0),  # checkpoints of earlier versions don't say
+            generation=described.get("generation", 0),  # checkpoints of earlier versions lack it
             epoch=weights.epoch,
         )
     return Trained(network, name, path, names, models.normalisation(name))
@@ -172,17 +172,17 @@ def _published(name: str) -> Trained:
     names = class_ids(known.num_classes)
     if not names:
         raise ModelError(
-            f"{name}: its published weights are no classifier of ImageNet's classes; fine-tune it, or take another"
+            f"{name}: its published weights are not a classifier of ImageNet's classes; fine-tune it, or take another"
         )
     network = models.build(name, len(names), pretrained=True)
     return Trained(network, name, None, names, known.normalisation, known.resolution, known.center_ratio)
 
 
 def _classes_of_bare(outputs: int | None, class_names: Sequence[str] | None) -> tuple[str, ...]:
-    """The classes of a bare file of weights; empty where nothing says."""
+    """The classes of a bare file of weights; empty if not known."""
     given = tuple(class_names or ())
     ours = by_id(given)
-    # Folders that are numbered are in another order than the outputs of any network of ImageNet.
+    # Numbered folders are in another order than the outputs of any ImageNet network.
     if outputs is None or (len(given) == outputs and ours == given):
         return ours
     imagenet = class_ids(outputs) or ()

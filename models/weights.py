@@ -4,7 +4,7 @@
     network = build("resnet50", num_classes=1000)
     load_into(network, weights, name="resnet50", strict_head=True)
 
-Files are data here: nothing in them is ever run.
+Files are only data: no code in them is ever run.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from models import ModelError, build
 
-# What a checkpoint of this project holds under "format".
+# The value of "format" in a checkpoint of this project.
 CHECKPOINT_FORMAT = "label-refinery-checkpoint"
 
 _WANTED = "pass a file with a state dict, tensors by name"
@@ -29,11 +29,11 @@ _WANTED = "pass a file with a state dict, tensors by name"
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file of weights holds, on the CPU.
+    """The contents of a file of weights, on the CPU.
 
-    state: tensors by their name in the plain network, without what DataParallel and torch.compile prefix.
-    network: what models.trained needs to know of it (its name, class names, ...), from a checkpoint of ours; else None.
-    epoch: how many epochs a checkpoint of ours has behind it; None where nothing says.
+    state: tensors by their name in the plain network, without the prefixes of DataParallel and torch.compile. network:
+    its description for models.trained (name, class names, ...), from a checkpoint of ours; else None. epoch: the number
+    of finished epochs of a checkpoint of ours; None if unknown.
     """
 
     path: Path
@@ -45,7 +45,8 @@ class Weights:
 def load_weights(path: str | PathLike[str]) -> Weights:
     """Read a checkpoint of ours, a state dict (bare, or under "state_dict" or "model"), or .safetensors.
 
-    Raises ModelError for a file that is missing, damaged, without weights, or that only running code can load.
+    Raises ModelError for a file that is missing, damaged, without weights, or that cannot be loaded without running
+    code.
     """
     path = Path(path)
     content = _read(path)
@@ -70,19 +71,19 @@ def load_weights(path: str | PathLike[str]) -> Weights:
 
 
 def count_outputs(weights: Weights, *, name: str) -> int | None:
-    """The number of classes that weights of the network `name` have; None where they have no head of its kind."""
+    """The number of classes that weights of the network `name` have; None if they have no head of its kind."""
     sizes = {weights.state[key].shape[0] for key in _head(name) if key in weights.state and weights.state[key].dim()}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def load_into(network: nn.Module, weights: Weights, *, name: str, strict_head: bool) -> list[str]:
-    """Copy weights into the network that `build(name, ...)` made, in the type and on the device it has.
+    """Copy weights into a network made by `build(name, ...)`, keeping its dtype and device.
 
-    strict_head: the head, which is every tensor whose shape depends on the number of classes, must fit like
-        all else. Without it, for fine-tuning, a head for another number of classes, or none in the file, is
-        left out, and the network keeps its initialisation there.
+    strict_head: the head, i.e. every tensor whose shape depends on the number of classes, must fit like all others.
+        Without it, for fine-tuning, a head that is missing or has another number of classes is skipped, and the network
+        keeps its initialisation there.
 
-    Returns the names of the tensors left out. Raises ModelError, with the network unchanged, for weights of
+    Returns the names of the skipped tensors. Raises ModelError, with the network unchanged, for weights of
     another network, and for missing, unexpected and mis-shaped tensors.
     """
     given, own = weights.state, network.state_dict()
@@ -93,7 +94,7 @@ def load_into(network: nn.Module, weights: Weights, *, name: str, strict_head: b
         )
 
     unexpected = [key for key in given if key not in own]
-    # PyTorch before 0.4.1, which wrote the papers' files, had no such counter; a momentum makes it idle.
+    # PyTorch before 0.4.1, which wrote the papers' files, had no such counter; with a momentum it is unused.
     missing = [key for key in own if key not in given and not key.endswith(".num_batches_tracked")]
     misshaped = [key for key in own if key in given and given[key].shape != own[key].shape]
     head = _head(name) if missing or misshaped else set()
@@ -119,9 +120,9 @@ def load_into(network: nn.Module, weights: Weights, *, name: str, strict_head: b
 
 
 def check_sums(path: Path) -> None:
-    """Raises zipfile.BadZipFile, or what else reading it does, unless a file has the checksums that torch.save wrote.
+    """Raises zipfile.BadZipFile, or another error of reading, unless a file has the checksums that torch.save wrote.
 
-    torch.load does not look at them. A file that is no zip, as those before PyTorch 1.6, has none and passes.
+    torch.load does not check them. A file that is not a zip, as before PyTorch 1.6, has none and passes.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
@@ -139,11 +140,11 @@ def _read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         check_sums(path)
-        # The training scripts of timm and torchvision keep their command line beside the weights.
+        # The training scripts of timm and torchvision store their command line with the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # A damaged file raises anything, from EOFError to KeyError: its bytes steer the unpickler.
+        # A damaged file can raise anything from EOFError to KeyError: its bytes control the unpickler.
         code = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
         if code:
             raise ModelError(
@@ -167,12 +168,12 @@ def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _architecture(name: str) -> str:
-    """The name without the tag of a hub's weights, which says how they were trained, not what they are."""
+    """The name without the tag of a hub's weights, which describes their training, not the architecture."""
     return name.partition(".")[0] if ":" in name else name
 
 
 def _head(name: str) -> set[str]:
-    """The tensors whose shape depends on the number of classes, whatever the network calls them."""
+    """The tensors whose shape depends on the number of classes, under any name."""
     with torch.device("meta"):
         one, two = build(name, 1).state_dict(), build(name, 2).state_dict()
     return {key for key in one if one[key].shape != two[key].shape}

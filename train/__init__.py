@@ -1,4 +1,4 @@
-"""Labels, the step, the loop, scores, runs and what commands make of them."""
+"""Labels, the step, the loop, scores, runs and the commands that use them."""
 
 from command import UserError
 

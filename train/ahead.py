@@ -1,4 +1,4 @@
-"""What a command is going to train, made out and checked as a whole before anything slow begins."""
+"""Determines and checks everything that a command is going to train, before anything slow begins."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,12 +19,12 @@ from train.labels.refinery import RefineryLabels
 from train.labels.source import Labels
 from train.runs import Run, checkpoint, finished_refinery, read_run, recipe_of
 
-# What networks that train together need not share.
+# Options that may differ between networks that train together.
 OWN = ("model", "optimizer", "schedule")
 
 
 class Untrained(Trained):
-    """The network of a run that is still to be trained, with other weights; its digest is no digest of a file."""
+    """The network of a run that is still to be trained, with placeholder weights; its digest is not that of a file."""
 
     @cached_property
     def digest(self) -> str:
@@ -35,9 +35,9 @@ class Untrained(Trained):
 class Ahead:
     """The runs of a command.
 
-    refinery: the run that makes the refinery, where none is finished. jobs: the others, in their order; as long as
-    there is no refinery, their labels are of one that is `Untrained`. configs: theirs, as asked for. data, together:
-    what all are trained on, and by whom.
+    refinery: the run that trains the refinery, if none is finished. jobs: the others, in order; as long as there is no
+    refinery, their labels are from one that is `Untrained`. configs: theirs, as requested. data, together: the data set
+    and the processes of all.
     """
 
     refinery: Job | None
@@ -47,7 +47,7 @@ class Ahead:
     together: Group | None
 
     def learning_from(self, run: Run) -> list[Job]:
-        """The jobs with the labels of the refinery that was trained meanwhile."""
+        """The jobs with the labels of the refinery, which has been trained by now."""
         configs = [each.replace({"refinery": str(run.folder)}) for each in self.configs]
         labels = find_labels(configs, self.data.class_names)
         return [resolve(each, self.data, its, self.together) for each, its in zip(configs, labels, strict=True)]
@@ -55,9 +55,9 @@ class Ahead:
 
 @dataclass(frozen=True)
 class Part:
-    """Runs that train together. done: epochs, and steps of the next one, that they have behind them.
+    """Runs that train together. done: finished epochs, and finished steps of the next one.
 
-    cost: what it takes; None where it is so short that it was not measured.
+    cost: what the training takes; None if it is so short that it was not measured.
     """
 
     jobs: list[Job]
@@ -67,17 +67,16 @@ class Part:
 
     @property
     def seconds(self) -> float:
-        """What is left of it; 0 where that was not measured."""
+        """The remaining seconds; 0 if the cost was not measured."""
         return self.cost.seconds(self.jobs[0], self.done) if self.cost else 0.0
 
 
 def look_ahead(configs: Sequence[Config], together: Group | None = None, *, trained: bool = True) -> Ahead:
-    """The runs of these configurations, which have one refinery or none.
+    """The runs of these configurations, which have at most one refinery.
 
-    together: the processes that the runs are for (default: all); a refinery that is missing is trained by all.
-    trained: whether the runs are trained, not only their crops labelled; a refinery that is missing is in any case.
-    Prints which refinery is used.
-    Raises DataError, ModelError or TrainError for what cannot be trained, whichever run of the command it is.
+    together: the processes that the runs are for (default: all); a missing refinery is trained by all. trained: whether
+    the runs are trained, not only their crops labelled; a missing refinery always is. Prints which refinery is used.
+    Raises DataError, ModelError or TrainError if any run of the command cannot be trained.
     """
     configs = list(configs)
     refinery = None
@@ -103,7 +102,7 @@ def look_ahead(configs: Sequence[Config], together: Group | None = None, *, trai
 
 
 def next_generation(job: Job, config: Config) -> Ahead:
-    """The run of a configuration that learns from this job's, be that finished or not. Raises as look_ahead."""
+    """The run of a configuration that learns from this job's, finished or not. Raises as look_ahead does."""
     run = None if is_untrained(job) else job.saved_run()
     if run and run.result:
         return look_ahead([config.replace({"refinery": str(run.folder)})])
@@ -120,22 +119,22 @@ def _check(jobs: Sequence[Job]) -> None:
 
 
 def _saved(job: Job) -> Run | None:
-    """The run in a job's folder. Raises TrainError where it is another one, as far as can be known by now."""
+    """The run in a job's folder. Raises TrainError if it is another one, as far as that is known yet."""
     run = read_run(job.folder)
     if run and run.identity["refinery"] and is_untrained(job):
-        # Of the refinery's weights nothing is known yet, except that none of the finished ones has them.
+        # Nothing is known about the refinery's weights yet, except that they are not those of a finished run.
         assert job.identity["refinery"]
         job = replace(job, identity=job.identity | {"refinery": run.identity["refinery"]})
     return job.saved_run()
 
 
 def is_untrained(job: Job) -> bool:
-    """Whether a job's labels are those of a refinery that is still to be trained."""
+    """Whether a job's labels are from a refinery that is still to be trained."""
     return isinstance(job.labels, RefineryLabels) and isinstance(job.labels.trained, Untrained)
 
 
 def untrained_labels(refinery: Job, config: Config) -> Labels:
-    """The labels of a configuration as they will be once this refinery is trained, from a network without training."""
+    """The labels of a configuration as they will be once this refinery is trained, from an untrained network."""
     name, class_names = refinery.config.model, refinery.data.class_names
     if config.labels.resolution:
         models.check_resolution(name, config.labels.resolution)
@@ -155,7 +154,7 @@ def untrained_labels(refinery: Job, config: Config) -> Labels:
 
 
 def _finished(job: Job) -> Run | None:
-    """The finished run that serves as refinery in place of this one; prints which, or that there is none."""
+    """The finished run to use as refinery instead of training this one; prints which one, or that there is none."""
     model, config = job.config.model, job.config
     run, other = finished_refinery(Path(config.runs), job.identity, str(config.recipe))
     if run and run.result:
@@ -177,15 +176,15 @@ def _finished(job: Job) -> Run | None:
 
 
 def groups(jobs: Sequence[Job], found: dict[str, Run | None]) -> list[tuple[tuple[int, int], list[Job]]]:
-    """The unfinished ones among jobs, those that train together in one list, and where they stand.
+    """The unfinished jobs, those that train together in one list, and their progress.
 
-    found: the run of each job's model, where there is one.
+    found: the run of each job's model, if there is one.
     """
     unfinished: dict[Any, list[Job]] = {}
     for job in jobs:
         run = found[job.config.model]
         if not (run and run.result):
-            # Those that stand elsewhere (one was begun alone, say) cannot share their steps, nor those of other crops.
+            # Jobs with different progress (one was started alone, for example) or other crops cannot share steps.
             reached = checkpoint.position(run.folder) if run else (0, 0)
             shared = str([value for key, value in asdict(job.config).items() if key not in OWN])
             unfinished.setdefault((reached, shared), []).append(job)
@@ -193,7 +192,7 @@ def groups(jobs: Sequence[Job], found: dict[str, Run | None]) -> list[tuple[tupl
 
 
 def parts_of(ahead: Ahead) -> list[Part]:
-    """What is to be trained, in its order, not measured yet. Raises TrainError where a folder holds another run."""
+    """The parts to be trained, in order, not measured yet. Raises TrainError if a folder holds another run."""
     found = {job.config.model: None if is_untrained(job) else job.saved_run() for job in ahead.jobs}
     parts = [Part(together, reached) for reached, together in groups(ahead.jobs, found)]
     if not ahead.refinery:
@@ -204,7 +203,7 @@ def parts_of(ahead: Ahead) -> list[Part]:
 
 
 def with_costs(parts: Sequence[Part], *, always: bool = False) -> list[Part]:
-    """The parts, measured, unless all of them are so short that this would be felt. always: measure these too."""
+    """The parts with their cost, unless all are so short that measuring would be noticed. always: measure these too."""
     if not always and all(is_short(part.jobs[0]) for part in parts):
         return list(parts)
     return [replace(part, cost=measured(part.jobs)) for part in parts]

@@ -1,4 +1,4 @@
-"""Prints what a run is before it starts, and its result when it has ended."""
+"""Prints a description of a run before it starts, and its result when it has ended."""
 
 import sys
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from train.loop import Trainer
 
 
 def announce_plan(parts: Sequence[Part], *, dry_run: bool = False) -> None:
-    """Prints what a command is about to train, for how long, and what it writes; nothing where there is nothing left.
+    """Prints what a command will train, for how long, and what it will write; nothing if nothing is left to train.
 
-    dry_run: says that the command ends here. Raises TrainError where the disk has no room for what is written.
+    dry_run: prints that the command ends here. Raises TrainError if the disk lacks space for the files.
     """
     if parts:
         _announce_parts(parts)
@@ -71,10 +71,10 @@ def _part(part: Part) -> str:
 
 
 def _writes(jobs: Sequence[Job]) -> str:
-    """Which folders are written to, and how much. Raises TrainError where there is no room."""
+    """Which folders are written to, and how much. Raises TrainError if there is not enough space."""
     needed: dict[Path, int] = {}
     for job in jobs:
-        # Of a refinery that is still to be trained the student's own folder is not known yet.
+        # If the refinery is still to be trained, the student's own folder is not known yet.
         folder = job.folder if job.config.out else job.folder.parent
         needed[folder] = needed.get(folder, 0) + written_bytes(job.config, len(job.data.class_names))
     for folder, size in needed.items():
@@ -84,7 +84,7 @@ def _writes(jobs: Sequence[Job]) -> str:
 
 
 def announce(trainer: Trainer) -> None:
-    """Says what is about to be trained, on what, and how."""
+    """Prints what is about to be trained, on what, and how."""
     job = trainer.job
     config, crop = job.config, job.crop
     low, high = (f"{100 * share:g}" for share in crop.scale)
@@ -162,7 +162,7 @@ def _units(job: Job) -> str:
 
 
 def announce_result(result: dict[str, Any], job: Job) -> None:
-    """Says how a run ended."""
+    """Prints the result of a run."""
     print(
         f"finished: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
         f"{result['images_per_second_per_device']:.0f} images/s, {result['seconds'] / 60:.1f} minutes; {job.folder}"

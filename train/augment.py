@@ -1,4 +1,4 @@
-"""Augmentation of crops on the device: other colours, and crops mixed in pairs (ReLabel, section 4.1)."""
+"""Augmentation of crops on the device: colour changes, and mixing of pairs of crops (ReLabel, section 4.1)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,17 +19,17 @@ class AugmentConfig:
     """How crops are augmented on the device.
 
     Args:
-        color_jitter: brightness, contrast and saturation are each multiplied by up to 1 - and 1 + this (0: none; 0.4 in
+        color_jitter: brightness, contrast and saturation are each multiplied by 1 - this to 1 + this (0: none; 0.4 in
             ReLabel)
         lighting: standard deviation of the noise along the principal components of ImageNet's colours (0: none; 0.1 in
             ReLabel)
-        cutmix: probability that in the crops of a step a box shows another crop, whose label gets the box's share
+        cutmix: probability per step that a box of each crop shows another crop, whose label gets the box's share
         cutmix_beta: the box's share of the area is drawn from a beta distribution with both parameters this
-        mixup: probability that the crops of a step are blended in pairs, and their labels with them
-        mixup_beta: as cutmix_beta, for the share of a blend
+        mixup: probability per step that crops are blended in pairs, and their labels with them
+        mixup_beta: like cutmix_beta, for the share of a blend
         unmixed: the last share of the run in which nothing is mixed
-        refinery_sees: what a refinery labels: mixed, the very picture that the student sees; coloured, the crop before
-            it is mixed; plain, the crop as it was cut. What it labels before the mixing is mixed as its crops are
+        refinery_sees: what a refinery labels: mixed, exactly what the student sees; coloured, the crop before it is
+            mixed; plain, the crop as it was cut. Labels from before the mixing are mixed like the crops
     """
 
     color_jitter: float = 0.0
@@ -67,7 +67,7 @@ class AugmentConfig:
         return self.cutmix > 0 or self.mixup > 0
 
     def describe(self) -> str:
-        """What is done to crops, in one line; empty where nothing is."""
+        """A description of the augmentation in one line; empty if there is none."""
         values = {"colour jitter": self.color_jitter, "lighting": self.lighting}
         values |= {"CutMix": self.cutmix, "Mixup": self.mixup}
         return ", ".join(f"{name} {value:g}" for name, value in values.items() if value)
@@ -76,7 +76,7 @@ class AugmentConfig:
 class Augment:
     """The augmentation of a run. seed: the run's. epochs: its length. device: where its crops are.
 
-    What is drawn is a hash of seed, epoch and step, so that a continued run goes on with the same.
+    Draws are a hash of seed, epoch and step, so that a continued run draws the same.
     """
 
     def __init__(self, config: AugmentConfig, *, seed: int, epochs: int, device: torch.device):
@@ -85,10 +85,10 @@ class Augment:
         self._mixed_epochs = epochs - round(config.unmixed * epochs)
 
     def draw(self, count: int, resolution: int, *, epoch: int, step: int, part: int = 0) -> Tensor:
-        """What happens to each of the `count` crops of a step's part: float32 [count, 13] on the device.
+        """The augmentation of each of the `count` crops of a step's part: float32 [count, 13] on the device.
 
-        Columns: see `colour` and `mix`. It is one tensor, which reaches the device in one copy, and it never has other
-        values' place taken by a Python number, for which a compiled graph would be compiled anew.
+        Columns: see `colour` and `mix`. It is one tensor, which takes one copy to the device, and no value is passed as
+        a Python number, for which a compiled graph would be recompiled.
         """
         config, mixing = self._config, epoch < self._mixed_epochs
         factors, shifts = random_colours(
@@ -117,7 +117,7 @@ class Augment:
         return delivered(torch.from_numpy(table), self._device)
 
     def colour(self, crops: Tensor, draws: Tensor) -> Tensor:
-        """Crops [B, 3, R, R] in 0..255 with other colours (kernels.colour): by the draws' columns 0 to 5."""
+        """Crops [B, 3, R, R] in 0..255 with changed colours (kernels.colour): by the draws' columns 0 to 5."""
         return change_colours(crops, draws[:, :3], draws[:, 3:6]) if self.colours else crops
 
     def mix(self, crops: Tensor, draws: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Augment:
 
 
 def partners(draws: Tensor) -> Tensor:
-    """The place in the batch of the crop that is mixed into each: int64 [B]."""
+    """The index in the batch of the crop that is mixed into each: int64 [B]."""
     return draws[:, 6].long()
 
 

@@ -43,10 +43,10 @@ class ChainOptions:
 
 def main() -> None:
     about = (
-        "Trains one network after the other (--models), each on the labels of the one before. What is finished is not "
-        "repeated, and what was stopped goes on. Ends with the table of generations, which is written below --runs as "
-        "text, JSON and a picture. All options hold for every generation, except --refinery and --pretrained, which "
-        "are for the first alone."
+        "Trains networks one after another (--models), each on the labels of the previous one. Finished runs are not "
+        "repeated, and stopped runs continue. Ends with the table of generations, which is written below --runs as "
+        "text, JSON and a picture. All options apply to every generation, except --refinery and --pretrained, which "
+        "are only for the first."
     )
 
     def parse(words: list[str]) -> tuple[Config, ChainOptions]:
@@ -61,19 +61,19 @@ def main() -> None:
 
 
 def chain(config: Config, models: Sequence[str], *, dry_run: bool = False) -> list[Run]:
-    """Trains the generations and writes their table. dry_run: ends after the plan, without runs.
+    """Trains the generations and writes their table. dry_run: ends after the plan, without any runs.
 
-    config: what holds for all of them; its refinery labels for the first, which else learns from the ground truth.
-    Raises as train.train.train, and TrainError for no networks at all.
+    config: the options of all of them; its refinery labels for the first one, which otherwise learns from the ground
+    truth. Raises as train.train.train does, and TrainError if there are no networks.
     """
     if not models:
         raise TrainError("MODELS is empty; name the networks, with spaces between them")
     if config.out:
         raise TrainError(f"out={config.out}: is the folder of one run; the runs of a chain lie below --runs")
-    # What says how a refinery labels counts from the second generation on, if the first one has no labels of one.
+    # Options of a refinery's labels apply from the second generation on, if the first has no refinery.
     refined = config.refinery or config.labels.stored
     first = (config if refined else config.reset(RefineryLabels.options)).replace({"model": models[0]})
-    # Later generations are looked at as students of a network's name: the runs that will teach them are not there yet.
+    # Later generations are checked as students of a network's name: the runs that will teach them do not exist yet.
     check([first, *(_later(config, before, model) for before, model in pairwise(models))])
     generations = _planned([first, *(_later(config, before, model) for before, model in pairwise(models))], dry_run)
     announce_plan([part for parts in generations for part in parts], dry_run=dry_run)
@@ -92,7 +92,7 @@ def chain(config: Config, models: Sequence[str], *, dry_run: bool = False) -> li
 
 
 def _planned(configs: Sequence[Config], dry_run: bool) -> list[list[Part]]:
-    """What is to be trained for each generation; nothing for a finished one."""
+    """The parts to be trained for each generation; none for a finished one."""
     ahead = look_ahead(configs[:1])
     planned = [parts_of(ahead)]
     for config in configs[1:]:
@@ -115,7 +115,7 @@ def _row(generation: int, run: Run) -> dict[str, Any]:
         "labels": origin_of(run.identity),
         "top1": run.result["top1"],
         "top5": run.result["top5"],
-        # Of random training crops, by the image's class, over the last epoch.
+        # On random training crops, with the image's class, over the last epoch.
         "train_top1": last["train_top1"],
         "gap": last["train_top1"] - run.result["top1"],
         "run": str(run.folder),

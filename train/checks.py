@@ -1,4 +1,4 @@
-"""What a run will need, looked at before it, or what comes before it in the same command, begins."""
+"""Checks of what a run will need, before it, or anything before it in the same command, begins."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from train.labels.refinery import RefineryLabels
 if TYPE_CHECKING:
     from train.job import Job
 
-# Bytes that a value of a crop takes at the least while a step begins: as a byte, and normalised in 16 bits.
+# Bytes that a value of a crop takes at least when a step begins: as a byte, and normalised in 16 bits.
 _BYTES = 3
 
 
@@ -35,7 +35,7 @@ def check_job(job: "Job") -> None:
 
 
 def check_batch(config: Config, images: int, data: str, world: int) -> None:
-    """Raises TrainError where so many training images make no batch. data: where they are. world: processes."""
+    """Raises TrainError if there are too few training images for a batch. data: where they are. world: processes."""
     if images // world < config.batch // world:
         raise TrainError(
             f"batch={config.batch}: the {images} training images of {data} make no batch of {config.batch} for "
@@ -44,7 +44,7 @@ def check_batch(config: Config, images: int, data: str, world: int) -> None:
 
 
 def check_memory(config: Config, side: int, device: torch.device, world: int) -> None:
-    """Raises TrainError where the crops of a step, of so many pixels a side, alone are more than the memory holds."""
+    """Raises TrainError if the crops of one step, `side` pixels per side, are already too large for the memory."""
     needed = config.batch // world * 3 * side**2 * _BYTES
     if needed > memory_of(device):
         raise TrainError(
@@ -54,9 +54,9 @@ def check_memory(config: Config, side: int, device: torch.device, world: int) ->
 
 
 def check_folder(folder: Path, what: str) -> None:
-    """Raises TrainError unless files can be written into a folder, which is there or can be made. None stays.
+    """Raises TrainError unless files can be written into a folder, which exists or can be made. None is left there.
 
-    what: is to be written, for the message.
+    what: the kind of files, for the message.
     """
     try:
         with suppress(FileNotFoundError):
@@ -70,7 +70,7 @@ def check_folder(folder: Path, what: str) -> None:
 
 
 def check_room(folder: Path, size: int, files: Sequence[Path] = ()) -> None:
-    """Raises TrainError unless so many bytes fit on the disk of a folder, where some of these files may be already."""
+    """Raises TrainError unless these bytes fit on the disk of a folder, which may already hold some of the files."""
     there = sum(file.stat().st_size for file in files if file.is_file())
     free = shutil.disk_usage(_existing(folder)).free
     if size - there > free:
@@ -81,14 +81,14 @@ def check_room(folder: Path, size: int, files: Sequence[Path] = ()) -> None:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the next one above it that is there."""
+    """The folder, or its nearest parent that exists."""
     while not os.path.lexists(folder):
         folder = folder.parent
     return folder
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that a device has, or this machine for its processors."""
+    """Bytes of memory of a device; for the CPU, of this machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -101,7 +101,7 @@ def said_memory(device: torch.device) -> str:
 
 
 def _check_single_crop(job: "Job") -> None:
-    """Raises TrainError where batch normalisation cannot do with the one crop of each part of a step."""
+    """Raises TrainError if batch normalisation does not work with the single crop in each part of a step."""
     asked = f"batch={job.batch}: {job.config.model}"
     enough = f"take at least {2 * job.replicas}"
     if isinstance(job.labels, RefineryLabels) and job.labels.given.bn == "batch":
@@ -113,5 +113,5 @@ def _check_single_crop(job: "Job") -> None:
             network = models.build(job.config.model, len(job.data.class_names)).train()
             for side in job.resolutions:
                 network(torch.empty(1, 3, side, side))
-    except Exception as error:  # whatever its layers raise
+    except Exception as error:  # its layers may raise anything
         raise TrainError(f"{asked}: cannot be trained on one crop at a time ({error}); {enough}") from None

@@ -1,8 +1,8 @@
 """The configuration of a run: recipes in YAML, overridden option by option.
 
-A `Config` is made by `configure` from the options that were given, by their dotted names ("optimizer.lr"), or by
-`parse` from the words of a command line. It remembers them, so that `replace` makes another one from it, for which the
-recipe counts again: it may say other things of another network.
+`configure` makes a `Config` from options by their dotted names ("optimizer.lr"), and `parse` from the words of a
+command line. It remembers them, so that `replace` can make another one, for which the recipe is applied again: it may
+have other values for another network.
 """
 
 import argparse
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).parent / "recipes"
 
-# What cannot differ between the networks of one command.
+# Options that cannot differ between the networks of one command.
 _OF_THE_COMMAND = {"model", "refinery", "data", "recipe", "out", "runs"}
 
-# Pixels a side of crops; as of the resolution of a converted set.
+# The most pixels per side of crops, as for the resolution of a converted set.
 _MOST_PIXELS = 8192
 
 _Own = TypeVar("_Own", bound="DataclassInstance")
@@ -44,14 +44,14 @@ _Own = TypeVar("_Own", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How weights move.
+    """How weights are updated.
 
     Args:
-        kind: sgd, as in the papers; adamw, which learns faster where a run is only minutes long; or adamp, with which
-            ReLabel trains on CutMix (timm's, which waits for the device at each weight tensor)
-        lr: learning rate for a batch of lr_batch; other batches scale it in proportion
-        lr_batch: the batch that lr is meant for
-        momentum: share of the last move that is kept, 0 to 1 (sgd)
+        kind: sgd, as in the papers; adamw, which learns faster in runs of a few minutes; or adamp, which ReLabel uses
+            with CutMix (timm's, which waits for the device at each weight tensor)
+        lr: learning rate for a batch of lr_batch; it is scaled in proportion for other batch sizes
+        lr_batch: the batch size that lr is given for
+        momentum: share of the last update that is kept, 0 to 1 (sgd)
         nesterov: look ahead along the momentum (sgd)
         weight_decay: L2 penalty on all weights, decoupled from the gradient in adamw and adamp
     """
@@ -78,12 +78,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How the learning rate falls.
+    """The schedule of the learning rate.
 
     Args:
         kind: step multiplies it by gamma at each milestone; cosine takes it to 0, batch by batch
         milestones: shares of the run's length, for kind step
-        gamma: what a milestone multiplies by
+        gamma: the factor at a milestone
         warmup: epochs over which it first rises from 0; no more than a quarter of the run
     """
 
@@ -97,7 +97,7 @@ class ScheduleConfig:
             raise TrainError(f"schedule.warmup={self.warmup}: must not be below 0")
 
     def factor(self, epoch: float, epochs: int) -> float:
-        """What the learning rate is multiplied by at a point of the run, in epochs from its start."""
+        """The factor of the learning rate at a point of the run, in epochs from its start."""
         warmup = min(self.warmup, epochs / 4)
         if epoch < warmup:
             return epoch / warmup
@@ -111,19 +111,20 @@ class ScheduleConfig:
 class LossConfig:
     """How the student's output is compared with its labels.
 
-    A crop of class y that its label source labels p, and of which the student says q, has the loss
-    weight(y) ((1 - truth) loss(p, q) + truth CE(y, q)), where CE is -log q[y] at temperature 1. A crop that is mixed of
-    two has the mean of these of both images, by their shares, and a jittered one the class of its image.
+    A crop of class y with label p, for which the student outputs q, has the loss
+    weight(y) ((1 - truth) loss(p, q) + truth CE(y, q)), where CE is -log q[y] at temperature 1. A crop mixed from two
+    has the mean of both images' losses, weighted by their shares, and a jittered one has the class of its image.
 
     Args:
-        kind: soft, KL from label to output, as in the paper; hard, cross-entropy to the label's likeliest class;
+        kind: soft, KL from label to output, as in the paper; hard, cross-entropy to the label's most likely class;
             reversed, KL from output to label; l2, the squared difference of probabilities
-        temperature: what both networks' logits are divided by
+        temperature: both networks' logits are divided by this
         truth: the share of cross-entropy to the image's own label in the loss, 0 to below 1, for labels that are not
             the ground truth already
-        balance: how far classes with few images count more, for sets where some have many more than others: the loss of
-            a class with n images is multiplied by n ** -balance, over its mean (0: all images count the same; 1: all
-            classes do; 0.5: between them, where the rarest have only a few images). Each epoch has the same crops
+        balance: how much more weight classes with few images get, for unbalanced sets: the loss of a class with n
+            images is multiplied by n ** -balance, over its mean (0: all images have the same weight; 1: all classes
+            have; 0.5: in between, for sets whose rarest classes have only a few images). The crops of an epoch stay the
+            same
     """
 
     kind: Literal["soft", "hard", "reversed", "l2"] = "soft"
@@ -145,7 +146,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class CropConfig:
-    """Where crops lie; what is left out fits the data set.
+    """How crops are chosen; options that are not given fit the data set.
 
     Args:
         scale: lowest and highest share of the image's area in a training crop
@@ -171,56 +172,57 @@ class CropConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Trains an image classifier, from the labels that a refinery gives to each crop or from the ground truth.
+    """Trains an image classifier on the labels that a refinery gives to each crop, or on the ground truth.
 
     Args:
-        model: the network to train: alexnet, mobilenet, resnet18, ..., timm:NAME or torchvision:NAME; several, with
-            spaces between them, train together on one refinery's labels
-        refinery: who labels the crops: a network's name (trained first if it has no finished run on this data),
-            a run folder, NAME:FILE, or timm:NAME:pretrained or torchvision:NAME:pretrained for published weights;
-            left out: the images' own labels. Of a refinery that knows more classes than the data has, those are used
+        model: the network to train: alexnet, mobilenet, resnet18, ..., timm:NAME or torchvision:NAME; several,
+            separated by spaces, train together on one refinery's labels
+        refinery: the network that labels the crops: its name (trained first if it has no finished run on this data), a
+            run folder, NAME:FILE, or timm:NAME:pretrained or torchvision:NAME:pretrained for published weights
+            (default: none, the images' own labels). It may know more classes than the data has; the data's are used
         pretrained: start from a file of weights, or from those that timm or torchvision publish for its network
         data: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette
         recipe: a recipe's name or YAML file (default: quick on scenes, fine-tune with pretrained, else label-refinery)
         epochs: passes over the training images
-        resolution: pixels a side of the crops (default: what fits the data)
+        resolution: pixels per side of the crops (default: what fits the data)
         batch: crops in a step
         copies: crops of each image in an epoch, from one decoding; the epoch has that many times the steps
-        order: random, or for files larger than memory quasi-random, which draws from some pages of the file at a time
-        seed: start of every random number
-        out: the run's folder (default: one of its own below runs/)
-        runs: where run folders lie
-        save_minutes: how often a checkpoint is written within an epoch; what a kill costs at most
+        order: random, or, for files larger than memory, quasi-random, which draws from some pages of the file at a time
+        seed: seed of all random numbers
+        out: the run's folder (default: one named by the configuration, below runs/)
+        runs: the folder of all run folders
+        save_minutes: minutes between checkpoints within an epoch; the most that a kill costs
         device: auto, cpu, cuda or cuda:N
         decoder: auto, ffcv, dali or torchvision
-        threads: that decode, and as many that compute on the CPU, in each process (default: one per processor that the
-            process may use, its container's limit counted in, which the processes of a machine share; for computing
-            also OMP_NUM_THREADS). The last bits of weights depend on how many compute, on a CPU
-        resident: on a GPU, the share of its free memory that a set stored as blocks may take; of a larger one the host
-            reads the blocks
-        precision: bf16 or fp16 autocast, tf32 or fp32; what the device has no units for is replaced by what it has
-            (auto: the first of bf16, fp16 and fp32 that it has)
-        compile: compiles the step; auto does so on CUDA only (on a CPU it costs a minute or two first and seldom pays)
-        cuda_graphs: on a GPU, record the whole step as one CUDA graph for each resolution and replay it, which spares
-            the launching of its kernels; what cannot be recorded runs as without it, after a notice (not yet measured)
-        deterministic: on a GPU, the same bits in each run of the same command: algorithms are neither searched for by
-            timing them nor taken from those whose sums depend on timing, which makes steps slower (how much has not
-            been measured); an operator without such an algorithm ends the run. CPUs need no option for that
-        replicas: parts of a batch, each with batch statistics of its own, as on a GPU of its own; what several devices
-            (--gpus N) share among them (default: as many as there are devices)
-        reduce: how the gradients of several devices are added: sum; bf16, rounded on their way, which halves it; tree,
-            in an order that makes the weights the same, bit for bit, for any number of devices
-        optimizer: how weights move
-        schedule: how the learning rate falls
-        labels: what the labels are made of
+        threads: number that decode, and number that compute on the CPU, in each process (default: one per processor
+            that the process may use within its container's limit, divided among the processes of a machine; for
+            computing also OMP_NUM_THREADS). On a CPU, the last bits of weights depend on how many compute
+        resident: on a GPU, the share of its free memory that a set stored as blocks may take; a larger set stays on the
+            host
+        precision: bf16 or fp16 autocast, tf32 or fp32; if the device has no units for it, another is used (auto: the
+            first of bf16, fp16 and fp32 that it has)
+        compile: compile the step; auto does so on CUDA only (on a CPU it takes a minute or two and seldom pays off)
+        cuda_graphs: on a GPU, record the whole step as one CUDA graph for each resolution and replay it, which avoids
+            launching its kernels one by one; a step that cannot be recorded runs without it, after a notice (not yet
+            measured)
+        deterministic: on a GPU, the same bits in each run of the same command: algorithms are not selected by timing,
+            and those whose sums depend on timing are not used, which makes steps slower (not yet measured); an operator
+            without a deterministic algorithm ends the run. On CPUs this option is not needed
+        replicas: parts of a batch, each with its own batch statistics, as on its own GPU; several devices (--gpus N)
+            divide them among themselves (default: the number of devices)
+        reduce: how the gradients of several devices are added: sum; bf16, rounded for the transfer, which halves it;
+            tree, in an order that makes the weights the same, bit for bit, for any number of devices
+        optimizer: how weights are updated
+        schedule: the schedule of the learning rate
+        labels: how labels are made
         loss: how outputs are compared with labels
-        ema: decay a step of an exponential moving average of the weights, which is then what is scored (0: none)
-        resolution_from: the share of resolution at which crops are small in the first third of the run; over the second
-            third they grow to all of it, in steps of 16 px (1: the same throughout)
-        jitter: eta of adversarial jitter, 1 in the paper: each crop is trained on once more, moved to where student and
-            refinery disagree more; for students that are trained already (pretrained)
-        crop: where crops lie
-        augment: what else is done to crops
+        ema: decay per step of an exponential moving average of the weights, which is then scored (0: none)
+        resolution_from: crops in the first third of the run have this share of resolution; over the second third they
+            grow to all of it, in steps of 16 pixels (1: constant)
+        jitter: eta of adversarial jitter, 1 in the paper: each crop is used a second time, changed so that student and
+            refinery disagree more; for students that are already trained (pretrained)
+        crop: how crops are chosen
+        augment: further augmentation of crops
     """
 
     model: str = "mobilenet"
@@ -266,7 +268,7 @@ class Config:
             if value is not None and value < 1:
                 raise TrainError(f"{name}={value}: must be at least 1")
         if self.resolution and self.resolution > _MOST_PIXELS:
-            raise TrainError(f"resolution={self.resolution}: must be at most {_MOST_PIXELS} pixels a side")
+            raise TrainError(f"resolution={self.resolution}: must be at most {_MOST_PIXELS} pixels per side")
         if self.batch % (self.replicas or 1):
             raise TrainError(f"batch={self.batch}: is not divided by replicas={self.replicas}; take a multiple of it")
         if self.save_minutes <= 0:
@@ -291,33 +293,33 @@ class Config:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that were asked for, by their dotted names, without what recipe and defaults added.
+        """The options that were given, by their dotted names, without those added by recipe and defaults.
 
-        Of a configuration that was not made by `configure`, all are.
+        For a configuration that was not made by `configure`, all options.
         """
         given = self.__dict__.get("_given")
         return _dotted(asdict(self)) if given is None else given
 
     def replace(self, options: Mapping[str, Any]) -> "Config":
-        """This configuration with other options, by their dotted names. Raises TrainError as `configure`."""
+        """This configuration with other options, by their dotted names. Raises TrainError as `configure` does."""
         return configure(self.given | dict(options))
 
     def reset(self, options: Iterable[str]) -> "Config":
-        """This configuration with these options at their defaults, whatever the recipe says."""
+        """This configuration with these options at their defaults, regardless of the recipe."""
         return self.replace({option: _defaults()[option] for option in options})
 
     def on_ground_truth(self) -> "Config":
-        """The same with the images' own labels in place of a refinery's or any others."""
+        """The same configuration with the images' own labels instead of any others."""
         return self.reset(kinds.foreign_options(GroundTruthLabels))
 
     def learning_from(self, refinery: str) -> "Config":
-        """The same with the labels of this refinery in place of any others."""
+        """The same configuration with the labels of this refinery instead of any others."""
         return self.reset(kinds.foreign_options(RefineryLabels)).replace({"refinery": refinery})
 
     def as_refinery(self, model: str, options: Mapping[str, Any]) -> "Config":
-        """With what a network is trained to be the refinery of such runs, and with these options.
+        """The configuration to train the refinery of such runs, with these options.
 
-        That is on ground truth, and by what the recipe says of refineries.
+        That is on ground truth, with the recipe's section for refineries.
         """
         return configure(self.on_ground_truth().given | {"model": model} | dict(options), as_refinery=True)
 
@@ -328,25 +330,25 @@ def _defaults() -> dict[str, Any]:
 
 
 def configure(options: Mapping[str, Any], *, as_refinery: bool = False) -> Config:
-    """The configuration that these options, by their dotted names, describe; the recipe counts where they say nothing.
+    """The configuration given by these options, by their dotted names; others come from the recipe.
 
-    as_refinery: the network is to be a refinery, of which a recipe may say something of its own.
-    Raises TrainError for unknown options, values of the wrong kind, and what has no meaning.
+    as_refinery: the network is to be a refinery, for which a recipe may have its own section. Raises TrainError for
+    unknown options, values of the wrong type, and meaningless combinations.
     """
     options = _without_empty_groups(options)
     recipe = options.get("recipe") or default_recipe(options.get("data"), options.get("pretrained"))
     values = read_recipe(recipe, options.get("model") or Config.model, as_refinery=as_refinery)
-    # By itself, so that a wrong value is the recipe's.
+    # Checked separately, so that the message names the recipe for a wrong value.
     _typed(values, f"recipe={recipe}: ")
     typed = _typed(values | options | {"recipe": recipe})
     config = Config(**vars(_config_parser().instantiate(typed)))
-    # Not a field: it says how the configuration came about, not what it is.
+    # Not a field: it records how the configuration was made, not its values.
     object.__setattr__(config, "_given", options)
     return config
 
 
 def _typed(options: Mapping[str, Any], source: str = "") -> Any:
-    """The options with values of the type that each must have. Raises TrainError, which begins with `source`."""
+    """The options with values converted to their types. Raises TrainError, whose message begins with `source`."""
     try:
         return _config_parser().parse_object(_nested(options))
     except argparse.ArgumentError as error:
@@ -354,7 +356,7 @@ def _typed(options: Mapping[str, Any], source: str = "") -> Any:
 
 
 def parse(words: Sequence[str]) -> Config:
-    """The configuration that the words of a command line describe; for commands alone.
+    """The configuration given by the words of a command line; only for commands.
 
     --help and --print_config print and end the program; bad words raise argparse.ArgumentError or TrainError.
     """
@@ -368,7 +370,7 @@ PLAN_FLAGS = ("--dry_run", "--dry-run")
 
 @dataclass(frozen=True)
 class Planned:
-    """Options of what is done beforehand.
+    """Options of the plan.
 
     Args:
         dry_run: end after the plan: what is to be trained, for how long, and what is written (images are converted
@@ -379,7 +381,7 @@ class Planned:
 
 
 def parse_planned(words: Sequence[str]) -> tuple[Config, Planned]:
-    """As `parse`, with the options of the plan."""
+    """Like `parse`, with the options of the plan."""
     about = str(Config.__doc__).partition("\n")[0]
     return parse_both(words, Planned, prog="python -m train", about=about)
 
@@ -387,18 +389,18 @@ def parse_planned(words: Sequence[str]) -> tuple[Config, Planned]:
 def parse_both(
     words: Sequence[str], own: type[_Own], *, prog: str, about: str, several_devices: bool = True
 ) -> tuple[Config, _Own]:
-    """As `parse`, for a command that also has options of its own, which the dataclass `own` lists.
+    """Like `parse`, for a command that also has its own options, the fields of the dataclass `own`.
 
-    prog, about: what --help says of the command. several_devices: it runs on these (train.launch).
+    prog, about: name and description of the command in --help. several_devices: it supports them (train.launch).
     """
     if several_devices:
         # train.launch takes these two before the parser sees the rest.
         about += (
-            " --gpus N starts N processes, one per device; --max_restarts K starts them again, up to K times, after "
-            "one was killed or failed."
+            " --gpus N starts N processes, one per device; --max_restarts K restarts them, up to K times, after one "
+            "was killed or failed."
         )
     parser = ArgumentParser(prog=prog, description=about, exit_on_error=False, print_config=None)
-    parser.add_argument("--config", action="config", help="a YAML file of options; those typed behind it count more")
+    parser.add_argument("--config", action="config", help="a YAML file of options; options after it override it")
     parser.add_argument("--print_config", action="store_true", help="print all options with their values, and end")
     parser.add_class_arguments(own, as_group=False)
     parser.add_class_arguments(Config, as_group=False)
@@ -428,7 +430,7 @@ def parse_both(
 
 
 def _check_config_file(words: Sequence[str]) -> None:
-    """Raises TrainError where --config names what is no file of options."""
+    """Raises TrainError if --config does not name a file of options."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config")
     file = first.parse_known_args(words)[0].config
@@ -438,7 +440,7 @@ def _check_config_file(words: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _Nothing:
-    """No options of its own."""
+    """No own options."""
 
 
 @cache
@@ -463,22 +465,22 @@ def config_text(config: Config) -> str:
 
 
 def default_recipe(data: str | None, pretrained: str | None) -> str:
-    """The recipe where none is named. data, pretrained: as in Config, None where not given."""
+    """The default recipe. data, pretrained: as in Config, None if not given."""
     if pretrained:
         return "fine-tune"
     return "quick" if data in (None, Config.data) else "label-refinery"
 
 
 def is_built_in(recipe: str | None) -> bool:
-    """Whether the recipe is one of those that come with the project, rather than a file of the user's."""
+    """Whether the recipe is one of those that come with the project, rather than the user's own file."""
     return (RECIPES / f"{recipe}.yaml").is_file()
 
 
 def read_recipe(recipe: str, model: str, *, as_refinery: bool = False) -> dict[str, Any]:
     """A recipe's values as dotted keys.
 
-    Those of its section `networks` for this model (longest prefix) and, for a network that is to be a refinery, of its
-    section `refineries` take the place of the others. Raises TrainError for what is no recipe, and for unknown keys.
+    Values of its section `networks` for this model (longest prefix) and, for a network that is to be a refinery, of its
+    section `refineries` override the others. Raises TrainError for an invalid recipe and for unknown keys.
     """
     path = RECIPES / f"{recipe}.yaml"
     if not path.is_file():
@@ -497,7 +499,7 @@ def read_recipe(recipe: str, model: str, *, as_refinery: bool = False) -> dict[s
 
 
 def _section(path: Path, name: str, options: Any) -> dict[str, Any]:
-    """The options, by dotted keys, of a section of a recipe, which holds for some networks of a command alone."""
+    """The options, by dotted keys, of a section of a recipe that applies only to some networks of a command."""
     values = _without_empty_groups(_dotted(_mapping(path, name, options)))
     _check_keys(path, values)
     shared = sorted(set(values) & _OF_THE_COMMAND)
@@ -541,7 +543,7 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _without_empty_groups(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without groups of which nothing is given, as in a YAML file whose lines below `crop:` are comments."""
+    """Options without empty groups, as in a YAML file whose lines below `crop:` are comments."""
     groups = {option.partition(".")[0] for option in _defaults() if "." in option}
     return {option: value for option, value in options.items() if not (value is None and option in groups)}
 

@@ -1,7 +1,7 @@
-"""Several devices, one process each: who they are, what they exchange, and what they decide together.
+"""Several devices, one process each: their ranks, what they exchange, and what they decide together.
 
-A step consists of R parts (replicas), each with batch statistics of its own, as on the paper's GPUs; N devices compute
-R / N parts each. Crops, labels and, up to the order of sums, weights are then the same for every N that divides R.
+A step consists of R parts (replicas), each with its own batch statistics, as on the paper's GPUs; N devices compute
+R / N parts each. Crops, labels and, up to the order of summation, weights are then the same for every N that divides R.
 """
 
 import hashlib
@@ -30,19 +30,19 @@ Reduce = Literal["sum", "bf16", "tree"]
 
 # Numbers in a message: gradients are exchanged in pieces of this size.
 _BUCKET = 8 << 20
-# While the first process converts images or trains nothing yet, the others wait so long at most.
+# The longest time that other processes wait for the first one, which may convert images, for example.
 _PATIENCE = timedelta(hours=12)
-# Seconds in which processes that fail for the same reason have all done so, and where they count themselves.
+# Seconds within which processes that fail for the same reason have all failed, and the key of their counter.
 _MOMENT = 3.0
 _FAILED = "label-refinery/failed"
-# Set by PyTorch's launcher, where one store of addresses outlives all the processes that it starts.
+# Set by PyTorch's launcher if one store of addresses outlives all the processes that it starts.
 _SHARED_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
 _Result = TypeVar("_Result")
 
 
 class PeerLost(SystemExit):
-    """Another process of the group has ended, and has said why: this one ends without a word."""
+    """Another process of the group has ended and has printed why: this one ends without a message."""
 
     def __init__(self) -> None:
         super().__init__(1)
@@ -52,7 +52,7 @@ class PeerLost(SystemExit):
 class Group:
     """The processes of a run.
 
-    rank: this one's number. world: how many there are. local: its number on its machine. beside: how many that has.
+    rank: of this process. world: number of processes. local: its rank on its machine. beside: processes there.
     """
 
     rank: int = 0
@@ -62,7 +62,7 @@ class Group:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     @property
@@ -71,7 +71,7 @@ class Group:
         return self.rank - self.local
 
     def in_turn(self, work: Callable[[], _Result]) -> _Result:
-        """What `work`, which may write files, returns: first in process 0, then in the first of each machine."""
+        """The result of `work`, which may write files; run first in process 0, then in the first of each machine."""
         turn = 0 if self.rank == 0 else 1 if self.local == 0 else 2
         for now in range(3):
             if now == turn:
@@ -80,7 +80,7 @@ class Group:
         return result
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Waits for all processes."""
         self._exchanged(lambda: dist.monitored_barrier(_control(), _PATIENCE))
 
     def sum(self, values: Tensor) -> Tensor:
@@ -90,19 +90,19 @@ class Group:
         return total
 
     def gathered(self, value: Any) -> list[Any]:
-        """The values of all processes, in their order; none goes on before all have come here."""
+        """The values of all processes, in order; waits for all of them."""
         values: list[Any] = [value] * self.world
         self._exchanged(lambda: dist.all_gather_object(values, value, _control()))
         return values
 
     def largest(self, values: Sequence[float]) -> list[float]:
-        """The largest of each number over all processes. Nothing waits for a device."""
+        """The maximum of each number over all processes. Does not wait for a device."""
         found = torch.tensor(values, dtype=torch.float64)
         self._exchanged(lambda: dist.all_reduce(found, dist.ReduceOp.MAX, _control()))
         return found.tolist()
 
     def given(self, value: Any) -> Any:
-        """The first process's value, in all of them."""
+        """The first process's value, in all processes."""
         values = [value]
         self._exchanged(lambda: dist.broadcast_object_list(values, 0, _control()))
         return values[0]
@@ -119,19 +119,19 @@ class Group:
                     )
 
     def reduce_gradients(self, parts: Sequence[Sequence[Tensor]], *, how: Reduce) -> list[Tensor]:
-        """The sum of gradients over all parts of a step: those of each weight, in new tensors.
+        """The sum of gradients over all parts of a step, for each weight, in new tensors.
 
-        parts: of each of this process's parts the gradients of all weights; with `sum` and `bf16` they may be added up
-        already, as one. how: sum; bf16, rounded to bfloat16 on their way; tree, gathered and added in pairs, part by
-        part, so that the bits are the same for any number of processes.
+        parts: the gradients of all weights for each of this process's parts; with `sum` and `bf16` they may be summed
+        already, as one. how: sum; bf16, rounded to bfloat16 for the transfer; tree, gathered and added in pairs, part
+        by part, so that the bits are the same for any number of processes.
         """
         made: list[Tensor] = []
         buckets = _buckets(parts[0])
-        # Some buckets are packed or unpacked while others travel. Backward is over by then: a compiled one yields all
-        # gradients at its end.
+        # Some buckets are packed or unpacked while others are transferred. Backward is over by then: a compiled one
+        # returns all gradients at its end.
         for bucket, total in zip(buckets, self._totals(parts, buckets, how), strict=True):
             sizes = [parts[0][i].numel() for i in bucket]
-            # Laid out as the weights are, which a fused optimizer wants.
+            # With the memory layout of the weights, as a fused optimizer requires.
             made += [
                 torch.empty_like(parts[0][i]).copy_(piece.view(parts[0][i].shape))
                 for i, piece in zip(bucket, total.split(sizes), strict=True)
@@ -166,14 +166,14 @@ class Group:
         return [gathered[part % self.world][part // self.world] for part in range(self.world * len(mine))]
 
     def share_buffers(self, modules: Iterable[nn.Module]) -> None:
-        """Gives all processes the first one's buffers: its first part alone keeps running statistics."""
+        """Copies the first process's buffers to all: only its first part keeps running statistics."""
         if self.world > 1:
             for module in modules:
                 for buffer in module.buffers():
                     self._exchanged(lambda: dist.broadcast(buffer, 0))  # noqa: B023
 
     def _exchanged(self, exchange: Callable[[], _Result]) -> _Result | None:
-        """What the exchange returns; None, without it, of one process. Raises PeerLost where another one is gone."""
+        """The result of the exchange; None, without it, for one process. Raises PeerLost if another is gone."""
         if self.world == 1:
             return None
         try:
@@ -188,16 +188,16 @@ _control_group: Any = None
 
 
 def group() -> Group:
-    """The processes that this one works with; itself alone unless `joined`."""
+    """The processes that this one works with; only itself unless `joined`."""
     return _group
 
 
 @contextmanager
 def joined(device: str):
-    """Makes this process one of a group, where torchrun or `--gpus` has started it as such.
+    """Makes this process one of a group, if torchrun or `--gpus` has started it as such.
 
-    device: auto, cpu or cuda, as in Config. Raises TrainError where a machine has fewer devices than processes, where
-    they do not reach each other, or where their versions differ.
+    device: auto, cpu or cuda, as in Config. Raises TrainError if a machine has fewer devices than processes, if they
+    cannot reach each other, or if their versions differ.
     """
     global _group, _control_group
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -227,7 +227,7 @@ def joined(device: str):
     _control_group = dist.new_group(backend="gloo", timeout=_PATIENCE) if on_cuda else dist.group.WORLD
     _group = Group(dist.get_rank(), world, local, beside)
     if not _group.first:
-        # One of them speaks; errors are still told.
+        # Only one of them prints; errors are still printed.
         silence()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
@@ -249,15 +249,16 @@ def joined(device: str):
 
 
 def _end_without_a_word() -> NoReturn:
-    # The one that says why ends first: the first code that a launcher sees is the cause to it, and it ends the others.
+    # The process that prints the reason ends first: a launcher takes the first exit code as the cause and ends the
+    # others.
     time.sleep(_MOMENT)
-    # PyTorch's own end of a group whose other processes are gone may be an abort, which looks like a cause as well.
+    # PyTorch may abort to leave a group whose other processes are gone, which would look like another cause.
     os._exit(1)
 
 
 def _all_failed() -> bool:
-    """Whether all processes have come to the same end; then one line is enough."""
-    # Not by an exchange, in which one that still waits in another would never take part.
+    """Whether all processes have failed in the same way; then one line is enough."""
+    # Not by an exchange, which a process that still waits in another one would never join.
     store = _get_default_store()
     began = time.monotonic()
     try:
@@ -272,7 +273,7 @@ def _all_failed() -> bool:
 
 
 def _versions() -> dict[str, str]:
-    """What must be the same for all processes to compute the same."""
+    """Values that must be equal in all processes for equal results."""
     source = hashlib.sha256()
     for room in ("data", "kernels", "models", "train"):
         folder = Path(__file__).parents[1] / room
@@ -287,12 +288,12 @@ def _versions() -> dict[str, str]:
 
 
 def _control() -> Any:
-    """The group of what is decided on the host."""
+    """The group for exchanges on the host."""
     return _control_group
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[int]]:
-    """Which gradients travel together: places of neighbours of one type, about _BUCKET numbers."""
+    """Which gradients are sent together: indices of neighbours of one dtype, about _BUCKET numbers."""
     found: list[list[int]] = []
     size = 0
     for i, gradient in enumerate(gradients):
@@ -310,7 +311,7 @@ def _flat(gradients: Sequence[Tensor], bucket: Sequence[int]) -> Tensor:
 
 
 def _added_in_pairs(parts: Sequence[Tensor]) -> Tensor:
-    """The sum, in an order that depends on the number of parts alone."""
+    """The sum, in an order that depends only on the number of parts."""
     parts = list(parts)
     while len(parts) > 1:
         pairs = [parts[i] + parts[i + 1] for i in range(0, len(parts) - 1, 2)]

@@ -1,4 +1,4 @@
-"""How long a training will take, from a few timed steps, and how much it writes."""
+"""Estimates how long a training will take, from a few timed steps, and how much it writes."""
 
 import contextlib
 import gc
@@ -20,10 +20,10 @@ from train.labels.ground_truth import GroundTruthLabels
 from train.length import Cost, steps_left
 from train.loop import Trainer
 
-# A training of fewer pixels is over about as soon as it is measured.
+# A training with fewer pixels takes hardly longer than measuring it.
 _FEW_PIXELS = 1 << 22
-# Steps are timed with more and more crops, from so many for each part of a step, until one takes so long, in seconds,
-# or is as large as the run's.
+# Steps are timed with more and more crops, starting with this many per part of a step, until one takes this many
+# seconds or is as large as the run's.
 _FIRST_CROPS = 4
 _LONG_ENOUGH = 0.4
 # last.pt, last.before.pt and best.pt.
@@ -31,15 +31,15 @@ _CHECKPOINTS = 3
 
 
 def is_short(job: Job) -> bool:
-    """Whether a run sees so few pixels that timing it beforehand would be felt."""
+    """Whether a run sees so few pixels that timing it beforehand would take a noticeable share of it."""
     return steps_left(job) * job.batch * job.resolution**2 < _FEW_PIXELS
 
 
 def measured(jobs: Sequence[Job]) -> Cost:
-    """What a training of these jobs, which train together, costs: from a few steps of it, whose results are dropped.
+    """The cost of a training of these jobs, which train together: from a few steps, whose results are discarded.
 
-    The steps run uncompiled, and on as many crops as take some tenths of a second, from which a whole step follows in
-    proportion. Takes a second or two; random generators stay as they are. Raises as train.loop.Trainer.
+    The steps run uncompiled, on as many crops as take a few tenths of a second, and a whole step is computed in
+    proportion. Takes a second or two; random generators are left unchanged. Raises as train.loop.Trainer does.
     """
     devices = [job.device for job in jobs[:1] if job.device.type == "cuda"]
     with torch.random.fork_rng(devices), contextlib.redirect_stdout(io.StringIO()):
@@ -51,7 +51,7 @@ def measured(jobs: Sequence[Job]) -> Cost:
 
 
 def _quick_to_open(job: Job) -> Job:
-    """The same with other labels where those take a pass over all images to make; a step of both costs the same."""
+    """The same with other labels if making them takes a pass over all images; a step costs the same with both."""
     if isinstance(job.labels, CategoryLabels):
         return replace(job, labels=GroundTruthLabels(len(job.data.class_names), 0.0))
     return job
@@ -72,7 +72,8 @@ def _measured(jobs: Sequence[Job]) -> Cost:
         if crops == whole or (len(taken) > 1 and seconds >= _LONG_ENOUGH):
             break
         crops = min((4 if seconds < _LONG_ENOUGH / 4 else 2) * crops, whole)
-    # By their difference: what a step takes whatever its crops, as moving the weights, is in both.
+    # From their difference: the part of a step that does not depend on its crops, such as the weight update, is in
+    # both.
     (fewer, before), (crops, seconds) = taken[-2:] if len(taken) > 1 else [(0, 0.0), *taken]
     step = seconds + max(seconds - before, 0.0) / (crops - fewer) * (whole - crops)
     forward = _timed(trainer, smaller, training=False) / crops
@@ -80,14 +81,14 @@ def _measured(jobs: Sequence[Job]) -> Cost:
     on_cpu = job.device.type == "cpu"
 
     def both(computing: float, decoded: float) -> float:
-        # On a GPU the processors decode beside it.
+        # With a GPU, the processors decode at the same time.
         return computing + decoded if on_cpu else max(computing, decoded)
 
     return Cost(both(step, decoding), both(images * forward, images * decoding / whole))
 
 
 def _batch(trainer: Trainer) -> tuple[CropBatch, float]:
-    """A batch of the run, and the seconds in which the processors make one."""
+    """A batch of the run, and the seconds that the processors take to make one."""
     tries = []
     for _ in range(3):
         started = time.perf_counter()
@@ -95,12 +96,12 @@ def _batch(trainer: Trainer) -> tuple[CropBatch, float]:
         batch = next(batches)
         tries.append(time.perf_counter() - started)
         batches.close()  # type: ignore[attr-defined]
-    # The first one pays for what is made once.
+    # The first one includes one-time costs.
     return batch, min(tries[1:])
 
 
 def _timed(trainer: Trainer, batch: CropBatch, *, training: bool) -> float:
-    """Seconds of a step, or of scoring as many crops: the shorter of two tries, and the same in all processes."""
+    """Seconds of a step, or of scoring as many crops: the shorter of two measurements, the same in all processes."""
     job = trainer.job
     tries = []
     for _ in range(2):
@@ -119,7 +120,7 @@ def _timed(trainer: Trainer, batch: CropBatch, *, training: bool) -> float:
 
 
 def checkpoint_bytes(config: Config, num_classes: int) -> int:
-    """About how large a checkpoint of a run is: weights, their average, and what the optimizer keeps of each."""
+    """The approximate size of a run's checkpoint: weights, their average, and the optimizer's state."""
     with torch.device("meta"):
         network = models.build(config.model, num_classes)
     weights = sum(weight.numel() for weight in network.parameters())
@@ -129,5 +130,5 @@ def checkpoint_bytes(config: Config, num_classes: int) -> int:
 
 
 def written_bytes(config: Config, num_classes: int) -> int:
-    """About how much a run writes to its folder, at most."""
+    """An upper estimate of how much a run writes to its folder."""
     return _CHECKPOINTS * checkpoint_bytes(config, num_classes)

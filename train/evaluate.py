@@ -33,10 +33,10 @@ from train.score.multilabel import Accuracy, Answers
 from train.score.predictions import BEGINS, Rows, check_choice, format_named
 from train.score.result_file import result_file
 
-# What results begin with.
+# How result files begin.
 BEGINNING = '{\n "checkpoint": '
 
-# For images whose set has no crop rule, where the network doesn't say either.
+# For images whose set has no crop rule, if the network has none either.
 _USUAL_RESOLUTION = 224
 
 
@@ -57,36 +57,35 @@ def evaluate(
 ) -> None:
     """Scores a checkpoint on the validation images of a set, and writes the scores with the accuracy of each class.
 
-    Of images that have no split for validation, as class folders alone, all are scored, from their files as they are;
-    of those that the run was trained on, the tenth that it held out.
+    Images without a validation split (class folders alone) are all scored, from their original files; of images that
+    the run was trained on, only the held-out tenth is scored.
 
-    Where the set has only some of the network's classes, the network chooses among these. A network of some of
-    ImageNet's classes is scored on the images of these. Folders numbered 0 to 999, as ImageNetV2's are, are ImageNet's
-    classes in their order.
+    If the set has only some of the network's classes, the network chooses among these. A network with some of
+    ImageNet's classes is scored on the images of these. Folders numbered 0 to 999, as in ImageNetV2, are ImageNet's
+    classes in order.
 
-    For ReaL and multi-label accuracy (train/score/multilabel.py), labels outside the classes that are scored are
-    dropped, and images left without labels are not scored.
+    For ReaL and multi-label accuracy (train/score/multilabel.py), labels outside the scored classes are dropped, and
+    images without remaining labels are not scored.
 
     Args:
         checkpoint: a run folder, a checkpoint file, NAME:FILE for a bare file of weights, or for published ones
             timm:NAME:pretrained or torchvision:NAME:pretrained
         data: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette (default: the run's own)
-        out: the JSON file to write (default: beside the checkpoint, a file for each set and way of scoring it; for
-            published weights, here)
-        resolution: pixels a side of the crops (default: what the network was trained at)
+        out: the JSON file to write (default: beside the checkpoint, one file per set and way of scoring; for published
+            weights, in the current folder)
+        resolution: pixels per side of the crops (default: what the network was trained at)
         batch: crops at a time
         decoder: auto, ffcv, dali or torchvision
         device: auto, cpu, cuda or cuda:N
-        threads: that decode, and as many that compute on the CPU (default: one per processor)
-        split: of images that have no split for validation: val scores the tenth that training holds out, all scores
-            every one (default: all, but of the run's own data val). All, real and multi_label read the image files as
-            they are
-        real: real.json, for ReaL accuracy too: of the images with labels there (ILSVRC2012_val_00000001 and so on), the
-            share whose likeliest class is one of them
-        multi_label: human_accuracy_v3.0.0.json, for multi-label accuracy too: the share of a class's images whose
-            likeliest class experts judged right or unclear, without problematic images; the mean over the classes
-        which: of a run folder, the checkpoint of its last epoch, or of its best one (default: last)
-        predictions: a file to write with each image's label and likeliest classes: .csv, .json or .jsonl
+        threads: number that decode, and number that compute on the CPU (default: one per processor)
+        split: for images without a validation split: val scores the tenth that training holds out, all scores every one
+            (default: all, but val for the run's own data). all, real and multi_label read the original image files
+        real: real.json, for ReaL accuracy: among the images with labels there (ILSVRC2012_val_00000001 and so on), the
+            share whose most likely class is one of them
+        multi_label: human_accuracy_v3.0.0.json, for multi-label accuracy: the share of a class's images whose most
+            likely class experts judged right or unclear, without problematic images; the mean over the classes
+        which: for a run folder, the checkpoint of its last or of its best epoch (default: last)
+        predictions: a file to write with each image's label and most likely classes: .csv, .json or .jsonl
     """
     where = device_named(device)
     set_threads(threads)
@@ -99,7 +98,7 @@ def evaluate(
     if out and predictions and Path(out).resolve() == Path(predictions).resolve():
         raise TrainError(f"PREDICTIONS={predictions}: is OUT too; give two files")
     with ExitStack() as files:
-        # First of all: hours of scoring are not to end at a file that cannot be written.
+        # Checked first: hours of scoring must not be lost because a file cannot be written.
         write = files.enter_context(result_file(Path(out), begins=BEGINNING)) if out else None
         write_rows = (
             files.enter_context(result_file(Path(predictions), begins=BEGINS[kind], option="PREDICTIONS"))
@@ -162,7 +161,7 @@ def evaluate(
 
 
 def taken(trained: Trained, checkpoint: str) -> str | None:
-    """Which file of a run was taken for what the user named as its checkpoint; None for weights from elsewhere."""
+    """Which file of a run was used for the given checkpoint; None for weights that are not a run's."""
     if trained.file is None or trained.epoch is None:
         return None
     other = "best" if trained.file.stem == "last" else "last"
@@ -179,7 +178,7 @@ def _identity(images: Images, data: str) -> list[Any]:
 def _opened(
     found: Images, trained: Trained, resolution: int | None, loading: Mapping[str, Any]
 ) -> tuple[int, Loader | Originals, Source | ConvertedSet]:
-    """Pixels a side of the crops, what gives them, and what that reads. loading: batch, decoder, device and threads."""
+    """Pixels per side of the crops, their loader, and what it reads. loading: batch, decoder, device and threads."""
     if isinstance(found, Source):
         side, crop = crops_for(trained, found.resolution or _USUAL_RESOLUTION, found.crop or CropRule(), resolution)
         originals = Originals(
@@ -198,7 +197,7 @@ def _opened(
 
 
 def _print_change(images: ConvertedSet, run: Run) -> None:
-    """Prints a notice where what the run was given as DATA has changed."""
+    """Prints a notice if the run's DATA has changed."""
     if images.fingerprint != run.identity["data"]["fingerprint"]:
         print(
             printable(f"{run.data}: holds other images than when the run was trained, or stores them otherwise"),
@@ -207,7 +206,7 @@ def _print_change(images: ConvertedSet, run: Run) -> None:
 
 
 def _files_of(images: Source | ConvertedSet) -> list[str]:
-    """The file of each image: its path; of an archive's or a stored image CLASS/FILE; its number where it has none."""
+    """The file of each image: its path; CLASS/FILE for an archived or stored image; its number if it has none."""
     if isinstance(images, ConvertedSet):
         if names_file(images.folder, "val").is_file():
             return images.image_names("val")
@@ -218,7 +217,7 @@ def _files_of(images: Source | ConvertedSet) -> list[str]:
 
 
 def _print(scores: Scores, several: Mapping[str, Accuracy], side: int, *, known: int) -> None:
-    """known: classes that network and set have in common."""
+    """known: number of classes that network and set have in common."""
     print(f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % on {scores.images} images at {side} px")
     for kind, accuracy in several.items():
         percent = "unknown" if accuracy.percent is None else f"{accuracy.percent:.2f} %"
@@ -237,7 +236,7 @@ def _check_names(files: Sequence[str], asked: Asked, data: str) -> None:
 def _by_labels(
     asked: Asked, source: Source, files: Sequence[str], columns: Sequence[int], scores: Scores
 ) -> dict[str, Accuracy]:
-    """The accuracies by the labels that were asked for."""
+    """The accuracies by the requested labels."""
     ids = by_id(source.class_names)
     answers = Answers(
         files=files,
@@ -249,9 +248,9 @@ def _by_labels(
 
 
 def scored_columns(trained: Trained, class_names: Sequence[str], data: str) -> list[int]:
-    """For each of the set's classes the network's output for it, or -1; says so where they are not the same.
+    """The network's output for each of the set's classes, or -1; prints a notice if they differ.
 
-    Raises TrainError when the network lacks classes of the set, unless it is one of ImageNet's that has some of them.
+    Raises TrainError if the network lacks classes of the set, unless it has some of ImageNet's classes.
     """
     columns = class_columns(trained.class_names, class_names)
     theirs, ours, common = len(trained.class_names), len(columns), sum(column >= 0 for column in columns)
@@ -269,9 +268,9 @@ def scored_columns(trained: Trained, class_names: Sequence[str], data: str) -> l
 
 
 def crops_for(trained: Trained, usual: int, rule: CropRule, asked: int | None) -> tuple[int, CropRule]:
-    """Pixels a side and the validation crop: those asked for, else the network's own, else the set's.
+    """Pixels per side and the validation crop: those asked for, else the network's own, else the set's.
 
-    Raises ModelError for a size that the network does not take.
+    Raises ModelError for a size that the network does not accept.
     """
     side = (trained.resolution or usual) if asked is None else asked
     trained.check_resolution(side)
@@ -293,7 +292,7 @@ def _scored(
 
 
 def _beside(trained: Trained, data: str, key: str) -> Path:
-    """Where scores are written unless the user says so: beside the checkpoint; for published weights, here.
+    """The default place of scores: beside the checkpoint; for published weights, the current folder.
 
     key: of the set and the way in which it is scored; sets in different places may have the same name.
     """

@@ -1,10 +1,10 @@
-"""What PyTorch and its compiler say when something fails, in a few words."""
+"""Short messages for errors of PyTorch and its compiler."""
 
 import torch
 
 
 def reason(error: Exception) -> str:
-    """The first line that says what went wrong; a compiler's first one may only say which part of it failed."""
+    """The first line that names the cause; a compiler's first line may only name the part of it that failed."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
 

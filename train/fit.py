@@ -1,28 +1,27 @@
-"""Batch and length of a run where none was asked for: the recipe's, made to fit the number of training images.
+"""The default batch and length of a run: the recipe's, adapted to the number of training images.
 
-Recipes are written for large sets. Of a small one their batches make an epoch of a step or none, and their epochs a run
-of a few steps.
+Recipes are written for large sets. For a small one, an epoch of their batches has one step or none, and their epochs
+make a run of a few steps.
 """
 
 from dataclasses import replace
 
 from train.config import Config, is_built_in
 
-# An epoch has at least so many steps, where crops a step can be fewer for it.
+# An epoch has at least this many steps, if steps can be made smaller for it.
 _STEPS = 16
-# Crops in a part of a step, at least, for its batch statistics.
+# The fewest crops in a part of a step, for its batch statistics.
 _CROPS = 8
 
 
 def fitted(config: Config, images: int, replicas: int) -> Config:
-    """The configuration with the batch and epochs that fit a set of so many training images.
+    """The configuration with batch and epochs adapted to a set of this many training images.
 
     The recipe's batch is halved until an epoch has at least 16 steps, but not below 8 crops in each of the `replicas`
-    parts of a step; below that only as far as the images make one step at all, and not below 2. The learning rate
-    follows the batch, as for any other (optimizer.lr_batch). Where an epoch of the smallest batch still has fewer than
-    16 steps, there are more epochs, so that the run has 16 steps for each one of the recipe. What was asked for (BATCH,
-    EPOCHS, a recipe in a file of the user's) stays, and labels that were stored keep the recipe's epochs, which they
-    were made for.
+    parts of a step; further only if the images would not make a single step, and not below 2. The learning rate follows
+    the batch, as always (optimizer.lr_batch). If an epoch of the smallest batch still has fewer than 16 steps, there
+    are more epochs, so that the run has 16 steps for each epoch of the recipe. Values that were given (BATCH, EPOCHS, a
+    recipe in the user's own file) stay, and stored labels keep the recipe's epochs, which they were made for.
     """
     if config.batch % replicas or not is_built_in(config.recipe):
         return config
@@ -47,7 +46,7 @@ def fitted(config: Config, images: int, replicas: int) -> Config:
 
 
 def fit_line(asked: Config, taken: Config, images: int) -> str | None:
-    """What `fitted` has changed, in one line; None for nothing."""
+    """The changes made by `fitted`, in one line; None if there are none."""
     changes = []
     if taken.batch != asked.batch:
         changes.append(f"batches of {taken.batch} in place of {asked.batch}")

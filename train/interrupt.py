@@ -1,4 +1,4 @@
-"""An orderly stop of a run on Ctrl-C, SIGTERM, or when its terminal is closed (SIGHUP)."""
+"""Clean stop of a run on Ctrl-C, SIGTERM, or when its terminal is closed (SIGHUP)."""
 
 import os
 import signal
@@ -22,9 +22,9 @@ class Stop:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Turns Ctrl-C, SIGTERM and SIGHUP into a request to stop after the present step; a second one ends at once.
+    """Turns Ctrl-C, SIGTERM and SIGHUP into a request to stop after the current step; a second one ends immediately.
 
-    A closed terminal may send SIGHUP several times, which counts as once. Where it is ignored (nohup), it stays so.
+    A closed terminal may send SIGHUP several times, which counts as one. If it is ignored (nohup), it stays ignored.
     """
     stop = Stop()
 
@@ -50,7 +50,7 @@ def stop_on_signal() -> Iterator[Stop]:
 
 
 def _leave_terminal() -> None:
-    """Sends to nowhere what would be printed to a terminal or a pipe, which are gone and would refuse it."""
+    """Discards output to a terminal or a pipe that is gone, where printing would fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):
         if not stat.S_ISREG(os.fstat(number).st_mode):

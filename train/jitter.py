@@ -1,4 +1,4 @@
-"""Adversarial jitter: crops moved to where student and refinery disagree more (Label Refinery, section 3.1)."""
+"""Adversarial jitter: crops changed so that student and refinery disagree more (Label Refinery, section 3.1)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +22,11 @@ def with_jittered(
     eta: float,
     autocast: torch.dtype | None,
 ) -> CropBatch:
-    """The batch with its jittered crops behind its clean ones: crops float32 [2B, 3, R, R] in 0..255, not clipped.
+    """The batch followed by its jittered crops: crops float32 [2B, 3, R, R] in 0..255, not clipped.
 
-    X' = X + eta dL/dX (eq. 3), one step of ascent on each crop's KL(refinery || student), through both networks. X is
-    the student's normalised input (`normalise`); the paper leaves open whether it is. The gradient of the sum of the
-    crops' losses is taken, which is each crop's own except for what batch normalisation mixes in.
+    X' = X + eta dL/dX (eq. 3), one ascent step on each crop's KL(refinery || student), through both networks. X is the
+    student's normalised input (`normalise`), which the paper leaves open. The gradient is that of the sum of the crops'
+    losses, which equals each crop's own except for the mixing by batch normalisation.
     """
     device = batch.crops.device
     crops = batch.crops.float().requires_grad_()
@@ -41,11 +41,11 @@ def with_jittered(
 
 @contextmanager
 def _statistics_kept(network: nn.Module) -> Iterator[None]:
-    """The network's running statistics stay as they are, whatever passes through it."""
+    """The network's running statistics do not change in this context."""
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [norm.track_running_stats for norm in norms]
     for norm in norms:
-        # In training mode batch statistics are used all the same, and without this they are not counted in.
+        # In training mode batch statistics are still used, but they do not update the running ones.
         norm.track_running_stats = False
     try:
         yield

@@ -1,4 +1,4 @@
-"""A run with everything filled in: made once, then carried from the first step to the result."""
+"""A run with everything filled in, used from the first step to the result."""
 
 import json
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from train.labels.refinery import RefineryLabels
 from train.labels.source import Labels, LabelSource
 from train.runs import Run, folder_name, read_run
 
-# Growing crops come in steps of so many pixels: each size compiles once, so there are not many.
+# Crops grow in steps of this many pixels: each size is compiled once, so there should be few.
 _RESOLUTION_STEP = 16
 
 
@@ -38,11 +38,11 @@ _RESOLUTION_STEP = 16
 class Job:
     """One network's run.
 
-    config: what was asked for, with resolution, crop and precision filled in. asked_precision: as the user gave it.
+    config: the requested options, with resolution, crop and precision filled in. asked_precision: as the user gave it.
     data, crop: the images, and how they are cropped. labels: what the network learns from. device: where it trains.
-    seed, crop_seed: of the first weights and of the crops; the same, unless the labels were made for crops of another
-    seed. identity: all that decides the weights that the run ends with, as JSON gives it back. folder: the run's.
-    fit: in which of the recipe's numbers it differs, because they do not fit the set, in one line; None for none.
+    seed, crop_seed: of the first weights and of the crops; equal, unless the labels were made for crops of another
+    seed. identity: everything that determines the final weights, as read back from JSON. folder: the run's. fit: how it
+    differs from the recipe, whose numbers do not fit the set, in one line; None if it does not.
     """
 
     config: Config
@@ -60,17 +60,17 @@ class Job:
 
     @property
     def resolution(self) -> int:
-        """Pixels a side of the crops, once they have grown."""
+        """Pixels per side of the crops, once they have grown."""
         assert self.config.resolution
         return self.config.resolution
 
     @property
     def resolutions(self) -> list[int]:
-        """Pixels a side of the crops of all epochs, each size once, in ascending order."""
+        """Pixels per side of the crops of all epochs, each size once, in ascending order."""
         return _resolutions(self.config, self.resolution)
 
     def resolution_in(self, epoch: int) -> int:
-        """Pixels a side of the crops in an epoch (0, 1, ...)."""
+        """Pixels per side of the crops in an epoch (0, 1, ...)."""
         return growing_resolution(epoch, self.config.epochs, self.config.resolution_from, self.resolution)
 
     def plan_epoch(self, epoch: int) -> int:
@@ -85,7 +85,7 @@ class Job:
 
     @property
     def replicas(self) -> int:
-        """Parts of a batch, each with its own batch statistics."""
+        """Number of parts of a batch, each with its own batch statistics."""
         assert self.config.replicas
         return self.config.replicas
 
@@ -100,7 +100,7 @@ class Job:
 
     @property
     def augment(self) -> Augment | None:
-        """What is done to its crops on the device; None for nothing."""
+        """The augmentation of its crops on the device; None for none."""
         config = self.config.augment
         if not (config.colours or config.mixes):
             return None
@@ -108,7 +108,7 @@ class Job:
 
     @property
     def loading(self) -> dict[str, Any]:
-        """What all loaders of the run have in common."""
+        """The arguments that all loaders of the run have in common."""
         return {
             "decoder": self.config.decoder,
             # The processes of a machine share its processors.
@@ -120,9 +120,9 @@ class Job:
     def open_crops(
         self, labels: LabelSource | None = None, *, resolution: int | None = None, drop_last: bool = True
     ) -> Loader:
-        """The loader of its training crops, with what these labels need of them.
+        """The loader of its training crops, with further crops as these labels need them.
 
-        resolution: pixels a side (default: that of the last epochs). drop_last: leave out images that fill no batch.
+        resolution: pixels per side (default: that of the last epochs). drop_last: drop images that do not fill a batch.
         """
         return open_loader(
             self.data.beton("train"),
@@ -141,7 +141,7 @@ class Job:
         )
 
     def saved_run(self) -> Run | None:
-        """The run in its folder, finished or not, or None. Raises TrainError where it has another configuration."""
+        """The run in its folder, finished or not, or None. Raises TrainError if it has another configuration."""
         run = read_run(self.folder)
         if run and run.identity != self.identity:
             if run.identity | {"epochs": self.config.epochs} == self.identity:
@@ -157,7 +157,7 @@ class Job:
 
 
 def of_other_length(job: Job) -> Run | None:
-    """A finished run beside a job's folder that differs from it in its number of epochs alone."""
+    """A finished run beside a job's folder that differs only in its number of epochs."""
     for folder in sorted(job.folder.parent.glob(f"{job.folder.name.rpartition('-')[0]}-*")):
         with suppress(TrainError):
             run = read_run(folder)
@@ -168,10 +168,10 @@ def of_other_length(job: Job) -> Run | None:
 
 
 def check(configs: Sequence[Config]) -> tuple[ConvertedSet, list[Labels]]:
-    """Raises for what no run can be made of, before anything slow begins.
+    """Raises for configurations that cannot be run, before anything slow begins.
 
-    configs: all on the same data. Returns the data, converted now if they were not yet, and the labels of each
-    configuration, without those whose refinery is yet to be trained. Raises DataError, ModelError or TrainError.
+    configs: all on the same data. Returns the data, converted now if necessary, and the labels of each configuration,
+    except those whose refinery is still to be trained. Raises DataError, ModelError or TrainError.
     """
     for config in configs:
         decoders.choose(config.decoder, device_named(config.device))
@@ -182,12 +182,12 @@ def check(configs: Sequence[Config]) -> tuple[ConvertedSet, list[Labels]]:
     for config in configs:
         check_folder(Path(config.out or config.runs), "the run")
         if not isinstance(found, ConvertedSet):
-            # Before hours of converting; some images may turn out to be damaged, so it is looked at again.
+            # Before hours of converting; checked again afterwards, since some images may turn out to be damaged.
             images, world = len(found.source.train.labels), group().world
             filled = fitted(config, images, config.replicas or world)
             check_batch(filled, images, config.data, world)
             check_memory(filled, config.resolution or 0, device_named(config.device), world)
-    # By one process, where there are several; the others find it done.
+    # By one process if there are several; the others find it done.
     data = group().in_turn(lambda: ensure_converted(find_set(configs[0].data) if group().rank else found))
     known = iter(labels)
     for config in configs:
@@ -200,13 +200,13 @@ def check(configs: Sequence[Config]) -> tuple[ConvertedSet, list[Labels]]:
 
 
 def find_labels(configs: Sequence[Config], class_names: Sequence[str]) -> list[Labels]:
-    """The labels of each configuration for data of these classes; those that are the same are read once.
+    """The labels of each configuration for data of these classes; equal ones are read once.
 
-    Raises TrainError and ModelError as Labels.find.
+    Raises TrainError and ModelError as Labels.find does.
     """
 
     def asked(config: Config) -> Config:
-        # Students of one refinery may differ in this alone.
+        # Students of one refinery may differ only in this.
         return replace(config, model="any", optimizer=OptimizerConfig(), schedule=ScheduleConfig())
 
     found: dict[Config, Labels] = {}
@@ -217,19 +217,19 @@ def find_labels(configs: Sequence[Config], class_names: Sequence[str]) -> list[L
 
 
 def needs_refinery(config: Config) -> bool:
-    """Whether the refinery is named by its network alone: one of its finished runs is meant, or it is trained first."""
+    """Whether the refinery is given only by its network: then a finished run of it is used, or it is trained first."""
     return issubclass(kinds.kind_of(config), RefineryLabels) and names_network_alone(str(config.refinery))
 
 
 def resolve(config: Config, data: ConvertedSet, labels: Labels, together: Group | None = None) -> Job:
     """The run of a configuration that `check` has passed, on these data and with these labels.
 
-    together: the processes that it is dealt out to (default: all).
+    together: the processes that share it (default: all).
     """
     device = device_named(config.device)
     asked = {name: value for name, value in asdict(config.crop).items() if value is not None}
     plan = labels.plan
-    # Validation crops are the data's, whatever the labels were made for.
+    # Validation crops follow the data, whatever crops the labels were made for.
     usual = replace(plan.crop, center_ratio=data.crop.center_ratio) if plan else data.crop
     crop = replace(usual, **asked)
     seed = seed_of_generation(config.seed, labels.generation)
@@ -263,15 +263,15 @@ def resolve(config: Config, data: ConvertedSet, labels: Labels, together: Group 
 
 
 def _resolution(config: Config, data: ConvertedSet, labels: Labels | None) -> int:
-    """Pixels a side of a run's crops: as asked for, else as its labels were made, else what fits the data."""
+    """Pixels per side of a run's crops: as given, else those of its labels, else what fits the data."""
     plan = labels.plan if labels else None
     return config.resolution or (plan.resolution if plan else data.resolution)
 
 
 def _identity(config: Config, data: ConvertedSet, crop: CropRule, labels: Labels) -> dict[str, Any]:
-    """All that decides the weights a run ends with.
+    """Everything that determines the final weights of a run.
 
-    Left out is what decides them by rounding alone (decoder, threads, compiler, device): see train.runs.record.
+    Except for what affects only rounding (decoder, threads, compiler, device): see train.runs.record.
     """
     pretrained = config.pretrained
     if pretrained and pretrained not in models.HUBS:
@@ -299,7 +299,7 @@ def _identity(config: Config, data: ConvertedSet, crop: CropRule, labels: Labels
         "precision": config.precision,
         "seed": config.seed,
     }
-    # So that runs from before there was any keep their identity.
+    # So that runs from before this option keep their identity.
     if not (config.augment.colours or config.augment.mixes):
         del identity["augment"]
     for name in ("truth", "balance"):
@@ -307,12 +307,12 @@ def _identity(config: Config, data: ConvertedSet, crop: CropRule, labels: Labels
             del identity["loss"][name]
     if config.replicas and config.replicas > 1:
         identity |= {"replicas": config.replicas, "reduced": "bf16" if config.reduce == "bf16" else "fp32"}
-    # As JSON gives it back, so that it compares equal with what was read from a run's folder.
+    # As read back from JSON, so that it compares equal with that of a run's folder.
     return json.loads(json.dumps(identity))
 
 
 def growing_resolution(epoch: int, epochs: int, share: float, last: int) -> int:
-    """Pixels a side in an epoch (0, 1, ...) of a run whose crops grow from `share` of `last` to `last`.
+    """Pixels per side in an epoch (0, 1, ...) of a run whose crops grow from `share` of `last` to `last`.
 
     They stay small for the first third of the run and grow in the second, in steps of 16 px.
     """
@@ -338,7 +338,7 @@ def _check_replicas(config: Config, replicas: int, together: Group) -> None:
 
 
 def _check_network(config: Config) -> None:
-    models.normalisation(config.model)  # refuses an unknown name
+    models.normalisation(config.model)  # raises for an unknown name
     if config.resolution:
         models.check_resolution(config.model, config.resolution)
     if config.pretrained in models.HUBS:

@@ -1,4 +1,4 @@
-"""Labels training crops with a refinery, epoch by epoch, and stores the labels: label once, train many.
+"""Labels training crops with a refinery, epoch by epoch, and stores the labels: label once, train many times.
 
 python -m train.label --refinery resnet50 --data images/ --epochs 20 --out labels/resnet50
 make label REFINERY=resnet50 DATA=images/ EPOCHS=20 OUT=labels/resnet50
@@ -37,7 +37,7 @@ from train.rounds import in_rounds, own_blocks
 from train.step import COMPILER_OPTIONS, forget_compiled_steps
 from train.train import with_refinery
 
-# Batches whose rows may still be on their way from a GPU while the next ones are labelled.
+# Batches whose rows may still be in transfer from a GPU while the next ones are labelled.
 _ON_THEIR_WAY = 2
 _USUAL_K = 10
 
@@ -47,10 +47,10 @@ class LabelOptions:
     """Options of stored labels.
 
     Args:
-        format: packed keeps the likeliest k classes of each crop, how much less likely than the first each is (within
-            10 %), and what all others have together; exact keeps all logits as they are, from which training equals
-            that from the refinery itself
-        k: how many classes packed labels keep (default: 10, or all of fewer)
+        format: packed keeps the k most likely classes of each crop, each one's probability relative to the first
+            (within 10 %), and the total of all others; exact keeps all logits, so that training equals that from the
+            refinery itself
+        k: how many classes packed labels keep (default: 10, or all if there are fewer)
     """
 
     format: Literal["exact", "packed"] = "packed"
@@ -59,13 +59,13 @@ class LabelOptions:
 
 def main() -> None:
     about = (
-        "Writes what a refinery says of every training crop of the first --epochs epochs to the folder --out, for "
-        "training with --labels.stored. What is finished is not repeated; started twice, the processes share the "
-        "epochs, and with --gpus N as many devices share the batches of each. A refinery that is named by its network "
-        "is trained first where it has no finished run. Options that say how crops are made (--seed, --crop, --copies, "
-        "--resolution) and how the refinery labels them (--batch, --order, --precision, --labels.bn, "
-        "--labels.resolution) count here; students find the former in the labels. --model is the student, of which the "
-        "recipe may say something of its own (its batch, say)."
+        "Writes a refinery's labels of every training crop of the first --epochs epochs to the folder --out, for "
+        "training with --labels.stored. Finished epochs are not repeated; if the command is started twice, the "
+        "processes share the epochs, and with --gpus N, N devices share the batches of each. A refinery given by the "
+        "name of its network is trained first if it has no finished run. Options for how crops are made (--seed, "
+        "--crop, --copies, --resolution) and how the refinery labels them (--batch, --order, --precision, --labels.bn, "
+        "--labels.resolution) apply here; students read the former from the labels. --model is the student, for which "
+        "the recipe may have its own values (its batch, for example)."
     )
 
     def parse(words: list[str]) -> tuple[Config, LabelOptions]:
@@ -81,17 +81,17 @@ def main() -> None:
 def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
     """Labels the crops of the first `config.epochs` epochs of a student of `config.refinery`, into `config.out`.
 
-    Of several processes (train.distributed) each labels some batches of every epoch, which are the same batches, and
-    labels, for any number of them.
+    With several processes (train.distributed), each labels some batches of every epoch; batches and labels are the same
+    for any number of processes.
     Raises DataError, ModelError or TrainError for bad input, as far as possible before anything slow begins, and
     Interrupted after Ctrl-C or SIGTERM.
     """
     _check(config, options)
     together = group()
     folder, epochs = Path(str(config.out)), config.epochs
-    # How long the refinery itself is trained, where it has to be, is the recipe's matter.
+    # If the refinery has to be trained first, the recipe determines for how long.
     given = {name: value for name, value in config.given.items() if name not in ("epochs", "out")}
-    # Batches are those of one process.
+    # Batches are those of a single process.
     ahead = look_ahead([configure(given)], ALONE, trained=False)
     parts = with_costs([part for part in parts_of(ahead) if part.is_refinery])
     announce_plan(parts)
@@ -108,7 +108,7 @@ def label(config: Config, options: LabelOptions = LabelOptions()) -> Store:
         f"crops   {labeller.loader.num_samples} images of {job.data.folder}, {made.copies} crops each, {epochs} epochs"
     )
     print(
-        f"rows    {made.kind}, {made.bytes_per_crop} bytes a crop, {in_units(made.bytes_per_epoch)} an epoch, "
+        f"rows    {made.kind}, {made.bytes_per_crop} bytes per crop, {in_units(made.bytes_per_epoch)} per epoch, "
         f"{in_units(epochs * made.bytes_per_epoch)} in all; {store.folder}",
         flush=True,
     )
@@ -156,11 +156,11 @@ def _report(store: Store, epochs: int) -> None:
 
 
 class Labeller:
-    """Labels the crops of a run, `job`, with its refinery, an epoch at a time: of `together`'s processes each some.
+    """Labels the crops of a run, `job`, with its refinery, an epoch at a time, divided among `together`'s processes.
 
-    loader: of the crops of all images, also of those that training leaves out because they fill no batch; they come
-    last. description: of the labels that it makes.
-    Raises TrainError for what only shows when the refinery is opened, and for too few images.
+    loader: of the crops of all images, including those that training drops because they do not fill a batch; they come
+    last. description: of the labels that it makes. Raises TrainError for errors that only occur when the refinery is
+    opened, and for too few images.
     """
 
     def __init__(self, job: Job, options: LabelOptions, together: Group = ALONE):
@@ -204,8 +204,7 @@ class Labeller:
     def label_epoch(self, epoch: int, rows: NDArray[np.uint8], stop: Stop, name: str) -> None:
         """Fills this process's rows of an epoch's, [crops, bytes_per_crop]; `name` is the progress bar's.
 
-        Raises TrainError for logits that are not finite and for too little memory, Interrupted where a stop is asked
-        for.
+        Raises TrainError for logits that are not finite and for too little memory, Interrupted if a stop is requested.
         """
         finite = torch.ones((), dtype=torch.bool, device=self.job.device)
         on_their_way: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]] = deque()
@@ -225,7 +224,7 @@ class Labeller:
             labels, all_finite = self._labelled(batch)
             finite &= all_finite
             places = batch.indices * self.description.copies + batch.copies
-            # Nothing here waits for the device: what was labelled is fetched while the next batches are.
+            # Nothing here waits for the device: labels are fetched while the next batches are labelled.
             on_their_way.append((_fetched(places), _fetched(labels[: len(places)]), self._event()))
             if len(on_their_way) > _ON_THEIR_WAY:
                 arrived()
@@ -234,33 +233,33 @@ class Labeller:
         (spoilt,) = self._together.largest([not finite])
         if spoilt:
             raise TrainError(
-                f"REFINERY={self.job.config.refinery}: what it says of some crops of epoch {epoch + 1} is not finite; "
+                f"REFINERY={self.job.config.refinery}: its logits for some crops of epoch {epoch + 1} are not finite; "
                 "try --precision fp32, or another refinery"
             )
 
     def _event(self) -> torch.cuda.Event | None:
-        """The present point of the device's work; None on a CPU, where nothing is left to wait for."""
+        """An event at the current point of the device's work; None on a CPU, where there is nothing to wait for."""
         if self.job.device.type != "cuda":
             return None
         event = torch.cuda.Event()
-        # By name: without one it would be the stream of the first device.
+        # With the device's name: otherwise it would be the stream of the first device.
         event.record(torch.cuda.current_stream(self.job.device))
         return event
 
     def _batches(self, epoch: int) -> Iterator[CropBatch]:
-        """This process's batches of an epoch, all with crops for a full one.
+        """This process's batches of an epoch, all filled to full size.
 
-        The refinery sees as many crops at a time as in training, whose statistics it may use; to the last images of an
-        epoch, which are too few, the crops of the first ones are added, without their labels.
+        The refinery sees as many crops at a time as in training, since it may use their statistics; the last batch of
+        an epoch is filled up with the crops of the first images, whose labels are not stored again.
         """
         size, first = self.job.config.batch, []
         own, missing = own_blocks(self.loader, self._together), -self.loader.num_samples % size
-        # Who has the last block needs the first one too, which may be another's to label.
+        # The process with the last block also needs the first one, which another may label.
         borrowed = missing > 0 and self.loader.blocks - 1 in own and 0 not in own
         for number, batch in enumerate(self.loader.epoch(epoch, blocks=[0, *own] if borrowed else own)):
             copy = number % self.description.copies
             if number == copy:
-                # Copied: the loader may use the memory again.
+                # Copied, since the loader may reuse the memory.
                 first.append(batch.crops[:missing].clone())
                 if borrowed:
                     continue
@@ -273,7 +272,7 @@ class Labeller:
         try:
             with torch.no_grad():
                 return self._compute(batch)
-        except Exception as error:  # a compiler fails in as many ways as it has parts
+        except Exception as error:  # compilers raise many kinds of errors
             if is_out_of_memory(error):
                 raise TrainError(
                     f"batch={len(batch.crops)}: is too large for this device; take a smaller one"
@@ -292,7 +291,7 @@ class Labeller:
         return self._rows.pack(logits), logits.isfinite().all()
 
     def logits(self, batch: CropBatch) -> torch.Tensor:
-        """What the refinery says of a batch's crops, [B, C]."""
+        """The refinery's logits for a batch's crops, [B, C]."""
         with computing_in(self.job.autocast, self.job.device):
             logits = self._source(batch).logits
         assert logits is not None
@@ -300,7 +299,7 @@ class Labeller:
 
     @torch.no_grad()
     def _output_type(self) -> torch.dtype:
-        """What the refinery computes its output in, which not every network does in the type of the autocast."""
+        """The dtype of the refinery's output, which for some networks is not that of the autocast."""
         return self.logits(next(self.loader.epoch(0)).first(2)).dtype
 
 

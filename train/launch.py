@@ -1,10 +1,10 @@
-"""Starts a command once for each device of this machine (torchrun's own launcher).
+"""Starts one process of a command for each device of this machine (torchrun's own launcher).
 
 python -m train --gpus 8 --model resnet50 --data imagenet
 make train MODEL=resnet50 DATA=imagenet GPUS=8
 
-With --max_restarts K, processes of which one was killed or failed start again, up to K times, from the last checkpoint.
-On several machines torchrun itself is typed on each: docs/several-devices.md.
+With --max_restarts K, if a process was killed or failed, all start again from the last checkpoint, up to K times. With
+several machines, run torchrun itself on each: docs/several-devices.md.
 """
 
 import logging
@@ -18,7 +18,7 @@ from command import safe_path, typed_command, with_underscores
 from data.processors import processors
 from train import TrainError
 
-# What ends all processes of a command.
+# Signals that end all processes of a command.
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
 
@@ -30,10 +30,11 @@ def on_devices(
     *,
     kept: str = "the same command goes on from the last checkpoint, if there is one",
 ) -> None:
-    """Calls work with what parse makes of the command line's words: here, or with --gpus N in N processes of `module`.
+    """Calls work with the result of parsing the command line's words: here, or with --gpus N in N processes of
+    `module`.
 
-    kept: what is not lost where a process is killed, for the message.
-    Raises TrainError, and what parse raises, before any process is started.
+    kept: what is not lost if a process is killed, for the message. Raises TrainError, and the errors of parse, before
+    any process is started.
     """
     words = with_underscores(list(words))
     gpus, words = _taken(words, "gpus", "the number of devices", least=1)
@@ -46,12 +47,12 @@ def on_devices(
 
 
 def share_processors(count: int) -> None:
-    """Gives processes started from now on, `count` at a time, as many threads each as there are processors for."""
+    """Divides the processors of this process among `count` processes started from now on, as threads of each."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(processors() // count, 1)))
 
 
 def _taken(words: list[str], option: str, what: str, *, least: int) -> tuple[int | None, list[str]]:
-    """The number behind --option, if it is there, and the other words. Raises TrainError for what is no number."""
+    """The number after --option, if it is given, and the other words. Raises TrainError if it is not a number."""
     for at, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name == f"--{option}":
@@ -63,18 +64,18 @@ def _taken(words: list[str], option: str, what: str, *, least: int) -> tuple[int
 
 
 def _launch(count: int, restarts: int, module: str, words: Sequence[str], kept: str) -> None:
-    # Loading the launcher takes a second, which a single process need not wait for.
+    # Importing the launcher takes a second; a single process does not need it.
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # What ended a process it has said itself, in one line.
+    # A process has printed itself what ended it, in one line.
     os.environ.setdefault("TYPED_COMMAND", typed_command())
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     share_processors(count)
-    # Else processes that are started again take addresses from before for each other's (PyTorch issue 135712).
+    # Otherwise restarted processes may use each other's old addresses (PyTorch issue 135712).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     config = LaunchConfig(
         min_nodes=1,
@@ -85,7 +86,7 @@ def _launch(count: int, restarts: int, module: str, words: Sequence[str], kept: 
         rdzv_endpoint="localhost:0",
         max_restarts=restarts,
         monitor_interval=0.2,
-        # Those that are ignored (SIGHUP, by nohup) stay so.
+        # Ignored signals (SIGHUP, by nohup) stay ignored.
         signals_to_handle=",".join(
             name for name in _SIGNALS if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN
         ),
@@ -94,7 +95,7 @@ def _launch(count: int, restarts: int, module: str, words: Sequence[str], kept: 
         elastic_launch(config, sys.executable)("-u", *safe_path(), "-m", module, *words)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
-        # Of a peer that was lost the code is 1; of the one that knows why, another.
+        # A process that lost its peer exits with 1; the one that knows the reason with another code.
         code = next((code for code in codes if code not in (0, 1)), 1)
         if code < 0:
             print(f"error: a process was ended by signal {-code}; {kept}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""How long runs are: their steps, and the seconds that are left of a command."""
+"""The length of runs: their steps, and the remaining seconds of a command."""
 
 from dataclasses import dataclass
 
@@ -11,40 +11,40 @@ def steps_of(job: Job) -> int:
 
 
 def steps_left(job: Job, done: tuple[int, int] = (0, 0)) -> float:
-    """The steps of a run after so many epochs and steps of the next one; those of smaller crops count less."""
+    """The steps of a run after `epochs` epochs and `steps` of the next one; steps with smaller crops count less."""
     epochs, steps = done
     weights = [step_weight(job, epoch) for epoch in range(epochs, job.config.epochs)]
     return steps_of(job) * sum(weights) - (steps * weights[0] if weights else 0)
 
 
 def step_weight(job: Job, epoch: int) -> float:
-    """What a step of an epoch (0, 1, ...) takes, as a share of one with crops of full size."""
+    """The cost of a step of an epoch (0, 1, ...) relative to one with crops of full size."""
     return (job.resolution_in(epoch) / job.resolution) ** 2
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training takes on this machine, in seconds: a step with crops of full size, and all validation images."""
+    """Seconds of a training on this machine: of a step with crops of full size, and of all validation images."""
 
     step: float
     validation: float
 
     def seconds(self, job: Job, done: tuple[int, int] = (0, 0)) -> float:
-        """Of a whole run, or of what is left of it after so many epochs and steps of the next one."""
+        """Seconds of a whole run, or of the rest of it after some epochs and some steps of the next one."""
         return self.step * steps_left(job, done) + self.validation * (job.config.epochs - done[0])
 
 
 class Remaining:
-    """The seconds that are left of a command while one of its trainings goes on, by what its steps have taken so far.
+    """The remaining seconds of a command during one of its trainings, estimated from its steps so far.
 
-    cost: what was measured beforehand, until there is more. later: seconds of what follows in the command.
+    cost: measured beforehand, used until there is more. later: seconds of the rest of the command.
     """
 
     def __init__(self, job: Job, *, cost: Cost | None = None, later: float = 0.0):
         self._job, self._later = job, later
         self._step = cost.step if cost else 0.0
         self._validation = cost.validation if cost else 0.0
-        # Of this start: its first step, which may compile, is left out.
+        # Of this start, without its first step, which may compile.
         self._begun, self._steps, self._seconds = False, 0.0, 0.0
 
     def count_step(self, epoch: int, seconds: float) -> None:
@@ -58,12 +58,12 @@ class Remaining:
         self._validation = seconds
 
     def seconds(self, epoch: int, step: int) -> float:
-        """After so many epochs and steps of the next one."""
+        """The remaining seconds after this many epochs and steps of the next one."""
         return Cost(self._step, self._validation).seconds(self._job, (epoch, step)) + self._later
 
 
 def said_seconds(seconds: float) -> str:
-    """A duration, as people say it: 40 s, 12 min, 3 h 20 min, 4 days 3 h."""
+    """A duration as text: 40 s, 12 min, 3 h 20 min, 4 days 3 h."""
     if seconds < 90:
         return f"{max(round(seconds), 1)} s"
     minutes = round(seconds / 60)

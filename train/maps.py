@@ -1,4 +1,4 @@
-"""Makes label maps: what a refinery says of every part of each image, once for all crops (ReLabel: Yun et al. 2021).
+"""Makes label maps: a refinery's labels of every part of each image, once for all crops (ReLabel: Yun et al. 2021).
 
 python -m train.maps --refinery resnet50 --data images/ --out maps/resnet50
 make maps REFINERY=resnet50 DATA=images/ OUT=maps/resnet50
@@ -42,11 +42,11 @@ from train.rounds import in_rounds, own_blocks
 from train.train import with_refinery
 from train.trees import export_maps, import_maps
 
-# Of each cell; as published.
+# Classes kept per cell, as published.
 _KEPT = 5
-# Published networks are shown larger pictures than they were trained on, for maps of 15 x 15 cells (RL, section 3.1).
+# Published networks get larger images than they were trained on, for maps of 15 x 15 cells (ReLabel, section 3.1).
 _PUBLISHED_SIDE = 480
-# The loader's own crops are not used: the smaller, the better.
+# The loader's own crops are not used, so they are as small as possible.
 _UNUSED_SIDE = 8
 
 
@@ -55,14 +55,14 @@ class MapsOptions:
     """Options of label maps.
 
     Args:
-        map_resolution: pixels a side to which whole images are squashed for the refinery (default: the scale of its own
-            validation crops; 480 for published weights)
+        map_resolution: pixels per side to which whole images are squashed for the refinery (default: the scale of its
+            own validation crops; 480 for published weights)
     """
 
     map_resolution: int | None = None
 
 
-# Beside making maps; each is called with its options.
+# Further commands; each is called with its own options.
 _COMMANDS: dict[str, Callable[..., Any]] = {"import": import_maps, "export": export_maps, "show": show}
 
 
@@ -73,10 +73,10 @@ def main() -> None:
         return
     about = (
         "Writes the label map of every training image to the folder --out, for training with --labels.stored: the "
-        "refinery's classifier at each cell of its last feature map, the likeliest 5 classes of each. A refinery that "
-        "is named by its network is trained first where it has no finished run. The commands `import` and `export` "
-        "(python -m train.maps import --help) read and write maps in files as ReLabel published them, and `show` draws "
-        "some. With --gpus N as many devices make them, each those of some images."
+        "refinery's classifier at each cell of its last feature map, the 5 most likely classes of each. A refinery "
+        "given by the name of its network is trained first if it has no finished run. The commands `import` and "
+        "`export` (python -m train.maps import --help) read and write maps in the files that ReLabel published, and "
+        "`show` draws some. With --gpus N, N devices divide the images among them."
     )
 
     def parse(words: list[str]) -> tuple[Config, MapsOptions]:
@@ -94,16 +94,16 @@ def main() -> None:
 def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
     """Makes the label maps of the training images with `config.refinery`, in `config.out`.
 
-    Of several processes (train.distributed) each makes those of some batches of images, which are the same batches, and
-    maps, for any number of them.
+    With several processes (train.distributed), each makes the maps of some batches of images; batches and maps are the
+    same for any number of processes.
     Raises DataError, ModelError or TrainError for bad input, as far as possible before anything slow begins, and
     Interrupted after Ctrl-C or SIGTERM.
     """
     _check(config, options)
     together = group()
-    # Of a whole image there is no batch of crops whose statistics could be meant.
+    # Whole images are not in a batch of crops whose statistics could be used.
     given = {name: value for name, value in config.given.items() if name != "out"} | {"labels.bn": "running"}
-    # Batches are those of one process.
+    # Batches are those of a single process.
     ahead = look_ahead([configure(given)], ALONE, trained=False)
     parts = with_costs([part for part in parts_of(ahead) if part.is_refinery])
     announce_plan(parts)
@@ -121,7 +121,7 @@ def make_maps(config: Config, options: MapsOptions = MapsOptions()) -> Store:
     if made.cells == 1:
         print("maps    of one cell give all crops of an image the same label; a larger --map_resolution has more")
     print(
-        f"rows    {made.bytes_per_crop} bytes an image, {in_units(made.bytes_per_epoch)} in all; {store.folder}",
+        f"rows    {made.bytes_per_crop} bytes per image, {in_units(made.bytes_per_epoch)} in all; {store.folder}",
         flush=True,
     )
     with stop_on_signal() as stop, store.writing(0, together) as rows:
@@ -145,9 +145,9 @@ def _check(config: Config, options: MapsOptions) -> None:
 
 
 class Mapper:
-    """Makes the maps of a run's images with its refinery: of `together`'s processes each some.
+    """Makes the maps of a run's images with its refinery, divided among `together`'s processes.
 
-    network: what gives the cells. description: of the maps.
+    network: computes the logits of the cells. description: of the maps.
 
     Raises ModelError for a refinery whose head is not the mean of cells and a linear layer.
     """
@@ -192,21 +192,22 @@ class Mapper:
             dtype="float16",
             bytes_per_crop=self._rows.width,
             cells=cells,
-            # Logits that are left out count as 0. One constant for a cell's logits changes no softmax, pooled or not.
+            # Dropped logits count as 0. Adding a constant to a cell's logits does not change the softmax, pooled or
+            # not.
             shift=self._rows.k < classes,
         )
 
     def fill(self, rows: NDArray[np.uint8], stop: Stop) -> None:
         """Fills this process's rows of all images', [images, bytes of a map].
 
-        Raises TrainError for logits that are not finite, Interrupted where a stop is asked for.
+        Raises TrainError for logits that are not finite, Interrupted if a stop is requested.
         """
         stopped = f"stopped; maps are made in one go, so type again:\n  {typed_command()}"
         batches = self._loader.epoch(0, blocks=own_blocks(self._loader, self._together))
         for batch in in_rounds(batches, self._loader, self._together, stop, name="label maps", stopped=stopped):
             cells = self._cells(batch.paired[self._whole])
             packed = self._rows.pack(self._shifted(cells) if self.description.shift else cells)
-            # As stored: float16 holds less than what the network computes in.
+            # As stored: float16 has a smaller range than the network's own dtype.
             if not self._rows.unpack(packed)[0].isfinite().all():
                 raise TrainError(
                     f"REFINERY={self._job.config.refinery}: its logits for some images are not finite in float16; "
@@ -234,7 +235,7 @@ class Mapper:
 
 
 def _usual_side(trained: Trained, job: Job) -> int:
-    """Pixels a side at which a whole image has the scale of the refinery's validation crops; or more, if published."""
+    """Pixels per side at which a whole image has the scale of the refinery's validation crops; more if published."""
     resolution, ratio = trained.resolution or job.resolution, trained.center_ratio or job.crop.center_ratio
     scale = round(resolution / ratio)
     return max(scale, _PUBLISHED_SIDE) if trained.file is None else scale

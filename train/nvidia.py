@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says of the GPUs: by nvidia-smi, which comes with it."""
+"""Information about the GPUs from NVIDIA's driver, through nvidia-smi, which comes with it."""
 
 import contextlib
 import subprocess
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 _SECONDS = 10
-# What is noted of each GPU, under which name, and how it is read.
+# The fields of each GPU: our name, nvidia-smi's name, and type.
 _FIXED = {
     "driver": ("driver_version", str),
     "name": ("name", str),
@@ -21,12 +21,12 @@ _NOW = {"clock_mhz": ("clocks.sm", float), "watts": ("power.draw", float)}
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Of each GPU that this process may use what does not change: driver, name, memory, power limit, highest clocks."""
+    """Constant properties of each GPU that this process may use: driver, name, memory, power limit, highest clocks."""
     return _asked(_FIXED)
 
 
 def described(found: list[dict[str, Any]]) -> str:
-    """What gpus() found in words, in brackets behind the name of a GPU; nothing where none was found."""
+    """The result of gpus() as text in brackets, to follow the name of a GPU; "" if there is none."""
     if not found:
         return ""
     said = [
@@ -47,17 +47,17 @@ def described(found: list[dict[str, Any]]) -> str:
 
 
 def now() -> dict[str, float]:
-    """Clock and power at this moment, clock_mhz and watts, as means of the GPUs; what is not known is left out."""
+    """Current clock and power, clock_mhz and watts, as means over the GPUs; unknown values are omitted."""
     found = _asked(_NOW)
     known = {name: [gpu[name] for gpu in found if gpu[name] is not None] for name in _NOW}
     return {name: sum(values) / len(values) for name, values in known.items() if values}
 
 
 def _asked(fields: Mapping[str, tuple[str, type]]) -> list[dict[str, Any]]:
-    """A GPU's fields each, None where the driver does not know one; nothing where nvidia-smi does not answer."""
+    """A GPU's fields each, None if the driver does not know it; empty if nvidia-smi fails."""
     command = ["nvidia-smi", f"--query-gpu={','.join(name for name, _ in fields.values())}"]
     kinds = [(name, kind) for name, (_, kind) in fields.items()]
-    # Where it knows the GPUs by other names, all are asked.
+    # If it knows the GPUs by other names, all are queried.
     for ids in (_ids(), []):
         try:
             done = subprocess.run(
@@ -79,7 +79,7 @@ def _asked(fields: Mapping[str, tuple[str, type]]) -> list[dict[str, Any]]:
 
 
 def _ids() -> list[str]:
-    """The option that leaves out the GPUs that are hidden from this process."""
+    """The option that excludes GPUs that are hidden from this process."""
     count = torch.cuda.device_count()
     ids = [str(getattr(torch.cuda.get_device_properties(number), "uuid", "")) for number in range(count)]
     names = [f"GPU-{each.removeprefix('GPU-')}" for each in ids if each]

@@ -1,4 +1,4 @@
-"""Says what is on images: the five likeliest classes of each.
+"""Classifies images: prints the five most likely classes of each.
 
 python -m train.predict --checkpoint runs/scenes/... --images photo.jpg
 python -m train.predict --checkpoint runs/scenes/... --images photos/*.jpg --format jsonl
@@ -33,7 +33,7 @@ from train.score import answering, likeliest_five
 from train.score.predictions import BEGINS, Format, Rows, check_choice, format_named
 from train.score.result_file import Write, result_file
 
-# For networks that don't say it.
+# For networks that do not specify it.
 _USUAL_RESOLUTION, _USUAL_CENTER = 224, 224 / 256
 
 
@@ -48,23 +48,23 @@ def predict(
     threads: int | None = None,
     which: str | None = None,
 ) -> None:
-    """Names the five likeliest classes of images, ImageNet's also in words.
+    """Lists the five most likely classes of images, ImageNet's also in words.
 
-    Prints them, or writes them to a file, which appears when it is complete. Images that cannot be read are named and
-    left out. Notices and the progress go to standard error.
+    Prints them, or writes them to a file, which appears when it is complete. Images that cannot be read are skipped and
+    listed. Notices and progress go to standard error.
 
     Args:
         checkpoint: a run folder, a checkpoint file of ours, or a network of ImageNet's classes as NAME:FILE,
             timm:NAME:pretrained or torchvision:NAME:pretrained
-        images: an image file, a folder (and those below), a pattern such as 'photos/*.jpg', @list.txt with one path a
+        images: an image file, a folder (and those below), a pattern such as 'photos/*.jpg', @list.txt with one path per
             line, or several of these
-        out: the file to write: .csv, .json or .jsonl (JSON lines); default: they are printed
-        format: text, csv, json or jsonl (default: what the ending of out names; text where they are printed)
-        resolution: pixels a side of the crop (default: what the network was trained at)
+        out: the file to write: .csv, .json or .jsonl (JSON lines); default: print them
+        format: text, csv, json or jsonl (default: by the extension of out; text if they are printed)
+        resolution: pixels per side of the crop (default: what the network was trained at)
         batch: crops at a time
         device: auto, cpu, cuda or cuda:N
-        threads: that decode, and as many that compute on the CPU (default: one per processor)
-        which: of a run folder, the checkpoint of its last epoch, or of its best one (default: last)
+        threads: number that decode, and number that compute on the CPU (default: one per processor)
+        which: for a run folder, the checkpoint of its last or of its best epoch (default: last)
     """
     where = device_named(device)
     for name, value in {"BATCH": batch, "threads": threads}.items():
@@ -100,7 +100,7 @@ def predict(
         names = trained.class_names
         rows = Rows(write, kind, names, most=min(5, len(names)), labelled=False)
         started, read = time.perf_counter(), 0
-        # A bar would run into what is printed on the same terminal.
+        # A progress bar would mix with output on the same terminal.
         shown = len(files) > batch and (bool(out) or not sys.stdout.isatty())
         with images_bar(len(files), "predict", leave=False, shown=shown) as bar:
             for crops in loader.epoch():
@@ -123,7 +123,7 @@ def predict(
 def _opened(file: str) -> Image.Image:
     if not os.path.lexists(file):
         raise ValueError("no such file")
-    # A pipe would be waited for.
+    # Opening a pipe would block.
     if not os.path.isfile(file):
         raise ValueError("a folder" if os.path.isdir(file) else "a link to nothing, or no regular file")
     return open_image(file)
@@ -139,9 +139,9 @@ def _notice(text: str) -> None:
 
 @contextmanager
 def _standard_output() -> Iterator[Write]:
-    """Gives what prints text at once. Ends the program where its reader has left (`| head`).
+    """Yields a function that prints text immediately. Ends the program if its reader is gone (`| head`).
 
-    Raises TrainError where the text cannot be written.
+    Raises TrainError if the text cannot be written.
     """
 
     def write(text: str) -> None:
@@ -149,7 +149,7 @@ def _standard_output() -> Iterator[Write]:
             sys.stdout.write(text)
             sys.stdout.flush()
         except BrokenPipeError:
-            # Python would try again at its end.
+            # Python would try again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(1)
         except OSError as error:
@@ -161,7 +161,7 @@ def _standard_output() -> Iterator[Write]:
 
 
 def words_of(typed: Sequence[str]) -> list[str]:
-    """A command line in which several words after --images are one, as a shell leaves them of an unquoted pattern."""
+    """A command line with several words after --images joined into one, as from an unquoted pattern in a shell."""
     words = list(typed)
     if "--images" in words:
         first = words.index("--images") + 1

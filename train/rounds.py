@@ -1,7 +1,7 @@
-"""One pass over images by several processes, with the batches that one process alone would make.
+"""One pass over images by several processes, with the same batches as for one process.
 
-The blocks of a loader (data.loader) are dealt out whole and in turns, block k to process k mod N, so that what depends
-on a batch's composition, or on its size, is the same for any number of processes.
+Whole blocks of a loader (data.loader) are distributed, block k to process k mod N, so that results that depend on a
+batch's composition or size are the same for any number of processes.
 """
 
 import time
@@ -16,17 +16,17 @@ _SECONDS_BETWEEN_AGREEMENTS = 0.5
 
 
 def own_blocks(loader: Loader, together: Group) -> list[int]:
-    """The blocks of each epoch that are this process's."""
+    """This process's blocks of each epoch."""
     return list(range(together.rank, loader.blocks, together.world))
 
 
 def in_rounds(
     batches: Iterator[CropBatch], loader: Loader, together: Group, stop: Stop, *, name: str, stopped: str
 ) -> Iterator[CropBatch]:
-    """Passes on `batches`, those of this process's own blocks, one a round, under a bar that counts the crops of all.
+    """Yields `batches`, those of this process's own blocks, one per round, with a bar that counts the crops of all.
 
-    name: the bar's. Raises Interrupted, which says `stopped`, in all processes after the same round, where one of them
-    is asked to stop before the last; and PeerLost where one is gone.
+    name: the bar's. Raises Interrupted with the message `stopped`, in all processes after the same round, if one of
+    them is asked to stop before the last round; and PeerLost if one is gone.
     """
     images, copies, block = loader.num_samples, loader.copies, loader.batch_size * together.world
     rounds = -(-loader.blocks // together.world) * copies
@@ -34,13 +34,13 @@ def in_rounds(
     with images_bar(images * copies, name) as bar:
         for number in range(1, rounds + 1):
             batch = next(batches, None)
-            # In the last round, some may have none.
+            # In the last round, some processes may have none.
             if batch is not None:
                 yield batch
             bar.update(min(block, images - (number - 1) // copies * block))
             if number == rounds or number < agreed + apart:
                 continue
-            # By the first one's clock: asking each other makes all wait for the slowest.
+            # By the first process's clock, since each exchange makes all wait for the slowest.
             took, mark = (time.perf_counter() - mark) / apart, time.perf_counter()
             agreed, wanted = number, together.first and together.world > 1
             own = [stop.requested, _SECONDS_BETWEEN_AGREEMENTS // max(took, 1e-6) if wanted else 0.0]

@@ -1,4 +1,4 @@
-"""The main job: the refinery found or trained first, then the students.
+"""The main command: finds or trains the refinery, then trains the students.
 
 python -m train --model mobilenet --refinery resnet50
 make train MODEL=mobilenet REFINERY=resnet50
@@ -24,11 +24,11 @@ from train.score.crop_truth import label_quality
 
 
 def train(config: Config, *, dry_run: bool = False) -> list[Run]:
-    """Trains what the configuration asks for, unless it is finished already, its refinery first where that is missing.
+    """Trains the networks of the configuration, unless they are finished already, and first a missing refinery.
 
-    Several networks in `config.model` train together, and each run ends as if it had been alone (except for the random
-    numbers of dropout, which they share). Returns a run for each, in their order. Prints beforehand what will be
-    trained, for how long and what is written; dry_run: ends there, without runs.
+    Several networks in `config.model` train together, and each run ends as if it had been trained alone (except for the
+    random numbers of dropout, which they share). Returns a run for each, in order. First prints what will be trained,
+    for how long and what is written; dry_run: ends there, without runs.
     Raises DataError, ModelError or TrainError for bad input, before anything slow begins.
     """
     ahead = look_ahead(_one_each(config))
@@ -41,9 +41,9 @@ def train(config: Config, *, dry_run: bool = False) -> list[Run]:
 
 
 def with_refinery(ahead: Ahead, parts: Sequence[Part], later: float = 0.0) -> list[Job]:
-    """The runs that were made out, their refinery trained where it was missing.
+    """The planned runs, after training their refinery if it was missing.
 
-    parts: what is to be trained. later: seconds that the command goes on for after them.
+    parts: what is to be trained. later: seconds of the rest of the command.
     """
     if not ahead.refinery:
         return ahead.jobs
@@ -53,7 +53,7 @@ def with_refinery(ahead: Ahead, parts: Sequence[Part], later: float = 0.0) -> li
 
 
 def _one_each(config: Config) -> list[Config]:
-    """The configuration of each network that `config.model` names; a recipe may say other things of each."""
+    """The configuration of each network in `config.model`; a recipe may have other values for each."""
     names = config.model.split()
     if len(names) == 1:
         return [config]
@@ -65,7 +65,7 @@ def _one_each(config: Config) -> list[Config]:
 
 
 def _say_apart(jobs: Sequence[Job]) -> None:
-    """Prints a notice where a recipe says of networks what they must share to train together."""
+    """Prints a notice if a recipe has different values for networks where they must be equal to train together."""
     first, *others = jobs
     ours = asdict(first.config)
     for other in others:
@@ -79,9 +79,9 @@ def _say_apart(jobs: Sequence[Job]) -> None:
 
 
 def _bring_together(jobs: Sequence[Job]) -> None:
-    """Takes networks that have trained together, and of which some are a save ahead, back to where the others stand.
+    """Takes networks that have trained together, if some are one save ahead, back to the save of the others.
 
-    That is what a kill between their checkpoints leaves. Apart, they would draw other random numbers from then on.
+    A kill between their checkpoints causes this. Trained apart, they would draw other random numbers from then on.
     """
     if len(jobs) == 1:
         return
@@ -104,9 +104,9 @@ def _bring_together(jobs: Sequence[Job]) -> None:
 
 
 def train_jobs(jobs: Sequence[Job], parts: Sequence[Part] = (), later: float = 0.0) -> list[Run]:
-    """Trains networks in their run folders, or continues them, or finds them finished; returns their runs in order.
+    """Trains networks in their run folders, or continues them, unless they are finished; returns their runs in order.
 
-    parts: what was measured of them beforehand. later: seconds that the command goes on for after them.
+    parts: their measured costs. later: seconds of the rest of the command.
     """
     runs: dict[str, Run] = {}
     jobs[0].group.check_same(
@@ -129,7 +129,7 @@ def train_jobs(jobs: Sequence[Job], parts: Sequence[Part] = (), later: float = 0
         set_threads(together[0].config.threads)
         trainer = Trainer(together, cost=cost, later=later + after)
         announce(trainer)
-        # Of several processes, the first one's words are all's.
+        # The first process prints for all.
         results = trainer.run()
         for student, result in zip(trainer.students, trainer.job.group.given(results), strict=True):
             if student.job.data.source_fingerprint == scenes_fingerprint():
@@ -138,7 +138,7 @@ def train_jobs(jobs: Sequence[Job], parts: Sequence[Part] = (), later: float = 0
                 )
             runs[student.name] = student.record.finish(result)
             announce_result(result, student.job)
-        # What one process wrote, the others may read now.
+        # From here on the other processes may read what one wrote.
         trainer.job.group.wait()
         if trainer.stopped:
             raise Interrupted(f"stopped after a finished run; to go on, type again:\n  {typed_command()}")

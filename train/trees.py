@@ -1,13 +1,13 @@
-"""Label maps in the layout that ReLabel published them in: a tree with one file for each training image.
+"""Label maps in ReLabel's published layout: a tree with one file for each training image.
 
     python -m train.maps import --tree relabel_imagenet --data imagenet --out maps/relabel
     python -m train.maps export --labels maps/resnet50 --data images/ --out tree
     make maps ARGS="import --tree relabel_imagenet --data imagenet --out maps/relabel"
 
-The map of the image CLASS/NAME.jpg is the file CLASS/NAME.pt, a tensor [2, K, S, S] that torch.save wrote: of S x S
-cells the logits of the likeliest K classes and then, as floating-point numbers too, the ids of these classes; rows of
-the image come before columns. (The published training code gives a crop's top to RoIAlign as x, as if columns came
-first; here a row is a row.) The logits of classes that a cell leaves out count as 0.
+The map of the image CLASS/NAME.jpg is the file CLASS/NAME.pt, a tensor [2, K, S, S] saved by torch.save: for S x S
+cells the logits of the K most likely classes, followed by the ids of these classes, also as floating-point numbers;
+rows of the image come before columns. (The published training code passes a crop's top to RoIAlign as x, as if columns
+came first; here a row is a row.) The logits of classes that a cell lacks count as 0.
 """
 
 import hashlib
@@ -44,16 +44,16 @@ _ENDING = ".pt"
 def import_maps(tree: str, data: str, out: str, refinery: str = "relabel") -> Store:
     """Imports label maps from a tree of files, as ReLabel published them, for training with --labels.stored.
 
-    Maps of no training image are left out. Returns the finished maps; unfinished ones where another process makes them.
+    Maps without a training image are skipped. Returns the finished maps; unfinished ones if another process makes them.
     Raises DataError or TrainError for bad input, as far as possible before all maps are read, and Interrupted after
-    Ctrl-C or SIGTERM; the same call then begins again.
+    Ctrl-C or SIGTERM; the same call then starts over.
 
     Args:
-        tree: the folder of class folders, which hold a file NAME.pt for each training image NAME.jpg. Logits are taken
-            as they are, in float16; those of classes that a cell leaves out count as 0
+        tree: the folder of class folders, which hold a file NAME.pt for each training image NAME.jpg. Logits are kept
+            unchanged, in float16; those of classes that a cell lacks count as 0
         data: the images: a folder or an archive, or a converted set of one
         out: the folder to write the maps to
-        refinery: a name for the network that made the maps, which reports show
+        refinery: a name for the network that made the maps, shown in reports
     """
     if not re.fullmatch(r"[\w.:/+-]{1,100}", refinery):
         raise TrainError(f"refinery={refinery}: give a name of letters, digits and any of . : / + - _")
@@ -90,13 +90,13 @@ def import_maps(tree: str, data: str, out: str, refinery: str = "relabel") -> St
     if others:
         print(f"maps    {len(others)} of no training image are left out (first {printable(others[0])})")
     print("logits  as they are; classes that a cell leaves out count as 0")
-    print(f"rows    {format.width} bytes an image, {in_units(description.bytes_per_epoch)} in all; {out}", flush=True)
+    print(f"rows    {format.width} bytes per image, {in_units(description.bytes_per_epoch)} in all; {out}", flush=True)
     with stop_on_signal() as stop, store.writing(0) as rows:
         if rows is not None:
             digest = _fill(rows, _read_maps(root, wanted, classes), format, stop)
             if weights not in (None, digest):
                 raise TrainError(f"OUT={out}: is of other maps than those of {root}; give another folder")
-            # Known only now; it is written together with the news that the maps are finished.
+            # Known only now; written together with the mark that the maps are finished.
             store.description = replace(store.description, refinery=description.refinery | {"weights": digest})
     if store.epochs:
         print(f"finished; to train from them:\n  make train LABELS={out} ...", flush=True)
@@ -108,7 +108,7 @@ def import_maps(tree: str, data: str, out: str, refinery: str = "relabel") -> St
 def _fill(rows: NDArray[np.uint8], maps: Iterable[Tensor], format: CellRows, stop: Stop) -> str:
     """Fills the rows, [images, bytes of a map], with these maps, [2, K, S, S]; returns the rows' SHA-256 in hex.
 
-    Raises Interrupted where a stop is asked for.
+    Raises Interrupted if a stop is asked for.
     """
     digest = hashlib.sha256()
     with images_bar(len(rows), "import maps") as bar:
@@ -129,7 +129,7 @@ def export_maps(labels: str, data: str, out: str) -> None:
 
     Args:
         labels: the folder of the maps
-        data: the images that they were made of
+        data: the images that they were made from
         out: the folder to write the tree to; new or empty
     """
     store = open_maps(labels)
@@ -176,13 +176,13 @@ def export_maps(labels: str, data: str, out: str) -> None:
 def read_map(path: Path, classes: int) -> Tensor:
     """The map in a file, float64 [2, K, S, S]: logits, and ids of `classes` classes, distinct in each cell.
 
-    Raises TrainError, which names the file, where it is not such a map or float16 does not hold its logits.
+    Raises TrainError, which names the file, if it is not such a map or its logits exceed float16.
     """
     try:
         found = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except OSError as error:
         raise TrainError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception:  # a damaged file fails in as many ways as it has parts
+    except Exception:  # damaged files raise many kinds of errors
         raise TrainError(f"{path}: is damaged, or no file of torch.save; unpack or make it again") from None
     if not isinstance(found, Tensor) or found.layout != torch.strided or not found.is_floating_point():
         what = f"a tensor of {found.dtype} ({found.layout})" if isinstance(found, Tensor) else type(found).__name__
@@ -199,7 +199,7 @@ def read_map(path: Path, classes: int) -> Tensor:
 
 
 def _read_maps(root: Path, files: Sequence[str], classes: int) -> Iterator[Tensor]:
-    """The maps in these files below root; raises as `read_map`, and for one of another shape than the first."""
+    """The maps in these files below root; raises as `read_map` does, and if one differs in shape from the first."""
     first: Tensor | None = None
     for file in files:
         found = read_map(root / file, classes)
@@ -214,13 +214,13 @@ def _read_maps(root: Path, files: Sequence[str], classes: int) -> Iterator[Tenso
 def map_file(logits: Tensor, ids: Tensor) -> bytes:
     """The contents of the file of a map. logits, ids: [S, S, K], rows of the image first."""
     file = io.BytesIO()
-    # The published reader puts the logits into a tensor of float32 by scatter, which takes no other type.
+    # The published reader scatters the logits into a float32 tensor, which requires this dtype.
     torch.save(torch.stack([logits.float(), ids.float()]).movedim(-1, 1).contiguous(), file)
     return file.getvalue()
 
 
 def _fault(logits: Tensor, ids: Tensor, classes: int, *, largest_id: float) -> str | None:
-    """What is wrong with a map, or None. largest_id: up to which the file's type holds all whole numbers."""
+    """What is wrong with a map, or None. largest_id: up to which the file's dtype represents all integers."""
     if not logits.isfinite().all():
         return "some of its logits are not finite; make the map again"
     if not logits.half().isfinite().all():
@@ -237,7 +237,7 @@ def _fault(logits: Tensor, ids: Tensor, classes: int, *, largest_id: float) -> s
 
 
 def _converted(data: str) -> ConvertedSet:
-    """The converted set for what the user gave as DATA. Raises DataError, also for one whose images are no files."""
+    """The converted set for DATA. Raises DataError, also for a set whose images are not files."""
     found = find_set(data)
     if isinstance(found, Unconverted) and found.source.train.names is None:
         raise DataError(
@@ -247,7 +247,7 @@ def _converted(data: str) -> ConvertedSet:
 
 
 def _files_below(root: Path) -> set[str]:
-    """The files of maps in a tree, by their paths below its root. Raises TrainError where there are none."""
+    """The files of maps in a tree, by their paths below its root. Raises TrainError if there are none."""
     if not root.is_dir():
         raise TrainError(f"tree={root}: no such folder; an archive of maps has to be unpacked first")
     found, notes = files_below(root, {_ENDING})
@@ -262,7 +262,7 @@ def _files_below(root: Path) -> set[str]:
 def _files_of(data: ConvertedSet) -> list[str]:
     """The file of each training image's map, below a tree's root, in the order of the stored images.
 
-    Raises DataError for a set without file names, TrainError where two images would have the same.
+    Raises DataError for a set without file names, TrainError if two images would have the same map file.
     """
     owners: dict[str, str] = {}
     for name in data.image_names("train"):
@@ -276,7 +276,7 @@ def _files_of(data: ConvertedSet) -> list[str]:
 
 
 def _check_files(root: Path, files: set[str], wanted: Sequence[str], data: ConvertedSet) -> list[str]:
-    """Raises TrainError unless every image has its file; returns the files of no image, sorted."""
+    """Raises TrainError unless every image has its file; returns the files without an image, sorted."""
     missing = [file for file in wanted if file not in files]
     others = sorted(files.difference(wanted))
     if missing:
@@ -289,7 +289,7 @@ def _check_files(root: Path, files: set[str], wanted: Sequence[str], data: Conve
 
 
 def _check_target(out: str) -> None:
-    """Raises TrainError unless a tree can take the place of what is there."""
+    """Raises TrainError unless a tree can be written there."""
     target = Path(out)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise TrainError(f"OUT={out}: exists already; give a new folder or an empty one")

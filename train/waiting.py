@@ -8,10 +8,10 @@ import torch
 
 
 class Waiting:
-    """Adds up the time in which the device had nothing to do because the next batch was not there yet.
+    """Adds up the time in which the device was idle because the next batch was not ready yet.
 
-    On a CPU that is the host's time. On a GPU, which works on while the host fetches, it is the time between two events
-    of its stream: the end of a step's work, and the moment from which the next batch can be used.
+    On a CPU that is the host's time. On a GPU, which works while the host fetches, it is the time between two events of
+    its stream: the end of a step's work, and the point from which the next batch can be used.
     """
 
     def __init__(self, device: torch.device):
@@ -21,7 +21,7 @@ class Waiting:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Around the fetching of a batch. Nothing in it waits for the device."""
+        """Context around fetching a batch. It does not wait for the device."""
         if self._device.type == "cuda":
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             stream = torch.cuda.current_stream(self._device)

@@ -1,4 +1,4 @@
-"""Archives: the same set as the folder they were made of, read at random, and what is refused."""
+"""Archives: the same set as the folder they were made from, with random access, and what is refused."""
 
 import io
 import os
@@ -43,7 +43,7 @@ def jpeg(seed: int, side: int = 40) -> bytes:
 
 
 def flat(prefix: str = "", classes: str = "ab", count: int = 2) -> dict[str, bytes]:
-    """Images by name: class folders alone."""
+    """Images by name, in class folders without splits."""
     return {f"{prefix}{label}/{i}.jpg": jpeg(10 * n + i) for n, label in enumerate(classes) for i in range(count)}
 
 
@@ -69,7 +69,7 @@ def tar_of(members: dict[str, bytes], mode: str = "w") -> bytes:
 
 
 def packed(root: Path, path: Path, below: str) -> Path:
-    """The folder as an archive of the kind that path's ending names, its images below a folder."""
+    """The folder as an archive of the type of path's extension, its images below a folder."""
     if path.suffix == ".zip":
         files = sorted(file for file in root.rglob("*") if file.is_file())
         return write_zip(path, {f"{below}{file.relative_to(root)}": file.read_bytes() for file in files})
@@ -136,7 +136,7 @@ def test_an_unpacked_tar_goes_when_it_is_done_with(tmp_path, monkeypatch):
     copy = pickle.loads(pickle.dumps(source))
     del copy
     assert source.val.read(source.val.items[0]).size == (40, 40)
-    # A split alone keeps it.
+    # A split is enough to keep it.
     train = source.train
     del source
     assert train.read(train.items[0]).size == (40, 40)
@@ -158,7 +158,7 @@ def test_nothing_is_left_of_a_process_that_ends(tmp_path):
 
 
 def test_a_tar_for_each_class(tmp_path):
-    """As ImageNet's training set comes."""
+    """As ImageNet's training set is distributed."""
     classes = {
         f"{label}.tar": tar_of({f"{label}_{i}.JPEG": jpeg(10 * n + i) for i in range(3)})
         for n, label in enumerate(("n01", "n02"))
@@ -282,7 +282,7 @@ def test_the_layout_is_checked_as_for_folders(tmp_path):
 
 
 def encrypted(contents: bytes) -> bytes:
-    """The zip with the bit set that says that its members are encrypted."""
+    """The zip with the bit set that marks its members as encrypted."""
     found = contents
     for signature, place in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
         at = -1
@@ -325,7 +325,7 @@ ARCHIVES = {
 def test_an_archive_cut_off_anywhere_is_refused(tmp_path, ending):
     contents = ARCHIVES[ending](flat())
     path = tmp_path / f"set{ending}"
-    # Of a tar, the last blocks are padding.
+    # The last blocks of a tar are padding.
     end = contents.rstrip(b"\0") + bytes(511) if ending.endswith("tar") else contents[:-1]
 
     @given(st.integers(0, len(end) - 1))
@@ -351,7 +351,7 @@ def test_a_damaged_header_hides_nothing(data):
 
 
 def memory_of(read, item) -> tuple[str, int]:
-    """What reading says, and the bytes by which the process grew, which is to be a fresh one."""
+    """The message of reading, and the bytes by which the process grew; run in a fresh process."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         read(item)
@@ -367,7 +367,7 @@ def in_fresh_process(split) -> tuple[str, int]:
 
 
 def with_length(contents: bytes, name: str, length: int) -> bytes:
-    """The zip whose index says that the member has so many bytes."""
+    """The zip whose index claims that the member has this many bytes."""
     at = contents.rindex(name.encode()) - 46
     assert contents[at : at + 4] == b"PK\x01\x02"
     return contents[: at + 24] + length.to_bytes(4, "little") + contents[at + 28 :]
@@ -378,7 +378,7 @@ def test_no_more_of_a_zip_is_inflated_than_its_index_says(tmp_path):
     path = write_zip(tmp_path / "bomb.zip", images | {"train/a/bomb.jpg": bytes(MOST_BYTES + 1)})
     assert path.stat().st_size < 1 << 20
     said, grown = in_fresh_process(open_source(str(path)).train)
-    assert "268 MB, and of a file in an archive 268 are read at most" in said
+    assert "268 MB; at most 268 MB of a file in an archive are read" in said
     assert grown < 20 << 20
     path.write_bytes(with_length(path.read_bytes(), "train/a/bomb.jpg", 100_000))
     said, grown = in_fresh_process(open_source(str(path)).train)
@@ -395,7 +395,7 @@ def test_a_file_of_a_tar_is_not_read_beyond_the_limit(tmp_path):
         info.size = MOST_BYTES + 1
         archive.addfile(info, open("/dev/zero", "rb"))  # noqa: SIM115
     said, grown = in_fresh_process(open_source(str(path)).train)
-    assert "268 MB, and of a file in an archive 268 are read at most" in said
+    assert "268 MB; at most 268 MB of a file in an archive are read" in said
     assert grown < 20 << 20
 
 
@@ -408,7 +408,7 @@ def test_a_compressed_tar_that_grows_as_no_images_do_is_given_up(tmp_path, monke
     path.write_bytes(ARCHIVES[ending](flat() | {"a/bomb.jpg": bytes(20 << 20)}))
     assert refusal(path).startswith(": unpacks to more than 100 times its size")
     assert os.listdir(tmp_path / "temporary") == []
-    # Small images in a tar are mostly headers and padding, which shrink well.
+    # Small images in a tar are mostly headers and padding, which compress well.
     path.write_bytes(ARCHIVES[ending](flat("train/") | flat("val/") | {f"train/a/{i}.txt": b"" for i in range(5000)}))
     assert open_source(str(path)).class_names == ("a", "b")
 
@@ -438,7 +438,7 @@ CONTENTS = {ending: pack(SMALL) for ending, pack in ARCHIVES.items()}
 @given(data=st.data())
 @pytest.mark.parametrize("ending", ARCHIVES)
 def test_fuzz_archives(tmp_path, monkeypatch, ending, data):
-    """Refused in one line, or of pictures that are whole, or of some that cannot be read, each with its reason."""
+    """Refused in one line, or opened with images that are intact or cannot be read, each with its reason."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     path = tmp_path / f"set{ending}"
     path.write_bytes(data.draw(bytes_of(CONTENTS[ending])))
@@ -460,7 +460,7 @@ def test_fuzz_archives(tmp_path, monkeypatch, ending, data):
                 assert str(error)
                 found.add("an image refused")
     event(", ".join(sorted(found)))
-    # Of a zip each file has a checksum; of a tar none has.
+    # Each file in a zip has a checksum; none in a tar has.
     assert ending != ".zip" or "other pixels" not in found
 
 
@@ -489,7 +489,7 @@ def test_broken_images_are_left_out_by_name(tmp_path, ending):
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path):
-    """The limit on the size of a file stands for the disk: the write fails in the same place."""
+    """A limit on file size simulates a full disk: the write fails in the same place."""
     path = tmp_path / "set.tar.gz"
     path.write_bytes(tar_of(flat(count=20), "w:gz"))
     (tmp_path / "temporary").mkdir()

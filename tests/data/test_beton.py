@@ -47,7 +47,7 @@ def test_reads_back_what_was_written(path, images):
 @settings(max_examples=20)
 @given(
     rows=st.lists(
-        # Of any height and any width that so many bytes may have.
+        # Any height and width that this many bytes may have.
         st.tuples(
             st.binary(min_size=66, max_size=300),
             st.tuples(st.integers(1, 65535), st.just(1)) | st.tuples(st.just(1), st.integers(1, 65535)),
@@ -201,7 +201,7 @@ def test_a_file_larger_than_memory_opens(path):
         file.truncate(table)
         file.seek(table + hole)
         file.write(data[table:])
-        # Another place of the table makes the seal void, as it should.
+        # Moving the table invalidates the seal, as it should.
         file.seek(16)
         file.write((table + hole).to_bytes(8, "little"))
     with pytest.raises(DataError, match="its index is damaged"):
@@ -217,7 +217,7 @@ def test_a_file_larger_than_memory_opens(path):
 
 
 def test_opening_takes_little_memory_beyond_the_index(tmp_path):
-    """Index and allocation table are 56 bytes an image; a process of every GPU of a machine reads them."""
+    """Index and allocation table are 56 bytes per image; one process per GPU reads them."""
     n = 20_000
     write_beton(tmp_path / "set.beton", (Encoded(bytes(3), 1, 1, i % 7, raw=True) for i in range(n)), at_most=n)
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""Block storage: any plane comes back nearly as it was, other readers agree, and a box needs its blocks only."""
+"""Block storage: planes are stored with small errors, other readers agree, and a box needs only its own blocks."""
 
 import io
 import struct
@@ -22,12 +22,12 @@ from tests.pictures import photograph, write_class_folders
 SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "imagenet-sample"
 CPU = torch.device("cpu")
 
-# Code by code, how many sevenths of the way from endpoint 0 to endpoint 1.
+# For each code, how many sevenths of the way from endpoint 0 to endpoint 1.
 STEPS = np.array([0, 7, 1, 2, 3, 4, 5, 6])
 
 
 def unpacked(encoded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Endpoints int [n, 2] and codes int [n, 16] of blocks uint8 [..., n * 8], by the standard's description."""
+    """Endpoints int [n, 2] and codes int [n, 16] of blocks uint8 [..., n * 8], as the standard describes them."""
     parts = encoded.reshape(-1, 8).astype(np.int64)
     words = sum(parts[:, 2 + i] << 8 * i for i in range(6))
     return parts[:, :2], np.stack([words >> 3 * i & 7 for i in range(16)], axis=1)
@@ -90,7 +90,7 @@ def test_a_plane_comes_back(plane):
 
 @pytest.mark.parametrize("value", [0, 1, 127, 128, 254, 255])
 def test_flat_blocks_are_exact_for_every_reader(value):
-    """Equal endpoints would say another mode, whose last two codes are 0 and 255."""
+    """Equal endpoints would select another mode, whose last two codes are 0 and 255."""
     encoded = blocks.encode_plane(np.full((9, 70), value, np.uint8))
     endpoints, _ = unpacked(encoded)
     assert (endpoints[:, 0] > endpoints[:, 1]).all()
@@ -109,7 +109,7 @@ def test_all_endpoints_and_codes_are_expanded_right():
 
 
 def test_endpoints_are_moved_to_where_they_fit():
-    """One outlier in a block: least squares let it go where the extremes would coarsen all the others."""
+    """One outlier in a block: least squares ignore it, where the extremes would coarsen all the others."""
     plane = photograph(1, 120, 160).convert("L")
     pixels = np.asarray(plane).copy()
     pixels[2::4, 1::4] += 60
@@ -141,14 +141,14 @@ def test_gray_and_saturated_colours():
     for colour in ("red", "lime", "blue", "white", "black", "yellow"):
         flat = Image.new("RGB", (19, 5), colour)
         found = blocks.decode(np.frombuffer(blocks.encode(flat), np.uint8), 5, 19).astype(int)
-        # What JFIF's 8 bits of chroma leave.
+        # The error of JFIF's 8 bits of chroma.
         assert np.abs(found - np.asarray(flat)).max() <= 2
 
 
 @settings(max_examples=60)
 @given(data=st.data(), height=st.integers(1, 90), width=st.integers(1, 200))
 def test_a_box_reads_its_blocks_alone(data, height, width):
-    """With all other bytes destroyed, its crop stays; and it is what the whole image's planes give."""
+    """With all other bytes destroyed, the crop is the same, and equals that of the whole image's planes."""
     h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
     top, left = data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w))
     image = photograph(height * 200 + width, height + 4, width + 4).crop((0, 0, width, height))
@@ -212,7 +212,7 @@ def reference(beton: Beton, index: int, box, flip: bool, resolution: int) -> np.
 
 
 def test_crops_are_pillows(beton):
-    """Crops, copies and paired crops; within 1 but for saturated colours, which are clipped after the resize here."""
+    """Crops, copies, paired crops; within 1 except for saturated colours, which are clipped after the resize here."""
     pairings = (Pairing("same", 24), Pairing("center", 40), Pairing("whole", 32))
     loader = open_loader(beton.path, resolution=48, batch_size=6, seed=3, copies=2, paired=pairings, threads=2)
     assert loader.decoder == "ffcv"
@@ -238,7 +238,7 @@ def test_crops_are_pillows(beton):
 
 
 def test_a_crop_does_not_depend_on_which_blocks_are_expanded(beton):
-    """Bit for bit: from its own blocks, and from all, which a second crop of the whole image asks for."""
+    """Bit for bit: from its own blocks, and from all blocks, which a second crop of the whole image needs."""
     rng = np.random.default_rng(0)
     one, two = (
         build_decoder("ffcv", beton, views=(View(copies, 20),), device=CPU, threads=1, max_batch=10)
@@ -360,7 +360,7 @@ def test_convert_writes_blocks(tmp_path):
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="the ImageNet originals are not here")
 def test_photographs_are_nearer_than_jpegs_of_quality_90():
-    """A tenth of the sample; of all, the mean is 37.7 dB (JPEG: 37.1) and the median 38.2 dB (36.3)."""
+    """A tenth of the sample; over all of it, the mean is 37.7 dB (JPEG: 37.1) and the median 38.2 dB (36.3)."""
     ours, theirs = [], []
     for file in sorted(SAMPLE.glob("*/*"))[::10]:
         image = Image.open(file).convert("RGB")

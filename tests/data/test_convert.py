@@ -1,4 +1,4 @@
-"""Conversion: every image as stored, rejects by name, nothing half-done, the same bytes again."""
+"""Conversion: every image as stored, rejects listed by name, nothing half-done, reproducible bytes."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def test_the_set_describes_itself(converted):
 
 
 def test_a_set_of_the_format_before_opens(converted, tmp_path):
-    """There, the resolution was a part of the crop rule."""
+    """In that format, the resolution was a part of the crop rule."""
     shutil.copytree(converted.folder, tmp_path / "set")
     described = json.loads((tmp_path / "set" / "set.json").read_text())
     described["crop"]["resolution"] = described.pop("resolution")
@@ -105,7 +105,7 @@ def test_broken_images_are_left_out_by_name(tmp_path):
 
 
 def test_the_names_of_stored_images_are_kept_in_their_order(tmp_path):
-    """Whatever bytes they have, without the images that were left out, and from an archive as from its folder."""
+    """Names of any bytes, without skipped images, and the same from an archive as from its folder."""
     root = tmp_path / "set"
     for part, seed in (("train", 0), ("val", 50)):
         write_class_folders(root / part, 2, 4, seed=seed)
@@ -136,7 +136,7 @@ def test_the_names_of_stored_images_are_kept_in_their_order(tmp_path):
 
 
 def test_a_set_without_names_opens_and_says_that_it_has_none(converted, tmp_path):
-    """Of an earlier version, or of images that come from no files."""
+    """Sets of an earlier version, or of images that come from no files."""
     shutil.copytree(converted.folder, tmp_path / "set")
     (tmp_path / "set" / "train.names.json").unlink()
     before = open_set(tmp_path / "set")
@@ -162,7 +162,7 @@ def test_damaged_names_are_refused(converted, tmp_path, harm):
 
 
 def test_a_script_without_a_guard_converts_once(tmp_path):
-    """Python runs the script again in each process that is started, unless it is kept from that."""
+    """Python runs the script again in each started process, unless this is prevented."""
     write_class_folders(tmp_path / "images" / "train", 2, 3)
     write_class_folders(tmp_path / "images" / "val", 2, 1)
     script = tmp_path / "script.py"
@@ -195,7 +195,7 @@ def test_a_split_without_a_readable_image_is_refused(tmp_path):
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_nothing(image_folder, tmp_path):
-    """The limit on the size of a file stands for the disk: the write fails in the same place."""
+    """A limit on file size simulates a full disk: the write fails in the same place."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -306,7 +306,7 @@ def test_a_picture_above_pillows_limit_is_allowed_by_an_option(tmp_path):
 
 
 def test_too_small_an_address_space_is_one_line(image_folder, tmp_path):
-    """The pool of processes waits for ever for those that it could not start."""
+    """The pool of processes waits forever for those that it could not start."""
     limit = 500 << 20
     done = run_convert(
         *("--data", image_folder, "--out", tmp_path / "out"),

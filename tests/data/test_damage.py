@@ -51,7 +51,7 @@ def crops(path, decoder="ffcv", only=None) -> torch.Tensor:
 
 
 def outcome(path, place: int, value: int, **options) -> torch.Tensor | str:
-    """What comes of the file with one byte changed: the crops, or the error's one line. The byte is put back."""
+    """The result of reading the file with one byte changed: crops, or the error's one line. The byte is restored."""
     with open(path, "r+b", buffering=0) as file:
         file.seek(place)
         before = file.read(1)
@@ -68,7 +68,7 @@ def outcome(path, place: int, value: int, **options) -> torch.Tensor | str:
 
 
 def test_a_changed_byte_is_noticed_or_does_not_matter(path):
-    """Of a file written here: anywhere in index, images, checksums and table."""
+    """In a file written here: anywhere in index, images, checksums and table."""
     beton = Beton(path)
     good = crops(path)
     rng = np.random.default_rng(0)
@@ -140,7 +140,7 @@ def test_a_jpeg_cut_short_is_refused(tmp_path, path, decoder):
 
 @pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
 def test_a_frame_hidden_from_the_index_is_no_way_into_memory(tmp_path, decoder):
-    """libjpeg would decode 2000x2000 pixels here; a reader that stumbles over the repeated FF sees 16x16."""
+    """libjpeg would decode 2000x2000 pixels here; a reader that mishandles the repeated FF sees 16x16."""
     large, small = (tiles._jpeg(photograph(0, side, side), 90) for side in (2000, 16))
     frames = [tiles.layout(np.frombuffer(jpeg, np.uint8)).frame for jpeg in (large, small)]
     true = large[frames[0] :]
@@ -175,7 +175,7 @@ def test_class_ids_out_of_all_proportion_are_refused(tmp_path, rows):
 
 @pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
 def test_more_pixels_than_bytes_can_hold_are_refused_before_room_is_made_for_them(tmp_path, rows, decoder):
-    """By index and header alike, so that no decoder sees a contradiction."""
+    """In index and header alike, so that no decoder sees a contradiction."""
     jpeg = rows[0].data
     frame = tiles.layout(np.frombuffer(jpeg, np.uint8)).frame
     side = (16000).to_bytes(2, "big")
@@ -196,7 +196,7 @@ def test_an_image_larger_than_memory_is_named(tmp_path, rows):
 def opened(path, rows, decoder):
     """A loader that has used all images once, of a file of JPEGs."""
     write_beton(path, rows[:2], at_most=2)
-    # As an earlier day made it: changes follow each other faster than some file systems tell time.
+    # With an older time: changes follow each other faster than the clock of some file systems.
     os.utime(path, ns=(0, 0))
     loader = open_loader(path, resolution=24, batch_size=1, decoder=decoder, threads=1)
     assert len(list(loader.epoch(0))) == 2
@@ -215,7 +215,7 @@ def test_a_file_written_to_in_use_is_noticed(tmp_path, rows, decoder):
 
 
 def test_a_file_cut_short_in_use_is_noticed(tmp_path, rows):
-    """Before what it has lost is read, which would end the process."""
+    """Before the missing bytes are read, which would end the process."""
     loader = opened(tmp_path / "set.beton", rows, "ffcv")
     whole = (tmp_path / "set.beton").stat()
     os.truncate(tmp_path / "set.beton", whole.st_size - 24)
@@ -256,5 +256,5 @@ def test_a_set_replaced_by_other_images_is_not_opened_as_the_one_that_was(conver
     os.replace(folder / "val.beton", folder / "train.beton")
     with pytest.raises(DataError, match="train.beton: was replaced by other images while it was in use"):
         known.beton("train")
-    # What is not there is for who opens it to report.
+    # A missing file is reported by the code that opens it.
     assert known.beton("val") == folder / "val.beton"

@@ -61,7 +61,7 @@ def test_crops_are_pillows(converted, decoder, train):
 
 @pytest.mark.parametrize("decoder", NAMES)
 def test_unsaturated_colours_agree_closely(tmp_path, decoder):
-    """Where nothing is clipped, no decoder differs by more than 2, and no shift of any of them hides behind noise."""
+    """Without clipping, no decoder differs by more than 2, and noise hides no shift."""
     pictures = [Image.eval(photograph(seed, 230, 310), lambda value: 70 + value * 115 // 255) for seed in range(8)]
     write_beton(tmp_path / "soft.beton", (encode(picture, Storage()) for picture in pictures), at_most=8)
     beton = Beton(tmp_path / "soft.beton")
@@ -73,7 +73,7 @@ def test_unsaturated_colours_agree_closely(tmp_path, decoder):
 
 @pytest.mark.parametrize("decoder", NAMES)
 def test_no_crop_is_shifted(tmp_path, decoder):
-    """Diagonal ramps in light and in colour: half a pixel of shift would be half a step everywhere."""
+    """Diagonal ramps in brightness and colour: a shift of half a pixel would be half a step everywhere."""
     y, x = np.mgrid[0:160, 0:160]
     ramps = np.stack([48 + (x + y) // 2, 48 + (159 - x + y) // 2, 48 + (x + 159 - y) // 2], axis=2).astype(np.uint8)
     write_beton(tmp_path / "ramps.beton", [encode(Image.fromarray(ramps), Storage(quality=100))], at_most=1)
@@ -94,7 +94,7 @@ def test_no_crop_is_shifted(tmp_path, decoder):
 
 @pytest.mark.parametrize("decoder", NAMES)
 def test_copies_are_the_crops_of_single_epochs(converted, decoder):
-    """Decoding once for several crops changes no pixel's meaning: each copy is the crop that its box says."""
+    """Decoding once for several crops changes nothing: each copy is the crop of its box."""
     path = converted.beton("train")
     beton = Beton(path)
     made = batches(path, decoder, copies=3)
@@ -123,7 +123,7 @@ def test_raw_storage(tmp_path, decoder):
 
 @pytest.mark.parametrize("decoder", NAMES)
 def test_jpegs_of_other_writers(tmp_path, decoder):
-    """Whatever a stock file may hold: other subsampling, progressive, no restart grid, an EXIF orientation."""
+    """All that a stock file may hold: other subsampling, progressive, no restart grid, an EXIF orientation."""
     image = photograph(5, 70, 100)
     rows = []
     turned = Image.Exif()

@@ -1,4 +1,4 @@
-"""The way of blocks to a GPU, with the kernel's reference in its place: resident or gathered, the same crops."""
+"""The path of blocks to a GPU, with the reference in place of the kernel: resident or gathered, the same crops."""
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_damage_is_named(path, tmp_path, resident):
     start = int(Beton(path).starts[2])
     data[start + 5] ^= 1
     (tmp_path / "set.beton").write_bytes(data)
-    # In an order without a last batch left out, so that every image is read.
+    # In an order that drops no last batch, so that every image is read.
     with pytest.raises(DataError, match=r"set.beton: image 2 is damaged"):
         list(loaded(tmp_path / "set.beton", resident=resident, drop_last=False).epoch(0))
 

@@ -103,7 +103,7 @@ def test_where_there_are_no_locks_a_set_is_converted_without(few, tmp_path, monk
     monkeypatch.setattr(fcntl, "flock", refuse)
     (tmp_path / ".out.partial-of_another").mkdir()
     assert convert_source(open_source(str(few)), tmp_path / "out", processes=1).class_names == ("class0", "class1")
-    # It may be at work still.
+    # It may still be running.
     assert sorted(os.listdir(tmp_path)) == [".out.partial-of_another", "images", "out"]
 
 
@@ -141,8 +141,8 @@ def test_a_set_that_a_kill_has_left_half_replaced_comes_back(tmp_path, few):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_a_conversion_in_one_line(tmp_path, image_folder, number):
-    """Also where it reaches all processes, as that of a closed terminal."""
-    # Long enough to be caught at it.
+    """Also if it reaches all processes, as that of a closed terminal does."""
+    # Long enough to be interrupted.
     root = write_class_folders(tmp_path / "images", 2, 300)
     started = subprocess.Popen(
         [sys.executable, "-m", "data.convert", "--data", root, "--out", tmp_path / "out", "--processes", "2"],
@@ -181,7 +181,7 @@ def test_signals_keep_their_meaning_outside_of_conversions(tmp_path):
 
 
 def on_a_small_disk(folder: Path, script: str) -> subprocess.CompletedProcess:
-    """Runs a script for the shell with a disk of 100 kB at `folder`, which only the script sees."""
+    """Runs a shell script with a disk of 100 kB at `folder`, visible only to the script."""
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size=100k none {folder}"
     if not shutil.which("unshare") or subprocess.run([*command, mount], capture_output=True).returncode:
@@ -213,7 +213,7 @@ def test_a_full_disk_is_called_one_and_what_was_there_stays(image_folder, tmp_pa
 @pytest.mark.parametrize("kind", ["jpeg", "blocks", "raw"])
 @pytest.mark.parametrize("side", [16, 256, 512, 1500, 65500])
 def test_the_images_that_a_process_takes_are_bounded_in_bytes(kind, side):
-    """As far as a page, the largest that any image may be, allows."""
+    """Within what one page, the largest allowed image, admits."""
     count = _chunk(Storage(kind, side))
     largest = min(side * side * (3 if kind == "raw" else 1), PAGE_SIZE)
     assert count >= 1

@@ -40,7 +40,7 @@ def test_a_linked_folder_and_a_linked_file_are_read(tmp_path):
 
 @pytest.mark.timeout(20)
 def test_links_in_circles_are_followed_once(tmp_path):
-    """A link to its parent gave 12,060 images for 60, and two of them did not end."""
+    """A link to its parent gave 12,060 images for 60, and two such links never ended."""
     root = touched(tmp_path / "root", "a/1.jpg", "b/2.jpg")
     for number in range(3):
         (root / "a" / f"up{number}").symlink_to("..")

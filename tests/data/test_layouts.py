@@ -19,7 +19,7 @@ from data.sets import ConvertedSet, Unconverted, find_set
 from data.sources import Source, open_source
 from tests.pictures import photograph, write_class_folders
 
-# Class names to colours: a picture shows which class it truly is of.
+# Class names to colours: an image's colour shows its true class.
 COLOURS = {"n01440764": (230, 20, 20), "n01443537": (20, 230, 20), "n01484850": (20, 20, 230)}
 
 
@@ -37,7 +37,7 @@ def write(path: Path, contents: bytes | str) -> Path:
 
 
 def shown(source: Source, part: str) -> list[str]:
-    """The class that each picture shows by its colour, after checking that its label says the same."""
+    """The class that each image shows by its colour, after checking that its label is the same."""
     split = getattr(source, part)
     wnids = [list(COLOURS)[int(np.asarray(split.read(item)).mean(axis=(0, 1)).argmax())] for item in split.items]
     assert [source.class_names[label] for label in split.labels] == wnids
@@ -93,7 +93,7 @@ def test_classes_without_images_are_counted(tmp_path):
     source = open_source(str(tmp_path))
     assert source.class_names == ("class0", "class1", "class2")
     assert source.notes == (
-        f"{tmp_path}: 2 folders hold no images and are no classes (empty, void)",
+        f"{tmp_path}: 2 folders hold no images and are not classes (empty, void)",
         f"{tmp_path}: 1 of 3 classes have no images in val (class2)",
     )
 
@@ -128,7 +128,7 @@ def test_val_images_that_are_also_in_train_are_counted(tmp_path, capsys, packed)
     same = (root / "train" / "class1" / "001.jpg").read_bytes()
     write(root / "val" / "class0" / "001.jpg", same)
     write(root / "val" / "class1" / "copy.jpg", same)
-    # Unreadable ones are no images.
+    # Unreadable ones are not images.
     write(root / "train" / "class0" / "broken.jpg", same[:300])
     write(root / "val" / "class0" / "broken.jpg", same[:300])
     if packed:
@@ -215,7 +215,7 @@ def test_tiny_imagenet_with_bad_annotations(tmp_path):
     file.write_text(good.partition("\n")[2])
     assert refusal(root) == f"{file}: names no class for 1 of 4 images (val_0.JPEG)"
     file.write_text(good + "nonsense\n")
-    assert f"{file}: line 5 is no file and class" in refusal(root)
+    assert f"{file}: line 5 is not a file and a class" in refusal(root)
     file.write_text(good.replace("val_1.JPEG\tn01443537", "val_1.JPEG\tn99999999"))
     assert f"{root}/val: 1 classes that {root}/train lacks (n99999999)" in refusal(root)
     file.write_text(good + "val_9.JPEG\tn01440764\t0\t0\t1\t1\n")
@@ -252,7 +252,7 @@ def ilsvrc(root: Path) -> Path:
                     add(inner, f"{wnid}_{image}.JPEG", picture(COLOURS[wnid], 10 * number + image))
             add(train, f"{wnid}.tar", buffer.getvalue())
     with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as val:
-        # The order in the tar says nothing.
+        # The order in the tar is arbitrary.
         for number, wnid in reversed(list(enumerate(VAL, 1))):
             add(val, f"ILSVRC2012_val_{number:08}.JPEG", picture(COLOURS[wnid], 50 + number))
     return root
@@ -306,7 +306,7 @@ def test_ilsvrc_tars_are_converted_once(tmp_path, monkeypatch):
 def test_ilsvrc_that_does_not_go_together(tmp_path):
     root = ilsvrc(tmp_path / "imagenet")
     assert refusal(root).startswith(
-        f"{root}: nothing to say of which class each image of ILSVRC2012_img_val.tar is; put"
+        f"{root}: the classes of ILSVRC2012_img_val.tar are not known (no list of them); put"
     )
     truth = write(root / "labels.txt", "\n".join(VAL[:3]))
     assert refusal(root) == (f"{truth}: names the classes of 3 images, and {root}/ILSVRC2012_img_val.tar holds 4")
@@ -315,7 +315,7 @@ def test_ilsvrc_that_does_not_go_together(tmp_path):
     truth.write_text("490\n361\n171\n1\n")
     assert refusal(root).startswith(f"{truth}: line 1 is '490', not a WordNet id as n01440764; numbers need")
     write(root / "more.txt", "")
-    assert "2 .txt files to say of which class" in refusal(root)
+    assert "the classes of ILSVRC2012_img_val.tar are not known (2 .txt files)" in refusal(root)
     kit = devkit(root / "ILSVRC2012_devkit_t12") / "data"
     assert open_source(str(root)).class_names == tuple(COLOURS)
     numbers = kit / "ILSVRC2012_validation_ground_truth.txt"
@@ -451,7 +451,7 @@ def test_a_csv_that_is_refused(tmp_path):
     )
     assert "only one class (n01440764)" in said(["file", "class"], rows[::3])
     path.write_bytes(b"file,class\n\xff\xfe,b\n")
-    assert "no CSV in UTF-8" in refusal(path)
+    assert "not a CSV file in UTF-8" in refusal(path)
     write(path, "")
     assert "it names: nothing" in refusal(path)
 
@@ -460,7 +460,7 @@ def test_a_csv_that_is_refused(tmp_path):
 
 
 def others_beton(path: Path, labels: list[int]) -> Path:
-    """Without our seal, as other writers' files are."""
+    """Without our seal, as files of other writers."""
     images = [Encoded(picture((9 * label, 90, 9), number), 40, 40, label) for number, label in enumerate(labels)]
     write_beton(path, images, at_most=len(images))
     contents = path.read_bytes()
@@ -500,6 +500,6 @@ def test_other_betons_are_refused_by_what_they_are(tmp_path):
     assert "holds .beton files (train.beton), but not both train.beton and val.beton; give" in refusal(tmp_path)
     write(alone, b"nonsense")
     assert "not a .beton file" in refusal(alone)
-    # Beside class folders it is no matter.
+    # Beside class folders it is ignored.
     write_class_folders(tmp_path, 2, 2)
     assert open_source(str(tmp_path)).class_names == ("class0", "class1")

@@ -132,7 +132,7 @@ def test_set_epoch_sets_the_next_pass_and_those_after_it(converted):
     for epoch in (2, 3, 3, 0):
         loader.set_epoch(epoch)
         assert next(iter(loader)).epoch == epoch
-    # Passes of one's own choice do not count.
+    # Passes over a chosen epoch do not count.
     next(loader.epoch(30))
     assert next(iter(loader)).epoch == 1
     with pytest.raises(DataError, match="^epoch=-1: must be at least 0"):

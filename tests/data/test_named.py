@@ -37,7 +37,7 @@ def place(tmp_path, monkeypatch):
         ("photo", ["photo"]),  # a file that is named itself may be called anything
         ("my photo.jpg", ["my photo.jpg"]),
         ("don't.jpg", ["don't.jpg"]),
-        ("x[1].jpg", ["x[1].jpg"]),  # no pattern, where a file has that very name
+        ("x[1].jpg", ["x[1].jpg"]),  # not a pattern if a file has exactly that name
         ("x[12].jpg", ["x1.jpg"]),
         ("*.png", ["b.png"]),
         ("[ab].*", ["a.jpg", "b.png"]),
@@ -62,7 +62,7 @@ def test_a_link_to_nothing_is_there_to_be_named_as_unreadable(place):
 @pytest.mark.parametrize("named", ["@p/list.txt", "p/list.txt"])
 def test_a_list(named, place):
     (place / "p" / "list.txt").write_bytes(b"\xef\xbb\xbfa.jpg\r\n\r\nmy photo.jpg\r\ns.JPG\ngone.jpg\n  \n\xff.jpg")
-    # Of the working folder, or else of the list's own.
+    # Relative to the working folder, or else to the list's own.
     files = ["a.jpg", "my photo.jpg", "p/s.JPG", "gone.jpg", os.fsdecode(b"\xff.jpg")]
     assert files_named(named).files == files
     assert files_named("b.png @p/list.txt").files == ["b.png", *files]
@@ -78,10 +78,10 @@ def test_a_list(named, place):
         ("*.md", r"\*.md: matches notes.md and no image; known are .avif"),
         ("empty", "IMAGES=empty: no images in it$"),
         ("p/t.txt", "IMAGES=p/t.txt: no images in it$"),
-        ("a.jpg p/t.txt", "p/t.txt: is no image; if it is a list of files, give it as @p/t.txt$"),
-        ("@absent.txt", "IMAGES=@absent.txt: cannot be read .No such file or directory.; give a file of one path a"),
+        ("a.jpg p/t.txt", "p/t.txt: is not an image; if it is a list of files, give it as @p/t.txt$"),
+        ("@absent.txt", "IMAGES=@absent.txt: cannot be read .No such file or directory.; give a file of one path per"),
         ("@empty", "IMAGES=@empty: cannot be read .Is a directory.; give"),
-        ("@binary", "IMAGES=@binary: is no text"),
+        ("@binary", "IMAGES=@binary: is not text"),
     ],
 )
 def test_what_names_nothing(named, says, place):

@@ -106,7 +106,7 @@ def test_what_is_refused(tmp_path):
     write(train, range(3), features={"image": {"_type": "Image"}, "label": {"_type": "Value"}})
     assert refusal(tmp_path) == f"{train}: has 0 columns of type ClassLabel; save it with one"
     write(train, range(3), features=[1])
-    assert f"{train}: says nothing of its columns" in refusal(tmp_path)
+    assert f"{train}: does not describe its columns" in refusal(tmp_path)
     write(train, range(3), names=["ant", "ant", "bee"])
     assert refusal(tmp_path) == f"{train}: two of its classes have the same name"
     train.write_bytes(train.read_bytes()[:-9])

@@ -1,4 +1,4 @@
-"""Pictures of every kind become what a viewer shows: upright RGB with 8 bits a channel, or are refused."""
+"""Images of every kind become what a viewer shows, upright RGB with 8 bits per channel, or are refused."""
 
 import io
 
@@ -37,7 +37,7 @@ def grays(values: np.ndarray) -> np.ndarray:
 
 
 def claiming(jpeg: bytes, side: int) -> bytes:
-    """The JPEG with a frame header that says so many pixels a side."""
+    """The JPEG with a frame header that claims this many pixels per side."""
     frame = next(jpeg.find(bytes([0xFF, kind])) for kind in (0xC0, 0xC2) if bytes([0xFF, kind, 0]) in jpeg)
     return jpeg[: frame + 5] + side.to_bytes(2, "big") * 2 + jpeg[frame + 9 :]
 
@@ -59,7 +59,7 @@ def test_a_jpeg_is_refused_by_its_header_where_its_bytes_cannot_hold_its_pixels(
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF"])
 def test_fuzz_images(kind, data):
-    """A picture or an error that names its reason, and never room for more than the bytes can hold."""
+    """An image or an error with its reason, and no memory for more than the bytes can hold."""
     contents = data.draw(bytes_of(saved(photograph(0, 24, 32), kind)))
     try:
         seen = upright_rgb(open_image(io.BytesIO(contents)))
@@ -74,7 +74,7 @@ def test_fuzz_images(kind, data):
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("options", [{"progressive": True}, {"optimize": True}, {"quality": 1, "subsampling": "4:2:0"}])
 def test_an_empty_page_is_no_false_claim(mode, options):
-    """Nothing shrinks better."""
+    """Nothing compresses better."""
     jpeg = saved(Image.new(mode, (3000, 3000), "white"), "JPEG", **options)
     assert open_image(io.BytesIO(jpeg)).size == (3000, 3000)
 

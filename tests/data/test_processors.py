@@ -1,4 +1,4 @@
-"""How many processors a process may use, by control groups as they lie on machines and in containers."""
+"""How many processors a process may use, by control groups as found on machines and in containers."""
 
 import os
 from pathlib import Path

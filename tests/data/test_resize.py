@@ -1,4 +1,4 @@
-"""The one resizer, against Pillow and against exact arithmetic: crops as it should, and no half pixel off."""
+"""The resizer, against Pillow and exact arithmetic, without a shift of half a pixel."""
 
 import numpy as np
 import pytest
@@ -92,7 +92,7 @@ def test_planes_become_what_their_upsampled_image_would(case, data):
 
 @pytest.mark.parametrize(("size", "resolution"), [(1500, 40), (2000, 7), (3000, 33), (40, 300)])
 def test_far_from_the_original_size(size, resolution):
-    """Reductions by hundreds leave each input little weight: rounding it must not add up."""
+    """Reductions by a factor of hundreds give each input little weight: rounding errors must not add up."""
     image = photograph(size, size // 2 + 1, size)
     pixels = np.array(image)
     out = np.empty((resolution, resolution, 3), dtype=np.uint8)
@@ -123,7 +123,7 @@ def test_the_filter_sees_nothing_outside_the_box():
 
 
 def test_no_shift():
-    """A ramp stays the same ramp: half a pixel of shift would add half a step everywhere."""
+    """A ramp stays the same ramp: a shift of half a pixel would add half a step everywhere."""
     image = np.repeat(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], 60, axis=0).repeat(3, axis=2)
     for resolution in (15, 30, 120):
         out = np.empty((resolution, resolution, 3), dtype=np.uint8)

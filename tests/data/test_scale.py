@@ -1,4 +1,4 @@
-"""ImageNet's size: opening, order and boxes in seconds, and no memory that grows with the epochs."""
+"""At ImageNet's size: opening, order and boxes take seconds, and memory does not grow with epochs."""
 
 import time
 from pathlib import Path
@@ -18,7 +18,7 @@ def resident_mb() -> float:
 
 
 def seconds(work) -> float:
-    """Of three runs the best: other programs slow a machine down, nothing speeds it up."""
+    """The best of three runs: other programs slow a machine down, nothing speeds it up."""
     times = []
     for _ in range(3):
         started = time.perf_counter()
@@ -58,7 +58,7 @@ def test_memory_does_not_grow_with_epochs(converted, decoder):
                 assert batch.crops.shape == (16, 3, 64, 64)
 
     epochs(range(15))
-    # A leak grows in every stretch of epochs, one batch an epoch by 6 MB in each; pools and allocators in some only.
+    # A leak grows in every stretch of epochs, one batch per epoch by 6 MB in each; pools and allocators in some only.
     grown = []
     for stretch in range(4):
         before = resident_mb()

@@ -1,4 +1,4 @@
-"""The embedded data set: what its pictures promise, and what is known about their crops."""
+"""The embedded data set: properties of its pictures, and the truth about their crops."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -76,7 +76,7 @@ def test_class_map_follows_the_ground(split: str, index: int, monkeypatch: pytes
     classes = scenes.class_map(split, index)
     assert classes.shape == picture.shape[:2]
     assert classes.dtype == np.uint8
-    # Between a black ground and a grey one, a pixel differs as far as the ground shows through it.
+    # Between a black ground and a grey one, a pixel differs by how much of the ground it shows.
     shown = []
     for grey in (0, 180):
         ground = partial(_plain_ground, grey)

@@ -1,4 +1,4 @@
-"""Converted sets of other people: what set.json and the lists of names may say, and that all else is refused."""
+"""Converted sets of other people: what set.json and the lists of names may hold; all else is refused."""
 
 import json
 import shutil
@@ -88,7 +88,7 @@ def test_what_is_missing_is_named(tmp_path):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents=files(VALID))
 def test_fuzz_set_json(tmp_path, contents):
-    """Loaded, it says what the file says; all else is refused."""
+    """A loaded set equals its file; all else is refused."""
     (tmp_path / "set.json").write_bytes(contents)
     try:
         found = open_set(tmp_path)
@@ -105,7 +105,7 @@ def test_fuzz_set_json(tmp_path, contents):
     assert [list(found.crop.scale), list(found.crop.ratio)] == [crop["scale"], crop["ratio"]]
     assert (found.crop.flip, found.crop.center_ratio) == (crop["flip"], crop["center_ratio"])
     assert (found.source_fingerprint, found.made) == (said["source_fingerprint"], said["made"])
-    # What it becomes, it can be used for.
+    # The result is usable.
     boxes, _ = found.crop.training([0, 1], [(1, 60_000), (300, 200)], seed=0, epoch=0)
     assert (boxes[:, 2:] > 0).all()
     assert (Path("runs") / found.name).parent == Path("runs")
@@ -131,7 +131,7 @@ def test_fuzz_names_of_images(named, data):
         return
     event("loaded, as it says")
     assert found == json.loads(contents)
-    # A tree of maps is written by these names.
+    # Trees of maps are written with these names.
     for name in found:
         path = Path("tree") / name
         assert ".." not in path.parts

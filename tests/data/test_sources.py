@@ -30,7 +30,7 @@ def test_a_flat_folder_is_split_the_same_way_every_time(tmp_path):
     assert not set(first.train.items) & set(first.val.items)
     assert np.bincount(first.val.labels).tolist() == [2, 2]
     assert "4 of its 40 images" in first.notes[0]
-    # Another image moves no other across the split as long as the share stays the same.
+    # A further image moves no other image to the other split as long as the share stays the same.
     photograph(5, 60, 60).save(tmp_path / "flat" / "class0" / "zz.jpg")
     assert set(open_source(str(tmp_path / "flat")).val.items) & set(first.val.items)
 
@@ -97,7 +97,7 @@ def test_crops_fit_the_size_of_the_images():
 
 @pytest.fixture
 def no_checksums(monkeypatch, tmp_path):
-    """Lets torchvision read small files of the true formats in place of the published ones."""
+    """Lets torchvision read small files in the real formats instead of the published ones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     monkeypatch.setattr("torchvision.datasets.svhn.check_integrity", lambda *_: True, raising=False)
@@ -159,7 +159,7 @@ def test_only_of_images_without_splits_all_are_val(converted, tmp_path, monkeypa
     unsplit = open_unsplit("plain")
     assert unsplit
     assert len(unsplit.val.items) == 6
-    # A folder of a set's name is not meant by it.
+    # A folder with a set's name is not used for that name.
     root.rename("scenes")
     for part in ("train", "test"):
         write_class_folders(tmp_path / "both" / part, 2, 2)

@@ -1,4 +1,4 @@
-"""Restart-grid JPEGs: any reader reads them, a cut of one decodes to the same pixels, and damage is noticed."""
+"""Restart-grid JPEGs: any decoder reads them, a cut decodes to the same pixels, and damage is detected."""
 
 import io
 from collections.abc import Iterable
@@ -63,7 +63,7 @@ def test_a_cut_has_the_pixels_of_the_whole(height, width, quality, seed, data):
 
 @pytest.mark.parametrize("width", [16 * columns - 5 for columns in (4, 6, 7, 11, 13, 19, 22, 23, 25, 26, 29, 31, 32)])
 def test_every_width_gets_a_grid(width):
-    """Where the MCUs of a row are a prime number, the rows alone make the grid."""
+    """If the number of MCUs in a row is prime, each row is one tile."""
     jpeg = tiles.encode(photograph(3, 300, width), 90)
     found = tiles.layout(np.frombuffer(jpeg, np.uint8))
     assert found.tiles >= 300 // tiles.MCU
@@ -130,7 +130,7 @@ def commented(image: Image.Image, length: int) -> Image.Image:
 @settings(max_examples=1500)
 @given(data=st.data())
 def test_damage_never_leads_out_of_bounds(data):
-    """Whatever the bytes say, a cut stays within its buffers: guards on both sides of the room stay as they were."""
+    """For any bytes, a cut stays within its buffers: guards on both sides of the output stay unchanged."""
     jpeg = bytearray(_INTACT)
     for _ in range(data.draw(st.integers(1, 4))):
         # Mostly in the headers and the table, where the damage matters.
@@ -170,7 +170,7 @@ def check_random_crops(images: Iterable[Image.Image]) -> None:
 
 
 def test_crops_of_drawn_photographs():
-    """Of the sizes and the detail of ImageNet's, so that every clone tests what crops are made of."""
+    """With the sizes and detail of ImageNet's images, so that every clone tests realistic crops."""
     check_random_crops(draw(index) for index in range(40))
 
 
@@ -180,7 +180,7 @@ def test_crops_of_the_imagenet_sample():
 
 
 class Counting(np.ndarray):
-    """Bytes that count how often each of them is read by itself."""
+    """Bytes that count how often each of them is read individually."""
 
     def __getitem__(self, key):
         if isinstance(key, (int, np.integer)):
@@ -190,7 +190,7 @@ class Counting(np.ndarray):
 
 
 def test_no_length_of_a_segment_is_read_twice():
-    """The bytes are of a mapped file, which another process may change between a check and a use."""
+    """The bytes come from a mapped file, which another process may change between check and use."""
     jpeg = np.frombuffer(tiles.encode(photograph(0, 200, 300), 90), np.uint8)
     found = tiles.layout(jpeg)
     assert found.tiles > 5

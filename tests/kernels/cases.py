@@ -1,11 +1,12 @@
-"""Labels and what is to come of them, for the tests of kernels on every device."""
+"""Labels and expected results, for the tests of kernels on every device."""
 
 import torch
 from torch import Tensor
 
 from kernels.sample_blocks import rows_read
 
-# How far a gradient may lie from the float32 one: a step between a dtype's numbers, for Triton's interpreter cuts off.
+# How far a gradient may be from the float32 one: one step between a dtype's numbers, since Triton's interpreter
+# truncates.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -14,7 +15,7 @@ def logits(seed: int, rows: int, classes: int, spread: float = 3.0) -> Tensor:
 
 
 def dense(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(student, refinery); the refinery rules out classes in its first row, and likes two best in its second."""
+    """(student, refinery); the refinery excludes classes in its first row, and has two equal maxima in its second."""
     refinery = logits(1, rows, classes)
     refinery[0, 1:3] = -torch.inf
     refinery[1, [2, 5]] = 20
@@ -22,7 +23,7 @@ def dense(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def sparse(rows: int, classes: int, kept: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(student, classes, values, rest); the first row leaves nothing to other classes, the last sums to less than 1."""
+    """(student, classes, values, rest); the first row gives other classes 0, the last sums to less than 1."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.stack([torch.randperm(classes, generator=generator)[:kept] for _ in range(rows)])
     values = torch.rand(rows, kept, generator=generator).softmax(1)
@@ -42,7 +43,7 @@ def defined(reference, student: Tensor, *label: Tensor, kind: str, temperature: 
 
 
 def check(done: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-    """That an operator on logits of a dtype gave this loss and this gradient."""
+    """Asserts that an operator on logits of a dtype gave this loss and this gradient."""
     (loss, gradient), (defined_loss, defined_gradient) = done, expected
     assert loss.dtype == torch.float32
     assert gradient.dtype == dtype
@@ -51,7 +52,7 @@ def check(done: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: t
 
 
 def activations(device: str) -> list[Tensor]:
-    """Tensors in the layouts that a network may bring."""
+    """Tensors in the memory layouts that a network may produce."""
     x = logits(3, 40, 60, spread=1.0)
     x[0, ::2][:8] = torch.tensor([-1, -0.0, 0, 1, -torch.inf, torch.inf, 0.999, -0.999])
     x = x.to(device)
@@ -85,7 +86,7 @@ def block_images() -> tuple[Tensor, ...]:
 
 
 def read_blocks(blocks: Tensor, offsets: Tensor, sizes: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
-    """Which blocks have to be there for sample_blocks: bool [N]."""
+    """Which blocks sample_blocks needs: bool [N]."""
     there = torch.zeros(len(blocks), dtype=torch.bool)
     firsts, lasts = rows_read(boxes.numpy())
     for starts, size, first, last in zip(offsets.tolist(), sizes.tolist(), firsts, lasts, strict=True):

@@ -75,14 +75,14 @@ def test_sum_by_class():
 
 
 def test_sample_blocks():
-    """Within rounding, which happens for some of a hundred values of such noise."""
+    """Within rounding, which affects a few of a hundred values of such noise."""
     images, resolution = block_images(), 37
     crops = sample_blocks.launch(*images, resolution)
     assert crops.is_contiguous(memory_format=torch.channels_last)
     off = (crops.int() - sample_blocks.reference(*images, resolution).int()).abs()
     assert off.max() <= 1
     assert off.float().mean() < 0.05
-    # What it reads is what has to be there.
+    # It reads exactly the blocks that are needed.
     broken = torch.where(read_blocks(*images), images[0], -1)
     assert torch.equal(sample_blocks.launch(broken, *images[1:], resolution), crops)
     assert sample_blocks.launch(images[0], *(part[:0] for part in images[1:]), 8).shape == (0, 3, 8, 8)

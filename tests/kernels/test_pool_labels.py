@@ -52,14 +52,14 @@ def test_boxes_at_the_edges(kind):
 
 
 def test_rows_are_rows():
-    """A map whose upper half shows one class and whose left half strengthens another: which is which."""
+    """A map whose upper half shows one class and whose right half shows another: tests the axes."""
     logits = torch.zeros(1, 4, 4, 2)
     logits[0, :2, :, 0] = 10  # above: class 0
     logits[0, :, 2:, 1] = 5  # to the right: class 1
     ids = torch.tensor([0, 1]).expand(1, 4, 4, 2)
     for box, likeliest in [((0, 0, 0.5, 0.5), 0), ((0.5, 0.5, 1, 1), 1), ((0, 0.5, 0.5, 1), 0)]:
         assert pool_labels(logits, ids, torch.tensor([box]), 3).argmax() == likeliest
-    # Below and to the left there is nothing: all classes are alike.
+    # Below and to the left there is nothing: all classes are equal.
     said = pool_labels(logits, ids, torch.tensor([(0.75, 0, 1.0, 0.25)]), 3)
     torch.testing.assert_close(said, torch.full((1, 3), 1 / 3))
 

@@ -1,4 +1,4 @@
-"""The losses against formulas written otherwise, and the operators against the references that define them."""
+"""The losses against independent formulas, and the operators against the references that define them."""
 
 import re
 
@@ -21,7 +21,7 @@ seeds = st.integers(0, 10**6)
 
 
 def independent(student, p, kind: str, temperature: float):
-    """The table in the module's head with SciPy, in float64. p: the label's probabilities."""
+    """The table in the module's docstring with SciPy, in float64. p: the label's probabilities."""
     q = special.softmax(student.double().numpy() / temperature, axis=1)
     p = np.asarray(p, dtype=np.float64)
     loss = {
@@ -65,7 +65,7 @@ def test_properties(kind, temperature, seed, shift):
     loss = refinery_loss(student, refinery, kind=kind, temperature=temperature)
     assert (loss > 0).all()
     (gradient,) = torch.autograd.grad(loss.sum(), student)
-    # Only differences of logits count.
+    # Only differences of logits matter.
     torch.testing.assert_close(gradient.sum(1), torch.zeros(4), rtol=0, atol=1e-5 * temperature)
     shifted = refinery_loss(student + shift, refinery - shift, kind=kind, temperature=temperature)
     torch.testing.assert_close(shifted, loss, rtol=1e-3, atol=1e-3)
@@ -106,13 +106,13 @@ def test_hard_takes_the_first_of_equal_classes():
     torch.testing.assert_close(refinery_loss(student, torch.tensor([[0.0, 2, 2, 1]]), kind="hard"), expected)
     ids, values = torch.tensor([[2, 1]]), torch.tensor([[0.4, 0.4]])
     torch.testing.assert_close(sparse_loss(student, ids, values, torch.tensor([0.1]), kind="hard"), expected)
-    # Closer than their probabilities can tell, and yet not equal.
+    # So close that their probabilities are equal, though the logits are not.
     near = torch.tensor([[0.0, 1e-9, -1, -1]])
     torch.testing.assert_close(refinery_loss(student, near, kind="hard"), expected)
 
 
 def test_gradients_keep_their_size_as_the_temperature_rises():
-    """In the limit they are the differences of the centred logits (Hinton et al. 2015, section 2.1)."""
+    """In the limit gradients are the differences of the centred logits (Hinton et al. 2015, section 2.1)."""
     student, refinery = logits(0, 3, 8).requires_grad_(), logits(1, 3, 8)
     refinery_loss(student, refinery, temperature=2000.0).sum().backward()
     limit = (student - student.mean(1, keepdim=True) - refinery + refinery.mean(1, keepdim=True)) / 8

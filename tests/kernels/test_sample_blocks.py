@@ -26,7 +26,7 @@ def test_codes_are_the_standards():
 
 @pytest.mark.parametrize("resolution", [7, 20, 100])
 def test_crops_are_resized_as_by_pillow(resolution):
-    """Gray, so that Pillow's resize of the luma plane is all there is to it."""
+    """Gray, so that the result is Pillow's resize of the luma plane."""
     blocks, offsets, sizes, boxes, flips = block_images()
     for number, (height, width) in enumerate(sizes.tolist()):
         luma = planes(blocks, offsets[number].tolist(), height, width)[0].byte().numpy()
@@ -55,7 +55,7 @@ def test_colours_are_jfifs():
 
 
 def test_chroma_is_enlarged_as_by_libjpeg():
-    """Cr of 4 columns of pixels, enlarged to 7: three quarters of the nearer, one of the further; ends are repeated."""
+    """Cr of 4 columns of pixels, enlarged to 7: three quarters of the nearer, one of the farther; ends are repeated."""
     codes = sum(code << 16 + 3 * (4 * row + x) for row in range(4) for x, code in enumerate((0, 0, 1, 1)))
     blocks = torch.tensor([128] * 5 + [240 | 20 << 8 | codes])
     place = torch.tensor([[7, 7]], dtype=torch.int32), torch.tensor([[0, 0, 7, 7]], dtype=torch.int32)

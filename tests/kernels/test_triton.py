@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: interpreted, and compiled for the GPUs that are to run them."""
+"""The Triton kernels without a GPU: interpreted, and compiled for the target GPUs."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def test_every_kernel_compiles(target):
     for version in command.versions():
         usage = command.compile_version(version, target)
         assert 0 < usage.registers <= 255
-        # Up to 16384 classes, a row fits the registers.
+        # Up to 16384 classes, a row fits in registers.
         assert (usage.spilled == 0) == (version.shape != "C=21841"), version
 
 

@@ -1,4 +1,4 @@
-"""A network's classifier at every cell: what its heads must be, and that the cells' mean is what it says."""
+"""A network's classifier at every cell: the supported heads, and that the cells' mean is the network's output."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_the_mean_of_the_cells_is_what_the_network_says(name, head):
 
 
 def test_a_cell_sees_its_own_part_of_the_picture():
-    """A picture whose lower half alone is changed: the upper row of cells stays, axis by axis."""
+    """Only the lower half of an image is changed: the upper rows of cells stay the same."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     cells = CellLogits(network, "patches", 32)
@@ -46,7 +46,7 @@ def test_a_cell_sees_its_own_part_of_the_picture():
 
 
 def test_pictures_of_a_single_cell():
-    """Where every map is its own mean, larger pictures show which one the head takes."""
+    """If every map equals its own mean, larger images show which one the head uses."""
     cells = CellLogits(models.build("mobilenet0.25", 5), "mobilenet0.25", 32)
     assert cells.head == "the mean of features, then classifier"
     assert cells(torch.randn(1, 3, 32, 32)).shape == (1, 5, 1, 1)

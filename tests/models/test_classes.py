@@ -1,4 +1,4 @@
-"""Which outputs of a network stand for the classes of a set."""
+"""The mapping from the classes of a set to the outputs of a network."""
 
 import random
 
@@ -47,10 +47,10 @@ def test_names_in_words():
     assert words[:2] == ("tench", "goldfish")
     assert len(set(words)) == 1000
     assert words[IDS.index("n02979186")] == "cassette player"
-    # Of the two cranes not even further words differ; of the two maillots these do.
+    # The two cranes share even their further words; the two maillots do not.
     assert {words[IDS.index(name)] for name in ("n02012849", "n03126707")} == {"crane (n02012849)", "crane (n03126707)"}
     assert {words[IDS.index(name)] for name in ("n03710637", "n03710721")} == {"maillot", "maillot, tank suit"}
     assert readable(sorted(map(str, range(1000))))[:4] == (words[0], words[1], words[10], words[100])
-    # Alone, a crane is one.
+    # A single crane needs no id.
     assert readable(["n02012849", "n00004475", "n99999999", "ant"]) == ("crane", "organism", "n99999999", "ant")
     assert readable(["tench", "n01440764"]) == ("tench", "tench, Tinca tinca")

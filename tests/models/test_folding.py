@@ -1,4 +1,4 @@
-"""Folding keeps what a network computes."""
+"""Folding does not change the output of a network."""
 
 import copy
 
@@ -11,7 +11,7 @@ from models.folding import fold
 
 
 def trained(network: nn.Module) -> nn.Module:
-    """With running statistics and weights of the normalisation that are not those of the start."""
+    """With running statistics and weights of the normalisation that differ from their initial values."""
     torch.manual_seed(1)
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -1,4 +1,4 @@
-"""timm's and torchvision's published weights: what they were made for, and how they are found without a network."""
+"""timm's and torchvision's published weights: the inputs they expect, and how they are found offline."""
 
 import socket
 import time
@@ -22,7 +22,7 @@ from models.imagenet import class_ids
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Empty caches, and hubs at an address where nobody answers. Returns the folder of the caches."""
+    """Empty caches, and hubs at an address that does not answer. Returns the folder of the caches."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -84,7 +84,7 @@ def test_a_server_is_reached_or_not(no_network: Path, monkeypatch: pytest.Monkey
         assert connection_error(f"http://127.0.0.1:{server.getsockname()[1]}") is None
     nobody = huggingface_hub.constants.ENDPOINT
     assert "127.0.0.1: Connection refused" in str(connection_error(nobody))
-    # A proxy knows ways that are not ours to judge.
+    # Whether a proxy can reach a server is not known here.
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     assert connection_error(nobody) is None
 
@@ -105,7 +105,7 @@ def test_every_name_of_torchvisions_can_be_looked_up() -> None:
     assert len(names) > 150
     for name in names:
         assert models.published(f"torchvision:{name}").num_classes == 1000
-    # These are weights of the convolutions alone.
+    # These weights are only of the convolutions.
     with pytest.raises(ModelError, match="unknown network 'torchvision:vgg16.IMAGENET1K_FEATURES'"):
         models.published("torchvision:vgg16.IMAGENET1K_FEATURES")
 
@@ -120,7 +120,7 @@ def test_both_order_the_classes_of_imagenet_by_their_ids() -> None:
         assert name in list_models()
         words = get_model_weights(name).DEFAULT.meta["categories"]
         same = sum(word.lower().split()[-1] in text for word, text in zip(words, described, strict=True))
-        assert same >= 999  # "crane bird" is just a crane to timm
+        assert same >= 999  # timm names "crane bird" just "crane"
 
 
 def test_editions_of_imagenet_are_told_by_their_size() -> None:
@@ -143,5 +143,5 @@ def test_torchvisions_networks_are_built_and_tried() -> None:
     models.check_resolution("torchvision:regnet_y_400mf", 64)
     with pytest.raises(ModelError, match=r"cannot take resolution=96 .*; it was made for 224 px$"):
         models.check_resolution("torchvision:vit_b_16", 96)
-    with pytest.raises(ModelError, match="does not give one logit a class"):
+    with pytest.raises(ModelError, match="does not give one logit per class"):
         models.check_resolution("torchvision:googlenet", 224)

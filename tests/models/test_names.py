@@ -124,7 +124,7 @@ def test_timm_models_without_a_classifier_are_refused() -> None:
     name = "qwen3_vit_88m_enc"
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")
-    with pytest.raises(ModelError, match="does not give one logit a class"):
+    with pytest.raises(ModelError, match="does not give one logit per class"):
         models.check_resolution(f"timm:{name}", 224)
 
 

@@ -1,4 +1,4 @@
-"""The networks themselves: what the papers and published files fix, and that they train."""
+"""The networks themselves: properties given by the papers and published files, and that they train."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 
 # At 1000 classes. AlexNet: arXiv 1805.02641; MobileNet: arXiv 1704.04861 (4.2, 2.6, 1.3 and 0.5 million); the
-# ResNets and VGGs: torchvision's documentation; Darknet-19: the published file, darknet19.weights, is of 80 MB.
+# ResNets and VGGs: torchvision's documentation; Darknet-19: the published file, darknet19.weights, has 80 MB.
 # The binary ResNet-50 has the convolutions and the classifier of the real one (25,503,912) and 45,568 weights of
 # batch normalisation, 2 for each channel that enters a convolution (three to a block) or the last ReLU.
 PARAMETERS = {
@@ -94,7 +94,7 @@ def test_alexnet_computes_conv_bn_pool_relu_and_linear_bn_relu() -> None:
     network = models.build("alexnet", 10).eval()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            # Negative scales tell BN -> pool from pool -> BN.
+            # Negative scales distinguish BN -> pool from pool -> BN.
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
     s = network.state_dict()
@@ -159,8 +159,8 @@ def test_darknet19_is_3x3_and_1x1_in_turn_at_six_resolutions() -> None:
 
 
 def test_darknet19_takes_5_58_billion_operations() -> None:
-    # arXiv 1612.08242, section 3; a multiplication and an addition are two. Only the right channels at the right
-    # resolutions come to this number.
+    # arXiv 1612.08242, section 3; a multiplication and an addition count as two. Only the right channels at the right
+    # resolutions give this number.
     with FlopCounterMode(display=False) as counter:
         shapes_only("darknet19")(torch.empty(1, 3, 224, 224, device="meta"))
     assert counter.get_total_flops() == pytest.approx(5.58e9, abs=0.005e9)
@@ -201,7 +201,7 @@ def test_initial_weights_have_the_variance_of_their_fan_out() -> None:
         ("resnet18", 32, 0.01),
         ("resnet50-xnor", 32, 0.1),
         ("darknet19", 32, 0.01),
-        # A few crops of a few classes are too one-sided a batch for 0.1 without normalisation in the classifier.
+        # A batch of a few crops of a few classes is too unbalanced for 0.1 without normalisation in the classifier.
         pytest.param("vgg16", 32, 0.01, marks=pytest.mark.slow),
     ],
 )
@@ -221,12 +221,12 @@ def test_untrained_networks_learn(name: str, resolution: int, lr: float) -> None
         assert all(g is not None and g.isfinite().all() for g in gradients.values())
         optimizer.step()
         losses.append(loss.item())
-    # Biases in front of a batch normalisation are the only parameters still idle in the second step
-    # (in the first, so is all that lies behind the residual blocks' zero scales).
+    # Biases in front of a batch normalisation are the only parameters without gradient in the second step (in the
+    # first, also those behind the residual blocks' zero scales).
     idle = [key for key, g in gradients.items() if g is not None and not g.any()]
     in_front = {"alexnet": ("conv.bias", "linear.bias"), "vgg16": ("bias",)}.get(name, ())
     assert all(key.endswith(in_front) for key in idle)
-    # At first no class is preferred by much; one step then helps on the same crops.
+    # Initially no class is strongly preferred; one step then improves the loss on the same crops.
     assert losses[0] == pytest.approx(math.log(classes), abs=1)
     assert losses[1] < losses[0]
 

@@ -1,4 +1,4 @@
-"""What the user may name as a trained network, and which classes it then has."""
+"""The accepted names of a trained network, and the classes that it then has."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ IDS = class_ids()
 
 
 def bare(path: Path, outputs: int, name: str = NAME) -> dict[str, torch.Tensor]:
-    """Writes a file of weights as the papers' are: a bare state dict in the old format."""
+    """Writes a file of weights like the papers': a bare state dict in the old format."""
     torch.manual_seed(outputs)
     state = models.build(name, outputs).state_dict()
     torch.save(state, path, _use_new_zipfile_serialization=False)
@@ -52,7 +52,7 @@ def test_a_bare_file_has_the_classes_of_the_data(tmp_path):
 @pytest.mark.parametrize(
     "class_names",
     [
-        None,  # of images to be told apart
+        None,  # of images with unknown classes
         IDS[20:30],
         IDS,
         sorted(map(str, range(1000))),  # ImageNetV2
@@ -107,7 +107,7 @@ def test_published_weights_come_with_their_classes_size_and_normalisation(tmp_pa
 
 
 def test_published_weights_that_tell_no_classes_of_imagenet_apart_are_refused():
-    with pytest.raises(ModelError, match="are no classifier of ImageNet's classes; fine-tune it"):
+    with pytest.raises(ModelError, match="are not a classifier of ImageNet's classes; fine-tune it"):
         load_trained("timm:vit_base_patch16_clip_224.openai:pretrained")
     with pytest.raises(ModelError, match="resnet50: has no weights to fetch; .* take torchvision:NAME or timm:NAME"):
         load_trained("resnet50:pretrained")

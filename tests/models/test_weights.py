@@ -1,4 +1,4 @@
-"""Files of weights: every format read back with the same bits, and one clear line for every file that does not fit."""
+"""Files of weights: every format is read back bit for bit, and every file that does not fit gives one clear line."""
 
 import argparse
 from collections.abc import Callable
@@ -28,7 +28,7 @@ NETWORK = {
 
 
 def trained(name: str = NAME, num_classes: int = 3) -> nn.Module:
-    """A network whose buffers, too, differ from those of a new one."""
+    """A network whose buffers also differ from those of a new one."""
     torch.manual_seed(num_classes)
     network = models.build(name, num_classes)
     network(torch.randn(4, 3, 64, 64))
@@ -102,7 +102,7 @@ def test_a_compiled_part_and_a_part_called_module_keep_their_names(tmp_path: Pat
 
 
 def fails(load: Callable[[], object], *parts: str) -> None:
-    """`load` raises a ModelError of one line with these parts."""
+    """Asserts that `load` raises a ModelError of one line with these parts."""
     with pytest.raises(ModelError) as error:
         load()
     text = str(error.value)
@@ -141,7 +141,7 @@ class Ran(Exception):
 
 
 class Trap:
-    """What a malicious file looks like: unpickling it calls a function."""
+    """An example of a malicious file: unpickling it calls a function."""
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return spring, ()
@@ -202,7 +202,7 @@ def test_the_tag_of_timms_weights_does_not_make_another_network() -> None:
     network = models.build("timm:resnet10t", 2)
     tagged = weights_of(network.state_dict(), {"name": "timm:resnet10t.c3_in1k"})
     assert load_into(network, tagged, name="timm:resnet10t", strict_head=True) == []
-    # The dot of a built-in name is no tag.
+    # The dot of a built-in name does not begin a tag.
     quarter = weights_of(trained().state_dict(), {"name": "mobilenet0.25"})
     with pytest.raises(ModelError, match=r"not of mobilenet0\.5"):
         load_into(models.build("mobilenet0.5", 3), quarter, name="mobilenet0.5", strict_head=True)

@@ -60,7 +60,7 @@ def test_a_convolution_uses_its_binary_weights_and_keeps_the_real_ones() -> None
 
 
 def test_the_gradient_of_the_binary_weights_is_that_of_the_real_ones() -> None:
-    """Against central differences of the loss, in the very weights that the convolution uses."""
+    """Against central differences of the loss, with respect to the weights that the convolution uses."""
     torch.manual_seed(0)
     conv = _BinaryConv2d(3, 2, 3, bias=False).double()
     x, target = torch.randn(2, 3, 5, 5, dtype=torch.float64), torch.randn(2, 2, 3, 3, dtype=torch.float64)
@@ -133,7 +133,8 @@ def test_a_block_is_bn_sign_convolution_three_times_and_its_shortcut(channels: i
 
 def test_the_gradient_enters_a_block_where_its_normalised_input_is_within_1() -> None:
     torch.manual_seed(0)
-    # With a convolution in its shortcut, so that all goes through the sign; new running statistics are 0 and 1.
+    # With a convolution in its shortcut, so that everything passes through the sign; new running statistics are 0 and
+    # 1.
     block = _Bottleneck(64, 64, 1).eval()
     x = torch.randn(2, 64, 4, 4, requires_grad=True)
     block(x).sum().backward()

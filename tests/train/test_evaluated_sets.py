@@ -213,9 +213,9 @@ def test_bad_options_are_refused_before_anything_slow(place, tmp_path, monkeypat
     run = str(place)
     for checkpoint, options, error, says in [
         (run, {"out": str(tmp_path)}, TrainError, f"OUT={tmp_path}: is a folder"),
-        (run, {"out": f"{place}/last.pt"}, TrainError, "OUT=.*last.pt: is no earlier result of this command"),
+        (run, {"out": f"{place}/last.pt"}, TrainError, "OUT=.*last.pt: is not an earlier result of this command"),
         (run, {"out": "/proc/scores.json"}, TrainError, "OUT=/proc/scores.json: cannot be written"),
-        (run, {"predictions": "own.csv"}, TrainError, "PREDICTIONS=own.csv: is no earlier result"),
+        (run, {"predictions": "own.csv"}, TrainError, "PREDICTIONS=own.csv: is not an earlier result"),
         (run, {"predictions": "a.txt"}, TrainError, "PREDICTIONS=a.txt: give a name that ends in .csv, .json or"),
         (run, {"out": "same.csv", "predictions": "./same.csv"}, TrainError, "PREDICTIONS=./same.csv: is OUT too"),
         (run, {"which": "worst"}, TrainError, "WHICH=worst: unknown; use last or best"),

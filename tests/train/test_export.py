@@ -359,7 +359,7 @@ def test_bad_input_is_refused_at_once(weights, converted, wordnet_folder, refine
         (weights[0], "onnx", {"data": data, "out": "file"}, "^OUT=file: is a file"),
         (weights[0], "onnx", {"data": data, "out": "file/below"}, "^OUT=file/below: cannot be written"),
         (weights[0], "onnx", {"data": data, "out": "foreign"}, "^OUT=foreign: holds thesis.txt"),
-        (weights[0], "onnx", {"data": data, "out": "own config"}, "^OUT=own config: is no earlier export"),
+        (weights[0], "onnx", {"data": data, "out": "own config"}, "^OUT=own config: is not an earlier export"),
         (f"{weights[0]}", "onnx", {"data": None}, "holds bare weights without the names of classes"),
     ]:
         with pytest.raises(ValueError, match=says) as caught:

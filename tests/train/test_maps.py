@@ -90,7 +90,7 @@ def test_a_crops_label_is_the_map_pooled_over_its_box(make, converted, refinery)
 def test_probabilities_can_be_pooled_in_place_of_logits(run, make, capsys):
     store = make("maps")
     published, other = (run("--labels.stored", "maps", "--epochs", "1", *words) for words in ([], POOLED))
-    assert "81 bytes an image, probabilities pooled\n" in capsys.readouterr().out
+    assert "81 bytes per image, probabilities pooled\n" in capsys.readouterr().out
     assert "pooled" not in published.identity["labels"]
     assert other.identity["labels"]["pooled"] == "probabilities"
     batch = next(open_loader(Path(make.data) / "train.beton", resolution=32, batch_size=6).epoch(0))
@@ -114,7 +114,7 @@ def test_maps_train(run, make, refinery, capsys):
     assert "head    the mean of layer4, then fc\n" in out
     several = run("--labels.stored", str(store.folder), "--copies", "2", "--model", "mobilenet0.25 mobilenet0.5")
     out = capsys.readouterr().out
-    assert f"labels  maps of 3x3 cells, top 3, in {store.folder}: resnet18 at 96 px, 81 bytes an image" in out
+    assert f"labels  maps of 3x3 cells, top 3, in {store.folder}: resnet18 at 96 px, 81 bytes per image" in out
     for found in several:
         assert found.result["epochs"] == 2
         assert origin_of(found.identity) == "resnet18, maps"

@@ -147,7 +147,7 @@ def test_bad_options_are_refused_before_the_network_is_loaded(place):
     Path("own.csv").write_text("name,price\n")
     for options, says in [
         ({"out": "out.txt"}, "OUT=out.txt: give a name that ends in .csv, .json or .jsonl"),
-        ({"out": "own.csv"}, "OUT=own.csv: is no earlier result"),
+        ({"out": "own.csv"}, "OUT=own.csv: is not an earlier result"),
         ({"out": "images"}, "OUT=images: give a name that ends"),
         ({"format": "xml"}, "FORMAT=xml: unknown; use text or csv or json or jsonl"),
         ({"which": "worst"}, "WHICH=worst: unknown; use last or best"),

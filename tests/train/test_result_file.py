@@ -69,8 +69,8 @@ def test_what_cannot_be_written_is_refused_at_once(tmp_path):
         (tmp_path, "is a folder; give the name of a file"),
         (tmp_path / "file" / "below", "cannot be written .*; name another file with OUT"),
         (Path("/proc/result.json"), "cannot be written"),
-        (tmp_path / "file", "is no earlier result of this command, and would be overwritten; give another OUT"),
-        (tmp_path / "link", "is no earlier result of this command"),
+        (tmp_path / "file", "is not an earlier result of this command, and would be overwritten; give another OUT"),
+        (tmp_path / "link", "is not an earlier result of this command"),
     ]:
         with pytest.raises(TrainError, match=f"^OUT={path}: {says}"), result_file(path, begins="{"):
             pytest.fail("the work has begun")

@@ -777,5 +777,5 @@ def test_ablations_learn_something_else_each(run, tmp_path, capsys):
     states = [torch.load(each.weights, weights_only=True)["model"] for each in runs]
     assert len({next(iter(state.values())).sum().item() for state in states}) == 10
     out = capsys.readouterr().out
-    for said in ("one an image", "one a category", "adversarial jitter, eta 1", f"one a category, by {is_a}"):
+    for said in ("one per image", "one per category", "adversarial jitter, eta 1", f"one per category, by {is_a}"):
         assert said in out

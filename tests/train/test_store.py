@@ -231,7 +231,7 @@ def test_finished_labels_need_not_be_writable(store):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: False)
         assert create_store(store.folder, DESCRIPTION).epochs == 1
-        with pytest.raises(TrainError, match="OUT=.*new: labels cannot be written there .*is no folder that can be"):
+        with pytest.raises(TrainError, match="OUT=.*new: labels cannot be written there .*is not a folder that can be"):
             check_folder(store.folder.parent / "new")
 
 

@@ -85,7 +85,9 @@ def test_packed_labels_train(run, make, capsys):
     capsys.readouterr()
     found = run(*BATCH, "--labels.stored", str(store.folder), "--loss.kind", "hard")
     out = capsys.readouterr().out
-    assert f"labels  stored in {store.folder}: resnet18, with batch statistics, top 2, 2 bytes a crop, 2 epochs" in out
+    assert (
+        f"labels  stored in {store.folder}: resnet18, with batch statistics, top 2, 2 bytes per crop, 2 epochs" in out
+    )
     assert "\nlabels: " not in out  # nothing differs
     assert found.result["epochs"] == 2
 
@@ -390,7 +392,7 @@ def test_a_refinery_that_is_not_finite_leaves_no_labels(make, converted, refiner
     state = torch.load(refinery / "last.pt")
     state["model"]["fc.weight"][0, 0] = torch.inf
     torch.save(state, tmp_path / "last.pt")
-    with pytest.raises(TrainError, match="what it says of some crops of epoch 1 is not finite"):
+    with pytest.raises(TrainError, match="its logits for some crops of epoch 1 are not finite"):
         make("labels", EXACT, "--refinery", str(tmp_path / "last.pt"))
     assert open_store(tmp_path / "labels").epochs == 0
 

@@ -1,4 +1,4 @@
-"""What an exported folder says of its network: config.json, and the model card with the lines that use it."""
+"""The description in an exported folder: config.json, and the model card with example code."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from models.standalone import Standalone
 from models.trained import Trained
 from train.runs import Run
 
-# What tells an exported folder from others, in its config.json.
+# The mark of an exported folder in its config.json.
 FORMAT = "label-refinery-export"
 
 _CROP = """\
@@ -59,7 +59,7 @@ print(config["class_names"][likeliest], float(probabilities[0, likeliest]))
 
 
 def described(trained: Trained, run: Run | None, *, resolution: int, center_ratio: float) -> dict[str, Any]:
-    """What config.json says of the network and of how it was trained; `accuracy` and `files` are added when known."""
+    """The contents of config.json: the network and its training; `accuracy` and `files` are added when known."""
     mean, std = trained.normalisation
     identity = run.identity if run else None
     return {
@@ -85,13 +85,13 @@ def _training(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def onnx_lines(*, resolution: int, center_ratio: float) -> str:
-    """Python that says what is on photo.jpg, in the folder of a model.onnx."""
+    """Python code that classifies photo.jpg, in the folder of a model.onnx."""
     crop = _CROP.format(ratio=center_ratio, resolution=resolution)
     return _ONNX.format(crop=crop, resolution=resolution)
 
 
 def safetensors_lines(code: Standalone, *, from_timm: bool, resolution: int, center_ratio: float) -> str:
-    """Python that says what is on photo.jpg, in the folder of a model.safetensors."""
+    """Python code that classifies photo.jpg, in the folder of a model.safetensors."""
     crop = _CROP.format(ratio=center_ratio, resolution=resolution)
     if from_timm:
         imports = ["import timm", "import torch", "from PIL import Image, ImageOps"]
@@ -104,7 +104,7 @@ def safetensors_lines(code: Standalone, *, from_timm: bool, resolution: int, cen
 
 
 def readme(config: Mapping[str, Any], lines: str, table: str) -> str:
-    """The model card. config: what config.json says. table: latency and size of each file, in Markdown."""
+    """The model card. config: the contents of config.json. table: latency and size of each file, in Markdown."""
     accuracy, names = config["accuracy"], config["class_names"]
     ratio = config["crop"]["share_of_the_shorter_side"]
     shown = printable(", ".join(names[:10])) + (

@@ -1,4 +1,4 @@
-"""What an exported file says of the validation set, against the network in PyTorch; and how long each takes."""
+"""Compares an exported file with the network in PyTorch on the validation set, and times both."""
 
 import math
 import statistics
@@ -15,9 +15,9 @@ from data.loader import CropBatch, Loader
 from data.progress import images_bar
 from train import TrainError
 
-# How far probabilities may differ from those of PyTorch; where the best two lie closer, either may come first.
+# How far probabilities may differ from those of PyTorch; if the best two are closer, either may come first.
 TOLERANCE = 1e-3
-# Points of top-1 by which a binary network may differ: rounding turns signs, and these all that follows.
+# Points of top-1 by which a binary network may differ: rounding flips signs, and these change all later layers.
 BINARY_TOLERANCE = 0.5
 # Points of top-1 that int8 may lose, or this many standard errors of the loss.
 INT8_LOSS, STANDARD_ERRORS = 1.0, 2.0
@@ -30,7 +30,7 @@ _SECONDS, _MOST_CALLS, _FEWEST_CALLS = 0.5, 100, 5
 
 @dataclass
 class Marks:
-    """What one program said of the images. first, within5: bool [n], whether the label was first, or within five."""
+    """One program's results. first, within5: bool [n], whether the label is the first class, or in the first five."""
 
     first: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     within5: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
@@ -50,7 +50,7 @@ class Marks:
 
 @dataclass
 class Difference:
-    """largest: of two probabilities. turned: images whose first class differs, though the best two lie apart."""
+    """largest: of two probabilities. turned: images whose first class differs, though the best two are apart."""
 
     largest: float = 0.0
     turned: int = 0
@@ -59,7 +59,7 @@ class Difference:
         if found.shape != expected.shape:
             raise TrainError(f"the file's output has the shape {list(found.shape)}, not {list(expected.shape)}")
         largest = float(np.abs(found - expected).max())
-        # NaN is larger than anything.
+        # NaN counts as larger than any number.
         self.largest = max(self.largest, math.inf if math.isnan(largest) else largest)
         best = np.sort(expected, axis=1)[:, -2:]
         apart = best[:, -1] - best[:, 0] >= TOLERANCE if expected.shape[1] > 1 else np.zeros(len(expected), bool)
@@ -69,10 +69,10 @@ class Difference:
 def marks_of(
     answers: Sequence[Answer], loader: Loader, columns: Sequence[int], *, text: str
 ) -> tuple[list[Marks], Difference]:
-    """What each says of the loader's crops, and how far the second differs from the first on the same crops.
+    """The results of both on the loader's crops, and the difference of the second from the first on the same crops.
 
-    columns: for each class of the loader the network's output; every image is scored among these.
-    Raises TrainError where there is no image.
+    columns: the network's output for each class of the loader; images are scored among these.
+    Raises TrainError if there is no image.
     """
     marks, difference = [Marks() for _ in answers], Difference()
     with images_bar(loader.num_samples, text, leave=False) as bar:
@@ -92,12 +92,12 @@ def marks_of(
 
 
 def crops_of(batch: CropBatch) -> NDArray[np.uint8]:
-    """The crops of a batch as ONNX files take them: uint8 [N, 3, R, R] on the host, row by row."""
+    """The crops of a batch as input of ONNX files: uint8 [N, 3, R, R] on the host, contiguous."""
     return np.ascontiguousarray(batch.crops.cpu().numpy())
 
 
 def in_pytorch(module: nn.Module, device: torch.device) -> Answer:
-    """What a network with its normalisation and softmax, on the device, answers."""
+    """The output of a network with its normalisation and softmax, on the device."""
 
     @torch.inference_mode()
     def answer(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -107,7 +107,7 @@ def in_pytorch(module: nn.Module, device: torch.device) -> Answer:
 
 
 def check_equal(difference: Difference, expected: Marks, found: Marks, *, binary: bool) -> str:
-    """How the file compares with PyTorch, in a phrase. Raises TrainError where it differs."""
+    """How the file compares with PyTorch, as text. Raises TrainError if it differs."""
     said = f"probabilities differ by at most {difference.largest:.1e}, {difference.turned} first classes differ"
     if binary:
         said = f"top-1 {found.top1:.2f} % for {expected.top1:.2f} %; {said}"
@@ -125,7 +125,7 @@ def check_equal(difference: Difference, expected: Marks, found: Marks, *, binary
 
 
 def check_loss(before: Marks, after: Marks, *, accepted: bool) -> str:
-    """What int8 loses, in a phrase. Raises TrainError where that is too much, unless it is accepted."""
+    """The loss of accuracy by int8, as text. Raises TrainError if it is too large, unless it is accepted."""
     loss = before.top1 - after.top1
     error = 100 * float((before.first.astype(float) - after.first).std()) / math.sqrt(len(before.first))
     allowed = max(INT8_LOSS, STANDARD_ERRORS * error)
@@ -140,7 +140,7 @@ def check_loss(before: Marks, after: Marks, *, accepted: bool) -> str:
 
 @torch.inference_mode()
 def milliseconds(answer: Answer, crop: NDArray[np.uint8]) -> float:
-    """The median time that an answer to one crop, uint8 [1, 3, R, R], takes."""
+    """The median time of a forward pass of one crop, uint8 [1, 3, R, R]."""
     for _ in range(2):
         answer(crop)
     times: list[float] = []

@@ -1,4 +1,4 @@
-"""Writes a trained network as a folder, and checks what it wrote on the validation set first."""
+"""Writes a trained network as a folder, after checking the files on the validation set."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,16 +35,16 @@ from train.score.images import on_own_data
 
 FLAGS = ("--int8", "--accept_loss", "--accept-loss")
 
-# Crops that int8 is calibrated on, at most.
+# The most crops that int8 is calibrated on.
 _CALIBRATION = 512
 _CALIBRATION_BATCH = 32
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A line of the table: a program that runs the network, or a file that stands for it.
+    """A row of the table: a program that runs the network, or its file.
 
-    size: bytes of the file; None for no file. latency: milliseconds a crop, one by one; None where it was not measured.
+    size: bytes of the file; None for no file. latency: milliseconds per crop, one by one; None if it was not measured.
     """
 
     name: str
@@ -66,25 +66,25 @@ def export(
     device: str = "auto",
     threads: int | None = None,
 ) -> None:
-    """Writes a checkpoint as a folder: the weights, config.json, a model card, and the lines that use it.
+    """Writes a checkpoint as a folder: the weights, config.json, and a model card with example code.
 
-    What was written is read again and compared with the network in PyTorch, on the validation images; a file that
-    differs is refused, and nothing is written.
+    The files are read again and compared with the network in PyTorch, on the validation images; if one differs, nothing
+    is written.
 
     Args:
         checkpoint: a run folder, a checkpoint file, NAME:FILE for a bare file of weights, or for published ones
             timm:NAME:pretrained or torchvision:NAME:pretrained
         format: onnx (uint8 crops in, probabilities out) or safetensors (the weights; of timm's networks in its layout)
-        int8: with onnx, a quantised file too, refused where it loses more than 1 point of top-1 or two standard errors
+        int8: with onnx, also a quantised file, refused if it loses more than 1 point of top-1 or two standard errors
         data: the set whose validation images it is checked on (default: the run's own)
         out: the folder to write; an earlier export there is replaced (default: export-FORMAT beside the checkpoint,
-            for best.pt export-best-FORMAT, for published weights here)
-        accept_loss: write the quantised file however much it loses
-        resolution: pixels a side of the crops (default: what the network was trained at)
+            for best.pt export-best-FORMAT, for published weights in the current folder)
+        accept_loss: write the quantised file regardless of its loss
+        resolution: pixels per side of the crops (default: what the network was trained at)
         batch: crops at a time
         decoder: auto, ffcv, dali or torchvision
         device: where PyTorch runs: auto, cpu, cuda or cuda:N; onnxruntime runs on the CPU
-        threads: that decode, and as many that compute on the CPU (default: one per processor)
+        threads: number that decode, and number that compute on the CPU (default: one per processor)
     """
     if int8 and format != "onnx":
         raise TrainError(f"INT8=1 is for FORMAT=onnx, not {format}; leave one of them out")
@@ -151,7 +151,7 @@ class _Export:
         self._crop = np.random.default_rng(0).integers(0, 256, (1, 3, side, side), dtype=np.uint8)
 
     def onnx(self) -> list[_Row]:
-        """Writes model.onnx; raises TrainError where it says something else than PyTorch."""
+        """Writes model.onnx; raises TrainError if its output differs from PyTorch's."""
         path = self._folder / "model.onnx"
         print("writing model.onnx", flush=True)
         write_onnx(path, self._module, resolution=self._side, metadata=self._metadata)
@@ -169,20 +169,20 @@ class _Export:
         ]
 
     def int8(self, before: _Row, crops: Iterator[NDArray[np.uint8]], *, accepted: bool) -> _Row:
-        """Writes model-int8.onnx from model.onnx; raises TrainError where it loses too much."""
+        """Writes model-int8.onnx from model.onnx; raises TrainError if it loses too much accuracy."""
         path = self._folder / "model-int8.onnx"
         print("writing model-int8.onnx", flush=True)
         quantise(self._folder / "model.onnx", path, crops, metadata=self._metadata)
         session = self._session(path)
         (marks,), _ = marks_of([session], self._loader, self._columns, text="check int8")
         row = _Row(path.name, marks, self._size(path), milliseconds(session, self._crop))
-        # Both first, then whether it is accepted.
+        # Print both first, then check whether it is accepted.
         print(f"int8: latency {before.latency:.2f} ms before, {row.latency:.2f} ms after", flush=True)
         print(f"int8: {check_loss(before.marks, marks, accepted=accepted)}", flush=True)
         return row
 
     def safetensors(self) -> list[_Row]:
-        """Writes model.safetensors and what builds its network; raises TrainError where they do not read as written."""
+        """Writes model.safetensors and the code of its network; raises TrainError if reading gives other weights."""
         path = self._folder / "model.safetensors"
         print("writing model.safetensors", flush=True)
         network, name = self._trained.network, self._trained.name
@@ -250,8 +250,8 @@ def _on(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def timm_layout(network: nn.Module, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Writes the weights of a network of timm as timm does; returns the config.json that create_model("local-dir:")
-    reads, with ours in it.
+    """Writes the weights of a timm network as timm does; returns the config.json that create_model("local-dir:") reads,
+    including ours.
     """
     from timm.models import save_for_hf
 
@@ -270,7 +270,7 @@ def timm_layout(network: nn.Module, folder: Path, config: dict[str, Any]) -> dic
         "mean": config["mean"],
         "std": config["std"],
     }
-    # What is said of the published weights: how they are tested, and, where these do not come from them, their origin.
+    # Fields about the published weights: how they are tested, and, if these weights are others, their origin.
     dropped = ["test_input_size", "test_crop_pct", "pool_size", "label_names", "label_descriptions"]
     if config["trained"] and not config["trained"]["pretrained"]:
         dropped += ["tag", "license", "origin_url", "paper_ids", "paper_name"]
@@ -280,7 +280,7 @@ def timm_layout(network: nn.Module, folder: Path, config: dict[str, Any]) -> dic
 
 
 def _tensors(network: nn.Module) -> dict[str, torch.Tensor]:
-    # Copies, because a file of this format holds no tensor twice.
+    # Copies, because a file of this format cannot hold a tensor twice.
     return {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
 
 
@@ -307,7 +307,7 @@ def _calibration(
 
 
 def _beside(trained: Trained, format: str) -> Path:
-    """Where an export goes unless the user says so."""
+    """The default folder of an export."""
     if not trained.file:
         return Path(f"export-{trained.name.replace(':', '-').replace('/', '-')}-{format}")
     stem = "" if trained.file.name == "last.pt" else f"{trained.file.stem}-"

@@ -1,4 +1,4 @@
-"""The place of an export: a folder that is there as a whole or not at all, and takes the place of exports alone."""
+"""The folder of an export: it exists completely or not at all, and replaces only earlier exports."""
 
 import tempfile
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ FILES = (
 
 
 def check_place(out: Path) -> None:
-    """Raises TrainError where `out` is something else than an earlier export, or an empty folder."""
+    """Raises TrainError if `out` exists and is neither an earlier export nor an empty folder."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -42,7 +42,7 @@ def check_place(out: Path) -> None:
         raise TrainError(f"OUT={out}: holds {others[0]}, which no export writes; give another OUT, or move it away")
     if any(out.iterdir()) and not _is_export(out):
         raise TrainError(
-            f"OUT={out}: is no earlier export, and would be overwritten; give another OUT, or move it away"
+            f"OUT={out}: is not an earlier export, and would be overwritten; give another OUT, or move it away"
         )
 
 
@@ -56,10 +56,10 @@ def _is_export(folder: Path) -> bool:
 
 @contextmanager
 def placed(out: Path) -> Iterator[Path]:
-    """An empty folder to be filled, which takes the place of `out` when the context ends without an error.
+    """Yields an empty folder to fill, which replaces `out` when the context ends without an error.
 
-    An earlier export stays until then. One process at a time writes to a place; others wait.
-    Raises TrainError where it cannot be written, and as check_place.
+    An earlier export stays until then. One process at a time writes to a folder; others wait. Raises TrainError if it
+    cannot be written, and as check_place does.
     """
     try:
         make_folder(out.parent)
@@ -75,7 +75,7 @@ def placed(out: Path) -> Iterator[Path]:
                 made.mkdir()
                 yield made
                 sync_files(made)
-                # What a user has put there in the meantime is not to be lost.
+                # Files that the user has put there in the meantime must not be lost.
                 check_place(out)
                 move_folder(made, out, replaced=Path(partial, "replaced"))
     except OSError as error:

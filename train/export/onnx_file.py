@@ -1,4 +1,4 @@
-"""The file model.onnx: uint8 crops to probabilities; its sessions; and the same quantised to int8."""
+"""The file model.onnx, from uint8 crops to probabilities; its sessions; and its int8 version."""
 
 import importlib
 import json
@@ -21,15 +21,15 @@ from train import TrainError
 INPUT, OUTPUT = "images", "probabilities"
 
 _OPSET = 18
-# Loaded by those who export alone.
+# Needed only for export.
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-# Where the arithmetic is; and what lies between these, so that int8 passes from one to the next.
+# Operators with most of the arithmetic; and those between them, so that int8 passes from one to the next.
 _HEAVY = ("Conv", "Gemm", "MatMul")
 _BETWEEN = ("Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "Concat", "Flatten")
 
 
 class Probabilities(nn.Module):
-    """Crops uint8 [N, 3, R, R], RGB, to probabilities float32 [N, C]: a network with what goes before and behind it."""
+    """Crops uint8 [N, 3, R, R], RGB, to probabilities float32 [N, C]: a network with its pre- and postprocessing."""
 
     def __init__(self, network: nn.Module, normalisation: Normalisation):
         super().__init__()
@@ -40,7 +40,7 @@ class Probabilities(nn.Module):
 
 
 def check_packages() -> None:
-    """Raises TrainError unless what ONNX files are written and read with is installed."""
+    """Raises TrainError unless the packages that write and read ONNX files are installed."""
     for name in _PACKAGES:
         try:
             importlib.import_module(name)
@@ -52,11 +52,11 @@ def check_packages() -> None:
 
 
 def write_onnx(path: Path, module: nn.Module, *, resolution: int, metadata: Mapping[str, Any]) -> None:
-    """Writes a Probabilities in evaluation mode, on the CPU. metadata: values that JSON can hold, by name.
+    """Writes a Probabilities in evaluation mode, on the CPU. metadata: JSON values by name.
 
-    Raises TrainError for a network that has no form in ONNX.
+    Raises TrainError for a network that cannot be expressed in ONNX.
     """
-    # Two crops: of a single one the exporter would take the number as given.
+    # Two crops: with a single one the exporter would fix the batch size.
     images = torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8)
     try:
         with _quiet():
@@ -75,7 +75,7 @@ def write_onnx(path: Path, module: nn.Module, *, resolution: int, metadata: Mapp
             f"FORMAT=onnx: the network has no form in ONNX ({first_line(error)}); use safetensors"
         ) from None
     assert program
-    # Of each node the exporter notes its lines of Python, with the paths of this machine.
+    # The exporter records the Python lines of each node, with paths of this machine.
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
@@ -87,12 +87,12 @@ def write_onnx(path: Path, module: nn.Module, *, resolution: int, metadata: Mapp
 
 
 def as_text(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata as an ONNX file holds it: JSON by name."""
+    """Metadata as stored in an ONNX file: JSON by name."""
     return {name: json.dumps(value) for name, value in metadata.items()}
 
 
 class Session:
-    """An ONNX file in onnxruntime, on the CPU. threads: that it computes with."""
+    """An ONNX file in onnxruntime, on the CPU. threads: number that compute."""
 
     def __init__(self, path: Path, *, threads: int):
         import onnxruntime
@@ -147,7 +147,7 @@ def quantise(source: Path, target: Path, crops: Iterator[NDArray[np.uint8]], *, 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what exporter and quantiser tell their developers."""
+    """Suppresses messages of exporter and quantiser for developers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

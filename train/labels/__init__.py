@@ -1,7 +1,6 @@
-"""The kinds of labels, and which of them a configuration asks for.
+"""The kinds of labels, and which of them a configuration uses.
 
-A new kind is a file beside this one, and an entry in `KINDS`; its options, where it has some, are one more base of
-`LabelsConfig`.
+A new kind is a file beside this one and an entry in `KINDS`; its options, if any, are a further base of `LabelsConfig`.
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from train.labels.source import Asked, Labels
 from train.labels.store import StoredOptions
 from train.labels.stored import StoredLabels
 
-# By the names that identities of runs hold. The first one asked for is taken.
+# By their names in identities of runs. The first one that is asked for is used.
 KINDS: dict[str, type[Labels]] = {
     "stored": StoredLabels,
     "maps": MapLabels,
@@ -30,23 +29,23 @@ KINDS: dict[str, type[Labels]] = {
 
 @dataclass(frozen=True)
 class LabelsConfig(GroundTruthOptions, RefineryOptions, TaxonomyOptions, StoredOptions):
-    """What the labels are made of."""
+    """Options of all kinds of labels."""
 
 
 class Configured(Asked, Protocol):
-    """A run's configuration, label options and all."""
+    """A run's configuration, including label options."""
 
     @property
     def labels(self) -> LabelsConfig: ...
 
 
 def kind_of(config: Configured) -> type[Labels]:
-    """The kind of labels that a configuration asks for."""
+    """The kind of labels of a configuration."""
     return next(kind for kind in KINDS.values() if kind.asked(config.labels, config))
 
 
 def check(config: Configured) -> None:
-    """Raises TrainError for label options that have no meaning, or none together. Nothing is read."""
+    """Raises TrainError for label options that have no effect or contradict each other. Nothing is read."""
     kind = kind_of(config)
     kind.check(config.labels, config)
     for option, owner in foreign_options(kind).items():
@@ -55,12 +54,12 @@ def check(config: Configured) -> None:
 
 
 def find(config: Configured, class_names: Sequence[str]) -> Labels:
-    """The labels that a configuration asks for, for data of these classes; see Labels.find."""
+    """The labels of a configuration, for data of these classes; see Labels.find."""
     return kind_of(config).find(config.labels, config, class_names)
 
 
 def foreign_options(kind: type[Labels]) -> dict[str, type[Labels]]:
-    """The options that have no meaning with a kind of labels, each with a kind that it belongs to."""
+    """The options that have no effect with a kind of labels, each with a kind that it belongs to."""
     return {option: other for other in KINDS.values() for option in other.options if option not in kind.options}
 
 
@@ -71,5 +70,5 @@ def identity_of(labels: Labels) -> dict[str, Any]:
 
 
 def origin_of(identity: dict[str, Any]) -> str:
-    """Where the labels of a run came from, in a few words, from the run's identity."""
+    """The origin of a run's labels, in a few words, from the run's identity."""
     return KINDS[identity["labels"]["kind"]].origin(identity)

@@ -1,4 +1,4 @@
-"""One soft label a class, for every crop of its images (Label Refinery, Table 5)."""
+"""One soft label per class, for every crop of its images (Label Refinery, Table 5)."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,8 +18,9 @@ from train.device import computing_in, on_device
 from train.labels.refinery import RefineryLabels, RefineryOptions
 from train.labels.source import Asked, Crops, Labels, LabelSource, Targets
 
-# Similarities are 0 to 1; divided by this they become logits. The paper does not say how it normalised them. Of
-# ImageNet's 1000 classes, a label then gives the class itself a tenth on average, and its near relatives the next most.
+# Similarities are 0 to 1; divided by this they become logits. The paper does not say how it normalised them. For
+# ImageNet's 1000 classes, a label then gives the class itself a tenth on average, and its near relatives the next
+# largest shares.
 _TAXONOMY_TEMPERATURE = 0.1
 
 
@@ -28,8 +29,8 @@ class TaxonomyOptions:
     """Options of labels by a taxonomy.
 
     Args:
-        taxonomy: without a refinery, a file of WordNet's is-a relation ("parent child" lines): each category's label
-            is its similarity to all (Wu and Palmer)
+        taxonomy: without a refinery, a file of WordNet's is-a relation ("parent child" lines): each category's label is
+            its similarity to all categories (Wu and Palmer)
     """
 
     taxonomy: str | None = None
@@ -37,7 +38,7 @@ class TaxonomyOptions:
 
 @dataclass(frozen=True)
 class TaxonomyLabels(Labels):
-    """One label a class, by the classes' similarity in a taxonomy. table: see taxonomy_table."""
+    """One label per class, by the classes' similarity in a taxonomy. table: see taxonomy_table."""
 
     file: Path
     table: torch.Tensor
@@ -68,7 +69,7 @@ class TaxonomyLabels(Labels):
         return {"taxonomy": digest_of(self.file)}
 
     def describe(self) -> str:
-        return f"one a category, by {self.file}"
+        return f"one per category, by {self.file}"
 
     def open(self, crops: Crops) -> LabelSource:
         return Category(self.table)
@@ -76,7 +77,7 @@ class TaxonomyLabels(Labels):
 
 @dataclass(frozen=True)
 class CategoryLabels(RefineryLabels):
-    """One label a class: the mean of what a refinery says of the class's images."""
+    """One label per class: the mean of a refinery's labels of the class's images."""
 
     @classmethod
     def asked(cls, given: RefineryOptions, config: Asked) -> bool:
@@ -86,7 +87,8 @@ class CategoryLabels(RefineryLabels):
     def check(cls, given: RefineryOptions, config: Asked) -> None:
         super().check(given, config)
         if given.bn != "running":
-            # The images of one class come one after the other: their own statistics would take away what they share.
+            # The images of one class follow each other: their own batch statistics would remove what they have in
+            # common.
             raise TrainError("labels.per=category needs labels.bn=running, as in the paper")
 
     def open(self, crops: Crops) -> LabelSource:
@@ -119,9 +121,9 @@ class Category(LabelSource):
 def visual_similarity(
     refinery: LabelSource, loader: Loader, *, device: torch.device, autocast: torch.dtype | None
 ) -> torch.Tensor:
-    """The mean of what a refinery says of each class's images, float32 [C, C], rows sum to 1.
+    """The mean of a refinery's labels of each class's images, float32 [C, C], rows sum to 1.
 
-    loader: every image once, its central crop. A class without images keeps its own label.
+    loader: every image once, its central crop. A class without images gets its own one-hot label.
     """
     total = torch.zeros(loader.num_classes, loader.num_classes, dtype=torch.float64, device=device)
     images = torch.zeros(loader.num_classes, 1, dtype=torch.float64, device=device)
@@ -165,10 +167,10 @@ def read_is_a(path: Path) -> dict[str, list[str]]:
 def wu_palmer(parents: dict[str, list[str]], names: Sequence[str], path: Path) -> NDArray[np.float64]:
     """Wu and Palmer's similarity of nodes (1994), [C, C]: 2 d(s) / (d(a) + d(b)), s their deepest common ancestor.
 
-    d counts the nodes on the longest way down from a root, so that a root has 1 and a node more than any of its
-    ancestors: only a node itself has similarity 1 to it, though nodes may have several parents. An ancestor of a node
-    may be the node itself. Without a common ancestor the similarity is 0.
-    Raises TrainError naming `path` for names that are not in it and for a circle.
+    d counts the nodes on the longest path down from a root, so that a root has 1 and a node more than any of its
+    ancestors: only a node itself has similarity 1 to it, even if nodes have several parents. An ancestor of a node may
+    be the node itself. Without a common ancestor the similarity is 0.
+    Raises TrainError naming `path` for names that are not in it and for a cycle.
     """
     known = set(parents) | {parent for several in parents.values() for parent in several}
     missing = [name for name in names if name not in known]

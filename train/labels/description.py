@@ -1,4 +1,4 @@
-"""What stored labels are of, and how they were made: the description of a folder of them, `labels.json`."""
+"""The description of a folder of stored labels, `labels.json`: which crops they label, and how they were made."""
 
 import json
 import os
@@ -19,26 +19,26 @@ from train.labels.rows import CellRows, Rows, build_rows
 from train.runs import key_of
 
 _VERSION = 1
-# What is being written.
+# Suffix of files that are being written.
 PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
 class Description:
-    """What stored labels are of, and how they were made.
+    """Which crops stored labels are of, and how they were made.
 
     data: name, fingerprint, images and classes of the set. refinery: its network, the digest of its weights, its
-    generation, whose batch statistics it used and the resolution it saw crops at (None: as they are). plan: seed, crop
-    rule and copies of an epoch, of which the crops are a function. resolution: pixels a side of the crops. precision,
-    batch, order: what labels depend on by rounding, or with the batch's statistics. format, k, dtype: see
-    train.labels.rows.build_rows. bytes_per_crop: of a row.
+    generation, which batch statistics it used and the resolution it saw crops at (None: unchanged). plan: seed, crop
+    rule and copies of an epoch, which determine the crops. resolution: pixels per side of the crops. precision, batch,
+    order: these affect labels through rounding, or through the batch's statistics. format, k, dtype: see
+    train.labels.rows.build_rows. bytes_per_crop: bytes of a row.
 
-    Of label maps (format map) there is one row an image, no plan, and one file. resolution: pixels a side of the
-    pictures, squashed to squares. cells: a side of a map. shift: whether the logits were moved, cell by cell, so that
-    those which were left out are 0 on average.
+    Label maps (format map) have one row per image, no plan, and one file. resolution: pixels per side of the images,
+    squashed to squares. cells: per side of a map. shift: whether the logits were shifted, cell by cell, so that the
+    dropped ones are 0 on average.
 
-    Of imported maps (train/trees.py), what their files do not say is None. refinery: the name that the user gave, as
-    the digest of its weights the SHA-256 of all rows (None until they are finished), and generation 0.
+    For imported maps (train/trees.py), fields that their files do not specify are None. refinery: the name that the
+    user gave, the SHA-256 of all rows as the digest of its weights (None until they are finished), and generation 0.
     """
 
     data: dict[str, Any]
@@ -72,7 +72,7 @@ class Description:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of an epoch's rows."""
+        """Bytes of an epoch's rows."""
         return self.data["images"] * self.copies, self.bytes_per_crop
 
     @property
@@ -82,8 +82,8 @@ class Description:
 
     @property
     def key(self) -> str:
-        """Names all of it, in eight hex digits."""
-        # What only maps have is no part of the name of other labels.
+        """Eight hex digits that identify the description."""
+        # Fields of maps are not part of the name of other labels.
         return key_of(
             {name: value for name, value in asdict(self).items() if value is not None or name in ("k", "dtype")}
         )
@@ -104,7 +104,7 @@ class Description:
 
 
 def data_part(data: ConvertedSet, images: int) -> dict[str, Any]:
-    """What a description says of the data, of whose training images so many have labels."""
+    """The data's part of a description; `images` of its training images have labels."""
     return {
         "name": data.name,
         "fingerprint": data.fingerprint,
@@ -114,7 +114,7 @@ def data_part(data: ConvertedSet, images: int) -> dict[str, Any]:
 
 
 def refinery_part(trained: Trained, *, bn: str, resolution: int | None) -> dict[str, Any]:
-    """What a description says of a refinery that saw crops at this resolution, with these statistics."""
+    """The refinery's part of a description, for crops at this resolution, with these statistics."""
     return {
         "network": trained.name,
         "weights": trained.digest,
@@ -125,7 +125,7 @@ def refinery_part(trained: Trained, *, bn: str, resolution: int | None) -> dict[
 
 
 def differences(asked: Description, found: Description) -> list[str]:
-    """In what two descriptions differ, as phrases."""
+    """The differences of two descriptions, as phrases."""
     here, there = _flat(asdict(asked)), _flat(asdict(found))
     return [
         f"{name} is {short(there.get(name))} there and {short(here.get(name))} here"
@@ -135,9 +135,9 @@ def differences(asked: Description, found: Description) -> list[str]:
 
 
 def read_description(folder: Path) -> tuple[Description, dict[int, dict[str, Any]]]:
-    """What labels.json says: the description, and of each finished epoch crc32 and seconds (see Store.finished).
+    """The contents of labels.json: the description, and crc32 and seconds of each finished epoch (see Store.finished).
 
-    Raises TrainError where it is missing, damaged or of another version.
+    Raises TrainError if it is missing, damaged or of another version.
     """
     path = description_file(folder)
     try:
@@ -148,7 +148,7 @@ def read_description(folder: Path) -> tuple[Description, dict[int, dict[str, Any
         if said.pop("checksum") != key_of(said):
             raise ValueError("its checksum differs")
         epochs, _ = said.pop("epochs"), said.pop("version")
-        # Labels that were stored before there were maps say nothing of these.
+        # Labels stored by versions before maps lack these fields.
         said = {"cells": None, "shift": None} | said
         _check(said)
         for epoch, made in epochs.items():
@@ -164,7 +164,7 @@ def read_description(folder: Path) -> tuple[Description, dict[int, dict[str, Any
         raise TrainError(f"{path}: is damaged ({first_line(error)}); label again, into another folder") from None
 
 
-# What labels.json may hold, field by field: it may come from other people, its checksum too.
+# Valid values of each field of labels.json, since it may come from other people, including its checksum.
 _MOST_SIDE, _MOST_CLASSES = 8192, 1 << 20
 _side = whole(1, _MOST_SIDE)
 _FIELDS: dict[str, Fits] = {
@@ -184,7 +184,7 @@ _CROP_LABELS: dict[str, Fits] = {
     "cells": one_of(None),
     "shift": one_of(None),
 }
-# What the files of imported maps do not say is None.
+# Fields that the files of imported maps do not specify are None.
 _MAPS: dict[str, Fits] = {
     "plan": one_of(None),
     "resolution": optional(_side),
@@ -237,7 +237,7 @@ def _check(said: dict[str, Any]) -> None:
 
 
 def write_description(folder: Path, description: Description, epochs: Mapping[int, dict[str, Any]]) -> None:
-    """Writes labels.json, or leaves the one that is there as it is where that fails (OSError)."""
+    """Writes labels.json; if that fails (OSError), an existing one is unchanged."""
     path = description_file(folder)
     numbered = {str(epoch): made for epoch, made in sorted(epochs.items())}
     said = {"version": _VERSION} | asdict(description) | {"epochs": numbered}
@@ -245,7 +245,7 @@ def write_description(folder: Path, description: Description, epochs: Mapping[in
 
 
 def description_file(folder: Path) -> Path:
-    """Where the folder of labels keeps their description."""
+    """The file of the description in a folder of labels."""
     return folder / "labels.json"
 
 
@@ -259,5 +259,5 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def short(value: Any) -> str:
-    """A value as messages show it: of a digest, what tells two apart."""
+    """A value for messages: of a digest, only the first digits."""
     return value[:16] if isinstance(value, str) and len(value) == 64 else str(value)

@@ -1,4 +1,4 @@
-"""The label of the whole image, for every crop of it."""
+"""The image's label, for every crop of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class GroundTruthLabels(Labels):
 
     @classmethod
     def asked(cls, given: GroundTruthOptions, config: Asked) -> bool:
-        return True  # where nothing else is
+        return True  # if nothing else is
 
     @classmethod
     def check(cls, given: GroundTruthOptions, config: Asked) -> None:

@@ -1,4 +1,4 @@
-"""Label maps: what a refinery said of each part of an image, of which a crop takes its own (ReLabel: Yun et al. 2021).
+"""Label maps: a refinery's labels of each part of an image, pooled over each crop's box (ReLabel: Yun et al. 2021).
 
 train/maps.py makes them, train/trees.py imports and exports them, kernels/pool_labels.py pools them over a crop's box.
 """
@@ -22,7 +22,7 @@ from train.labels.store import LabelsFromStore, Store, StoredOptions, existing_s
 
 
 def open_maps(folder: str | Path) -> Store:
-    """The finished label maps in a folder. Raises TrainError where there are none."""
+    """The finished label maps in a folder. Raises TrainError if there are none."""
     store = open_store(folder)
     if store.description.format != "map":
         raise TrainError(f"LABELS={folder}: holds {store.description.kind} labels of crops and no maps")
@@ -33,9 +33,9 @@ def open_maps(folder: str | Path) -> Store:
 
 
 def existing_maps(folder: Path) -> Store | None:
-    """The maps, finished or not, in a folder that is to hold some.
+    """The maps, finished or not, in a folder that maps are written to.
 
-    Raises TrainError where it holds anything else, or cannot be written.
+    Raises TrainError if it holds anything else, or cannot be written.
     """
     store = existing_store(folder)
     if store and store.description.format != "map":
@@ -46,7 +46,7 @@ def existing_maps(folder: Path) -> Store | None:
 
 
 def check_classes(data: ConvertedSet) -> None:
-    """Raises TrainError for data of more classes than maps are pooled of."""
+    """Raises TrainError for data with more classes than maps can be pooled for."""
     if len(data.class_names) > MOST_CLASSES:
         raise TrainError(
             f"{data.folder}: has {len(data.class_names)} classes; maps are pooled of {MOST_CLASSES} at most"
@@ -55,7 +55,7 @@ def check_classes(data: ConvertedSet) -> None:
 
 @dataclass(frozen=True)
 class MapLabels(LabelsFromStore):
-    """Label maps: what a refinery said of every part of each image, of which each crop takes its own (ReLabel)."""
+    """Label maps: a refinery's labels of every part of each image, pooled over each crop's box (ReLabel)."""
 
     pooled: str
 
@@ -67,7 +67,7 @@ class MapLabels(LabelsFromStore):
 
     @classmethod
     def check(cls, given: StoredOptions, config: Asked) -> None:
-        """What StoredLabels checks is all that can be checked before the folder is read."""
+        """StoredLabels checks everything that can be checked before the folder is read."""
 
     @classmethod
     def find(cls, given: StoredOptions, config: Asked, class_names: Sequence[str]) -> "MapLabels":
@@ -94,7 +94,7 @@ class MapLabels(LabelsFromStore):
     def describe(self) -> str:
         made = self.store.description
         side = f" at {made.resolution} px" if made.resolution else ""
-        size = f"{made.bytes_per_crop} bytes an image"
+        size = f"{made.bytes_per_crop} bytes per image"
         pooled = f", {self.pooled} pooled" if self.pooled != "logits" else ""
         return f"{made.kind}, in {self.store.folder}: {made.refinery['network']}{side}, {size}{pooled}"
 
@@ -103,7 +103,7 @@ class MapLabels(LabelsFromStore):
 
 
 class Maps(LabelSource):
-    """The label maps of images, pooled over each crop's box. Raises TrainError, when first used, for damage.
+    """The label maps of images, pooled over each crop's box. Raises TrainError for damage when first used.
 
     pooled: logits or probabilities; see kernels.pool_labels.
     """

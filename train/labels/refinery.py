@@ -1,4 +1,4 @@
-"""An online refinery: a trained network that labels the very crop the student sees (Label Refinery, section 3)."""
+"""An online refinery: a trained network that labels the crop that the student sees (Label Refinery, section 3)."""
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
@@ -19,28 +19,28 @@ from train import TrainError
 from train.device import computing_in
 from train.labels.source import Asked, Crops, Labels, LabelSource, Targets
 
-# Behind the name of the network that labels.
-_PER = {"crop": "", "image": ", one an image", "category": ", one a category"}
+# Suffix of the name of the labelling network.
+_PER = {"crop": "", "image": ", one per image", "category": ", one per category"}
 
-# Only shapes matter to the folding of batch normalisation; every network with one takes this size.
+# Only shapes matter for folding batch normalisation; every network that has it accepts this size.
 _USUAL_RESOLUTION = 224
 
-# How many batches averaged statistics are of, and of how many crops at the most.
+# Number of batches, and the most crops per batch, of averaged statistics.
 _AVERAGED_BATCHES, _AVERAGED_BATCH = 16, 256
 
 
 @dataclass(frozen=True)
 class RefineryOptions:
-    """Options of labels that a refinery gives.
+    """Options of a refinery's labels.
 
     Args:
         bn: the refinery's batch normalisation uses the statistics of the batch (as the paper does); their average over
             16 batches of training crops, taken once before the first step; or the running ones of its own training.
             The last two are folded into the convolutions, which is faster
-        resolution: pixels a side at which the refinery sees the crops; fewer are faster, and published weights are at
-            their best at what they were trained at (default: as the student, if the refinery takes that size)
-        per: what has a label of its own: each crop, as in the paper; each image, whose central crop the refinery labels
-            once for all its crops; or each category, whose label is the refinery's mean over its images
+        resolution: pixels per side at which the refinery sees the crops; fewer are faster, and published weights are
+            best at the size they were trained at (default: the student's size, if the refinery accepts it)
+        per: one label for each crop, as in the paper; for each image, whose central crop the refinery labels once for
+            all its crops; or for each category, the refinery's mean over its images
     """
 
     bn: Literal["batch", "averaged", "running"] = "batch"
@@ -50,7 +50,7 @@ class RefineryOptions:
 
 @dataclass(frozen=True)
 class RefineryLabels(Labels):
-    """What a trained network says of each crop, or of each image's central crop.
+    """A trained network's labels of each crop, or of each image's central crop.
 
     trained: the network. asked_as: how the user named it.
     """
@@ -155,9 +155,10 @@ class RefineryLabels(Labels):
             )
 
     def _resolution(self, crops: Crops) -> int | None:
-        """Pixels a side to which crops are resized for the refinery, as `seen_at` says; prints what may surprise.
+        """Pixels per side to which crops are resized for the refinery, as from `seen_at`; prints a notice if they may
+        be unexpected.
 
-        Raises TrainError for a size that it does not take.
+        Raises TrainError for a size that it does not accept.
         """
         asked, usual = self.given.resolution, self.trained.resolution
         side = seen_at(self.trained, asked, crops.resolutions)
@@ -192,10 +193,10 @@ def _some(crops: Crops, center: Pairing | None) -> Loader:
 
 
 def seen_at(trained: Trained, asked: int | None, resolutions: Sequence[int]) -> int | None:
-    """Pixels a side to which crops of these sizes are resized for a refinery; None: it sees them as the student does.
+    """Pixels per side to which crops of these sizes are resized for a refinery; None: it sees them as the student does.
 
-    So it does unless another size is asked for, or it takes only the one it was trained at, as most transformers do;
-    that one may be many times the student's work.
+    It does unless another size is given, or it accepts only the size it was trained at, as most transformers do; that
+    may cost many times the student's work.
     """
     if asked or not trained.resolution or not any(trained.failure_at(side) for side in resolutions):
         return asked
@@ -203,24 +204,23 @@ def seen_at(trained: Trained, asked: int | None, resolutions: Sequence[int]) -> 
 
 
 class Refinery(LabelSource):
-    """The network's logits for each crop. Its weights and running statistics stay as they are; dropout is off.
+    """The network's logits for each crop. Its weights and running statistics do not change; dropout is off.
 
-    columns: where the data's classes stand among its outputs, for a network that knows more classes; None: they are the
-    same. The other outputs are dropped, so that the label is the softmax over the data's classes: what the network says
-    of the crop given that it shows one of these. What it gave to the others is no probability that the student, who
-    lacks them, could learn.
+    columns: the indices of the data's classes among its outputs, for a network with more classes; None: they are the
+    same. The other outputs are dropped, so that the label is the softmax over the data's classes: the network's
+    probabilities given that the crop shows one of these. The student could not learn those of classes that it lacks.
 
     bn: "batch" normalises with the statistics of the current batch, as the network itself was trained, which the
     paper found to label more accurately (section 3); "running" uses the stored ones, folded into the convolutions;
-    "averaged" replaces these beforehand by the mean, over the first 16 batches of `over`, of each batch's mean and
-    variance. The labels of crops that come later are of the same distribution, so that these are what an average over
-    the last few batches would be, without a pass over memory to compute them and without a state to save.
-    over: batches of crops, on the device that they are computed on; nothing else is done with them.
-    normalisation: mean and std of its input. resolution: px a side that crops are resized to for it; None: as they are.
-    center: the central crop that it labels in place of each training crop ("soft static", Table 4); None: it labels the
-    training crop itself.
-    dtype: what its convolutions and linear layers compute in under autocast, and so what their weights are stored in.
-    sees: the picture that it labels, of training crops: mixed, coloured or plain; see LabelSource.
+    "averaged" first replaces these by the mean, over the first 16 batches of `over`, of each batch's mean and variance.
+    Later crops have the same distribution, so this equals an average over the last few batches, without another pass
+    over memory and without a state to save.
+    over: batches of crops, on the device of the network; used only for this.
+    normalisation: mean and std of its input. resolution: pixels per side that crops are resized to for it; None: as
+    they are. center: the central crop that it labels instead of each training crop ("soft static", Table 4); None: it
+    labels the training crop itself.
+    dtype: of its convolutions and linear layers under autocast, and so of their stored weights. sees: which version of
+    training crops it labels: mixed, coloured or plain; see LabelSource.
     """
 
     columns: torch.Tensor | None
@@ -252,7 +252,7 @@ class Refinery(LabelSource):
             self._average(norms, over)
         if bn == "batch":
             for module in norms:
-                # Without running statistics, batch normalisation uses the batch's own, in evaluation mode too.
+                # Without running statistics, batch normalisation uses the batch's own, also in evaluation mode.
                 module.track_running_stats = False
                 module.running_mean = module.running_var = module.num_batches_tracked = None
         elif norms:
@@ -273,7 +273,7 @@ class Refinery(LabelSource):
             norm.eval()
 
     def train(self, mode: bool = True) -> "Refinery":
-        # A refinery never trains: its dropout stays off.
+        # A refinery is never in training mode: its dropout stays off.
         return super().train(False)
 
     def forward(self, batch: CropBatch) -> Targets:

@@ -1,20 +1,20 @@
-"""How the label of one crop is stored: a row of bytes, of the same size for every crop.
+"""Storage formats of a crop's label: a row of bytes, of the same size for every crop.
 
 exact   all logits, as the refinery computed them
-packed  the likeliest k classes with their probabilities, and what all others have together
+packed the k most likely classes with their probabilities, and the total of all others
 
-A packed row is k entries of class id and code, the likeliest class first, one after the other from the lowest bit of
-the first byte on. An entry takes the bits of a class id and 6 more: 16 for up to 1,024 classes. With p1 >= p2 >= ...
-the probabilities, the codes are
+A packed row is k entries of class id and code, the most likely class first, packed from the lowest bit of the first
+byte on. An entry takes the bits of a class id plus 6: 16 for up to 1,024 classes. With p1 >= p2 >= ... the
+probabilities, the codes are
 
     entries 2 to k   0 if as likely as the first, else c for ln(p1 / p) in (c - 1, c] x 3/16, read as (c - 1/2) x 3/16;
-                     63 is also what is less likely still
+                     63 also for anything less likely
     entry 1          the share r of all others, as arcsin(sqrt(r)) in steps of (pi/2) / 63
 
-The logarithm is off by at most 3/32 down to ln(p1 / p) = 11.8. The second scale spreads evenly, over all shares, what
-rounding costs: the divergence of two shares is twice the squared difference of their arcsines, to first order.
+The logarithm is off by at most 3/32 down to ln(p1 / p) = 11.8. The second scale makes the cost of rounding equal for
+all shares: the divergence of two shares is twice the squared difference of their arcsines, to first order.
 
-The order of the classes stays as it was, and a class that was strictly ahead of all others is read as strictly ahead.
+The order of the classes is preserved, and a class that was strictly most likely is read as strictly most likely.
 """
 
 import math
@@ -30,10 +30,10 @@ _LAST_CODE = 2**_CODE_BITS - 1
 _LOG_STEP = 3 / 16
 _ARC_STEP = math.pi / 2 / _LAST_CODE
 
-# An entry begins at any bit of its first byte, and ends within so many bytes with up to 2**27 classes.
+# An entry begins at any bit of its first byte, and ends within this many bytes with up to 2**27 classes.
 _ENTRY_BYTES = 5
 
-# What a network computes its output in.
+# The dtypes of a network's output.
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -50,12 +50,12 @@ class Rows(nn.Module):
         raise NotImplementedError
 
     def targets(self, rows: Tensor) -> Targets:
-        """What rows, uint8 [B, width], say."""
+        """The labels of rows, uint8 [B, width]."""
         raise NotImplementedError
 
 
 class Exact(Rows):
-    """All logits, in the type that the refinery computed them in."""
+    """All logits, in the dtype that the refinery computed them in."""
 
     def __init__(self, classes: int, dtype: torch.dtype):
         super().__init__()
@@ -71,9 +71,9 @@ class Exact(Rows):
 
 
 class Packed(Rows):
-    """The likeliest k of `classes` classes, or all where there are fewer."""
+    """The most likely k of `classes` classes, or all where there are fewer."""
 
-    # Of each entry: the bytes in which it lies, and the bits of the first of them that belong to the one before.
+    # For each entry: the bytes that hold it, and how many bits of the first byte belong to the previous entry.
     bytes_of: Tensor
     shift: Tensor
     place: Tensor  # the values of an entry's bytes
@@ -101,7 +101,7 @@ class Packed(Rows):
         codes[:, 0] = (others.sqrt().asin() / _ARC_STEP).round().long()
         entries = ((order << _CODE_BITS) | codes) << self.shift
         parts = entries[:, :, None] // self.place & 0xFF
-        # Entries that share a byte have different bits of it: their sum is their union.
+        # Entries that share a byte use different bits of it: their sum is their union.
         rows = parts.new_zeros(len(logits), self.width + _ENTRY_BYTES)
         rows = rows.index_add(1, self.bytes_of.flatten(), parts.flatten(1))
         return rows[:, : self.width].to(torch.uint8)
@@ -117,17 +117,17 @@ class Packed(Rows):
         if self._k == self._classes:
             other = torch.zeros_like(weights[:, 0])
         else:
-            # Neither all nor nothing: both ends are read as the middle of their half steps.
+            # Never exactly 0 or 1: both ends are read as the middle of their half steps.
             arc = codes[:, 0].clamp(0.25, _LAST_CODE - 0.25) * _ARC_STEP
             other = arc.tan().square() * weights.sum(dim=1) / (self._classes - self._k)
-            # A class that was not kept is not read as likelier than one that was, nor as likely as the only one.
+            # A dropped class is not read as more likely than a kept one, nor as equally likely as the only one.
             other = other.minimum(weights[:, -1] if self._k > 1 else weights[:, -1] * math.exp(-_LOG_STEP / 2))
         total = weights.sum(dim=1) + other * (self._classes - self._k)
         return Targets(sparse=(classes, weights / total[:, None], other / total))
 
 
 class CellRows(nn.Module):
-    """The label map of an image: of each of `side` x `side` cells the likeliest k classes' logits and their ids.
+    """The label map of an image: of each of `side` x `side` cells the k most likely classes' logits and their ids.
 
     A row holds all logits, float16, cell by cell and rows of the image first, and then all ids, as uint8, uint16 or
     int32, whichever is the smallest that holds them. width: its bytes. k: at most the number of classes.
@@ -156,7 +156,7 @@ class CellRows(nn.Module):
         """logits float16 and ids int64, [B, side, side, k], of rows uint8 [B, width]."""
         logits, ids = rows[:, : self._logit_bytes], rows[:, self._logit_bytes :]
         shape = (len(rows), *self._shape)
-        # As one row of bytes each: a view of a wider type wants memory without gaps.
+        # Contiguous rows of bytes, as a view with a wider dtype requires.
         return (
             logits.reshape(-1).clone().view(torch.float16).view(shape),
             # A file of other people may hold any bits, and kernels trust an id.
@@ -165,7 +165,7 @@ class CellRows(nn.Module):
 
 
 def build_rows(format: str, classes: int, *, k: int | None = None, dtype: str | None = None) -> Rows:
-    """The format of this name. k: classes of packed rows. dtype: of exact ones. Raises ValueError for what is none."""
+    """The format of this name. k: classes of packed rows. dtype: of exact ones. Raises ValueError if unknown."""
     if format == "exact" and dtype in _DTYPES:
         return Exact(classes, _DTYPES[dtype])
     if format == "packed" and k is not None and k > 0:

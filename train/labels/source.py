@@ -1,6 +1,6 @@
-"""What every kind of labels is: a `Labels` before the run, which opens a `LabelSource` for its steps.
+"""The interface of every kind of labels: a `Labels` before the run, which opens a `LabelSource` for its steps.
 
-A label source works in two halves. `fetch` runs on the loader's side, on the host, and looks things up in files;
+A label source has two parts. `fetch` runs with the loader, on the host, and reads files;
 `forward` runs on the device, inside the compiled graph, and makes the targets of a batch.
 """
 
@@ -23,10 +23,10 @@ from kernels.refinery_loss import probabilities_loss, refinery_loss, sparse_loss
 
 @dataclass
 class Targets:
-    """What the student is to say about each crop, in one of four forms.
+    """The targets of the student for each crop, in one of four forms.
 
     ids: class ids int64 [B]. logits: a refinery's logits [B, C]. probabilities: [B, C], rows sum to 1.
-    sparse: (classes int64 [B, K], their probabilities [B, K], what each of the other classes gets [B]).
+    sparse: (classes int64 [B, K], their probabilities [B, K], the probability of each other class [B]).
     """
 
     ids: torch.Tensor | None = None
@@ -35,7 +35,7 @@ class Targets:
     sparse: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def classes(self) -> torch.Tensor:
-        """The likeliest class of each crop: int64 [B]."""
+        """The most likely class of each crop: int64 [B]."""
         if self.ids is not None:
             return self.ids
         if self.sparse is not None:
@@ -46,7 +46,7 @@ class Targets:
         return scores.argmax(dim=1)
 
     def at(self, places: torch.Tensor) -> "Targets":
-        """The targets of the crops at these places in the batch, int64 [N]."""
+        """The targets of the crops at these indices in the batch, int64 [N]."""
         if self.sparse is not None:
             classes, values, rest = self.sparse
             return Targets(sparse=(classes[places], values[places], rest[places]))
@@ -54,7 +54,7 @@ class Targets:
         return Targets(**parts)
 
     def distribution(self, num_classes: int) -> torch.Tensor:
-        """What each crop's label gives to every class: float32 [B, C], rows sum to 1."""
+        """Each crop's label as probabilities of all classes: float32 [B, C], rows sum to 1."""
         if self.ids is not None:
             return F.one_hot(self.ids, num_classes).float()
         if self.logits is not None:
@@ -68,7 +68,7 @@ class Targets:
     def loss(self, student: torch.Tensor, *, kind: str = "soft", temperature: float = 1.0) -> torch.Tensor:
         """Each crop's loss, float32 [B]. student: logits [B, C]. kind, temperature: see kernels.refinery_loss.
 
-        Class ids are learned by cross-entropy, whatever the kind.
+        Class ids always use cross-entropy.
         """
         if self.ids is not None:
             return F.cross_entropy(student.float(), self.ids, reduction="none")
@@ -81,17 +81,17 @@ class Targets:
 
 
 class LabelSource(nn.Module):
-    """Makes the targets of a step: overrides forward, and fetch where labels lie in files.
+    """Makes the targets of a step. Subclasses override forward, and fetch if labels are in files.
 
-    pairings: further crops of each image that forward needs. sees: which picture it labels where crops are augmented:
-    plain, as they were cut, coloured, or mixed (train.augment).
+    pairings: further crops of each image that forward needs. sees: which version of augmented crops it labels: plain,
+    as they were cut; coloured; or mixed (train.augment).
     """
 
     pairings: tuple[Pairing, ...] = ()
     sees: str = "plain"
 
     def fetch(self, indices: NDArray[np.int64], copies: NDArray[np.int64], epoch: int) -> torch.Tensor | None:
-        """A host tensor [B, ...] for these crops (indices and copies int64 [B]), or None where nothing is looked up."""
+        """A host tensor [B, ...] for these crops (indices and copies int64 [B]), or None if nothing has to be read."""
         return None
 
     def forward(self, batch: CropBatch) -> Targets:
@@ -100,9 +100,9 @@ class LabelSource(nn.Module):
 
 @dataclass(frozen=True)
 class Plan:
-    """The crops that labels were made for: those of a seed, in some epochs, by a rule, so many of each image.
+    """The crops that labels were made for: those of a seed, some epochs, a crop rule, and a number of copies.
 
-    resolution: pixels a side that they had. epochs: how many there are; a longer run begins again at the first.
+    resolution: their pixels per side. epochs: how many there are; a longer run starts again at the first.
     """
 
     seed: int
@@ -113,7 +113,7 @@ class Plan:
 
 
 class Asked(Protocol):
-    """What kinds of labels read of a run's configuration (train.config.Config), besides their own options."""
+    """What kinds of labels use of a run's configuration (train.config.Config), besides their own options."""
 
     @property
     def model(self) -> str: ...
@@ -134,7 +134,7 @@ class Asked(Protocol):
     @property
     def copies(self) -> int: ...
     @property
-    def crop(self) -> Any: ...  # scale, ratio and flip as in CropRule, each None where it was left out
+    def crop(self) -> Any: ...  # scale, ratio and flip as in CropRule, each None if it was left out
     @property
     def jitter(self) -> float: ...
     @property
@@ -146,7 +146,7 @@ class Asked(Protocol):
 
 
 class Crops(Protocol):
-    """What kinds of labels read of the run (train.job.Job) whose crops they are to label."""
+    """What kinds of labels use of the run (train.job.Job) whose crops they label."""
 
     @property
     def config(self) -> Asked: ...  # with everything filled in
@@ -155,9 +155,9 @@ class Crops(Protocol):
     @property
     def crop(self) -> CropRule: ...
     @property
-    def resolution(self) -> int: ...  # px a side, once they have grown
+    def resolution(self) -> int: ...  # pixels per side, once they have grown
     @property
-    def resolutions(self) -> Sequence[int]: ...  # px a side in the run's epochs, each size once
+    def resolutions(self) -> Sequence[int]: ...  # pixels per side in the run's epochs, each size once
     @property
     def batch(self) -> int: ...
     @property
@@ -165,18 +165,18 @@ class Crops(Protocol):
     @property
     def autocast(self) -> torch.dtype | None: ...
     @property
-    def loading(self) -> dict[str, Any]: ...  # what all loaders of the run have in common
+    def loading(self) -> dict[str, Any]: ...  # arguments of all loaders of the run
 
 
 class Labels(ABC):
     """One kind of labels of a run: its options and their checks, its part of the run's identity, its description.
 
-    The class answers for the kind, an object for what `find` found. To add a kind, write its file with a subclass; add
-    that to KINDS in train/labels/__init__.py and its options, a dataclass, to the bases of LabelsConfig. Its methods
-    take these as `given`, and as `config` what else was asked for.
+    The class represents the kind, an object what `find` found. To add a kind, write its file with a subclass; add that
+    to KINDS in train/labels/__init__.py and its options, a dataclass, to the bases of LabelsConfig. Its methods take
+    these as `given`, and all other options as `config`.
 
-    options: the options of Config that have a meaning with this kind, by their dotted names. elsewhere: what is said of
-    one of them, behind its name, when it is given with a kind that lacks it.
+    options: the options of Config that apply to this kind, by their dotted names. elsewhere: the message, after the
+    option's name, if one of them is given with another kind.
     """
 
     options: ClassVar[tuple[str, ...]]
@@ -190,24 +190,24 @@ class Labels(ABC):
     @classmethod
     @abstractmethod
     def check(cls, given: Any, config: Asked) -> None:
-        """Raises TrainError for options that have no meaning, or none together. Nothing is read."""
+        """Raises TrainError for options that have no effect or contradict each other. Nothing is read."""
 
     @classmethod
     @abstractmethod
     def find(cls, given: Any, config: Asked, class_names: Sequence[str]) -> "Labels":
-        """Reads what the labels come from, for data of these classes: quick, before the data are converted.
+        """Opens the origin of the labels, for data of these classes: fast, before the data are converted.
 
-        Raises TrainError or ModelError for what cannot label these classes.
+        Raises TrainError or ModelError if it cannot label these classes.
         """
 
     @classmethod
     @abstractmethod
     def origin(cls, identity: dict[str, Any]) -> str:
-        """Where the labels of a run came from, in a few words, from the run's identity."""
+        """The origin of a run's labels, in a few words, from the run's identity."""
 
     @property
     def generation(self) -> int:
-        """0 for labels that no network gave, else one more than that of the network that gave them."""
+        """0 for labels without a network, else one more than that of the network that gave them."""
         return 0
 
     @property
@@ -221,18 +221,18 @@ class Labels(ABC):
         return None
 
     def check_data(self, data: ConvertedSet) -> None:
-        """Raises TrainError where the labels are of other data than these."""
+        """Raises TrainError if the labels are of other data than these."""
         return None  # most can label any
 
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What else of the labels decides the weights that a run ends with, as JSON takes it."""
+        """Other properties of the labels that determine a run's final weights, as JSON values."""
 
     @abstractmethod
     def describe(self) -> str:
-        """What the labels are, in one line, as a run that begins prints it."""
+        """A description of the labels in one line, printed when a run begins."""
 
     @abstractmethod
     def open(self, crops: Crops) -> LabelSource:
-        """The source that labels the crops of a run; slow where much has to be computed first."""
+        """The source that labels the crops of a run; slow if much has to be computed first."""

@@ -1,8 +1,8 @@
-"""A folder of stored labels: what it holds, and how it is written and read.
+"""A folder of stored labels: its contents, and how it is written and read.
 
-`labels.json` says what the labels are of and how their rows are made; `epoch-0000.labels` and so on hold a row of bytes
-for each crop of an epoch, in the order of the images and of their copies. Several processes may write different epochs
-at the same time, or together the rows of one; an epoch is there as a whole or not at all.
+`labels.json` describes the labelled crops and the format of rows; `epoch-0000.labels` and so on hold a row of bytes for
+each crop of an epoch, in the order of the images and of their copies. Several processes may write different epochs at
+the same time, or the rows of one together; an epoch exists completely or not at all.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ from train.labels.description import (
 )
 from train.labels.source import Labels
 
-# Held while the description is written.
+# The lock that is held while the description is written.
 _LOCK = ".lock"
 
 
@@ -46,9 +46,9 @@ class StoredOptions:
     """Options of labels from files.
 
     Args:
-        stored: a folder of labels that a refinery gave to every crop (python -m train.label), in place of the refinery
-        cycle: take the first so many stored epochs again and again, in a run of more epochs than are stored
-        pooled: what of the cells of a label map is averaged over a crop: logits, as published, or probabilities
+        stored: a folder of a refinery's labels of every crop (python -m train.label), instead of the refinery
+        cycle: repeat the first this many stored epochs, in a run of more epochs than are stored
+        pooled: what is averaged over the cells of a label map in a crop: logits, as published, or probabilities
     """
 
     stored: str | None = None
@@ -57,25 +57,25 @@ class StoredOptions:
 
 
 class Store:
-    """The labels in a folder, which `open_store` and `create_store` give. description: what they are of."""
+    """The labels in a folder, as returned by `open_store` and `create_store`."""
 
     def __init__(self, folder: Path, description: Description):
         self.folder, self.description = folder, description
 
     @property
     def finished(self) -> dict[int, dict[str, Any]]:
-        """Of each epoch (0, 1, ...) that is labelled: crc32 of its file, and the seconds it took."""
+        """For each finished epoch (0, 1, ...): crc32 of its file, and the seconds it took."""
         done, size = read_description(self.folder)[1], self.description.bytes_per_epoch
         return {epoch: made for epoch, made in done.items() if _size_of(self._file(epoch)) == size}
 
     @property
     def epochs(self) -> int:
-        """How many epochs are labelled, from the first on and without a gap."""
+        """How many epochs are finished, from the first on and without a gap."""
         done = self.finished
         return next(epoch for epoch in range(len(done) + 1) if epoch not in done)
 
     def check_sizes(self) -> None:
-        """Raises TrainError for the file of a finished epoch that no longer has the size it was written with."""
+        """Raises TrainError if the file of a finished epoch no longer has the size it was written with."""
         for epoch in read_description(self.folder)[1]:
             self._check_size(epoch)
 
@@ -93,7 +93,7 @@ class Store:
         return {name: self.description.refinery[name] for name in ("network", "weights")}
 
     def check_data(self, data: ConvertedSet) -> None:
-        """Raises TrainError unless the labels are of these data. Raises DataError as Beton."""
+        """Raises TrainError unless the labels are of these data. Raises DataError as Beton does."""
         there = self.description.data["fingerprint"]
         if data.fingerprint != there:
             raise TrainError(
@@ -108,7 +108,7 @@ class Store:
                 )
 
     def check_refinery(self, asked: str, class_names: Sequence[str]) -> None:
-        """Raises TrainError unless the labels are those of the refinery that was named beside them."""
+        """Raises TrainError unless the labels are those of the refinery that was also given."""
         if names_network_alone(asked):
             found, there = asked, self.network["network"]
         else:
@@ -135,9 +135,9 @@ class Store:
         return np.asarray(mapped)
 
     def check_room(self, epochs: int) -> None:
-        """Raises TrainError unless the disk has room for what is missing of so many epochs."""
+        """Raises TrainError unless the disk has space for those of this many epochs that are missing."""
         missing = set(range(epochs)) - set(self.finished)
-        # What an epoch that is being written has been given is no longer free.
+        # Space allocated for an epoch that is being written is no longer free.
         given = sum(_size_of(self._partial(epoch)) or 0 for epoch in missing)
         needed, free = len(missing) * self.description.bytes_per_epoch - given, shutil.disk_usage(self.folder).free
         if needed > free:
@@ -155,14 +155,14 @@ class Store:
 
     @contextmanager
     def writing(self, epoch: int, together: Group = ALONE) -> Iterator[NDArray[np.uint8] | None]:
-        """Rows to be filled, [crops, bytes_per_crop]; those of the epoch, once the context ends without an error.
+        """Yields rows to fill, [crops, bytes_per_crop]; they become the epoch's when the context ends without an error.
 
-        together: the processes that fill them, each its own rows, and all enter and leave the context.
-        None where the epoch is finished, or where another process, not one of these, is writing it. Raises TrainError
-        where the disk is full, and where machines see different folders.
+        together: the processes that fill them, each its own rows; all enter and leave the context. Yields None if the
+        epoch is finished, or if a process outside of these is writing it. Raises TrainError if the disk is full, and if
+        machines see different folders.
         """
-        # Network file systems write whole pages of a mapped file back, over what other machines have written since:
-        # each machine fills a file of its own.
+        # Network file systems write back whole pages of a mapped file, overwriting data written by other machines
+        # since: each machine fills its own file.
         partial = self._partial(epoch, together.machine)
         with self._cannot_write(partial):
             file = self._claimed(epoch) if together.first else None
@@ -196,7 +196,7 @@ class Store:
             if new:
                 file.truncate(0)
                 file.truncate(self.description.bytes_per_epoch)
-                # Asked for now: where the disk is full, writing to a mapped page ends the process.
+                # Allocated now: if the disk is full, writing to a mapped page ends the process.
                 os.posix_fallocate(file.fileno(), 0, self.description.bytes_per_epoch)
             return np.memmap(file, np.uint8, "r+", shape=self.description.shape)
 
@@ -205,25 +205,25 @@ class Store:
             raise TrainError(f"OUT={self.folder}: is another folder on each machine; give one that all machines see")
 
     def _finish(self, epoch: int, file: BinaryIO, rows: np.memmap, others: Sequence[str], started: float) -> None:
-        """Makes the rows those of the epoch. file: theirs. others: the files of other machines."""
+        """Makes the rows those of the epoch. file: of the rows. others: the files of other machines."""
         for name in others:
-            # Where one machine has written, the others' files hold zeros.
+            # Rows written by one machine are zeros in the others' files.
             np.bitwise_or(rows, np.memmap(self.folder / name, np.uint8, "r", shape=rows.shape), out=rows)
         rows.flush()
         os.fsync(file.fileno())
-        # In this order: where both are there, the epoch is finished, and nobody else has claimed it before.
+        # In this order: if both exist, the epoch is finished, and no other process can have claimed it before.
         self._add(epoch, {"crc32": zlib.crc32(rows.data), "seconds": time.perf_counter() - started})
         os.replace(self._partial(epoch), self._file(epoch))
         sync_folder(self.folder)
 
     def _claimed(self, epoch: int) -> BinaryIO | None:
-        """The open file that this process alone is to write, or None. It is unlocked however the process ends."""
+        """The open file that only this process may write, or None. It is unlocked however the process ends."""
         partial = self._partial(epoch)
         while epoch not in self.finished:
             file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Whoever had it until now may have finished the epoch, or have given up and removed the file.
+                # The process that had it until now may have finished the epoch, or removed the file after an error.
                 if epoch not in self.finished and os.path.samestat(os.fstat(file.fileno()), os.stat(partial)):
                     return file
             except FileNotFoundError:
@@ -260,7 +260,7 @@ class Store:
 
 @dataclass(frozen=True)
 class LabelsFromStore(Labels):
-    """Labels from files, of whichever kind: what they say of the refinery that gave them, and of the data."""
+    """Labels from files, of any kind: their refinery and their data."""
 
     store: Store
 
@@ -279,18 +279,18 @@ class LabelsFromStore(Labels):
 
 
 def open_store(folder: str | Path) -> Store:
-    """The labels in a folder. Raises TrainError where there are none, or where their description is damaged."""
+    """The labels in a folder. Raises TrainError if there are none, or if their description is damaged."""
     return Store(Path(folder), read_description(Path(folder))[0])
 
 
 def check_folder(folder: Path) -> None:
-    """Raises TrainError where labels could not be written to a folder that may not be there yet. Nothing is written."""
+    """Raises TrainError if labels cannot be written to a folder, which may not exist yet. Nothing is written."""
     try:
         if description_file(folder).is_file():
             return
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         writable = existing.is_dir() and os.access(existing, os.W_OK)
-        # What a kill has left is no obstacle.
+        # Files left by a kill are ignored.
         others = (
             writable
             and existing == folder
@@ -299,19 +299,21 @@ def check_folder(folder: Path) -> None:
     except OSError as error:
         raise TrainError(f"OUT={folder}: labels cannot be written there ({error.strerror})") from None
     if not writable:
-        raise TrainError(f"OUT={folder}: labels cannot be written there ({existing} is no folder that can be written)")
+        raise TrainError(
+            f"OUT={folder}: labels cannot be written there ({existing} is not a folder that can be written)"
+        )
     if others:
         raise TrainError(f"OUT={folder}: holds other files; give a new folder, or one of such labels")
 
 
 def existing_store(folder: Path) -> Store | None:
-    """The labels, finished or not, in a folder that is to hold some. Raises TrainError as check_folder, open_store."""
+    """The labels, finished or not, in a folder to write to. Raises TrainError as check_folder and open_store do."""
     check_folder(folder)
     return open_store(folder) if description_file(folder).is_file() else None
 
 
 def check_asked(refinery: str | None, out: str | None, what: str) -> None:
-    """Raises TrainError unless a refinery and a folder are named. what: it is to make, labels or maps, for messages."""
+    """Raises TrainError unless a refinery and a folder are given. what: labels or maps, for messages."""
     if not refinery:
         raise TrainError(f"REFINERY is missing: name the network that is to make the {what}, as in REFINERY=resnet50")
     if not out:
@@ -319,11 +321,11 @@ def check_asked(refinery: str | None, out: str | None, what: str) -> None:
 
 
 def create_store(folder: Path, description: Description) -> Store:
-    """Labels that are to be written into a folder, where some may be already.
+    """Opens a folder to write labels to, which may already hold some of them.
 
-    Raises TrainError where it holds other labels or other files, or cannot be written.
+    Raises TrainError if it holds other labels or other files, or cannot be written.
     """
-    # As JSON gives it back, so that it compares equal with what was read.
+    # As read back from JSON, so that it compares equal with the stored one.
     description = Description(**json.loads(json.dumps(asdict(description))))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -341,7 +343,7 @@ def create_store(folder: Path, description: Description) -> Store:
 
 
 def _size_of(path: Path) -> int | None:
-    """Bytes of a file, or None where there is none."""
+    """Bytes of a file, or None if there is none."""
     try:
         return path.stat().st_size
     except OSError:
@@ -349,5 +351,5 @@ def _size_of(path: Path) -> int | None:
 
 
 def _locked(folder: Path) -> AbstractContextManager[bool]:
-    """The description for one process at a time."""
+    """A lock on the description."""
     return locked(folder / _LOCK, f"{folder}: is in use by another process; waiting for it")

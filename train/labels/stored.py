@@ -1,6 +1,6 @@
 """Labels that a refinery gave to planned crops earlier, read from files (train/label.py writes them).
 
-A crop is a function of seed, epoch, image and copy, so that a stored label needs nothing else to be found again.
+A crop is a function of seed, epoch, image and copy, so these are enough to find a stored label.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from train.labels.store import LabelsFromStore, Store, StoredOptions, open_store
 
 @dataclass(frozen=True)
 class StoredLabels(LabelsFromStore):
-    """What a refinery said of planned crops. epochs: how many different ones the run sees."""
+    """A refinery's stored labels of planned crops. epochs: how many different ones the run sees."""
 
     epochs: int
 
@@ -105,7 +105,7 @@ class StoredLabels(LabelsFromStore):
         made = self.store.description
         return (
             f"stored in {self.store.folder}: {made.refinery['network']}, with {made.refinery['bn']} statistics, "
-            f"{made.kind}, {made.bytes_per_crop} bytes a crop, {self.epochs} epochs"
+            f"{made.kind}, {made.bytes_per_crop} bytes per crop, {self.epochs} epochs"
         )
 
     def open(self, crops: Crops) -> LabelSource:
@@ -114,7 +114,7 @@ class StoredLabels(LabelsFromStore):
         return Stored(self.store)
 
     def _notices(self, crops: Crops) -> list[str]:
-        """In what the run differs from how its labels were made, where the refinery itself would now say others."""
+        """How the run differs from the making of its labels, in ways that would change the refinery's labels."""
         made, config = self.store.description, crops.config
         notices = []
         if made.refinery["bn"] == "batch" and (config.batch, config.order) != (made.batch, made.order):
@@ -138,7 +138,7 @@ def _listed(value: Any) -> Any:
 
 
 class Stored(LabelSource):
-    """The stored labels of a plan's crops. Raises TrainError, when an epoch is first asked for, where it is damaged."""
+    """The stored labels of a plan's crops. Raises TrainError when a damaged epoch is first used."""
 
     def __init__(self, store: Store):
         super().__init__()

@@ -1,1 +1,1 @@
-"""Images, crops and labels of a set before training, and what a network makes of them after: one HTML page."""
+"""Images, crops and labels of a set before training, and a network's results on them after: one HTML page."""

@@ -1,4 +1,4 @@
-"""What a network says of all images of a split, and what follows: mistakes, suspects, confusion and calibration."""
+"""A network's answers for the images of a split, and mistakes, suspects, confusion and calibration from these."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ from train.device import autocast_type, computing_in, on_device
 from train.report.analysis import Compute
 
 _CALIBRATION_BINS = 15
-# Below this a probability says no more than that it is small; its logarithm stays finite.
+# The smallest probability, whose logarithm is still finite.
 _LEAST = 1e-12
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a network said of the central crops of some images.
+    """A network's answers for the central crops of some images.
 
-    whose: what to call the network. indices: int64 [n], the images' places in their split, ascending. labels,
-    predicted: int64 [n], the class by the set and the likeliest by the network. confidence, of_label: float32 [n], the
-    probabilities that it gives to these two. within5: bool [n], the label is among the five likeliest. classes: how
+    whose: the network's name for readers. indices: int64 [n], the images' indices in their split, ascending. labels,
+    predicted: int64 [n], the class by the set and the most likely by the network. confidence, of_label: float32 [n],
+    the probabilities that it gives to these two. within5: bool [n], the label is among the first five. classes: how
     many there are.
     """
 
@@ -52,12 +52,12 @@ class Answers:
         return -np.log(np.maximum(self.of_label.astype(np.float64), _LEAST))
 
     def most_doubted(self, count: int) -> NDArray[np.int64]:
-        """Rows of the images that the network calls otherwise than their label, by loss, the highest first."""
+        """Rows of the images whose predicted class differs from their label, by loss, the highest first."""
         wrong = np.flatnonzero(~self.right)
         return wrong[np.argsort(-self.losses[wrong], kind="stable")[:count]]
 
     def of_classes(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Images of each class, int64 [C], and its accuracy in percent, float64 [C], NaN where it has none."""
+        """Images of each class, int64 [C], and its accuracy in percent, float64 [C], NaN if it has none."""
         images = np.bincount(self.labels, minlength=self.classes)
         hits = np.bincount(self.labels[self.right], minlength=self.classes)
         return images, np.where(images > 0, 100 * hits / np.maximum(images, 1), np.nan)
@@ -72,7 +72,7 @@ class Answers:
 
 
 def confusion(answers: Answers) -> NDArray[np.float32]:
-    """For each class the shares of its images that are taken for each class: float32 [C, C], rows sum to 1, or to 0."""
+    """For each class the shares of its images predicted as each class: float32 [C, C], rows sum to 1, or to 0."""
     places = answers.labels * answers.classes + answers.predicted
     counts = np.bincount(places, minlength=answers.classes**2).reshape(answers.classes, answers.classes)
     return (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(np.float32)
@@ -83,7 +83,7 @@ class Calibration:
     """Images sorted by confidence into bins, without empty ones; each float64 [bins] except counts, int64 [bins].
 
     confidence, accuracy: means of the bin, 0 to 1. low, high: the 95 % interval of the accuracy (Wilson).
-    error: expected calibration error, 0 to 1: the mean distance of the two, weighted by images.
+    error: expected calibration error, 0 to 1: the mean difference of the two, weighted by images.
     """
 
     confidence: NDArray[np.float64]
@@ -107,16 +107,16 @@ def calibration(answers: Answers) -> Calibration:
     middle = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
     half = z * np.sqrt(accuracy * (1 - accuracy) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
     error = float((n * np.abs(confidence - accuracy)).sum() / max(n.sum(), 1))
-    # Rounding may put an end on the wrong side of the accuracy itself.
+    # Rounding may put a bound on the wrong side of the accuracy itself.
     low, high = np.minimum(middle - half, accuracy), np.maximum(middle + half, accuracy)
     return Calibration(confidence, accuracy, low, high, n, error)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A network that is asked. whose: what to call it. columns: for each class of the set its output.
+    """A network to evaluate. whose: its name for readers. columns: its output for each class of the set.
 
-    side: pixels of the crops. rule: which these are. precision: what it computes in.
+    side: pixels per side of the crops. rule: how they are chosen. precision: what it computes in.
     """
 
     whose: str
@@ -128,9 +128,10 @@ class Judge:
 
     @torch.inference_mode()
     def answers(self, beton: Beton, indices: NDArray[np.int64], compute: Compute, *, name: str) -> Answers:
-        """What the network, in evaluation mode, says of the central crops of these images. name: the progress bar's.
+        """The answers of the network, in evaluation mode, for the central crops of these images. name: the progress
+        bar's.
 
-        It chooses among the classes of the set alone. Raises DataError for damaged images.
+        It chooses only among the classes of the set. Raises DataError for damaged images.
         """
         network = on_device(self.trained.network, compute.device).eval()
         normalise = Normalise(self.trained.normalisation).to(compute.device)

@@ -48,7 +48,7 @@ def class_counts(names: Sequence[str], train: NDArray[np.int64], val: NDArray[np
 
 
 def sizes(images: NDArray[np.float64], crops: NDArray[np.float64], resolution: int) -> bytes:
-    """How large images and training crops are; a line marks the size at which networks see crops.
+    """Histograms of the sizes of images and training crops; a line marks the size at which networks see crops.
 
     images: the shorter sides, crops: the square roots of their areas, both float64 [n], in stored pixels.
     """
@@ -59,7 +59,7 @@ def sizes(images: NDArray[np.float64], crops: NDArray[np.float64], resolution: i
     ):
         axes.hist(values, bins=np.linspace(0, highest, 40).tolist(), color=_TRAIN)
         axes.axvline(resolution, color="black", linestyle="--", linewidth=1)
-        # Room for the name of the line.
+        # Space for the name of the line.
         axes.set(xlim=(0, highest), ylim=(0, 1.15 * axes.get_ylim()[1]))
         axes.set_xlabel(label)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -104,7 +104,7 @@ def learning_curves(metrics: Sequence[dict[str, Any]], *, same_loss: bool) -> by
 
 
 def calibration_curve(found: Calibration) -> bytes:
-    """Accuracy over confidence, and below how many images have which confidence."""
+    """Accuracy over confidence, and below it the number of images by confidence."""
     figure = Figure(figsize=(5, 4.6), layout="constrained")
     axes, below = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
     axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="as confident as accurate")
@@ -115,7 +115,7 @@ def calibration_curve(found: Calibration) -> bytes:
     axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     below.bar(found.confidence, found.counts, 0.05, color=_TRAIN)
-    below.set(xlabel="confidence: probability of the likeliest class", ylabel="images")
+    below.set(xlabel="confidence: probability of the most likely class", ylabel="images")
     below.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     below.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     for each in (axes, below):
@@ -140,7 +140,7 @@ def _sheet(columns: int, width: float, height: float) -> tuple[Figure, list[Axes
 
 
 def _legend(axes: Axes, columns: int = 2) -> None:
-    # Above the axes, where no line passes.
+    # Above the axes, where there are no lines.
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0, fontsize=9)
 
 

@@ -1,4 +1,4 @@
-"""Looks at images, crops and labels before a training, and at what a network makes of them after.
+"""Shows images, crops and labels before a training, and a network's results on them after.
 
 python -m train.look --data images/ --refinery timm:resnet50.a1_in1k:pretrained
 make look DATA=images/ CHECKPOINT=runs/images/...
@@ -37,12 +37,12 @@ from train.runs import Run, finished_refinery, read_run
 
 @dataclass(frozen=True)
 class LookOptions:
-    """Options of a look.
+    """Options of the page.
 
     Args:
-        checkpoint: a trained network to look at: a run folder, a checkpoint file, NAME:FILE, or published weights as
-            timm:NAME:pretrained or torchvision:NAME:pretrained. Of a run, the crops are those that it was trained on
-        images: of each split, how many images networks are asked about, at most; of more, some by the seed
+        checkpoint: a trained network to examine: a run folder, a checkpoint file, NAME:FILE, or published weights as
+            timm:NAME:pretrained or torchvision:NAME:pretrained. For a run, the crops are those that it was trained on
+        images: the most images of each split that networks classify; of more, some are chosen by the seed
     """
 
     checkpoint: str | None = None
@@ -55,7 +55,7 @@ class LookOptions:
 
 @dataclass(frozen=True)
 class _Network:
-    """The checkpoint. run: that it belongs to, if any. metrics: of its epochs. columns: its outputs for the classes."""
+    """The checkpoint. run: its run, if any. metrics: of the run's epochs. columns: its outputs for the classes."""
 
     trained: Trained
     run: Run | None
@@ -68,8 +68,7 @@ def main() -> None:
         "Writes one HTML page, --out, of the images in --data: classes and sizes, the first crops that a training with "
         "these options will see, with the labels of image, crop and --refinery (or --labels.stored) side by side, "
         "duplicates, and images that are probably mislabelled; of --checkpoint also learning curves, confusion, worst "
-        "classes and mistakes, and calibration. Options that say how a network is trained count as far as they change "
-        "crops and labels."
+        "classes and mistakes, and calibration. Options of training matter only if they change crops or labels."
     )
     look(*parse_both(sys.argv[1:], LookOptions, prog="python -m train.look", about=about, several_devices=False))
 
@@ -87,14 +86,14 @@ def look(config: Config, options: LookOptions = LookOptions()) -> Path:
     if run:
         config = _as_trained(config, run)
     if config.labels.stored and "epochs" not in config.given:
-        # The first one is looked at, and there may be no more.
+        # Only the first one is needed, and there may be no others.
         config = config.replace({"epochs": 1})
     out = _place(config, run) if config.out or run else None
     found = find_set(config.data)
-    # A set that is yet to be converted has the name of its source.
+    # A set that is not converted yet has the name of its source.
     out = out or _place(config, None, found.name if isinstance(found, ConvertedSet) else found.source.name)
     network = _network(options.checkpoint, run, found.class_names, config.data) if options.checkpoint else None
-    # For training, `out` names a folder.
+    # For training, `out` is a folder.
     job = _job(config.replace({"out": None}))
     if run:
         job = replace(job, crop_seed=run.crop_seed, seed=run.crop_seed)
@@ -112,11 +111,11 @@ def look(config: Config, options: LookOptions = LookOptions()) -> Path:
     return out
 
 
-# ---- what is asked for
+# ---- options
 
 
 def _job(config: Config) -> Job:
-    """The run that the options describe, with the finished refinery that a training would find. Raises as `look`."""
+    """The run given by the options, with the finished refinery that a training would use. Raises as `look` does."""
     if not needs_refinery(config):
         data, (labels,) = check([config])
         return resolve(config, data, labels)
@@ -144,7 +143,7 @@ def _run_at(checkpoint: str | None) -> Run | None:
 
 
 def _as_trained(config: Config, run: Run) -> Config:
-    """The configuration with what a run was trained on, where nothing else was typed."""
+    """The configuration with a run's data, crops and labels, unless others were given."""
     identity, said = run.identity, _config_of(run)
     kept = ("epochs", "resolution", "batch", "copies", "order")
     known: dict[str, Any] = {name: identity[name] for name in kept if name in identity}
@@ -155,12 +154,12 @@ def _as_trained(config: Config, run: Run) -> Config:
         raise TrainError(f"{run.folder / 'config.yaml'}: missing or damaged; say with DATA what the run was trained on")
     if not {"refinery", "labels.stored"} & set(config.given):
         known |= _labels_of(said)
-    # Of a recipe, only crops and labels count here, and they are known.
+    # Only crops and labels of a recipe matter here, and they are known.
     return config.replace({name: value for name, value in known.items() if name not in config.given})
 
 
 def _config_of(run: Run) -> dict[str, Any]:
-    """What a run was asked for; empty where its file is missing or damaged."""
+    """The options of a run; empty if its file is missing or damaged."""
     try:
         said = yaml.safe_load((run.folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
@@ -169,7 +168,7 @@ def _config_of(run: Run) -> dict[str, Any]:
 
 
 def _labels_of(said: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run's labels; without what they came from where that is gone, of which a notice is printed."""
+    """The options of a run's labels; without their origin if that no longer exists, and then a notice is printed."""
     labels = said.get("labels")
     asked = {"refinery": said.get("refinery")}
     asked |= {f"labels.{name}": value for name, value in labels.items()} if isinstance(labels, dict) else {}
@@ -182,7 +181,7 @@ def _labels_of(said: dict[str, Any]) -> dict[str, Any]:
 
 
 def _place(config: Config, run: Run | None, name: str = "") -> Path:
-    """Where the page goes: OUT, else beside the checkpoint, else among the runs of the set. Raises TrainError."""
+    """The file of the page: OUT, else beside the checkpoint, else among the runs of the set. Raises TrainError."""
     out = Path(config.out) if config.out else (run.folder if run else Path(config.runs) / name) / "look.html"
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise TrainError(f"OUT={out}: name a file that ends in .html")
@@ -210,7 +209,7 @@ def _network(checkpoint: str, run: Run | None, class_names: Sequence[str], data:
 def _page(job: Job, network: _Network | None, most: int) -> bytes:
     data, config = job.data, job.config
     betons = {split: Beton(data.beton(split)) for split in ("train", "val")}
-    # Names may come from other people's files, and be of any length.
+    # Names may come from other people's files and have any length.
     names = tuple(map(page.shortened, readable(data.class_names)))
     images = sections.Pictured(data, names, betons, _files(data, betons))
     compute = Compute(job.device, config.decoder, config.threads or default_threads(), min(config.batch, 256))
@@ -225,7 +224,7 @@ def _page(job: Job, network: _Network | None, most: int) -> bytes:
     judge = refinery or checkpoint
     rows = {split: chosen(beton, most, seed=config.seed) for split, beton in betons.items()}
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        # Letters that the charts' font lacks are there in the tables.
+        # Characters that the charts' font lacks are shown in the tables.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         twice = find_duplicates(betons["train"], betons["val"])
         first = first_crops(job, betons["train"], images.names, sections.CROPS, checkpoint)
@@ -269,7 +268,7 @@ def _judge(job: Job, trained: Trained, columns: Sequence[int], whose: str) -> Ju
 
 
 def _files(data: ConvertedSet, betons: dict[str, Beton]) -> dict[str, list[str] | None]:
-    """The names of the image files, where the set has them."""
+    """The names of the image files, if the set has them."""
     files: dict[str, list[str] | None] = {}
     for split in betons:
         try:
@@ -282,7 +281,7 @@ def _files(data: ConvertedSet, betons: dict[str, Beton]) -> dict[str, list[str] 
 def _notes(
     images: sections.Pictured, first: FirstCrops, twice: Sequence[Duplicates], judged: dict[str, Answers]
 ) -> list[str]:
-    """What deserves attention before a training, in sentences."""
+    """Notes on what deserves attention before a training."""
     train, val = images.counts("train"), images.counts("val")
     notes = []
     for split, counts in (("training", train), ("validation", val)):

@@ -1,4 +1,4 @@
-"""The first crops that a training will see, with what each label source makes of them."""
+"""The first crops that a training will see, with their labels from each source."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,8 +28,8 @@ class Crop:
 
     index: its image. image: uint8 [height, width, 3], as stored. boxes: (top, left, height, width) of its crops in the
     first epochs; the first is this one. pixels: uint8 [R, R, 3], as the network sees it. label: the image's class.
-    said: the three likeliest classes by the label that training uses. by_network: by the checkpoint; None without one.
-    truth: on `scenes` what the crop shows, unless it is mixed; None where nobody knows.
+    said: the three most likely classes by the label that training uses. by_network: by the checkpoint; None without
+    one. truth: on `scenes` what the crop shows, unless it is mixed; None if unknown.
     """
 
     index: int
@@ -44,11 +44,12 @@ class Crop:
 
 @dataclass(frozen=True)
 class FirstCrops:
-    """Of the first batch of a training: some crops, and figures of all of them.
+    """The first batch of a training: some crops, and statistics of all of them.
 
-    count: crops in the batch. agree: of how many of them the label's likeliest class is the image's. given: what their
-    labels give to the image's class, mean, 0 to 1. enlarged: how many have fewer pixels than the network sees.
-    sides: square roots of their areas in stored pixels, float64 [count]. resolution: pixels a side.
+    count: crops in the batch. agree: for how many of them the label's most likely class is the image's. given: the mean
+    probability that labels give to the image's class, 0 to 1. enlarged: how many have fewer pixels than the network
+    sees.
+    sides: square roots of their areas in stored pixels, float64 [count]. resolution: pixels per side.
     """
 
     crops: list[Crop]
@@ -64,7 +65,7 @@ class FirstCrops:
 def first_crops(job: Job, beton: Beton, names: Sequence[str], most: int, checkpoint: Judge | None) -> FirstCrops:
     """The first step's batch of a run, augmented and labelled as in training, and up to `most` crops of it.
 
-    Raises DataError, ModelError and TrainError as a training's first step.
+    Raises DataError, ModelError and TrainError as a training's first step does.
     """
     labels = on_device(job.labels.open(job), job.device)
     resolution = job.resolution_in(0)
@@ -81,7 +82,7 @@ def first_crops(job: Job, beton: Beton, names: Sequence[str], most: int, checkpo
         targets = labels(batch if seen is batch.crops else replace(batch, crops=seen))
     chances = targets.distribution(len(names))
     if job.augment and job.augment.mixes and draws is not None and labels.sees != "mixed":
-        # As the loss of a step weights the labels of the two.
+        # With the weights that the loss of a step gives to the two labels.
         share = kept(draws)[:, None]
         chances = share * chances + (1 - share) * chances[partners(draws)]
     chances = chances.cpu()
@@ -138,7 +139,7 @@ def _crops(
 
 
 def _by_network(job: Job, checkpoint: Judge, crops: torch.Tensor, names: Sequence[str]) -> list[Labels] | None:
-    """What the checkpoint says of crops, in evaluation mode; None where it does not take their size."""
+    """The checkpoint's labels of crops, in evaluation mode; None if it does not accept their size."""
     if checkpoint.trained.failure_at(crops.shape[-1]):
         return None
     network = on_device(checkpoint.trained.network, job.device).eval()
@@ -150,7 +151,7 @@ def _by_network(job: Job, checkpoint: Judge, crops: torch.Tensor, names: Sequenc
 
 
 def _of_all_classes(labels: NDArray[np.int64], most: int) -> list[int]:
-    """Rows of a batch, at most so many: of each class the first, then of each the second, and so on."""
+    """Up to this many rows of a batch: the first of each class, then the second of each, and so on."""
     times: dict[int, int] = {}
     rounds = []
     for row, label in enumerate(labels.tolist()):

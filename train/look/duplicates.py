@@ -1,4 +1,4 @@
-"""Images that a set holds more than once, byte for byte as they are stored."""
+"""Images that a set holds more than once, identical as stored."""
 
 import hashlib
 from collections import defaultdict
@@ -24,7 +24,7 @@ class Duplicates:
 
     @property
     def across(self) -> bool:
-        """Whether training holds an image of validation."""
+        """Whether the group has both training and validation images."""
         return len({split for split, _ in self.members}) > 1
 
     @property
@@ -33,9 +33,9 @@ class Duplicates:
 
 
 def find_duplicates(train: Beton, val: Beton) -> list[Duplicates]:
-    """All groups of equal images: those of several classes first, then those of both splits, then the largest.
+    """All groups of identical images: first those with several classes, then those in both splits, then the largest.
 
-    Files with the same bytes are stored as the same bytes. Only images of the same size and checksum are read. Raises
+    Identical files are stored as identical bytes. Only images with the same size and checksum are read. Raises
     DataError for damaged images.
     """
     betons = dict(zip(SPLITS, (train, val), strict=True))

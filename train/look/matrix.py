@@ -1,4 +1,4 @@
-"""A confusion matrix as a picture: classes that are confused with each other lie side by side."""
+"""A confusion matrix as a picture: classes that are confused with each other are adjacent."""
 
 import io
 
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-# Above this the table of confused pairs says more than a picture, and takes less memory.
+# Above this the table of confused pairs is clearer than a picture, and takes less memory.
 MOST_CLASSES = 2000
 NAMED = 40
 _SIDE, _LARGEST_CELL = 1000, 56
-# The order of the leaves takes time with the cube of their number.
+# Ordering the leaves takes time proportional to the cube of their number.
 _MOST_OPTIMAL = 1000
 _DPI = 100
 _LETTERS = 22
@@ -22,15 +22,15 @@ _LETTERS = 22
 def by_similarity(shares: NDArray[np.float32]) -> NDArray[np.int64]:
     """The classes in an order in which those that are confused with each other are neighbours: int64 [C].
 
-    shares: as of `confusion`. Hierarchical clustering (average linkage) by how often two classes are taken for each
-    other, in either direction.
+    shares: as of `confusion`. Hierarchical clustering (average linkage) by how often two classes are confused, in
+    either direction.
     """
     classes = len(shares)
     if classes < 3:
         return np.arange(classes)
     both = (shares + shares.T).astype(np.float64)
     np.fill_diagonal(both, 0)
-    # The root: a pair that is confused now and then is still nearer than one that never is.
+    # The square root: a pair that is rarely confused is still clearly nearer than one that never is.
     distances = 1 - np.sqrt(both / max(both.max(), 1e-12))
     np.fill_diagonal(distances, 0)
     tree = linkage(squareform(distances, checks=False), "average", optimal_ordering=classes <= _MOST_OPTIMAL)
@@ -38,10 +38,10 @@ def by_similarity(shares: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def picture(shares: NDArray[np.float32], names: list[str]) -> tuple[bytes, int]:
-    """A PNG of a matrix, rows and columns as they are, and how many classes stand in one point of it (1 where all fit).
+    """A PNG of a matrix in the given order, and how many classes share one point of it (1 if all fit).
 
     shares: float32 [C, C], row: the class by the set, column: the class by the network. names: of the classes.
-    Where points have several classes, each shows the highest of their shares.
+    If points have several classes, each shows the highest of their shares.
     """
     classes = len(shares)
     together = -(-classes // _SIDE)

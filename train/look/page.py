@@ -1,4 +1,4 @@
-"""The parts of a page and the page itself, in HTML that needs nothing else: no network, no script."""
+"""The parts of a page and the page itself, as self-contained HTML: no network, no scripts."""
 
 import base64
 import html
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from command import printable
 
 MOST_BYTES = 8_000_000
-# Names of classes and files beyond this are cut off.
+# Names of classes and files are cut off after this many characters.
 _LETTERS = 80
 
-# Colours follow the reader's theme by the system's own names; charts are dark on white in both.
+# Colours follow the reader's theme through system colours; charts are dark on white in both.
 _STYLE = """
 :root { color-scheme: light dark; }
 * { box-sizing: border-box; }
@@ -50,7 +50,7 @@ summary { cursor: pointer; }
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page under a heading of its own. body: HTML."""
+    """A part of the page with its own heading. body: HTML."""
 
     anchor: str
     heading: str
@@ -63,12 +63,12 @@ def shortened(name: str) -> str:
 
 
 def text(name: str) -> str:
-    """Any text as HTML on one line; what is longer than 80 characters is cut off."""
+    """Any text as HTML on one line, cut off after 80 characters."""
     return html.escape(shortened(printable(name)))
 
 
 def _path(file: str) -> str:
-    """Of a longer one the end, which says more."""
+    """A path as HTML; of a longer one the end, which is more informative."""
     shown = printable(file)
     return html.escape(shown if len(shown) <= _LETTERS else f"…{shown[1 - _LETTERS :]}")
 
@@ -79,7 +79,7 @@ def paragraph(words: str, *, quiet: bool = False) -> str:
 
 
 def figure(png: bytes, alt: str, caption: str) -> str:
-    """A chart with what it shows, in plain text, for those who see it and for those who cannot."""
+    """A chart with caption and alternative text, both plain text."""
     source = base64.b64encode(png).decode()
     said = html.escape(printable(alt))
     return (
@@ -101,15 +101,15 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Seque
 
 
 def folded(summary: str, body: str) -> str:
-    """HTML that a click on the summary, plain text, opens."""
+    """HTML that is shown after a click on the summary (plain text)."""
     return f"<details><summary>{text(summary)}</summary>{body}</details>"
 
 
 def card(pictures: Sequence[tuple[str, str]], lines: Sequence[tuple[str, str, bool]], *files: str) -> str:
-    """Pictures with what is known of them.
+    """A card of pictures and facts about them.
 
-    pictures: (data: address, what it shows). lines: (who says it, what it says, whether to mark it as another class
-    than the image's). files: which image it is.
+    pictures: (data: address, what it shows). lines: (source, class, whether to mark it as another class than the
+    image's). files: names of the image's files.
     """
     shown = "".join(f'<img alt="{text(alt)}" src="{address}">' for address, alt in pictures)
     said = "".join(
@@ -126,7 +126,7 @@ def cards(several: Sequence[str], *, double: bool = False) -> str:
 
 
 def document(title: str, under: str, notes: Sequence[str], sections: Sequence[Section]) -> str:
-    """The page. title, under (a line below it), notes (what deserves attention first): plain text."""
+    """The page. title, under (a line below it), notes (shown first): plain text."""
     links = "".join(f'<a href="#{each.anchor}">{html.escape(each.heading)}</a>' for each in sections)
     body = "\n".join(f"<h2 id={each.anchor}>{html.escape(each.heading)}</h2>\n{each.body}" for each in sections)
     noted = "".join(f"<li>{html.escape(printable(note))}</li>" for note in notes)

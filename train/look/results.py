@@ -1,4 +1,4 @@
-"""What a page shows of a trained network: learning curves, classes, confusion, mistakes and calibration."""
+"""Sections about a trained network: learning curves, classes, confusion, mistakes and calibration."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ _PAIRS = 25
 
 
 def learning(metrics: Sequence[dict[str, Any]], *, same_loss: bool) -> Section:
-    """metrics: lines of a run's metrics.jsonl. same_loss: its training loss is measured as validation's is."""
+    """metrics: lines of a run's metrics.jsonl. same_loss: whether training and validation use the same loss."""
     if not metrics:
         return Section("learning", "Learning curves", paragraph("No epoch is finished yet."))
     validated = any("val_loss" in line for line in metrics)
@@ -41,7 +41,7 @@ def learning(metrics: Sequence[dict[str, Any]], *, same_loss: bool) -> Section:
 
 
 def worst_classes(images: Pictured, answers: Answers) -> Section:
-    """The classes of which the network gets fewest validation images right, and some of these."""
+    """The classes with the lowest validation accuracy, and some of their images."""
     counts, accuracy = answers.of_classes()
     taken: dict[int, list[tuple[int, int]]] = {}
     for label, predicted, times in answers.confused():

@@ -1,4 +1,4 @@
-"""What a page shows of a set: its classes, crops, duplicates and suspects."""
+"""Sections about a set: its classes, crops, duplicates and suspects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,15 +18,15 @@ from train.look.page import Section, card, cards, figure, folded, paragraph, tab
 from train.look.thumbnails import Thumbnails
 from train.report.analysis import Labels, picture
 
-# How many cards the parts show; all their pictures together are fewer than thumbnails.MOST.
+# How many cards each section shows; all their pictures together are fewer than thumbnails.MOST.
 CROPS = 30
 _GROUPS, _OF_A_GROUP = 8, 3
 SUSPECTS = 24
 _SUSPECTS_OF_VAL = 12
-# Of more classes, these many of the largest and of the smallest are listed.
+# If there are more classes, this many of the largest and of the smallest are listed.
 _LISTED = 500
 _OPEN = 25
-# A network that gives its label less than the first, and another class more than the second, is sure of that one.
+# A network that gives the label less than the first, and another class more than the second, is confident of that one.
 _UNLIKELY, _SURE = 0.01, 0.9
 
 SPLIT_NAMES = {"train": "train", "val": "validation"}
@@ -34,9 +34,9 @@ SPLIT_NAMES = {"train": "train", "val": "validation"}
 
 @dataclass(frozen=True)
 class Pictured:
-    """The images of a set, for those who draw them.
+    """The images of a set, for drawing.
 
-    names: what readers call the classes. betons, files: of each split; files: names of the image files, None where the
+    names: of the classes, for readers. betons, files: of each split; files: names of the image files, None if the
     set has none.
     """
 
@@ -51,7 +51,7 @@ class Pictured:
         return np.bincount(self.betons[split].labels, minlength=len(self.names))
 
     def place(self, split: str, index: int) -> str:
-        """Which image it is, for readers."""
+        """The name of an image, for readers."""
         files = self.files[split]
         return f"{split}/{files[index]}" if files else f"{SPLIT_NAMES[split]} image {index}"
 
@@ -63,7 +63,7 @@ class Pictured:
 
 
 def percent(share: float) -> str:
-    """0 to 1 as "61 %", on one line; what is small or nearly all keeps a digit more."""
+    """0 to 1 as "61 %", on one line; values below 1 % or above 99 % have one more digit."""
     value = 100 * share
     return f"{value:.{int(0 < value < 1 or 99 < value < 100)}f}\N{NO-BREAK SPACE}%"
 
@@ -141,15 +141,15 @@ def crops(images: Pictured, first: FirstCrops, job: Job, by_refinery: Answers | 
         f"classes in turn, as the network gets them: {first.resolution} px"
         + (f", with {augmented}" if augmented else "")
         + ". Left the image with the box of the crop, thin the boxes of the next epochs; right the crop, which may be "
-        "mirrored. Labels: what the set says of the image, what training takes as the label of the crop"
-        + (", what the refinery says of the whole image" if by_refinery is not None else "")
+        "mirrored. Labels: the image's label in the set, the crop's label in training"
+        + (", the refinery's label of the whole image" if by_refinery is not None else "")
         + "; marked where it is another class than the image's."
     )
     body += paragraph(f"Labels of crops: {job.labels.describe()}.")
     if first.given < 1:
         body += paragraph(
-            f"Over the {first.count:,} crops of this step, the likeliest class of the crop's label is the image's for "
-            f"{percent(first.agree / first.count)}; on average the label gives {percent(first.given)} to the image's."
+            f"Of the {first.count:,} crops of this step, {percent(first.agree / first.count)} have a label whose most "
+            f"likely class is the image's; on average the label gives {percent(first.given)} to the image's."
         )
     return Section("crops", "Crops and their labels", body + cards(shown, double=True))
 
@@ -190,7 +190,7 @@ def duplicates(images: Pictured, found: Sequence[Duplicates]) -> Section:
     )
     shown = []
     for each in found[:_GROUPS]:
-        # Of each label and each split one, as far as there is room.
+        # One for each label and each split, as far as there is space.
         kinds = {(split, int(images.betons[split].labels[index])): (split, index) for split, index in each.members}
         some = list(dict.fromkeys([*kinds.values(), *each.members]))[:_OF_A_GROUP]
         lines = [(SPLIT_NAMES[split], images.label(split, index), each.contradictory) for split, index in some]
@@ -210,12 +210,12 @@ def duplicates(images: Pictured, found: Sequence[Duplicates]) -> Section:
 
 
 def suspicious(answers: Answers) -> int:
-    """Of how many images the network all but excludes the label and is sure of another class."""
+    """For how many images the network nearly excludes the label and is confident of another class."""
     return int(((answers.of_label < _UNLIKELY) & (answers.confidence > _SURE)).sum())
 
 
 def suspects(images: Pictured, train: Answers, val: Answers | None) -> Section:
-    """val: None where the same images are shown as mistakes."""
+    """val: None if the same images are shown as mistakes."""
     of = images.betons["train"].num_samples
     asked = (
         count(of, "training image", "training images")
@@ -238,11 +238,11 @@ def suspects(images: Pictured, train: Answers, val: Answers | None) -> Section:
 def doubted(images: Pictured, split: str, answers: Answers, most: int) -> str:
     """Cards of the images on which a network disagrees most with the set."""
     shown = [answer_card(images, split, answers, row) for row in answers.most_doubted(most).tolist()]
-    return cards(shown) if shown else paragraph("None: it says of each what the set says.")
+    return cards(shown) if shown else paragraph("None: the network agrees with the set on all of them.")
 
 
 def answer_card(images: Pictured, split: str, answers: Answers, row: int) -> str:
-    """An image with its label and what a network says of it. row: its place among the answers."""
+    """An image with its label and a network's answer. row: its index among the answers."""
     index = int(answers.indices[row])
     label, said = (images.names[each[row]] for each in (answers.labels, answers.predicted))
     lines = [

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 MOST = 200
 _SIDE = 192
-# Base64 makes 4 bytes of 3: all thumbnails together stay below 4.3 MB.
+# Base64 turns 3 bytes into 4: all thumbnails together stay below 4.3 MB.
 _MOST_BYTES = 16_000
 _QUALITIES = (82, 70, 55, 40, 25, 10)
 
@@ -17,16 +17,16 @@ Box = tuple[int, int, int, int]
 
 
 class Thumbnails:
-    """Makes thumbnails until there are as many as a page may hold."""
+    """Makes up to MOST thumbnails, the limit of a page."""
 
     def __init__(self) -> None:
         self.made = 0
 
     def address(self, image: NDArray[np.uint8], *, boxes: tuple[Box, ...] = ()) -> str:
-        """A picture, uint8 [height, width, 3], as the data: address of a JPEG of at most 192 pixels a side.
+        """A picture, uint8 [height, width, 3], as the data: URL of a JPEG of at most 192 pixels per side.
 
         boxes: (top, left, height, width) in its pixels, drawn onto it; the first is the most visible.
-        Raises RuntimeError for more of them than MOST: what a page shows is to be counted beforehand.
+        Raises RuntimeError for more than MOST: callers must count a page's pictures beforehand.
         """
         if self.made == MOST:
             raise RuntimeError(f"a page holds at most {MOST} thumbnails")

@@ -1,1 +1,1 @@
-"""What runs have learned, in figures: the command, what it counts, what it draws, and the page around it."""
+"""Figures of what runs have learned: the command, its analysis, its figures, and the page around them."""

@@ -1,4 +1,4 @@
-"""What trained networks know of each class, and what they say about single crops: the numbers behind a report."""
+"""The numbers of a report: trained networks' accuracy on each class, and their labels of single crops."""
 
 import contextlib
 import io
@@ -29,17 +29,17 @@ from train.labels.refinery import Refinery
 from train.runs import Run, key_of
 from train.score import score, validation_loader
 
-# The likeliest classes of a crop, first to last, with their probabilities.
+# The most likely classes of a crop, first to last, with their probabilities.
 Labels = list[tuple[str, float]]
 
 _LABELS_SHOWN = 3
-# Twenty points can be read. So many classes have a point each; of more, a bin has three at least.
+# Twenty points are readable. Up to this many classes have a point each; of more, a bin has at least three.
 _MOST_BINS, _LEAST_OF_A_BIN = 20, 3
 
 
 @dataclass(frozen=True)
 class Compute:
-    """With what crops are decoded and networks run. batch: crops at a time."""
+    """How crops are decoded and networks run. batch: crops at a time."""
 
     device: torch.device
     decoder: str
@@ -49,10 +49,10 @@ class Compute:
 
 @dataclass(frozen=True)
 class Subject:
-    """A finished run as a report sees it.
+    """A finished run in a report.
 
-    name: what figures call it. trained: the weights of its last epoch. resolution (pixels a side), rule: of its crops.
-    precision: what its network computes in.
+    name: in figures. trained: the weights of its last epoch. resolution (pixels per side), rule: of its
+    crops. precision: what its network computes in.
     """
 
     run: Run
@@ -65,7 +65,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """In percent. per_class: for each class, its images and its top-1 (None where it has no images)."""
+    """In percent. per_class: for each class, its images and its top-1 (None if it has no images)."""
 
     top1: float
     top5: float
@@ -74,7 +74,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Of one network. train, val_crops: on one random crop of each image of training and of validation, by one rule.
+    """Of one network. train, val_crops: on one random crop of each training and validation image, by one rule.
 
     val: on the central crops of the validation images, which are easier.
     """
@@ -90,13 +90,14 @@ class Accuracies:
 
 
 def readable(class_names: Sequence[str]) -> tuple[str, ...]:
-    """What readers call the classes: for WordNet ids of ImageNet's classes the first of their words, else the names.
+    """Class names for readers: the first word for WordNet ids of ImageNet's classes, else the given names.
 
-    Where two have the same word (a crane lifts or flies), the id follows it. Names are escaped for terminals and pages.
+    If two classes have the same word (a crane may be a bird or a machine), the id follows it. Names are escaped for
+    terminals and pages.
     """
     if not are_imagenet(class_names):
         return tuple(map(printable, class_names))
-    # Loading timm takes seconds.
+    # Importing timm takes seconds.
     from timm.data import ImageNetInfo
 
     known = ImageNetInfo()
@@ -110,11 +111,11 @@ def readable(class_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def accuracies(subject: Subject, data: ConvertedSet, *, seed: int, compute: Compute) -> Accuracies:
-    """The accuracy of each class, of the network in evaluation mode, on images of training and of validation.
+    """The network's accuracy on each class, in evaluation mode, on training and validation images.
 
-    The random crops are those that the plan draws for epoch 0 of `seed`, one of each image.
-    Computed once and kept in the run's folder, named by all that they depend on; that includes decoder, kind of device
-    and precision, since a network that is unsure of a crop may turn with the rounding of a pixel.
+    The random crops are those of the plan for epoch 0 of `seed`, one of each image. Computed once and cached in the
+    run's folder, under a name of everything that they depend on, including decoder, kind of device and precision, since
+    rounding may change the class of an uncertain crop.
     Raises DataError for damaged images.
     """
     of: dict[str, Any] = {
@@ -130,7 +131,7 @@ def accuracies(subject: Subject, data: ConvertedSet, *, seed: int, compute: Comp
         "precision": subject.precision,
     }
     path = subject.run.folder / f"accuracies-{key_of(of)}.json"
-    # One that was cut short while it was written is computed again.
+    # A file that was truncated while it was written is computed again.
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         kept = json.loads(path.read_text())
         found = Accuracies(*(_accuracy(**kept[each.name]) for each in fields(Accuracies)))
@@ -173,7 +174,7 @@ def accuracies(subject: Subject, data: ConvertedSet, *, seed: int, compute: Comp
 
 
 def _accuracy(top1: float, top5: float, per_class: Iterable[Sequence[Any]]) -> Accuracy:
-    # JSON gives lists back for tuples.
+    # JSON turns tuples into lists.
     return Accuracy(top1, top5, [(images, of_class) for images, of_class in per_class])
 
 
@@ -198,9 +199,9 @@ class Bins:
 
 
 def binned(found: Accuracies) -> Bins:
-    """A bin for each class, of up to twenty classes; of more, bins of equally many (give or take one), three at least.
+    """A bin for each class, up to twenty classes; of more, bins of equal size (within one), at least three each.
 
-    Classes without training or validation images are left out.
+    Classes without training or validation images are omitted.
     """
     train, val = of_classes(found.train), of_classes(found.val_crops)
     known = np.flatnonzero(np.isfinite(train) & np.isfinite(val))
@@ -224,9 +225,9 @@ def choose_images(beton: Beton, count: int, *, seed: int) -> list[int]:
 
 
 def named_images(option: str, words: str | None, beton: Beton) -> list[int]:
-    """The images that the value of an option names by their indices; none where it was left out.
+    """The images that the value of an option names by their indices; none if it was left out.
 
-    Raises TrainError for what are no indices of the set's images.
+    Raises TrainError unless they are indices of the set's images.
     """
     if words is None:
         return []
@@ -260,9 +261,9 @@ def central_crops(beton: Beton, indices: Sequence[int], rule: CropRule) -> Reque
 def predictions(
     subject: Subject, beton: Beton, crops: Request, *, names: Sequence[str], compute: Compute
 ) -> list[Labels]:
-    """The three likeliest classes of each image's one crop, by the network in evaluation mode.
+    """The three most likely classes of each image's one crop, by the network in evaluation mode.
 
-    names: what the classes are called.
+    names: of the classes.
     """
     network = on_device(subject.trained.network, compute.device).eval()
     normalise = Normalise(subject.trained.normalisation).to(compute.device)
@@ -276,7 +277,7 @@ def predictions(
 class Labelling:
     """How a refinery labels the crops of a student in training.
 
-    whose: a phrase that says which network it is. bn, resolution: see Refinery.
+    whose: a phrase that names the network. bn, resolution: see Refinery.
     """
 
     refinery: Trained
@@ -287,7 +288,7 @@ class Labelling:
 
     @property
     def batch(self) -> int:
-        """Crops at a time; two at the least, for a single one has no statistics."""
+        """Crops at a time; at least two, since a single one has no batch statistics."""
         return max(2, self.student.run.identity["batch"])
 
 
@@ -302,10 +303,10 @@ def refinery_labels(
     names: Sequence[str],
     compute: Compute,
 ) -> tuple[Request, list[list[Labels]]]:
-    """Random crops of training images, and the three likeliest classes of each by the refinery.
+    """Random crops of training images, and the three most likely classes of each by the refinery.
 
-    Batch statistics are those of a training batch: crops of other images fill it up, in the plan's order. names: what
-    the classes are called.
+    Batch statistics are those of a training batch: it is filled up with crops of other images, in the plan's order.
+    names: of the classes.
     Returns the crops of these images, and labels [image][copy].
     """
     student = labelling.student
@@ -364,7 +365,7 @@ def cut_out(image: NDArray[np.uint8], box: NDArray[np.int32], flip: bool) -> NDA
 
 
 def _pixels(beton: Beton, crops: Request, resolution: int, compute: Compute) -> torch.Tensor:
-    """uint8 [copies * n, 3, R, R] on the device, all images' first crops in front."""
+    """uint8 [copies * n, 3, R, R] on the device, all images' first crops first."""
     n, copies = crops.flips.shape
     decoder = build_decoder(
         compute.decoder,
@@ -379,9 +380,9 @@ def _pixels(beton: Beton, crops: Request, resolution: int, compute: Compute) -> 
 
 
 def likeliest(distribution: torch.Tensor, names: Sequence[str]) -> list[Labels]:
-    """The three likeliest classes of each crop, with their probabilities.
+    """The three most likely classes of each crop, with their probabilities.
 
-    distribution: what each crop's label gives to every class, float32 [B, C]. names: what the classes are called.
+    distribution: each crop's probabilities of all classes, float32 [B, C]. names: of the classes.
     """
     found = distribution.topk(min(_LABELS_SHOWN, len(names)), dim=1)
     return [

@@ -1,4 +1,4 @@
-"""What refined labels do to networks, in figures: the analysis of Label Refinery (section 4.1) for runs of your own.
+"""The effect of refined labels in figures: the analysis of Label Refinery (section 4.1) for your own runs.
 
 python -m train.report --runs "runs/scenes/resnet50-... runs/scenes/mobilenet-from-resnet50-..."
 make report RUNS="runs/scenes/resnet50-... runs/scenes/mobilenet-from-resnet50-..."
@@ -35,7 +35,7 @@ from train.report.analysis import (
 )
 from train.runs import Run, all_runs, key_of, progress_of, read_run, table_text
 
-# How many images Figures 7 and 8 show, unless they are named.
+# How many images Figures 7 and 8 show by default.
 _EXAMPLES = 4
 
 
@@ -51,21 +51,21 @@ def report(
     device: str = "auto",
     threads: int | None = None,
 ) -> None:
-    """Draws what finished runs know of each class and say about crops, as PNG files and as one page, report.html.
+    """Draws finished runs' accuracy on each class and labels of crops, as PNG files and one page, report.html.
 
     Args:
-        runs: run folders in the order of generations, with spaces between them (quotes around a path that has some);
-            the first may be the refinery
-        data: the set that they were trained on, where it is no longer found as it was then
+        runs: run folders in the order of generations, separated by spaces (with quotes around paths that contain
+            spaces); the first may be the refinery
+        data: the set that they were trained on, if it is no longer where it was
         out: the folder to write (default: report-KEY beside the first run)
-        images: training images for Figures 2, 3 (the first two) and 7, by index, as in "5 17" (default: four by the
-            seed)
-        validation_images: validation images for Figure 8, by index (default: four by the seed)
-        seed: start of the random crops and choices; other than the runs' own, so that the crops are new to them
+        images: training images for Figures 2, 3 (the first two) and 7, by index, e.g. "5 17" (default: four chosen by
+            the seed)
+        validation_images: validation images for Figure 8, by index (default: four chosen by the seed)
+        seed: of the random crops and choices; must differ from the runs' own, so that the crops are new to them
         batch: crops at a time
         decoder: auto, ffcv, dali or torchvision
         device: auto, cpu, cuda or cuda:N
-        threads: that decode, and as many that compute on the CPU (default: one per processor)
+        threads: number that decode, and number that compute on the CPU (default: one per processor)
     """
     where = device_named(device)
     set_threads(threads)
@@ -138,7 +138,7 @@ def _finished(folders: str) -> list[Run]:
 def _subject(run: Run, number: int, compute: Compute) -> Subject:
     crop = run.identity["crop"]
     rule = CropRule(**crop | {key: tuple(crop[key]) for key in ("scale", "ratio")})
-    # Absolute, for a folder may be called as a network is.
+    # Absolute, since a folder may have the name of a network.
     trained = load_trained(str(run.folder.absolute()))
     precision = precision_on(compute.device, run.identity["precision"])
     return Subject(run, f"{number} {run.identity['model']}", trained, run.identity["resolution"], rule, precision)
@@ -160,7 +160,7 @@ def _check_alike(runs: Sequence[Run], seed: int) -> None:
 
 
 def _set_of(first: Subject, data: str | None) -> ConvertedSet:
-    """The set that was asked for, or the one that the runs were trained on."""
+    """The given set, or the one that the runs were trained on."""
     folder = first.run.folder
     name = data or _config_of(first.run)["data"]
     try:
@@ -182,7 +182,7 @@ def _set_of(first: Subject, data: str | None) -> ConvertedSet:
 
 
 def _config_of(run: Run) -> dict[str, Any]:
-    """What a run was asked for."""
+    """The options of a run."""
     path = run.folder / "config.yaml"
     try:
         config = yaml.safe_load(path.read_text())
@@ -204,7 +204,7 @@ def _labelling(subjects: Sequence[Subject]) -> Labelling:
                 if refinery.digest == wanted["weights"]:
                     whose = f"{refinery.name}, the refinery of run {student.name}, with the weights it had"
                     resolution = seen_at(refinery, labels["resolution"], [student.resolution])
-                    # One batch's statistics stand for averaged ones, whose batches are not loaded here.
+                    # One batch's statistics approximate averaged ones, whose batches are not loaded here.
                     bn = "running" if labels["bn"] == "running" else "batch"
                     return Labelling(refinery, whose, student, bn=bn, resolution=resolution)
     first = subjects[0]
@@ -215,11 +215,11 @@ def _labelling(subjects: Sequence[Subject]) -> Labelling:
 
 
 def _refineries(student: Subject, subjects: Sequence[Subject]) -> list[str]:
-    """Where a run's refinery may lie: among the runs of the report, where it was when it was asked, beside the run."""
+    """Where a run's refinery may be: among the runs of the report, where it was during training, beside the run."""
     specs = [str(subject.run.folder.absolute()) for subject in subjects]
     with contextlib.suppress(TrainError):
         asked = _config_of(student.run)["refinery"]
-        # None where the labels were read from files.
+        # None if the labels were read from files.
         specs += [asked] if asked and not names_network_alone(asked) else []
     network = student.run.identity["refinery"]["network"]
     beside = [run for run in all_runs(student.run.folder.absolute().parent) if run.identity["model"] == network]

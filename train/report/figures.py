@@ -1,6 +1,6 @@
-"""Draws the figures of a report as PNG files; what they show is computed elsewhere (analysis.py).
+"""Draws the figures of a report as PNG files; their numbers come from analysis.py.
 
-All are six inches wide, so that their letters can be read on a telephone.
+All are six inches wide, so that their text is readable on a phone.
 """
 
 import textwrap
@@ -21,11 +21,11 @@ _WIDTH = 6.0  # inches
 _DPI = 160
 _MARKERS = "osD^vPX*"
 _COLUMNS = 3
-# Classes in a label map: light, so that black numbers can be read on them, and other colours than those of boxes. All
-# classes beyond these have the last one.
+# Classes in a label map: light, so that black numbers are readable on them, and different from the colours of boxes.
+# All further classes have the last one.
 _CLASS_COLOURS = ("#8da0cb", "#fc8d62", "#66c2a5", "#e78ac3", "#ffd92f", "#c0c0c0")
 _OTHERS = -1
-# What accuracies were counted on, in figures whose colours are not those of runs.
+# The crops that accuracies were counted on, in figures whose colours do not denote runs.
 _KIND_COLOURS = ("#9ecae1", "#4292c6", "#08306b")
 _SMALLEST_POINTS = 5.0
 
@@ -33,7 +33,7 @@ _SMALLEST_POINTS = 5.0
 def by_run(names: Sequence[str], values: Mapping[str, Sequence[float]], path: Path) -> None:
     """Accuracies in percent, run by run, as bars from 0 (Figure 1 of the paper, whose runs are one chain).
 
-    values: a number for each run, by what was counted.
+    values: a number for each run, by the crops that were counted.
     """
     figure, axes = _chart(0.9 + len(names) * (0.24 * len(values) + 0.25))
     height = 0.8 / len(values)
@@ -43,7 +43,7 @@ def by_run(names: Sequence[str], values: Mapping[str, Sequence[float]], path: Pa
         for place, value in zip(places, of_runs, strict=True):
             axes.annotate(f" {value:.1f}", (value, place), va="center", fontsize=9)
     axes.set_yticks(range(len(names)), [_folded(name, 16) for name in names])
-    # Room for a number behind a bar of 100 %.
+    # Space for a number after a bar of 100 %.
     axes.set(xlim=(0, 108), ylim=(len(names) - 0.5, -0.5), xticks=range(0, 101, 20))
     axes.set_xlabel("top-1, %")
     _legend(axes, columns=len(values))
@@ -51,7 +51,7 @@ def by_run(names: Sequence[str], values: Mapping[str, Sequence[float]], path: Pa
 
 
 def by_training_accuracy(names: Sequence[str], bins: Sequence[Bins], path: Path) -> None:
-    """Validation over training accuracy of classes, or of bins of them, one colour a run (Figure 4 of the paper)."""
+    """Validation over training accuracy of classes, or of bins of them, one colour per run (Figure 4 of the paper)."""
     figure, axes = _chart(5.4)
     single = all((each.sizes == 1).all() for each in bins)
     for number, (name, each) in enumerate(zip(names, bins, strict=True)):
@@ -61,7 +61,7 @@ def by_training_accuracy(names: Sequence[str], bins: Sequence[Bins], path: Path)
             yerr=None if single else [each.val - each.low, each.high - each.val],
             color=_colour(number),
             marker=_MARKERS[number % len(_MARKERS)],
-            # A line through single classes would only zigzag.
+            # No line through single classes, since it would only zigzag.
             linestyle="" if single else "-",
             elinewidth=0.8,
             label=_folded(name, 40),
@@ -76,7 +76,7 @@ def by_training_accuracy(names: Sequence[str], bins: Sequence[Bins], path: Path)
 
 
 def distributions(names: Sequence[str], values: Sequence[NDArray[np.float64]], label: str, path: Path) -> None:
-    """How accuracy is distributed over classes, one row a run: every class a dot, with box and mean.
+    """How accuracy is distributed over classes, one row per run: every class a dot, with box and mean.
 
     values: in percent, for each run float64 [classes], without NaN (Figures 5 and 6 of the paper).
     """
@@ -144,7 +144,7 @@ def map_of_image(
     """An image with boxes, beside it its label map, and below both the crops with their labels.
 
     image, boxes, crops: as for `crops_of_image`. names: of the classes. cells: float32 [S, S, classes], rows of the
-    image first, what each cell gives to every class.
+    image first, each cell's probabilities of all classes.
     """
     rows = -(-len(crops) // _COLUMNS)
     lines = max(len(each) for each in labels)
@@ -164,7 +164,7 @@ def map_of_image(
             Patch(color=colour, label="others" if each == _OTHERS else _short(names[each], 22))
             for each, colour in colours.items()
         ],
-        title="map: the likeliest class of each cell, the paler the less likely (in %)",
+        title="map: the most likely class of each cell, paler if less likely (in %)",
         title_fontsize=9,
         loc="center",
         ncols=_COLUMNS,
@@ -181,9 +181,9 @@ def map_of_image(
 
 
 def _map(axes: Axes, cells: NDArray[np.float32], image: NDArray[np.uint8]) -> dict[int, str]:
-    """Draws each cell in the colour of its likeliest class, the paler the less likely it is, with its percentage.
+    """Draws each cell in the colour of its most likely class, paler if that is less likely, with its percentage.
 
-    Returns the colours of the classes, the most frequent first; _OTHERS stands for all that have none of their own.
+    Returns the colours of the classes, the most frequent first; _OTHERS for all without their own.
     """
     (height, width), side = image.shape[:2], len(cells)
     likeliest, chances = cells.argmax(axis=2), cells.max(axis=2)
@@ -198,7 +198,7 @@ def _map(axes: Axes, cells: NDArray[np.float32], image: NDArray[np.uint8]) -> di
     axes.set(xticks=[], yticks=[])
     axes.set_title(f"label map of {side}x{side} cells", fontsize=10)
     cell_height, cell_width = (_inches_a_pixel(image) * length / side for length in (height, width))
-    # Room for three digits.
+    # Space for three digits.
     points = min(9.0, 36 * cell_width, 60 * cell_height)
     if points >= _SMALLEST_POINTS:
         for row, column in np.ndindex(side, side):
@@ -208,13 +208,13 @@ def _map(axes: Axes, cells: NDArray[np.float32], image: NDArray[np.uint8]) -> di
 
 
 def _inches_a_pixel(image: NDArray[np.uint8]) -> float:
-    """The scale of an image that fills half the width of a figure, or is as high as that."""
+    """The scale of an image that fills half the width of a figure, or has that height."""
     return (_WIDTH / 2 - 0.1) / max(image.shape[:2])
 
 
 @dataclass(frozen=True)
 class Example:
-    """A crop, uint8 [height, width, 3], what it is called, its image's class, and what each run says it shows."""
+    """A crop, uint8 [height, width, 3], its name, its image's class, and each run's labels of it."""
 
     crop: NDArray[np.uint8]
     title: str
@@ -223,7 +223,7 @@ class Example:
 
 
 def predictions(names: Sequence[str], examples: Sequence[Example], path: Path) -> None:
-    """Crops, each beside the likeliest classes by every run (Figures 7 and 8 of the paper); the true class is bold."""
+    """Crops, each beside every run's most likely classes (Figures 7 and 8 of the paper); the true class is bold."""
     bars = max(len(labels) for example in examples for labels in example.said)
     tall = max(1.6, 0.2 * (bars + 1.2) * len(names))
     figure = Figure(figsize=(_WIDTH, len(examples) * (tall + 0.35)), layout="constrained")
@@ -256,7 +256,7 @@ def _chart(height: float) -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes, columns: int = 2) -> None:
-    # Above the axes, where no line passes.
+    # Above the axes, where there are no lines.
     axes.legend(
         frameon=False,
         loc="lower left",

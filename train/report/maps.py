@@ -1,4 +1,4 @@
-"""Label maps in figures: an image, its map, and the labels that crops of it take from there."""
+"""Label maps in figures: an image, its map, and the labels of crops from it."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from train.report import figures
 from train.report.analysis import choose_images, cut_out, likeliest, named_images, picture, readable
 
 _CROPS = 5
-# How many images are shown, unless they are named.
+# How many images are shown by default.
 _EXAMPLES = 4
 
 
@@ -28,13 +28,13 @@ def show(labels: str, data: str = "scenes", images: str | None = None, seed: int
 
     Args:
         labels: a folder of label maps (python -m train.maps)
-        data: what they are maps of: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette
-        images: training images by index, as in "5 17" (default: four of different classes, by the seed)
+        data: the images of the maps: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette
+        images: training images by index, e.g. "5 17" (default: four of different classes, chosen by the seed)
         seed: the crops are those that a run of this seed on the maps trains on in its first five epochs
         out: the folder to write (default: the name of the maps' folder with -shown appended)
 
-    Raises DataError or TrainError for what cannot be shown: images by indices that the set lacks, labels of crops, maps
-    of other data, damaged ones, and a folder that cannot be written.
+    Raises DataError or TrainError for indices that the set lacks, stored labels of crops, maps of other data, damaged
+    maps, and a folder that cannot be written.
     """
     store = open_store(labels)
     made = store.description
@@ -57,7 +57,7 @@ def show(labels: str, data: str = "scenes", images: str | None = None, seed: int
             boxes, flips = (np.concatenate(parts) for parts in zip(*crops, strict=True))
             cells, distribution = _cells_and_labels(made, rows[index], boxes, size[0])
             path = folder / f"map-{index}.png"
-            # A class may be called "$1 and $2", which is no formula.
+            # A class may be named "$1 and $2", which is not a formula.
             with matplotlib.rc_context({"text.parse_math": False}):
                 figures.map_of_image(
                     image,
@@ -77,7 +77,7 @@ def show(labels: str, data: str = "scenes", images: str | None = None, seed: int
 def _cells_and_labels(
     made: Description, row: NDArray[np.uint8], boxes: NDArray[np.int32], size: NDArray[np.int32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What the map of an image gives to every class: in each cell, [S, S, C], and to each crop, [crops, C].
+    """A map's probabilities of all classes: in each cell, [S, S, C], and for each crop, [crops, C].
 
     row: the stored map, uint8 [bytes]. boxes: int32 [crops, 4] (top, left, height, width) in pixels of the image. size:
     its height and width.

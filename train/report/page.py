@@ -1,4 +1,4 @@
-"""The page of a report: its figures, drawn, what they show in words, and the table of its runs, as one HTML file."""
+"""The page of a report as one HTML file: its figures, their descriptions, and the table of its runs."""
 
 import base64
 import html
@@ -19,7 +19,7 @@ from train.report.analysis import Accuracies, Compute, Labelling, Subject
 HEADS = ("run", "model", "labels from", "top-1", "top-5", "train crops", "val crops", "gap", "folder")
 _CROPS_OF_ONE = 6
 
-# Colours follow the reader's theme by the system's own names; figures are dark on white in both.
+# Colours follow the reader's theme through system colours; figures are dark on white in both.
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 0 auto; padding: 1rem;
@@ -39,10 +39,10 @@ figcaption { margin-top: 0.5rem; font-size: 0.9rem; overflow-wrap: anywhere; }
 
 @dataclass(frozen=True)
 class ReportData:
-    """All that a report is made of.
+    """The contents of a report.
 
-    accuracies: of each subject. class_names: what readers call the classes of `data`. same_images: the runs were
-    trained on the very images of `data`. train, val: these images. seed: of the random crops.
+    accuracies: of each subject. class_names: of `data`, for readers. same_images: whether the runs were trained on
+    exactly the images of `data`. train, val: these images. seed: of the random crops.
     """
 
     subjects: Sequence[Subject]
@@ -63,7 +63,7 @@ class ReportData:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure on disk, what it shows, and the same for those who cannot see it."""
+    """A figure on disk, its caption, and its alternative text."""
 
     path: Path
     caption: str
@@ -75,7 +75,7 @@ def write(report: ReportData, seen: Sequence[int], unseen: Sequence[int], folder
 
     seen, unseen: indices of the training and validation images that are shown.
     """
-    # A class may be called "$1 and $2", which is no formula.
+    # A class may be named "$1 and $2", which is not a formula.
     with matplotlib.rc_context({"text.parse_math": False}):
         drawn = [
             _runs(report, folder / "figure-1.png"),
@@ -172,7 +172,7 @@ def _distribution(report: ReportData, split: str, path: Path) -> Figure:
 
 
 def _counted(report: ReportData, *splits: str) -> str:
-    """On what the accuracies of these splits were counted, and by which weights."""
+    """Which crops the accuracies of these splits were counted on, and with which weights."""
     crops = {
         "train": f"one random crop of each of {report.train.num_samples:,} training images (seed {report.seed}, "
         "epoch 0)",
@@ -202,7 +202,7 @@ def _span(counts: Sequence[int], one: str, many: str) -> str:
 
 
 def _refined(report: ReportData, indices: Sequence[int], folder: Path) -> list[Figure]:
-    """Figures 2 and 3: an image each."""
+    """Figures 2 and 3, one image each."""
     crops, labels = analysis.refinery_labels(
         report.labelling,
         report.train,
@@ -229,7 +229,7 @@ def _refined(report: ReportData, indices: Sequence[int], folder: Path) -> list[F
         drawn.append(
             Figure(
                 path,
-                f"Labels of a refinery for {len(cuts)} random crops of one image: the three likeliest classes by "
+                f"Labels of a refinery for {len(cuts)} random crops of one image: the three most likely classes by "
                 f"{report.labelling.whose}; its batch normalisation by statistics {statistics}. "
                 f"{report.data.name}, training image {index}, which the set labels {truth}; crops of seed "
                 f"{report.seed}, epoch 0{', some mirrored' if flips.any() else ''}.",
@@ -270,7 +270,7 @@ def _predicted(report: ReportData, beton: Beton, crops: Request, what: str, kind
     )
     return Figure(
         path,
-        f"The three likeliest classes by each run, with their probabilities; the image's own label is bold. "
+        f"The three most likely classes by each run, with their probabilities; the image's own label is bold. "
         f"{report.data.name}: {what}. {_WEIGHTS}",
         "; ".join(likeliest),
     )
@@ -299,7 +299,7 @@ def _html(report: ReportData, drawn: Sequence[Figure]) -> str:
 <main>
 <h1>{_span([len(report.subjects)], "run", "runs")} on {name}</h1>
 <p>The analysis of Label Refinery (Bagherinezhad et al. 2018, section 4.1), with the paper's numbers of figures. A crop
-counts as right where the likeliest class is its image's.</p>
+counts as right if the most likely class is its image's.</p>
 {note}<div class="wide">
 {_table(HEADS, rows(report))}
 </div>

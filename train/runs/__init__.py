@@ -1,4 +1,4 @@
-"""What a run keeps on disk: its folder's name, who it is, what came out, and how runs are found again."""
+"""Runs on disk: the names of their folders, their identities and results, and finding them again."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from data.described import check_fields, of_type, read_json
 from data.plan import seed_of_generation
 from train import TrainError
 
-# The keys that all runs have, and what their values may be, in the files that describe them.
+# The keys that all runs have, and their valid values, in the files that describe them.
 _IDENTITY = {
     "data": of_type(dict),
     "model": of_type(str),
@@ -34,7 +34,7 @@ _METRICS = {"epoch": of_type(int)} | dict.fromkeys(("loss", "top1", "top5", "ima
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder. identity: all that decides the weights it ends with; result: of a finished run, else None."""
+    """A run folder. identity: everything that determines its final weights; result: of a finished run, else None."""
 
     folder: Path
     identity: dict[str, Any]
@@ -47,24 +47,23 @@ class Run:
     @property
     def crop_seed(self) -> int:
         """The seed that its training crops were drawn with (data.plan)."""
-        # Of stored labels, the crops are those that were labelled.
+        # With stored labels, the crops are those that were labelled.
         if "crop_seed" in self.identity["labels"]:
             return int(self.identity["labels"]["crop_seed"])
-        # A run of an earlier version drew them with the user's seed itself.
+        # Runs of an earlier version drew them with the user's seed itself.
         seed, generation = self.identity["seed"], self.identity.get("generation")
         return seed if generation is None else seed_of_generation(seed, generation)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """What was measured after each epoch so far, from the first one on.
+        """The metrics of each finished epoch, from the first one on.
 
-        Read from the checkpoint where their file is damaged or lacks epochs. Raises TrainError where that lacks them
-        too.
+        Read from the checkpoint if their file is damaged or lacks epochs. Raises TrainError if that lacks them too.
         """
         lines, damage = read_metrics(self.metrics_file)
         missing = self.result is not None and len(lines) < self.identity["epochs"]
         if damage or missing or [line["epoch"] for line in lines] != list(range(1, len(lines) + 1)):
-            # Loaded here: a table of runs needs no PyTorch.
+            # Imported here: a table of runs does not need PyTorch.
             from train.runs import checkpoint
 
             found = None
@@ -78,7 +77,7 @@ class Run:
 
     @property
     def data(self) -> str | None:
-        """What it was given as DATA; None where its configuration is missing or damaged."""
+        """What it was given as DATA; None if its configuration is missing or damaged."""
         try:
             said = yaml.safe_load((self.folder / "config.yaml").read_text())
         except (OSError, ValueError, yaml.YAMLError):
@@ -92,7 +91,7 @@ class Run:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON, one mapping per line, without damaged ones; none where there is no such file."""
+    """The lines of a file of JSON, one mapping per line, without damaged ones; none if there is no such file."""
     values = []
     with suppress(FileNotFoundError):
         for line in path.read_bytes().splitlines():
@@ -102,9 +101,9 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], TrainError | None]:
-    """The lines of a file of metrics, one for each epoch that it has, in order; none where there is no such file.
+    """The lines of a file of metrics, one for each epoch that it has, in order; none if there is no such file.
 
-    A last line that was cut short is left out. Beside them an error that names the first other damage, if there is any.
+    A truncated last line is dropped. Also returns an error that names the first other damage, if there is any.
     """
     try:
         lines = path.read_bytes().splitlines() if path.is_file() else []
@@ -125,7 +124,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], TrainError | None]:
 
 
 def no_metrics(path: Path, epoch: int) -> TrainError:
-    """The error of a run whose file of metrics lacks an epoch that no checkpoint holds."""
+    """The error for a run whose file of metrics lacks an epoch that no checkpoint holds."""
     return TrainError(
         f"{path}: has no line of epoch {epoch}, nor has a checkpoint; put back a copy of it, or train the run again in "
         "another OUT"
@@ -133,7 +132,7 @@ def no_metrics(path: Path, epoch: int) -> TrainError:
 
 
 def key_of(identity: Any) -> str:
-    """Eight hex digits that name an identity, or anything else that JSON can hold."""
+    """Eight hex digits that identify an identity, or any other JSON value."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -145,10 +144,10 @@ def folder_name(identity: dict[str, Any]) -> str:
 
 
 def read_run(folder: Path) -> Run | None:
-    """The run in a folder, or None where there is none.
+    """The run in a folder, or None if there is none.
 
-    A damaged identity is read from the checkpoint; a damaged result, of which a notice is printed, counts as none.
-    Raises TrainError where the identity is damaged and no checkpoint holds it, unless there is nothing but it.
+    A damaged identity is read from the checkpoint; a damaged result counts as none, and a notice is printed. Raises
+    TrainError if the identity is damaged and no checkpoint holds it, unless the folder holds nothing else.
     """
     path = folder / "identity.json"
     checkpoints = [file for file in folder.glob("*.pt") if file.name in ("last.pt", "last.before.pt", "best.pt")]
@@ -170,12 +169,12 @@ def read_run(folder: Path) -> Run | None:
 
 
 def run_of(weights: Path | None) -> Run | None:
-    """The run that a file of weights is a checkpoint of; None for weights from elsewhere. Raises as read_run."""
+    """The run that a file of weights is a checkpoint of; None for other weights. Raises as read_run does."""
     return read_run(weights.parent) if weights and weights.suffix == ".pt" else None
 
 
 def _read_object(path: Path) -> Any:
-    """What a file of JSON holds. Raises ValueError, which says why, where it cannot be read."""
+    """The contents of a JSON file. Raises ValueError with the reason if it cannot be read."""
     try:
         return read_json(path)
     except OSError as error:
@@ -185,7 +184,7 @@ def _read_object(path: Path) -> Any:
 
 
 def _identity(values: Any) -> dict[str, Any]:
-    """An identity as this version writes it. Raises ValueError, which names the first wrong key, for anything else."""
+    """An identity in this version's form. Raises ValueError, which names the first wrong key, for anything else."""
     check_fields(values, _IDENTITY)
     check_fields(values["data"], dict.fromkeys(("name", "fingerprint"), of_type(str)), of="data.")
     check_fields(values["crop"], dict.fromkeys(("scale", "ratio"), of_type(list)), of="crop.")
@@ -195,7 +194,7 @@ def _identity(values: Any) -> dict[str, Any]:
 
 
 def _stored_identity(folder: Path) -> dict[str, Any] | None:
-    """The identity in a run's checkpoint; None where there is none, or one of an earlier version, which holds none."""
+    """The identity in a run's checkpoint; None if there is no checkpoint, or one of an earlier version without it."""
     from train.runs import checkpoint
 
     with suppress(TrainError, ValueError):
@@ -217,9 +216,9 @@ def _result(path: Path) -> dict[str, Any] | None:
 
 
 def _as_written_now(identity: dict[str, Any]) -> dict[str, Any]:
-    """The identity of a run of an earlier version, which named no kind of labels, in the form of this one.
+    """Converts the identity of a run of an earlier version, which had no kind of labels, to the form of this one.
 
-    It has no generation, and so never equals the identity of a new run, whose crops are others.
+    It has no generation, so it never equals the identity of a new run, whose crops differ.
     """
     labels = {"per": "crop", "taxonomy": None} | identity["labels"]
     if "kind" not in labels:
@@ -230,7 +229,7 @@ def _as_written_now(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def all_runs(root: Path) -> Iterator[Run]:
-    """Every run below root, in the order of their paths. Prints a warning of those that are damaged, and skips them."""
+    """Every run below root, in the order of their paths. Skips damaged ones with a warning."""
     for path in sorted(root.rglob("identity.json")):
         try:
             run = read_run(path.parent)
@@ -244,12 +243,12 @@ def all_runs(root: Path) -> Iterator[Run]:
 
 
 def finished_refinery(root: Path, wanted: dict[str, Any], recipe: str) -> tuple[Run | None, Run | None]:
-    """A finished run that can be the refinery whose own training would have the identity `wanted`, and another.
+    """A finished run to use as the refinery whose training would have the identity `wanted`, and another run.
 
-    The very run if it is there, else the most accurate one of the same network on the same data, crops and resolution,
-    trained on the same kind of labels by the same recipe for as many epochs or more (with another seed, say). None
-    where there is none: a trial of three epochs is not what a long run is to learn from, unless it is named. The other
-    is then the most accurate of those that only recipe or length rule out.
+    Exactly that run if it exists, else the most accurate one of the same network on the same data, crops and
+    resolution, trained on the same kind of labels by the same recipe for at least as many epochs (with another seed,
+    for example). None if there is none: a long run should not learn from a trial of three epochs, unless it is named.
+    The other run is then the most accurate of those excluded only by recipe or length.
     """
     same = ("data", "model", "resolution", "crop", "refinery")
     candidates = [
@@ -271,7 +270,7 @@ def finished_refinery(root: Path, wanted: dict[str, Any], recipe: str) -> tuple[
 
 
 def recipe_of(run: Run) -> str | None:
-    """The recipe that a run was trained by, as it was named; None where its config.yaml does not say."""
+    """The recipe that a run was trained with, as it was named; None if its config.yaml does not say."""
     try:
         config = yaml.safe_load((run.folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -289,7 +288,7 @@ def progress_of(run: Run) -> str:
 
 
 def table_text(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines with aligned columns; names in them cannot act on a terminal."""
+    """Rows of cells as lines with aligned columns; control characters in names are escaped."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

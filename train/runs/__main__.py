@@ -20,18 +20,18 @@ _DIFFERS = _HEADS.index("differs in")
 
 
 def table(folder: str = "runs", figure: str | None = None) -> None:
-    """Prints a table of all runs in a folder and below, without those that ended before there was anything to keep.
+    """Prints a table of all runs in a folder and below, except those that ended before their first checkpoint.
 
-    "written" is when the result, or else the last checkpoint, was. "differs in" lists the options in which a run
-    differs from others of its data, network, refinery and recipe, besides those in columns of their own.
+    "written" is the time of the result, or else of the last checkpoint. "differs in" lists the options in which a run
+    differs from others with its data, network, refinery and recipe, except those that have their own columns.
 
     Args:
-        folder: where runs lie
-        figure: a file (.svg, .png, .pdf) to draw accuracy against milliseconds a crop in, of all finished runs, whose
-            networks are timed for it on this machine's CPU
+        folder: the folder of all runs
+        figure: a file (.svg, .png, .pdf) for a plot of accuracy against milliseconds per crop of all finished runs,
+            whose networks are timed on this machine's CPU
     """
     if figure:
-        # Loaded here: the table needs no PyTorch.
+        # Imported here: the table does not need PyTorch.
         from train.runs.figure import check_figure, draw
 
         check_figure(Path(figure))

@@ -29,17 +29,17 @@ _TAGS = {
 
 
 class Board:
-    """Writes a point of each metric for each epoch into a folder, in a file of this start's own.
+    """Writes a point of each metric for each epoch into a folder, with a separate file for each start.
 
     Points are grouped as train/..., validation/... and speed/... .
-    epoch: the first one (1, 2, ...) of this start; points of it and later ones that are there already are dropped.
-    What cannot be written costs these plots alone: a warning is printed once, and the run goes on.
+    epoch: the first one (1, 2, ...) of this start; existing points of it and of later ones are dropped. If writing
+    fails, only these plots are lost: a warning is printed once, and the run continues.
     """
 
     def __init__(self, folder: Path, *, epoch: int):
         # TensorBoard's own writer has a thread, in which a full disk ends with a traceback.
         seconds, fraction = f"{time.time():.6f}".split(".")
-        # As TensorBoard's writer would call it: W&B's sync takes no others.
+        # Named as by TensorBoard's writer: W&B's sync accepts no other names.
         name = f"events.out.tfevents.{seconds}.{socket.gethostname()}.{os.getpid()}.{fraction}"
         self._file = folder / name
         self._works = True

@@ -1,4 +1,4 @@
-"""What of the runs can be removed, and what that frees; with --yes it is removed.
+"""Lists runs that can be removed, and the space that this frees; with --yes removes them.
 
 python -m train.runs.clean
 make clean-runs
@@ -19,7 +19,7 @@ from train import TrainError
 from train.runs import Run, read_run, table_text
 from train.runs.state import CHECKPOINTS, config_of, has_begun, has_checkpoint, in_use, state_of
 
-# What a run writes into its folder; one with anything else in it is not removed.
+# The files that a run writes into its folder; a folder with anything else is not removed.
 _OWN = {
     *("identity.json", "config.yaml", "starts.jsonl", "metrics.jsonl", "result.json", "tensorboard", ".lock"),
     *CHECKPOINTS,
@@ -28,7 +28,7 @@ _OWN = {
 
 @dataclass(frozen=True)
 class Leftover:
-    """A folder of a run that is not finished. kept: why it is not to be removed; empty where it may be."""
+    """The folder of an unfinished run. kept: why it must not be removed; empty if it may be."""
 
     folder: Path
     state: str
@@ -39,12 +39,12 @@ class Leftover:
 def clean(folder: str = "runs", stopped: bool = False, yes: bool = False) -> None:
     """Lists failed starts, damaged runs and stopped ones, with their sizes; removes them only with --yes.
 
-    Finished runs are never removed, nor those that are going on, hold files that are not a run's, or are named by
-    another run as its refinery or the weights that it started from.
+    Never removed are finished runs, runs in progress, folders with other files than a run's, and runs that another run
+    used as its refinery or started from.
 
     Args:
         folder: where runs lie
-        stopped: also those that hold a checkpoint or metrics: stopped ones, which can go on, and damaged ones
+        stopped: also those with a checkpoint or metrics: stopped runs, which could be continued, and damaged ones
         yes: remove what is listed as removable
     """
     root = Path(folder)
@@ -70,7 +70,7 @@ def clean(folder: str = "runs", stopped: bool = False, yes: bool = False) -> Non
 
 
 def leftovers(root: Path, *, stopped: bool) -> Iterator[Leftover]:
-    """All runs below root that are not finished, in the order of their paths. stopped: may be removed, too."""
+    """All unfinished runs below root, in the order of their paths. stopped: whether stopped ones may be removed too."""
     folders = sorted({path.parent for name in ("identity.json", ".lock") for path in root.rglob(name)})
     found = [(folder, *_state(folder)) for folder in folders if _is_of_a_run(folder)]
     runs = [run for _, _, run in found if run]
@@ -82,7 +82,7 @@ def leftovers(root: Path, *, stopped: bool) -> Iterator[Leftover]:
 
 
 def _is_of_a_run(folder: Path) -> bool:
-    """A folder with an identity, or one that holds no more than a lock: stored labels have locks too."""
+    """A folder with an identity, or one that holds only a lock: stored labels have locks too."""
     return (folder / "identity.json").is_file() or {path.name for path in folder.iterdir()} == {".lock"}
 
 
@@ -111,13 +111,13 @@ def _reason_to_keep(folder: Path, run: Run | None, runs: list[Run], *, stopped: 
 
 
 def _user_of(folder: Path, others: list[Run]) -> Run | None:
-    """A run that names the folder, or a file in it, or whose refinery had the weights of one of its checkpoints."""
+    """A run that refers to the folder or a file in it, or whose refinery had the weights of one of its checkpoints."""
     there = folder.resolve()
     for other in others:
         config = config_of(other)
         for name in (config.get("refinery"), config.get("pretrained")):
             if isinstance(name, str):
-                # As it was typed, where it is a path, or behind a network's name.
+                # As it was typed, if it is a path, or after a network's name.
                 for text in {name, name.partition(":")[2]} - {""}:
                     path = Path(text).resolve()
                     if path == there or path.parent == there:
@@ -127,7 +127,7 @@ def _user_of(folder: Path, others: list[Run]) -> Run | None:
         refinery, pretrained = other.identity["refinery"], other.identity.get("pretrained")
         known |= {digest: other for digest in ((refinery or {}).get("weights"), pretrained) if digest}
     if known and has_checkpoint(folder):
-        # Loaded here: most folders hold no checkpoint, and need no PyTorch.
+        # Imported here: most folders hold no checkpoint, and then PyTorch is not needed.
         from models.trained import digest_of
 
         for name in CHECKPOINTS:
@@ -147,11 +147,11 @@ def _size(folder: Path) -> int:
 
 
 def _remove(each: Leftover) -> None:
-    # Loaded here, with PyTorch: a list of runs needs neither.
+    # Imported here, with PyTorch, which a list of runs does not need.
     from train.runs.record import locked
 
     try:
-        # Under its lock, for a process may have begun to train in it since; which stays to the last.
+        # Under its lock, since a process may have begun to train in it; the lock is removed last.
         with locked(each.folder):
             for path in each.folder.iterdir():
                 if path.is_dir() and not path.is_symlink():
@@ -163,7 +163,7 @@ def _remove(each: Leftover) -> None:
     except OSError as error:
         raise TrainError(f"{each.folder}: cannot be removed ({reason(error, each.folder)})") from None
     with contextlib.suppress(OSError):
-        os.rmdir(each.folder.parent)  # the data's folder, where it is empty now
+        os.rmdir(each.folder.parent)  # the data's folder, if it is empty now
 
 
 def _runs(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Which files of the project a result depends on, and the digests by which a change of them is noticed later."""
+"""Which files of the project a result depends on, and digests to detect later changes of them."""
 
 import ast
 import hashlib
@@ -10,24 +10,24 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[2]
-# How commands take options and results are written: no figure depends on it. Settings are in the record itself.
+# How commands parse options and write results: no figure depends on it. Settings are in the record itself.
 _SHOWING = frozenset(
     {
         *("command.py", "bench/chart.py", "bench/record.py", "bench/settings.py"),
         *("train/runs/code.py", "train/runs/environment.py", "train/tables/record.py", "train/tables/text.py"),
     }
 )
-# Files that are read, or imported, by names that are known only when the program runs.
+# Files that are read or imported by names that are known only at run time.
 _BY_NAME = {"data/decoders/__init__.py": "data/decoders/*.py", "train/config.py": "train/recipes/*.yaml"}
 
 
 @cache
 def files_of(module: str, root: Path = ROOT) -> dict[str, str]:
-    """The digests of a module, or of a package with all its modules, and of all that they import, by path below root.
+    """The digests of a module, or of a package with all its modules, and of everything they import, by path below root.
 
-    Imports of the project's own modules are followed wherever they stand. Empty where there is no such module.
+    Imports of the project's own modules are followed wherever they occur. Empty if there is no such module.
     """
-    # As it is called where it is installed.
+    # Its name when installed.
     module = module.removeprefix("label_refinery.")
     place = root.joinpath(*module.split("."))
     if not (place.is_dir() or place.with_suffix(".py").is_file()):
@@ -45,12 +45,12 @@ def files_of(module: str, root: Path = ROOT) -> dict[str, str]:
 
 
 def digest(path: Path) -> str:
-    """16 hex digits. Comments, docstrings and layout do not count."""
+    """16 hex digits. Comments, docstrings and formatting are ignored."""
     return _read(path)[0]
 
 
 def training_code() -> str:
-    """16 hex digits that stand for every byte of the code of training, in a moment."""
+    """16 hex digits of all bytes of the training code; fast."""
     rooms = ("data", "kernels", "models", "train")
     files = [path for room in rooms for kind in ("py", "yaml") for path in _below(ROOT, f"{room}/**/*.{kind}")]
     whole = hashlib.sha256()
@@ -61,7 +61,7 @@ def training_code() -> str:
 
 @cache
 def _read(path: Path) -> tuple[str, list[str]]:
-    """A file's digest, and the names of the modules, or of what is in them, that it imports."""
+    """A file's digest, and the names of modules or of their contents that it imports."""
     content, imported = path.read_bytes(), []
     if path.suffix == ".py":
         tree = ast.parse(content)
@@ -81,12 +81,12 @@ def _run(node: Any) -> Any:
     fields = dict(ast.iter_fields(node))
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
         fields["body"] = node.body[1:]
-    # Fields that an older version does not know are empty in its files.
+    # Fields that older versions lack are empty in their files.
     return [type(node).__name__, [(name, _run(value)) for name, value in fields.items() if value not in (None, [])]]
 
 
 def _imported(tree: ast.Module) -> Iterator[str]:
-    """Names of modules, or of what is in them; the project imports by whole names alone."""
+    """Names of modules or of their contents; the project uses only absolute imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
@@ -95,7 +95,7 @@ def _imported(tree: ast.Module) -> Iterator[str]:
 
 
 def _modules(name: str, root: Path) -> Iterator[str]:
-    """The files of a module and of the packages around it, as far as they are the project's."""
+    """The files of a module and of its parent packages, if they belong to the project."""
     place = root
     for part in name.removeprefix("label_refinery.").split("."):
         place /= part

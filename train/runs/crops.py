@@ -10,7 +10,7 @@ from data.loader import CropBatch
 from train.labels.source import Targets
 
 _MOST = 16
-# Pixels: a crop is shown this wide or as it is, whichever is larger, up to the second; text lines are so high.
+# Pixels: a crop is shown this wide or in its own size, whichever is larger, up to the second; height of a text line.
 _SIDE, _LARGEST_SIDE = 128, 256
 _LINE = 14
 _GAP = 6
@@ -19,10 +19,10 @@ _GAP = 6
 def labelled_crops(
     batch: CropBatch, targets: Targets, class_names: Sequence[str], *, labelled_by: str | None
 ) -> Image.Image:
-    """The first crops of a batch, at most 16, in rows; below each the class of its image and its label's likeliest.
+    """The first crops of a batch, at most 16, in rows; below each its image's class and its label's most likely class.
 
-    targets: the labels of the batch. labelled_by: what gave them, as the line begins that names them; None leaves it
-    out, for labels that are those of the images.
+    targets: the labels of the batch. labelled_by: their source, the prefix of the label's line; None omits the line,
+    for labels that are those of the images.
     """
     count = min(_MOST, len(batch.labels))
     side = min(max(_SIDE, batch.crops.shape[-1]), _LARGEST_SIDE)
@@ -49,7 +49,7 @@ def labelled_crops(
 
 
 def _fitting(text: str, end: str, width: int, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont") -> str:
-    """The text and what follows it in one line, the text cut short where both are wider than that."""
+    """The text and its suffix in one line, the text shortened if both are too wide."""
     text = printable(text)
     if font.getlength(text + end) <= width:
         return text + end

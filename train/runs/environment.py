@@ -1,4 +1,4 @@
-"""What a result is made on and by: the machine, the versions, the code and the command, for runs, tables and the bench.
+"""How a result was made: the machine, the versions, the code and the command, for runs, tables and the bench.
 
 found = environment("cpu")      # before anything is measured
 print(machine_line(found))
@@ -36,26 +36,26 @@ _PACKAGES = (
     "numpy",
     "Pillow",
 )
-# A path that begins at the root, as far as its last name.
+# An absolute path, up to its last name.
 _PLACE = re.compile(r"(?<![^\s='\"])/(?:[^\s'\"/]+/)+(?=[^\s'\"/])")
-# The units that decoding, resizing and networks have been written for.
+# The instruction sets that decoding, resizing and networks make use of.
 _SIMD = ("sse4_1", "avx2", "avx512f", "avx512bw", "avx512_vbmi", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd")
 
 
 def environment(device: str) -> dict[str, Any]:
     """The machine and the versions that figures depend on, before anything is measured, and the command typed.
 
-    device: cpu or cuda. memory_bytes: of the machine. load_average: of the last minute, what else it was busy with.
-    threads: that PyTorch computes on, where a part or a run does not choose their number. gpus: on a GPU, what
-    train.nvidia knows of each that may be used.
+    device: cpu or cuda. memory_bytes: of the machine. load_average: of the last minute, from other work. threads: that
+    PyTorch uses, unless a part or a run sets their number. gpus: on a GPU, properties of each usable one from
+    train.nvidia.
     compiler: that of C++, which PyTorch compiles networks with on a CPU; FFCV's and our decoders are compiled by
-    llvmlite, kernels by triton. command: with files by their names alone: where they lie is another machine's matter.
+    llvmlite, kernels by triton. command: with file names without their folders, which differ between machines.
     """
     cpu = _cpu()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD") or None,
-        # Of the code: results are often written into the checkout.
+        # Only changes of code: results are often written into the checkout.
         "dirty": bool(_git("status", "--porcelain", "--", "*.py", "*.yaml")),
         "command": _PLACE.sub("", typed_command()),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu["model"],
@@ -71,7 +71,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def machine_line(found: dict[str, Any], *, load: bool = True) -> str:
-    """The environment in one line. load: with threads, what the machine was busy with before, and the date."""
+    """The environment in one line. load: also threads, the load before the measurement, and the date."""
     cpu = found["cpu"]
     simd = ", ".join(cpu["simd"])
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
@@ -89,7 +89,7 @@ def machine_line(found: dict[str, Any], *, load: bool = True) -> str:
 
 
 def _cpu() -> dict[str, Any]:
-    """model, cores (that this process may use, and all), simd: the flags of _SIMD that it has."""
+    """model, cores (usable by this process, and all), simd: the flags of _SIMD that it has."""
     text = ""
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text()
@@ -106,7 +106,7 @@ def _cpu() -> dict[str, Any]:
 
 @cache
 def _compiler() -> str | None:
-    """What the C++ compiler says of itself, or None where there is none."""
+    """The version line of the C++ compiler, or None if there is none."""
     with contextlib.suppress(OSError):
         command = [os.environ.get("CXX", "c++"), "--version"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -122,9 +122,9 @@ def _versions() -> dict[str, str | None]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    # Pillow's; torchvision, FFCV and DALI carry one of their own, which they don't tell.
+    # Pillow's; torchvision, FFCV and DALI bundle their own, whose version is not available.
     versions["libjpeg-turbo"] = features.version_feature("libjpeg_turbo")
-    # What PyTorch was built for, and the library that it loads where there is a GPU.
+    # The CUDA version that PyTorch was built for, and the cuDNN version that it loads if there is a GPU.
     versions["cuda"] = torch.version.cuda
     versions["cudnn"] = _cudnn()
     return versions
@@ -138,7 +138,7 @@ def _cudnn() -> str | None:
 
 
 def _git(*words: str) -> str:
-    # Installed, it may lie in an environment within someone else's repository.
+    # When installed, it may be in an environment within another repository.
     if not (ROOT / ".git").exists():
         return ""
     done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Accuracy against milliseconds a crop, of finished runs: a student at a fraction of its refinery's cost."""
+"""Accuracy against milliseconds per crop, of finished runs: a student at a fraction of its refinery's cost."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ SUFFIXES = (".svg", ".png", ".pdf")
 
 
 def check_figure(path: Path) -> None:
-    """Raises TrainError for a file that no figure can be written to."""
+    """Raises TrainError for a file that a figure cannot be written to."""
     if path.suffix not in SUFFIXES:
         raise TrainError(f"FIGURE={path}: end its name in {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
@@ -29,10 +29,10 @@ def check_figure(path: Path) -> None:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Writes the figure, a panel for each set; a line leads from a student to its refinery where that is a run too.
+    """Writes the figure, a panel for each set; a line connects a student with its refinery if that is also a run.
 
-    runs: finished ones. Networks are timed here, in float32 on the CPU, one crop at a time; a run whose checkpoint
-    cannot be read is named and left out. Raises TrainError where none is left, or the file cannot be written.
+    runs: finished ones. Networks are timed here, in float32 on the CPU, one crop at a time; runs whose checkpoints
+    cannot be read are skipped and listed. Raises TrainError if none is left, or the file cannot be written.
     """
     places = _places(runs)
     if not places:
@@ -52,11 +52,11 @@ def draw(runs: Sequence[Run], path: Path) -> None:
                 if teacher:
                     axes.plot([latency, teacher[1]], [top1, _top1(teacher[0])], "-", color="0.8", zorder=0)
             axes.set(xscale="log", ylabel="top-1 %", title=name)
-            # Plain numbers: names with a $ in them are to be shown as they are, so powers of ten cannot be.
+            # Plain numbers: names with a $ must be shown literally, so powers of ten are not available.
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
             axes.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-            axes.set_xlabel(f"ms a crop, one at a time, on this machine's CPU with {torch.get_num_threads()} threads")
+            axes.set_xlabel(f"ms per crop, one at a time, on this machine's CPU with {torch.get_num_threads()} threads")
             axes.grid(alpha=0.3, which="both")
             axes.margins(0.25)
         sheet.legend(
@@ -75,7 +75,7 @@ _LEGEND = ("own labels of the images", "labels of a refinery")
 
 
 def _places(runs: Sequence[Run]) -> dict[str, tuple[Run, float]]:
-    """Of each run that can be read, by the digest of its weights, the run and how many milliseconds a crop takes."""
+    """Each readable run and its milliseconds per crop, by the digest of its weights."""
     known: dict[tuple[str, int], float] = {}
     places = {}
     for run in runs:

@@ -1,4 +1,4 @@
-"""What a run writes about itself: who it is, where and with what it ran, its metrics, checkpoints and result."""
+"""The files of a run: its identity, configuration and starts, metrics, checkpoints and result."""
 
 import fcntl
 import json
@@ -22,16 +22,16 @@ from train.runs.environment import environment
 
 
 class Record:
-    """The folder of a run, for one process at a time while it is entered as a context.
+    """The folder of a run; as a context, it is locked for one process at a time.
 
-    identity.json: all that decides the weights the run ends with. config.yaml: the configuration, filled in.
-    starts.jsonl: a line for each start, with what decides the last bits of the weights (device, decoder, ...) and, as
-    `environment`, the machine, versions, commit, compiler and command; its `code` stands for the code of training.
+    identity.json: everything that determines the final weights. config.yaml: the configuration, filled in.
+    starts.jsonl: a line for each start, with what affects the last bits of the weights (device, decoder, ...) and, as
+    `environment`, the machine, versions, commit, compiler and command; `code` is a digest of the training code.
     metrics.jsonl, tensorboard/: a line, and points, for each epoch. last.pt, last.before.pt, best.pt: checkpoints of
     the last step that was saved, of the save before, and of the epoch with the highest top-1; each holds identity and
-    metrics too. result.json: the run's result. .lock: what a process that trains in it has locked.
+    metrics too. result.json: the run's result. .lock: locked by the process that trains in it.
 
-    Raises TrainError where the folder cannot be written, and on entering where another process trains in it.
+    Raises TrainError if the folder cannot be written, and on entering if another process trains in it.
     """
 
     def __init__(self, folder: Path, config: Config, identity: dict[str, Any]):
@@ -51,13 +51,13 @@ class Record:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
+        """Whether there is a checkpoint to continue from."""
         return self._run.weights.is_file()
 
     def saved(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None where there is none yet; where it is damaged, prints which one serves instead.
+        """The last checkpoint, or None if there is none yet; if it is damaged, prints which one is used instead.
 
-        Raises TrainError where all are damaged.
+        Raises TrainError if all are damaged.
         """
         found = checkpoint.latest(self._folder)
         if not found:
@@ -65,7 +65,7 @@ class Record:
         path, state = found
         if path != self._run.weights:
             print(f"warning: {self._run.weights}: is damaged or missing; going on from {path}", flush=True)
-            # So that it is neither read by others nor kept as the one before the next.
+            # So that it is neither read by others nor kept as the previous checkpoint.
             checkpoint.save(self._run.weights, state)
         # Checkpoints of earlier versions hold no metrics.
         if "metrics" in state:
@@ -77,10 +77,10 @@ class Record:
         return state
 
     def begin(self, start: dict[str, Any], epochs: int, steps: int) -> list[str]:
-        """Writes identity and configuration, and logs a start after so many epochs and steps of the next one.
+        """Writes identity and configuration, and logs a start after some epochs and some steps of the next one.
 
         Metrics of later epochs are dropped, because these will be repeated. start: device, decoder and so on of this
-        start. Returns in what it differs from the start before, as phrases.
+        start. Returns its differences from the previous start, as phrases.
         """
         self._metrics = [line for line in self._metrics if line["epoch"] <= epochs]
         starts = self._folder / "starts.jsonl"
@@ -98,11 +98,11 @@ class Record:
         ]
 
     def show(self, picture: Image) -> None:
-        """Keeps a picture of labelled crops, among the plots."""
+        """Adds a picture of labelled crops to the plots."""
         self._board.add_crops(picture)
 
     def add(self, metrics: dict[str, Any], *, name: str | None) -> None:
-        """Prints an epoch's metrics, which `save` then keeps. name: the network's, where several train at once."""
+        """Prints an epoch's metrics, which `save` then keeps. name: the network's, if several train together."""
         tqdm.write(
             (f"{name}, " if name else "")
             + f"epoch {metrics['epoch']}/{self._config.epochs}: loss {metrics['loss']:.3f}, "
@@ -115,8 +115,8 @@ class Record:
     def save(self, state: dict[str, Any], *, best: bool = False) -> None:
         """Writes last.pt, and best.pt if this is the best so far; then metrics that are new.
 
-        best.pt first: last.pt stores the highest top-1, so a stop between the two in the other order would leave an
-        older best.pt for good. In this order the epoch is repeated, and both are written again.
+        best.pt first: last.pt stores the highest top-1, so with the other order a stop between the two would leave an
+        older best.pt forever. In this order the epoch is repeated, and both are written again.
         """
         state = state | {"identity": self._run.identity, "metrics": self._metrics}
         if best:
@@ -129,7 +129,7 @@ class Record:
                 self._board.add(metrics)
 
     def result(self, *, best: float, seconds: float) -> dict[str, Any]:
-        """The run's result: accuracies of its last epoch, the rate of its median one."""
+        """The run's result: accuracies of its last epoch, the median rate of its epochs."""
         lines = self._metrics
         if not lines or lines[-1]["epoch"] != self._config.epochs:
             raise no_metrics(self._run.metrics_file, self._config.epochs)
@@ -162,7 +162,7 @@ class Record:
 
 
 class Silent(Record):
-    """The record of a process that is not the first of its group: it writes and keeps nothing."""
+    """The record of a process that is not the first of its group: it writes nothing."""
 
     def __enter__(self) -> "Record":
         return self
@@ -199,21 +199,21 @@ def _lines(values: Sequence[dict[str, Any]]) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """A run's folder, made if it is not there, for one process at a time.
+    """A run's folder, made if it does not exist, for one process at a time.
 
-    Raises TrainError where another process trains in it, or where it cannot be made. Where the file system has no
-    locks, a notice is printed.
+    Raises TrainError if another process trains in it, or if it cannot be made. Prints a notice if the file system does
+    not support locks.
     """
     lock = folder / ".lock"
     try:
         make_folder(folder)
-        # For writing, which network file systems demand.
+        # For writing, as network file systems require.
         opened = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise TrainError(f"{folder}: the run cannot be written there ({reason(error, lock)})") from None
     try:
         try:
-            # Given back by the system when the process ends, however it does.
+            # Released by the system however the process ends.
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise TrainError(f"{folder}: another process is training this run; wait for it, or stop it") from None

@@ -1,4 +1,4 @@
-"""How runs stand, and in what they differ; read from their folders without PyTorch."""
+"""The states of runs and their differences, read from their folders without PyTorch."""
 
 import contextlib
 import fcntl
@@ -16,12 +16,12 @@ from train.runs import Run, progress_of
 
 CHECKPOINTS = ("last.pt", "last.before.pt", "best.pt")
 
-# What a table shows in columns of their own, or what follows from these.
+# Options with their own columns in the table, or determined by these.
 _SHOWN = ("data.name", "model", "generation", "resolution", "epochs", "seed", "refinery.network", "refinery.weights")
 
 
 def config_of(run: Run) -> dict[str, Any]:
-    """What was asked for, as config.yaml has it; empty where that is missing or damaged."""
+    """The options of a run, from config.yaml; empty if that is missing or damaged."""
     with contextlib.suppress(OSError, yaml.YAMLError, ValueError, RecursionError):
         config = yaml.safe_load((run.folder / "config.yaml").read_text())
         if isinstance(config, dict):
@@ -34,7 +34,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a run came to anything: a checkpoint, metrics of an epoch, or a result."""
+    """Whether a run has a checkpoint, metrics of an epoch, or a result."""
     files = [folder / name for name in ("metrics.jsonl", "result.json")]
     return has_checkpoint(folder) or any(file.is_file() and file.stat().st_size > 0 for file in files)
 
@@ -57,7 +57,7 @@ def in_use(folder: Path) -> bool:
 
 
 def is_failed_start(run: Run) -> bool:
-    """Whether it ended before there was anything to go on from."""
+    """Whether it ended before its first checkpoint."""
     return not has_begun(run.folder) and not in_use(run.folder)
 
 
@@ -71,7 +71,7 @@ def state_of(run: Run) -> str:
 
 
 def last_written(run: Run) -> str:
-    """Date and time, here, at which its result, or else its last checkpoint or its start, was written."""
+    """Local date and time at which its result, or else its last checkpoint or its start, was written."""
     for name in ("result.json", *CHECKPOINTS, "identity.json"):
         with contextlib.suppress(OSError):
             written = (run.folder / name).stat().st_mtime
@@ -80,9 +80,9 @@ def last_written(run: Run) -> str:
 
 
 def differences(runs: Sequence[Run], recipes: Sequence[str]) -> list[str]:
-    """For each run the options, with its values, in which it differs from others of its data, network and recipe.
+    """For each run the options, with its values, in which it differs from others with its data, network and recipe.
 
-    What the columns of the table show is left out. recipes: of each run.
+    Options in the table's columns are omitted. recipes: of each run.
     """
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for number, (run, recipe) in enumerate(zip(runs, recipes, strict=True)):

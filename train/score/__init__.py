@@ -1,4 +1,4 @@
-"""How accurate a network is: top-1, top-5, loss, and the accuracy of each class; beside it other kinds of accuracy."""
+"""The accuracy of a network: top-1, top-5, loss, and the accuracy of each class; beside it other kinds of accuracy."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ class Stopped(Exception):
 
 @dataclass
 class Scores:
-    """Accuracies in percent. per_class: for each class, its images and its top-1 (None where it has no images).
+    """Accuracies in percent. per_class: for each class, its images and its top-1 (None if it has no images).
 
-    predicted: int64 [images of the set], the likeliest class of each; -1 for one that could not be read.
+    predicted: int64 [images of the set], the most likely class of each; -1 for one that could not be read.
     loss: mean cross entropy in nats with the true labels, over the classes that the network chooses among.
     """
 
@@ -42,11 +42,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Said:
-    """What a network said of the images of a batch that are scored.
+    """A network's answers for the scored images of a batch.
 
-    indices, labels: int64 [n], images of the set, and their classes. likeliest: int64 [n, k], the likeliest classes of
-    those that are chosen among, five unless there are fewer; probabilities: theirs, float32 [n, k].
-    of_label: float32 [n], the probability of each image's label.
+    indices, labels: int64 [n], images of the set, and their classes. likeliest: int64 [n, k], the most likely of the
+    classes to choose from, five unless there are fewer; probabilities: theirs, float32 [n, k]. of_label: float32 [n],
+    the probability of each image's label.
     """
 
     indices: torch.Tensor
@@ -59,8 +59,8 @@ class Said:
 class Answers:
     """Networks as one function of crops uint8 [B, 3, R, R] to the logits of each, float32 [B, outputs].
 
-    networks: each with the normalisation of its input. compiled: as one compiled graph; fewer crops than there were at
-    first are filled up to as many, for which there is a graph. Where it cannot be compiled, a notice is printed.
+    networks: each with the normalisation of its input. compiled: as one compiled graph; batches smaller than the first
+    one are filled up to its size, which the graph was compiled for. If compilation fails, a notice is printed.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Answers:
 
     @torch.no_grad()
     def __call__(self, crops: torch.Tensor) -> list[torch.Tensor]:
-        # Not inference_mode: its tensors are of another kind, for which there would be a graph more.
+        # Not inference_mode: its tensors are of another kind, which would need a further graph.
         if self._compiled is None:
             return self._logits(crops)
         count = len(crops)
@@ -90,7 +90,7 @@ class Answers:
             filled = filled.contiguous(memory_format=torch.channels_last)
         try:
             return [logits[:count] for logits in self._compiled(filled)]
-        except Exception as error:  # a compiler fails in as many ways as it has parts
+        except Exception as error:  # compilers raise many kinds of errors
             if is_out_of_memory(error):
                 raise
             print(f"validation cannot be compiled and runs uncompiled ({reason(error)})", flush=True)
@@ -113,9 +113,9 @@ def answering(
 
 
 def likeliest_five(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The five likeliest classes, int64 [B, 5], and all probabilities, float32 [B, C], of logits [B, C].
+    """The five most likely classes, int64 [B, 5], and all probabilities, float32 [B, C], of logits [B, C].
 
-    Of fewer classes, all of them.
+    All of them if there are fewer.
     """
     return logits.topk(min(5, logits.shape[1]), dim=1).indices, logits.softmax(dim=1)
 
@@ -134,11 +134,11 @@ def score(
 ) -> Scores:
     """Runs the network over the loader's images, in evaluation mode.
 
-    columns: for each class of the loader the network's output that stands for it, or -1 where the network lacks it;
-    None where the two are the same. The network chooses among the loader's classes alone, and images of classes that
-    it lacks are not scored. together: the processes whose loaders have the set's images among them.
-    stop: whether to stop, asked before each batch. each: called after each batch.
-    Raises Stopped where `stop` says so in any process, and TrainError where no image is left.
+    columns: the network's output for each class of the loader, or -1 if the network lacks it; None if the two are the
+    same. The network chooses only among the loader's classes, and images of classes that it lacks are not scored.
+    together: the processes whose loaders divide the set's images among them. stop: whether to stop, called before each
+    batch. each: called after each batch. Raises Stopped if `stop` returns True in any process, and TrainError if no
+    image is left.
     """
     answer = Answers([(network, normalisation)], device=device, autocast=autocast)
     return score_all(answer, loader, together, columns=columns, stop=stop, each=each)[0]
@@ -154,7 +154,7 @@ def score_all(
     stop: Callable[[], bool] = lambda: False,
     each: Callable[[Said], None] | None = None,
 ) -> list[Scores]:
-    """Scores networks in one pass over the loader's images, in evaluation mode; of each, as `score`."""
+    """Scores several networks in one pass over the loader's images, in evaluation mode; see `score`."""
     for network in answer.networks:
         network.eval()
     counts = [_Counts(loader, columns, answer.device, each) for _ in answer.networks]
@@ -173,7 +173,7 @@ def score_all(
 
 
 class _Counts:
-    """What has been counted of a network's answers; arguments as of `score`."""
+    """Counts of a network's answers so far; arguments as for `score`."""
 
     def __init__(
         self,
@@ -184,16 +184,16 @@ class _Counts:
     ):
         num_classes = loader.num_classes
         known = torch.tensor(range(num_classes) if columns is None else columns)
-        # The loader's classes to choose from, and the outputs that stand for them.
+        # The loader's classes to choose from, and their outputs.
         self._choices = (known >= 0).nonzero()[:, 0].to(device)
         self._outputs = known.to(device)[self._choices]
-        # The place of each class among the choices; cross entropy leaves out images of place -1.
+        # The index of each class among the choices; cross entropy ignores images with index -1.
         self._places = torch.full((num_classes,), -1, dtype=torch.int64, device=device)
         self._places[self._choices] = torch.arange(len(self._choices), device=device)
-        # Rows: images of each class, those right at first, those right within five.
+        # Rows: images of each class, those right in top-1, those right in top-5.
         self._counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
         self._predicted = torch.full((loader.num_samples,), -1, dtype=torch.int64, device=device)
-        # Image by image, so that the sum has one order for any number of processes.
+        # Per image, so that the sum has the same order for any number of processes.
         self._losses = torch.zeros(loader.num_samples, dtype=torch.float64, device=device)
         self._each = each
 
@@ -213,7 +213,7 @@ class _Counts:
             self._each(_said(batch, self._choices, first_five, probabilities))
 
     def scores(self, together: Group) -> Scores:
-        """Of all images of all processes. Raises TrainError where there is none."""
+        """The scores over all images of all processes. Raises TrainError if there are none."""
         predicted = together.sum(self._predicted + 1) - 1
         losses = together.sum(self._losses)
         images, first, within5 = together.sum(self._counts).cpu().tolist()
@@ -231,7 +231,7 @@ class _Counts:
 
 
 def _said(batch: CropBatch, choices: torch.Tensor, first_five: torch.Tensor, probabilities: torch.Tensor) -> Said:
-    """choices: int64, the classes that the columns of `probabilities` stand for, in order; first_five: of these."""
+    """choices: int64, the classes of the columns of `probabilities`, in order; first_five: indices of these."""
     scored = torch.isin(batch.labels, choices)
     labels, probabilities, first_five = batch.labels[scored], probabilities[scored], first_five[scored]
     return Said(
@@ -251,5 +251,5 @@ def validation_loader(
     batch: int,
     **loading: Any,
 ) -> Loader:
-    """The validation images of a set, each once. loading: what else open_loader takes (decoder, device ...)."""
+    """The validation images of a set, each once. loading: further arguments of open_loader (decoder, device, ...)."""
     return open_loader(data.beton("val"), resolution=resolution, batch_size=batch, train=False, crop=crop, **loading)

@@ -18,7 +18,7 @@ def label_quality(
 ) -> dict[str, Any]:
     """Compares the labels of one epoch's training crops with what the crops show.
 
-    loader: the training loader of `scenes`. labels: the source that is asked; its likeliest class counts.
+    loader: the training loader of `scenes`. labels: the label source; its most likely class counts.
     Returns `crops` (how many show something), and in percent of them `image_label_right` and `label_right`.
     """
     shown = image_right = label_right = 0

@@ -1,4 +1,4 @@
-"""What a network is scored on: which images of what the user gave as DATA, and by which labels."""
+"""What a network is scored on: which images of DATA, and with which labels."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,20 +25,20 @@ from train.score.multilabel import (
 
 _Found = TypeVar("_Found")
 
-# What is scored: image files as they are, or a converted set, which may still have to be made.
+# What is scored: original image files, or a converted set, which may still have to be made.
 Images = Source | ConvertedSet | Unconverted
 
-# Labels of images that may have several, and how they are counted, by what they are called.
+# Kinds of multiple labels by name: the labels, and the function that scores answers with them.
 Asked = dict[str, tuple[Labels, Callable[[Labels, Answers], Accuracy]]]
 
 
 def find_images(
     data: str, split: str | None, real: str | None, multi_label: str | None, *, run: Run | None = None
 ) -> tuple[Images, Asked]:
-    """What is to be scored, from image files or as a converted set, and the labels that were asked for; see evaluate.
+    """What is to be scored, image files or a converted set, and the requested labels; see evaluate.
 
-    run: that of the network, of whose own images those that it was trained on are not scored.
-    Raises DataError and TrainError for what cannot be.
+    run: the network's; of its own images, those that it was trained on are not scored. Raises DataError and TrainError
+    for images that cannot be scored.
     """
     asked: Asked = {}
     if real:
@@ -55,7 +55,7 @@ def find_images(
 
 
 def on_own_data(origin: str, run: Run | None, find: Callable[[str], _Found]) -> tuple[str, _Found]:
-    """What a run was given as DATA, and what `find` finds there. Raises TrainError where nothing says, or is there.
+    """A run's DATA, and what `find` finds there. Raises TrainError if it is not known or does not exist.
 
     origin: of the network, for messages.
     """
@@ -69,7 +69,7 @@ def on_own_data(origin: str, run: Run | None, find: Callable[[str], _Found]) -> 
 
 
 def run_named(checkpoint: str, *, needed: bool) -> Run | None:
-    """The run of a checkpoint, as the user names it. Unless it is needed, a damaged run is none."""
+    """The run of a checkpoint as the user names it. A damaged run counts as none unless it is needed."""
     _, file = parse_spec(checkpoint)
     if not file:
         return None
@@ -82,13 +82,13 @@ def run_named(checkpoint: str, *, needed: bool) -> Run | None:
 
 
 def is_given(data: str, run: Run | None) -> bool:
-    """Whether this is what the run was given as DATA."""
+    """Whether this is the run's DATA."""
     own = run.data if run else None
     return own is not None and (data == own or Path(data).resolve() == Path(own).resolve())
 
 
 def _are_of(data: str, run: Run | None) -> bool:
-    """Whether the images there, which have no splits, are those that the run was given, by another path."""
+    """Whether the images there, which have no splits, are the run's DATA under another path."""
     with suppress(DataError):
         if run and run.data is not None:
             own = find_set(run.data).source_fingerprint
@@ -103,7 +103,7 @@ def is_whole(images: Images) -> bool:
 
 
 def _image_files(data: str, split: str | None, run: Run | None, *, labelled: bool) -> Source:
-    """The image files of a set, whose val split is to be scored."""
+    """The image files of a set whose val split is to be scored."""
     if is_converted(data):
         raise TrainError(
             f"DATA={data}: is a converted set, and this is scored on the files as they are; give the folder or archive "

@@ -1,7 +1,7 @@
-"""Accuracy where an image may have several right classes: ReaL and multi-label, of ImageNet's validation images.
+"""Accuracy for images with several right classes: ReaL and multi-label, of ImageNet's validation images.
 
-Both come as a JSON file of labels by image file. Where a network or a set has only some of ImageNet's classes, the
-labels outside those that both have are dropped, and an image that loses all of its labels counts as one without labels.
+Both come as a JSON file of labels by image file. If a network or a set has only some of ImageNet's classes, labels
+outside their common classes are dropped, and an image that loses all of its labels counts as one without labels.
 """
 
 import json
@@ -20,7 +20,7 @@ Labels = Mapping[str, frozenset[str]]
 
 @dataclass(frozen=True)
 class Answers:
-    """What a network said of the images of a set; classes are WordNet ids.
+    """A network's answers for the images of a set; classes are WordNet ids.
 
     files: the names of the images' files. folders: their classes by folder. likeliest: the class that the network
     found likeliest, None for an image that could not be read. choices: the classes that it chose among.
@@ -34,7 +34,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """percent: None where no image was scored. images: scored. left_out: those without labels."""
+    """percent: None if no image was scored. images: scored. left_out: those without labels."""
 
     percent: float | None
     images: int
@@ -46,7 +46,7 @@ def read_real(path: Path) -> Labels:
 
     The file is a list with one list of class numbers for each validation image, in the order of their file names. An
     empty list means that the raters found no class of ImageNet in the image.
-    Raises TrainError for a file that is not that.
+    Raises TrainError for any other file.
     """
     images = _read(path, "--real")
     ids = class_ids() or ()
@@ -66,7 +66,7 @@ def read_multi_label(path: Path) -> Labels:
     validation set and as many of ImageNetV2, the classes that experts judged "correct", "unclear" or "wrong". As its
     authors recommend, the unclear ones are right too, and what is in "problematic_images" (wrongly labelled at first,
     drawn, edited) is no image of it.
-    Raises TrainError for a file that is not that.
+    Raises TrainError for any other file.
     """
     content = _read(path, "--multi-label")
     try:
@@ -83,9 +83,9 @@ def read_multi_label(path: Path) -> Labels:
 
 
 def real_accuracy(labels: Labels, answers: Answers) -> Accuracy:
-    """ReaL accuracy (Beyer et al.): of the images with labels, the share whose likeliest class is one of them.
+    """ReaL accuracy (Beyer et al.): of the images with labels, the share whose most likely class is one of them.
 
-    Files that the labels do not know are of another set, and don't count at all.
+    Files that are not in the labels belong to another set and are ignored.
     """
     right, left_out = _judged(labels, answers)
     return Accuracy(_percent(list(right.values())), len(right), left_out)
@@ -105,7 +105,7 @@ def multi_label_accuracy(labels: Labels, answers: Answers) -> Accuracy:
 
 
 def _judged(labels: Labels, answers: Answers) -> tuple[dict[int, bool], int]:
-    """Whether the answer is right, for each image with labels, by its place; and how many have none."""
+    """Whether the answer is right, for each image with labels, by its index; and how many have none."""
     right, left_out = {}, 0
     for index, (file, likeliest) in enumerate(zip(answers.files, answers.likeliest, strict=True)):
         valid = labels.get(Path(file).stem)

@@ -1,4 +1,4 @@
-"""What a network says of each image, as rows: the likeliest classes, in words too, as text, CSV or JSON."""
+"""A network's predictions as rows: the most likely classes of each image, also in words, as text, CSV or JSON."""
 
 import csv
 import io
@@ -13,15 +13,15 @@ from command import printable
 from models.classes import readable
 from train import TrainError
 
-# text: for people. csv: a row an image. json: one list. jsonl: a JSON object a line.
+# text: for people. csv: a row per image. json: one list. jsonl: one JSON object per line.
 Format = Literal["text", "csv", "json", "jsonl"]
 
-# What files of predictions begin with.
+# How files of predictions begin.
 BEGINS = {"text": "", "csv": "file,", "json": '[\n{"file": ', "jsonl": '{"file": '}
 
 
 def format_named(out: str, option: str = "OUT") -> Format:
-    """The format that a file's ending names. Raises TrainError for another ending."""
+    """The format of a file's extension. Raises TrainError for other extensions."""
     ending = Path(out).suffix.lower().removeprefix(".")
     if ending not in BEGINS or ending == "text":
         raise TrainError(f"{option}={out}: give a name that ends in .csv, .json or .jsonl")
@@ -30,17 +30,17 @@ def format_named(out: str, option: str = "OUT") -> Format:
 
 
 def check_choice(option: str, value: str | None, choices: Sequence[str]) -> None:
-    """Raises TrainError for a value that is none of the choices; None is one."""
+    """Raises TrainError unless the value is None or one of the choices."""
     if value not in (None, *choices):
         raise TrainError(f"{option}={value}: unknown; use {' or '.join(choices)}")
 
 
 class Rows:
-    """Writes rows about images, in batches. Each names the image's file and the likeliest classes.
+    """Writes rows about images, in batches. Each names the image's file and the most likely classes.
 
-    write: takes the text. class_names: by their numbers. most: classes that a row names. labelled: each row
-    also has the image's label, whether it is the likeliest class, and its probability.
-    In CSV and JSON probabilities have six digits, and a class has its name and the same in words.
+    write: called with the text. class_names: by their numbers. most: classes per row. labelled: each row also has the
+    image's label, whether it is the most likely class, and its probability. In CSV and JSON probabilities have six
+    digits, and a class has its name and its usual word.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Rows:
         probabilities: torch.Tensor,
         truth: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """Rows of a batch. classes: int64 [B, most], the likeliest first; probabilities: float32 [B, most], theirs.
+        """Rows of a batch. classes: int64 [B, most], the most likely first; probabilities: float32 [B, most], theirs.
         truth: int64 [B], each image's label, and float32 [B], its probability; None unless rows are labelled.
         """
         assert (truth is not None) == self._labelled
@@ -81,7 +81,7 @@ class Rows:
             self._count += 1
 
     def close(self) -> None:
-        """Writes what comes after the last row."""
+        """Writes the end of the format, after the last row."""
         if self._format == "json":
             self._write("\n]\n" if self._count else "[]\n")
 

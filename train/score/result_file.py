@@ -1,4 +1,4 @@
-"""A file of results: its place is checked before anything slow, and it is there as a whole or not at all."""
+"""A file of results: its path is checked before anything slow, and it exists completely or not at all."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,19 +14,19 @@ Write = Callable[[str], None]
 
 @contextmanager
 def result_file(path: Path, *, begins: str, option: str = "OUT") -> Iterator[Write]:
-    """Gives what writes text to a file that takes the place of `path` when the context ends without an error.
+    """Yields a function that writes text to a file, which replaces `path` when the context ends without an error.
 
-    An earlier result stays until then; so does the lock that lets one process at a time write to a place. Devices and
-    pipes are written to as they are. begins: what such results begin with; another file is not overwritten.
-    option: how the user names the file. Bytes of file names that are no text are written as they were.
-    Raises TrainError where the file cannot be written.
+    An earlier result stays until then, and a lock allows only one process at a time to write. Devices and pipes are
+    written directly. begins: how such results begin; any other file is not overwritten. option: the option that names
+    the file. Bytes of file names that are not text are written unchanged.
+    Raises TrainError if the file cannot be written.
     """
 
     def refusal(error: OSError) -> TrainError:
         why = reason(error, path) if is_full(error) else error.strerror or str(error)
         return TrainError(f"{option}={path}: cannot be written ({why}); name another file with {option}")
 
-    # A link stays one.
+    # A link remains a link.
     place = Path(os.path.realpath(path))
     with ExitStack() as open_files:
         try:
@@ -42,7 +42,7 @@ def result_file(path: Path, *, begins: str, option: str = "OUT") -> Iterator[Wri
 
         yield write
         try:
-            # Written through, and renamed.
+            # Written, synced and renamed.
             open_files.close()
         except OSError as error:
             raise refusal(error) from None
@@ -61,7 +61,7 @@ def _opened(path: Path, place: Path, begins: str, option: str) -> Iterator[Binar
     with locked(place.with_name(f".{place.name}.lock"), waiting):
         if place.is_file() and not _is_result(place, begins):
             raise TrainError(
-                f"{option}={path}: is no earlier result of this command, and would be overwritten; give another "
+                f"{option}={path}: is not an earlier result of this command, and would be overwritten; give another "
                 f"{option}, or move it away"
             )
         with replacing(place) as file:
@@ -69,7 +69,7 @@ def _opened(path: Path, place: Path, begins: str, option: str) -> Iterator[Binar
 
 
 def _is_result(place: Path, begins: str) -> bool:
-    """Whether a file is empty, or begins as a result does."""
+    """Whether a file is empty or begins like a result."""
     expected = begins.encode()
     with open(place, "rb") as file:
         found = file.read(len(expected))

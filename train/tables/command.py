@@ -1,9 +1,9 @@
-"""The tables of the Label Refinery and ReLabel papers, made again on any set of images and at any size.
+"""The tables of the Label Refinery and ReLabel papers, reproduced on any set of images and at any size.
 
 python -m train.tables --data imagenette2-160 --tables 1,4
 make tables DATA=imagenette2-160 TABLES=1,4
 
-Every row is a run, or one per seed: what is finished is not repeated, and what was stopped goes on.
+Every row is one run, or one per seed: finished runs are not repeated, and stopped ones continue.
 """
 
 import json
@@ -30,15 +30,15 @@ _OF_ROWS = (
     *("model", "seed", "labels.per", "labels.taxonomy", "labels.stored", "labels.cycle", "loss.kind", "jitter"),
     *("augment.cutmix", "augment.refinery_sees"),
 )
-# From the one that says most of the method on.
+# The most informative table about the method first.
 _USUAL_ORDER = "1,4,2,3,6,7,5"
 
 
 def main() -> None:
     about = (
-        "Makes the tables of the Label Refinery and ReLabel papers again, run by run; what is finished is not "
-        "repeated. --refinery (default: resnet18) names the network that labels for most rows, --out the file to write "
-        "(default: runs/tables-1-4-....md). All other options of python -m train hold for every run."
+        "Reproduces the tables of the Label Refinery and ReLabel papers, run by run; finished runs are not "
+        "repeated. --refinery (default: resnet18) is the network that labels for most rows, --out the file to write "
+        "(default: runs/tables-1-4-....md). All other options of python -m train apply to every run."
     )
 
     def parse(words: list[str]) -> tuple[Config, TablesOptions]:
@@ -63,9 +63,9 @@ def _make_asked(config: Config, own: TablesOptions) -> None:
 
 
 def make_tables(wanted: Sequence[str], setting: Setting, out: Path) -> list[Row]:
-    """Makes the tables in this order; `out`, and JSON beside it, hold all rows so far after every run.
+    """Makes the tables in this order; after every run, `out` and the JSON beside it hold all rows so far.
 
-    Raises as train.train.train.
+    Raises as train.train.train does.
     """
     unknown = [table for table in wanted if table not in TITLES]
     if unknown:

@@ -1,4 +1,4 @@
-"""What a table's runs were made with, for its text and for the JSON beside it."""
+"""How a table's runs were made, for its text and for the JSON beside it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,13 +7,13 @@ from train.runs import Run, json_lines
 from train.runs.code import files_of, training_code
 from train.runs.environment import machine_line
 
-# Of a start: what it ran on and with.
+# The fields of a start that describe its machine and settings.
 _OWN = ("decoder", "compiled", "threads", "devices")
 _SHARED = ("commit", "dirty", "device", "cpu", "memory_bytes", "system", "compiler", "versions", "code")
 
 
 def machines_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What the starts of the runs ran on and with, each once; those of earlier versions say little."""
+    """Machines and settings of the runs' starts, each once; those of earlier versions have few fields."""
     found: list[dict[str, Any]] = []
     for run in runs:
         for start in json_lines(run.folder / "starts.jsonl"):
@@ -25,7 +25,7 @@ def machines_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def made_with(runs: Sequence[Run]) -> list[str]:
-    """The same in words, a line each."""
+    """The same as text, one line each."""
     return list(dict.fromkeys(map(_line, machines_of(runs))))
 
 
@@ -40,7 +40,7 @@ def _line(machine: dict[str, Any]) -> str:
 
 
 def files_behind(runs: Sequence[Run]) -> dict[str, str] | None:
-    """The digests of the files that the runs depend on; None where some were made by other code than the present."""
+    """The digests of the files that the runs depend on; None if some were made by other code than the current one."""
     if {machine["code"] for machine in machines_of(runs)} != {training_code()}:
         return None
     return files_of(__package__)

@@ -1,4 +1,4 @@
-"""Which runs make the rows of each table, and what they need before them."""
+"""Which runs make the rows of each table, and what these need first."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -39,7 +39,7 @@ class Tables:
         names, refinery = self._setting.options.students.split(), self._refinery()
         for name in names:
             self._row("2", f"{name}, ground truth", name, seeds=1)
-        # The refinery labels each crop once for all that can train together.
+        # The refinery labels each crop once for all students that can train together.
         config = self._setting.config.learning_from(str(refinery.of_seed(0).folder))
         refined = train(config.replace({"model": " ".join(names), "seed": 0}))
         for name, run in zip(names, refined, strict=True):
@@ -93,7 +93,7 @@ class Tables:
         self._refined(table, "refinery, CutMix", self._cutmix)
 
     def _table_length(self) -> None:
-        """The refinery's students first, together; then what explains their gain; then the other seeds of the first."""
+        """The refinery's students, together; then runs that explain their gain; then the other seeds of the first."""
         table, student = "length", self._setting.options.student
         names = list(dict.fromkeys([student, *self._setting.options.students.split()]))
         refinery = self._refinery()
@@ -127,13 +127,13 @@ class Tables:
 
     @property
     def _cutmix(self) -> dict[str, Any]:
-        """In what rows with CutMix differ: as in the paper in the optimizer too, where all else is the paper's."""
+        """The options of rows with CutMix: also the paper's optimizer, if all else is as in the paper."""
         if self._setting.config.recipe == "relabel":
             return {"recipe": "relabel-cutmix"}
         return {"augment.cutmix": 1, "augment.unmixed": 0.0167}
 
     def _maps(self) -> dict[str, Any]:
-        """The option that takes the label maps of the refinery, which are made where they are missing."""
+        """The option for the label maps of the refinery, which are made if they are missing."""
         refinery = self._refinery().of_seed(0).folder
         options = MapsOptions(self._setting.options.map_resolution)
         config = self._setting.config.replace({"model": self._setting.options.student})
@@ -164,7 +164,7 @@ class Tables:
             self._refined("statistics", bn, {"labels.bn": bn})
 
     def _store(self, options: LabelOptions, epochs: int) -> Path:
-        """The folder of the refinery's labels of the crops of seed 0, which are made where they are missing."""
+        """The folder of the refinery's labels of the crops of seed 0, which are made if they are missing."""
         refinery = self._refinery().of_seed(0).folder
         config = self._setting.config.replace({"model": self._setting.options.student, "epochs": epochs, "seed": 0})
         kind = options.format if options.k is None else f"top{options.k}"
@@ -176,7 +176,7 @@ class Tables:
         self._row("stored", name, self._setting.options.student, {"labels.stored": str(store), **options})
 
     def _refinery(self, name: str | None = None) -> Row:
-        """The row of a network that labels for others; trained once, with seed 0, for the students of all seeds."""
+        """The row of a refinery; trained once, with seed 0, for the students of all seeds."""
         name = name or self._setting.refinery
         for row in self.rows:
             if (row.table, row.name) == (REFINERIES, f"refinery {name}"):
@@ -202,7 +202,7 @@ class Tables:
         pretrained: Row | None = None,
         seeds: int | None = None,
     ) -> Row:
-        """A row of one run per seed. refinery, pretrained: the rows whose runs label, whose weights it starts from."""
+        """A row of one run per seed. refinery, pretrained: the rows of its refinery and of its first weights."""
         described = {"model": model}
         described |= {"refinery": f"[{refinery.name}]"} if refinery else {}
         described |= {"pretrained": f"[{pretrained.name}]/last.pt"} if pretrained else {}

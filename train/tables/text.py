@@ -1,4 +1,4 @@
-"""What the tables are made of, their options and rows, and how they are written."""
+"""The contents of the tables: their options and rows, and how they are written."""
 
 import math
 import shlex
@@ -26,7 +26,7 @@ TITLES = {
     "statistics": "The refinery's batch normalisation: by the batch, by a few batches' average, by its own training",
     "length": "The papers at length, in the order of what the runs are worth",
 }
-# The rows of networks that label for others, which belong to no table of their own.
+# The rows of refineries, which do not belong to a table.
 REFINERIES = "refineries"
 
 
@@ -36,18 +36,18 @@ class TablesOptions:
 
     Args:
         tables: which, with commas between them (default: Label Refinery's 1,4,2,3,6,7 and, with taxonomy, 5); ReLabel's
-            are relabel-networks and relabel-labels; in no paper are stored, labels from files beside the refinery's
-            own, and statistics, cheaper batch normalisations of the refinery; length has what both papers say most of,
-            for long runs on a GPU
-        seeds: runs a row, of seeds 0, 1, ...; refineries are trained once
+            are relabel-networks and relabel-labels; not from a paper are stored, labels from files beside the
+            refinery's own, and statistics, cheaper batch normalisations of the refinery; length has the main results of
+            both papers, for long runs on a GPU
+        seeds: runs per row, of seeds 0, 1, ...; refineries are trained once
         student: the student of most rows
-        students: those of Table 2, of relabel-networks and of length, and those that learn together from one folder of
+        students: those of Table 2, of relabel-networks and of length, and those that train together on one folder of
             stored labels
         refineries: those of Table 6
-        refinery_epochs: for refineries (default: as all others)
+        refinery_epochs: for refineries (default: as for all others)
         taxonomy: WordNet's is-a relation, "parent child" lines, for Table 5
-        map_resolution: of the label maps, as python -m train.maps takes it
-        v2: ImageNetV2's class folders, on which the runs of relabel-labels are scored too
+        map_resolution: of the label maps, as in python -m train.maps
+        v2: ImageNetV2's class folders, on which the runs of relabel-labels are also scored
         real: real.json, for their ReaL accuracy
         multi_label: human_accuracy_v3.0.0.json, for their multi-label accuracy
     """
@@ -65,7 +65,7 @@ class TablesOptions:
     multi_label: str | None = None
 
     def sets(self, data: str) -> dict[str, dict[str, Any]]:
-        """By its column's name: what train.evaluate is asked for, besides the checkpoint. data: the set of the runs."""
+        """The arguments of train.evaluate besides the checkpoint, by column name. data: the set of the runs."""
         sets: dict[str, dict[str, Any]] = {}
         if self.v2:
             sets["V2"] = {"data": self.v2, "split": "all"}
@@ -78,14 +78,14 @@ class TablesOptions:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the tables are made with. config: what holds for every run. refinery: the one of most rows."""
+    """How the tables are made. config: the options of every run. refinery: the one of most rows."""
 
     config: Config
     options: TablesOptions
     refinery: str = "resnet18"
 
     def command(self, tables: Sequence[str]) -> str:
-        """What to type for these tables, files by their names alone."""
+        """The command for these tables, with file names without their folders."""
         options = self.options
         own = {
             "data": self.config.data,
@@ -109,7 +109,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Score:
-    """A run's accuracy on a further set: percent, None where none of its labels is of the run's classes; images."""
+    """A run's accuracy on a further set: percent, None if none of its labels is of the run's classes; images."""
 
     percent: float | None
     images: int
@@ -119,8 +119,8 @@ class Score:
 class Row:
     """A row of a table: its runs, one per seed, and the options in which it differs from the others.
 
-    on_sets: of each run its accuracy on further sets, where the table has some.
-    In the options, the name of a row in brackets stands for the folder of its run of the same seed, or of its only one.
+    on_sets: each run's accuracy on further sets, if the table has any. In the options, a row's name in brackets means
+    the folder of its run of the same seed, or of its only one.
     """
 
     table: str
@@ -138,7 +138,7 @@ def words_of(options: Mapping[str, Any]) -> str:
 
 
 def _plain(words: Sequence[str]) -> list[str]:
-    """Files by their names alone: where they lie is another machine's matter. A row's name stays as it is."""
+    """File names without their folders, which differ between machines. A row's name is not changed."""
     return [Path(word).name if "/" in word and not word.startswith("[") else word for word in words]
 
 
@@ -148,7 +148,7 @@ def result_of(run: Run) -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[Row], setting: Setting, tables: Sequence[str]) -> str:
-    """All rows so far: mean over seeds, and the standard deviation where there are several."""
+    """All rows so far: mean over seeds, and the standard deviation if there are several."""
     common = shlex.join(_plain(option_words(setting.config.given)))
     text = (
         f"Made by `{setting.command(tables)}`.\n\n"
@@ -195,7 +195,7 @@ def markdown(rows: Sequence[Row], setting: Setting, tables: Sequence[str]) -> st
 
 
 def as_json(rows: Sequence[Row]) -> dict[str, Any]:
-    """All rows so far with every run's result, and what the runs were made with and by."""
+    """All rows so far with every run's result, and how the runs were made."""
     runs = [run for row in rows for run in row.runs]
     return {
         "machines": machines_of(runs),
@@ -218,18 +218,18 @@ def as_json(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def standard_error(percent: float, images: int) -> float:
-    """Of a share that was counted on so many images, in points."""
+    """The standard error, in points, of a percentage that was counted on this many images."""
     return math.sqrt(percent * (100 - percent) / images)
 
 
 def _error(runs: Sequence[Run]) -> str:
-    """Of a single run's top-1; – for runs of earlier versions, which do not say how many images they validated on."""
+    """Of a single run's top-1; – for runs of earlier versions, which do not record the number of validation images."""
     images = runs[0].metrics[-1].get("val_images")
     return f"{standard_error(statistics.mean(result_of(run)['top1'] for run in runs), images):.2f}" if images else "–"
 
 
 def _score(scores: Sequence[Score]) -> str:
-    """The mean, with the standard error of a single run; – where no image was scored."""
+    """The mean, with the standard error of a single run; – if no image was scored."""
     known = [score.percent for score in scores if score.percent is not None]
     if not known:
         return "–"
