@@ -90,13 +90,16 @@ takes.kills         := ONLY KILLS SEED ARGS
 about.soak          := train for an hour in one process, changing storage and decoder, and check memory use
 runs.soak           := tests.soak
 takes.soak          := MINUTES ONLY OUT ARGS
+about.mutants       := plant small mistakes in a file, in a copy of the code: which does no test notice?
+runs.mutants        := tests.mutants
+takes.mutants       := FILE SAMPLE SEED ARGS
 about.lint          := ruff
 about.types         := mypy
 about.format        := format the code with ruff
 about.setup         := make .venv from requirements.lock (every verb does this automatically, once)
 about.help          := this text
 
-commands := train label maps chain tables convert look evaluate predict export runs clean-runs report bench bench-compare records compare-labels kernels test test-all test-gpu gpu test-wheel kills soak
+commands := train label maps chain tables convert look evaluate predict export runs clean-runs report bench bench-compare records compare-labels kernels test test-all test-gpu gpu test-wheel kills soak mutants
 verbs := $(commands) lint types format setup help
 
 flags := QUICK PROFILE INT8
@@ -211,6 +214,7 @@ Variables (typed on make's command line; the environment is ignored)
   KILLS       number of kills per part            MINUTES     length of the soak: 60;
                                                   time limit of this call of gpu
   DEVICE      of gpu: cuda, or cpu, which only tries its stages
+  FILE        whose tests are tried (mutants)     SAMPLE      how many mistakes: 20
   QUICK       1: the bench in a few minutes       PROFILE     1: trace one step instead
   PAIRS       resnet50:mobilenet,...              THREADS     that decode (bench): 4, or 1,2,4
   A, B        results of the bench to compare

@@ -128,6 +128,10 @@ def test_every_verb_is_one_command(make):
         ),
         (["kills", "ONLY=conversion", "KILLS=9"], ["-m", "tests.kills", "--only", "conversion", "--kills", "9"]),
         (["soak", "MINUTES=2", "OUT=a b"], ["-m", "tests.soak", "--minutes", "2", "--out", "a b"]),
+        (
+            ["mutants", "FILE=data/plan.py", "SAMPLE=9"],
+            ["-m", "tests.mutants", "--file", "data/plan.py", "--sample", "9"],
+        ),
         (["test"], ["-m", "pytest", "-m", "not slow and not gpu"]),
         (["test-all"], ["-m", "pytest", "-m", "not gpu"]),
         (["test-gpu"], ["-m", "pytest", "-m", "gpu"]),

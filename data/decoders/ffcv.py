@@ -210,7 +210,7 @@ def _compiled(sources: str):
     """The function that makes crops, kept compiled on disk as long as `sources` and this file stay the same.
 
     Numba knows when the file of a cached function changes, but not those of what it calls; its key holds what a
-    function encloses, though.
+    function encloses, though. Another compiled function must not be among that: each process has another key for it.
     """
 
     @njit(nogil=True, cache=True)

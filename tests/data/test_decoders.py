@@ -234,12 +234,13 @@ def test_a_damaged_image_is_named(converted, tmp_path, decoder):
         batches(tmp_path / "bad.beton", decoder, batch_size=4)
 
 
-def test_a_wrong_size_in_the_index_is_no_silent_garbage(converted, tmp_path):
+@pytest.mark.parametrize("wrong", [(8, 0), (-8, 0), (0, 8), (0, -8)])
+def test_a_wrong_size_in_the_index_is_no_silent_garbage(converted, tmp_path, wrong):
     good = Beton(converted.beton("train"))
-    height, width = map(int, good.sizes[0])
-    write_beton(tmp_path / "w.beton", [Encoded(good.encoded(0).tobytes(), height + 8, width, 0)], at_most=1)
+    height, width = (int(side) + more for side, more in zip(good.sizes[0], wrong, strict=True))
+    write_beton(tmp_path / "w.beton", [Encoded(good.encoded(0).tobytes(), height, width, 0)], at_most=1)
     for decoder in ("ffcv", "torchvision"):
-        with pytest.raises(DataError, match="the index says"):
+        with pytest.raises(DataError, match=f"the index says {width}x{height}"):
             batches(tmp_path / "w.beton", decoder, batch_size=1)
 
 

@@ -61,15 +61,19 @@ def test_labels_belong_to_the_images(converted):
         assert torch.equal(batch.labels, batch.indices // 16)
 
 
-def test_start_step_continues_with_the_same_bits(converted):
-    loader = loader_of(converted, seed=5)
+@pytest.mark.parametrize("copies", [1, 3])
+def test_start_step_continues_with_the_same_bits(converted, copies):
+    """With copies, also from within the crops of one block of images."""
+    loader = loader_of(converted, seed=5, copies=copies, paired=(Pairing("same", 16), Pairing("center", 16)))
     whole = list(loader.epoch(2))
-    for start in (1, 4, 6):
+    for start in (1, 4, 5, 6 * copies):
         rest = list(loader.epoch(2, start))
-        assert len(rest) == 6 - start
+        assert len(rest) == 6 * copies - start
         for one, other in zip(whole[start:], rest, strict=True):
-            assert torch.equal(one.crops, other.crops)
-            assert torch.equal(one.indices, other.indices)
+            for name in ("crops", "indices", "copies", "labels", "boxes", "flips"):
+                assert torch.equal(getattr(one, name), getattr(other, name)), name
+            for pairing, crops in one.paired.items():
+                assert torch.equal(crops, other.paired[pairing])
 
 
 @pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
@@ -211,6 +215,17 @@ def test_paired_crops(converted):
         Pairing("corner", 16)
 
 
+def test_paired_crops_of_copies(converted):
+    """The training crop again is each copy's own; the central crop is the same for all of them."""
+    same, center = Pairing("same", 32), Pairing("center", 24)
+    batches = list(loader_of(converted, copies=3, paired=(same, center)).epoch(0))
+    for place, batch in enumerate(batches):
+        assert torch.equal(batch.paired[same], batch.crops)
+        assert batch.paired[center].shape == (8, 3, 24, 24)
+        assert torch.equal(batch.paired[center], batches[place - place % 3].paired[center])
+    assert not torch.equal(batches[0].crops, batches[1].crops)
+
+
 def test_whole_images_are_squashed_to_squares(converted):
     whole = Pairing("whole", 16)
     beton = Beton(converted.beton("train"))
@@ -229,9 +244,21 @@ def test_the_label_source_is_asked_for_each_batch(converted):
         assert torch.equal(batch.labels_on_disk, batch.indices * 100 + batch.copies * 10 + 4)
 
 
-def test_quasi_random_order_covers_every_image(converted):
-    indices = torch.cat([batch.indices for batch in loader_of(converted, order="quasi-random").epoch(0)])
-    assert sorted(indices.tolist()) == list(range(48))
+def test_quasi_random_order_takes_pages_in_groups(converted, monkeypatch):
+    """A file of few images has one page; other pages stand for those of a large one."""
+    monkeypatch.setattr("data.plan.PAGES_AT_ONCE", 2)
+    seen = {}
+    for order in ("quasi-random", "random"):
+        loader = loader_of(converted, order=order)
+        loader._beton.pages = np.arange(48) // 8
+        groups = torch.cat([batch.indices for batch in loader.epoch(0)]).chunk(3)
+        assert sorted(torch.cat(groups).tolist()) == list(range(48))
+        seen[order] = {len(set((group // 8).tolist())) for group in groups}
+    assert seen["quasi-random"] == {2}
+    assert max(seen["random"]) > 2
+
+
+def test_sequential_order_is_that_of_the_file(converted):
     sequential = torch.cat([batch.indices for batch in loader_of(converted, order="sequential").epoch(0)])
     np.testing.assert_array_equal(sequential, np.arange(48))
 

@@ -1,5 +1,7 @@
 """The laws of the plan: bounds, determinism, independence of order and subset, and torchvision's distribution."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from data.plan import (
     random_colours,
     random_mixing,
     seed_of_generation,
+    seed_of_part,
 )
 
 keys = st.integers(min_value=-(2**63), max_value=2**63 - 1)
@@ -66,6 +69,25 @@ def test_copies_can_differ_within_a_call():
         np.testing.assert_array_equal(mixed[copies == copy], alone[copies == copy])
 
 
+def test_the_draws_of_a_crop_are_independent():
+    """Area, aspect, place and flip of a crop, of its other copy, of the next image and of the next epoch."""
+    n, side = 6000, 1000
+    sizes = np.full((n + 1, 2), side)
+
+    def drawn(**key):
+        # In a large image every first proposal fits, so that each quantity shows its own draw.
+        boxes, flips = random_boxes(np.arange(n + 1), sizes, scale=(0.1, 0.3), ratio=(0.8, 1.25), **key)
+        top, left, height, width = boxes.T.astype(float)
+        return np.stack([height * width, width / height, top / (side - height), left / (side - width), flips])
+
+    first = drawn(seed=1, epoch=1)
+    others = [drawn(seed=1, epoch=1, copy=1), drawn(seed=1, epoch=2), drawn(seed=2, epoch=1)]
+    table = np.concatenate([first[:, :-1], first[:, 1:], *(other[:, :-1] for other in others)])
+    correlation = np.corrcoef(table) - np.eye(len(table))
+    # Of 6000 independent pairs it is 0 +- 0.013.
+    assert np.abs(correlation).max() < 0.06
+
+
 @pytest.mark.parametrize("size", [(300, 400), (100, 1000), (64, 64), (500, 120)])
 def test_boxes_are_distributed_as_torchvisions(size):
     """Two-sample Kolmogorov-Smirnov on each coordinate; 1.95 / sqrt(n / 2) is its 0.1 % threshold."""
@@ -88,6 +110,22 @@ def test_the_fallback_is_torchvisions():
         theirs = RandomResizedCrop.get_params(torch.empty(3, *size), [0.9, 1.0], [3 / 4, 4 / 3])
         ours, _ = random_boxes([0], [size], seed=0, epoch=0, scale=(0.9, 1.0))
         assert tuple(ours[0]) == tuple(theirs)
+
+
+def test_the_fallback_comes_after_ten_proposals():
+    """Of a square image, of which nearly all is asked for, most proposals are too wide or too high."""
+    n, side = 20_000, 100
+    boxes, _ = random_boxes(np.arange(n), np.full((n, 2), side), seed=0, epoch=0, scale=(0.98, 1.0))
+    rng = np.random.default_rng(0)
+    area = side**2 * rng.uniform(0.98, 1.0, 400_000)
+    aspect = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), len(area)))
+    fits = (np.rint(np.sqrt(area * aspect)) <= side) & (np.rint(np.sqrt(area / aspect)) <= side)
+    assert 0.03 < fits.mean() < 0.2
+    # The fallback is all of the image, which few proposals are.
+    whole = fits & (np.rint(np.sqrt(area * aspect)) == side) & (np.rint(np.sqrt(area / aspect)) == side)
+    found = 1 - (boxes[:, 2:] == side).all(axis=1).mean()
+    wanted = (1 - (1 - fits.mean()) ** 10) * (1 - whole.sum() / fits.sum())
+    assert abs(found - wanted) < 0.012
 
 
 @given(n=st.integers(0, 500), seed=keys, epoch=st.integers(0, 1000), world=st.integers(1, 7))
@@ -272,3 +310,24 @@ def test_augmentation_is_a_function_of_seed_epoch_and_step():
     places = [(seed, epoch, step) for seed in (-1, 0, 2**63) for epoch in (0, 1) for step in (0, 1)]
     assert len({drawn(*place) for place in places}) == len(places)
     assert drawn(0, 1, 2) == drawn(0, 1, 2)
+
+
+def test_crops_stay_what_they_were():
+    """Stored labels are of these crops, and runs continue with them: another version may draw no others."""
+    assert epoch_order(12, seed=3, epoch=5).tolist() == [3, 2, 1, 7, 5, 10, 9, 4, 0, 11, 6, 8]
+    paged = epoch_order(300, seed=3, epoch=5, pages=np.arange(300) // 2)
+    assert paged[:8].tolist() == [98, 230, 170, 78, 76, 49, 158, 57]
+    boxes, flips = random_boxes(
+        [0, 1, 70_000, 3], [(300, 400), (64, 48), (40, 900), (500, 333)], seed=-7, epoch=2, copy=1
+    )
+    assert boxes.tolist() == [[69, 177, 155, 117], [2, 2, 60, 46], [0, 423, 40, 53], [183, 104, 261, 209]]
+    assert flips.tolist() == [True, True, False, True]
+    assert seed_of_generation(3, 1) == 6231551546301463856
+    assert seed_of_part(seed=3, epoch=1, step=2, part=1) == 9511587561524832782
+    where = {"seed": 3, "epoch": 1, "step": 2, "part": 1}
+    factors, shifts = random_colours(2, jitter=0.4, lighting=0.1, **where)
+    np.testing.assert_allclose(factors[0], [0.60890085, 0.69717628, 1.24033606], rtol=1e-6)
+    np.testing.assert_allclose(shifts[0], [0.05887915, 0.00472947, 0.09943102], rtol=1e-5)
+    mixing = random_mixing(6, 64, cutmix=1, **where)
+    assert (mixing.partners.tolist(), mixing.box) == ([4, 2, 5, 3, 1, 0], (0, 27, 37, 64))
+    assert random_mixing(6, 64, mixup=1, **where).kept == pytest.approx(0.28475511)

@@ -48,6 +48,22 @@ def test_the_bound_of_crops_from_blocks():
     assert command._innermost_loops(code) == [7]
 
 
+def test_by_default_all_is_compiled_for_two_generations(monkeypatch, capsys):
+    asked = []
+
+    def compile_version(version, target):
+        asked.append((version.name, version.shape, target))
+        return command.Usage(40, 0, 1024, loops=[7, 100, 10, 10])
+
+    monkeypatch.setattr(command, "compile_version", compile_version)
+    monkeypatch.setattr(sys, "argv", ["kernels"])
+    command.main()
+    names = [(version.name, version.shape) for version in command.versions()]
+    assert asked == [(*name, target) for name in names for target in (80, 90)]
+    out = capsys.readouterr().out
+    assert (out.count("sm_80"), out.count("sm_90")) == (len(names), len(names))
+
+
 @pytest.mark.slow
 def test_what_does_not_compile_is_told_in_one_line():
     done = run("-m", "kernels", TRITON_INTERPRET="1")

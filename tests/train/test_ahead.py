@@ -72,7 +72,7 @@ def test_what_fits_the_set_is_the_run_that_would_be_typed(words):
 
 def test_a_measured_run_ends_with_the_bits_of_one_that_was_not(words, monkeypatch, capsys):
     """Dropout draws from the generators that the timed steps use too."""
-    words = [*words, "--model", "timm:test_efficientnet", "--batch", "16", "--epochs", "1"]
+    words = [*words, "--model", "torchvision:squeezenet1_1", "--batch", "16", "--epochs", "1"]
     (plain,) = train(parse([*words, "--out", "plain"]))
     assert "not measured" in capsys.readouterr().out
     monkeypatch.setattr("train.ahead.is_short", lambda job: False)

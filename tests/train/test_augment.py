@@ -60,6 +60,19 @@ def pictures(batch, config=ALL, epoch=0, step=0):
     return {"plain": batch.crops, "coloured": coloured, "mixed": maker.mix(coloured, draws)}, draws
 
 
+def test_by_default_nothing_is_done_and_betas_are_the_papers():
+    config = AugmentConfig()
+    assert not config.colours
+    assert not config.mixes
+    assert config.describe() == ""
+    # CutMix (section 3.1) and Mixup on ImageNet (section 3.1).
+    assert (config.cutmix_beta, config.mixup_beta) == (1, 0.2)
+    assert AugmentConfig(lighting=0.1).colours
+    assert AugmentConfig(color_jitter=0.1).colours
+    assert AugmentConfig(cutmix=0.1).mixes
+    assert AugmentConfig(mixup=0.1).mixes
+
+
 @pytest.mark.parametrize("labels", [GroundTruth(3), GroundTruth(3, 0.1), Category(torch.rand(3, 3).softmax(dim=1))])
 def test_the_loss_is_the_weighted_sum_of_two(batch, labels):
     loss, student, _ = stepped(batch, labels, epoch=1, step=2)
@@ -72,6 +85,31 @@ def test_the_loss_is_the_weighted_sum_of_two(batch, labels):
     # Losses of soft labels are of their logits, except for a constant of the labels: the same as of the mean label.
     wanted = (torch.special.xlogy(targets, targets).sum(dim=1)).mean() + F.cross_entropy(logits, both)
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_crops_are_coloured_and_mixed_as_drawn(batch):
+    """Written out from the plan; and left as they are where nothing is asked for."""
+    for config in (AugmentConfig(cutmix=1.0), AugmentConfig(mixup=1.0)):
+        seen, draws = pictures(batch, config, epoch=1, step=2)
+        options = {"cutmix": config.cutmix, "mixup": config.mixup}
+        mixing = random_mixing(8, 32, seed=5, epoch=1, step=2, **options)
+        top, left, bottom, right = mixing.box
+        wanted = batch.crops.float()
+        box = wanted[:, :, top:bottom, left:right]
+        wanted[:, :, top:bottom, left:right] = mixing.inside * box + (1 - mixing.inside) * box[mixing.partners]
+        assert seen["coloured"] is batch.crops
+        assert not torch.equal(wanted, batch.crops.float())
+        torch.testing.assert_close(seen["mixed"].float(), wanted, rtol=0, atol=1e-3)
+        assert partners(draws).tolist() == mixing.partners.tolist()
+        assert kept(draws).tolist() == pytest.approx([mixing.kept] * 8)
+    for config in (AugmentConfig(color_jitter=0.4), AugmentConfig(lighting=0.1)):
+        seen, _ = pictures(batch, config)
+        assert (seen["coloured"] - batch.crops.float()).abs().mean(dim=(1, 2, 3)).min() > 0.5
+        assert torch.equal(seen["mixed"], seen["coloured"])
+    maker = augment(AugmentConfig())
+    draws = maker.draw(8, 32, epoch=0, step=0)
+    assert maker.colour(batch.crops, draws) is batch.crops
+    assert maker.mix(batch.crops, draws) is batch.crops
 
 
 @pytest.mark.parametrize("sees", ["plain", "coloured", "mixed"])

@@ -2,10 +2,12 @@
 
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
+from models.weights import CHECKPOINT_FORMAT
 from train import TrainError
 from train.runs import checkpoint
 
@@ -36,7 +38,96 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
+def test_a_write_that_fails_promises_no_checkpoint_before_where_there_is_none(tmp_path):
+    with pytest.raises(TrainError) as ended:
+        checkpoint.save(tmp_path / "absent" / "last.pt", {"model": {}})
+    assert str(ended.value).startswith(f"{tmp_path / 'absent' / 'last.pt'}: the checkpoint could not be written (")
+    assert "kept" not in str(ended.value)
+
+
 def test_another_file_is_refused(tmp_path):
-    torch.save({"model": {}}, tmp_path / "bare.pt")
-    with pytest.raises(TrainError, match="bare.pt: not a readable checkpoint"):
+    def refusal(state: object) -> str:
+        torch.save(state, tmp_path / "bare.pt")
+        with pytest.raises(TrainError, match="bare.pt: not a readable checkpoint") as ended:
+            checkpoint.load(tmp_path / "bare.pt")
+        return str(ended.value)
+
+    ours = {"format": CHECKPOINT_FORMAT}
+    for state in (
+        {"model": {}},
+        [1, 2],
+        {"progress": {"epoch": 1, "step": 0}},
+        ours,
+        ours | {"progress": [1, 0]},
+        ours | {"progress": {"epoch": 1}},
+        ours | {"progress": {"epoch": 1.5, "step": 0}},
+    ):
+        assert "(it is no checkpoint of a run)" in refusal(state), state
+    (tmp_path / "bare.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(TrainError, match="it is damaged or cut short"):
         checkpoint.load(tmp_path / "bare.pt")
+    with pytest.raises(TrainError, match="No such file"):
+        checkpoint.load(tmp_path / "absent.pt")
+
+
+def write(folder: Path, **steps: tuple[int, int] | None) -> None:
+    """Checkpoints of these names, each at its (epoch, step); None: a damaged one."""
+    for name, at in steps.items():
+        path = folder / getattr(checkpoint, name.upper())
+        if at is None:
+            path.write_bytes(b"damaged")
+        else:
+            state = {"progress": dict(zip(("epoch", "step"), at, strict=True)), "together": [name]}
+            checkpoint.save(path, state)
+
+
+def test_a_run_goes_on_from_its_last_or_the_furthest_that_is_whole(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.position(tmp_path) == (0, 0)
+    assert checkpoint.standing(tmp_path) == ((0, 0), None)
+    # The last one, even behind the others: it was put back by hand.
+    write(tmp_path, last=(1, 2), before=(3, 0), best=(2, 0))
+    assert checkpoint.latest(tmp_path)[0].name == "last.pt"
+    assert checkpoint.standing(tmp_path) == ((1, 2), ["last"])
+    write(tmp_path, last=None)
+    assert checkpoint.standing(tmp_path) == ((3, 0), ["before"])
+    write(tmp_path, before=(3, 0), best=(3, 1))
+    assert checkpoint.standing(tmp_path) == ((3, 1), ["best"])
+    write(tmp_path, before=None)
+    assert checkpoint.position(tmp_path) == (3, 1)
+    write(tmp_path, best=None)
+    for ask in (checkpoint.latest, checkpoint.position, checkpoint.standing):
+        with pytest.raises(TrainError, match=r"last.pt: not a readable checkpoint"):
+            ask(tmp_path)
+
+
+def test_one_save_back(tmp_path):
+    names = [checkpoint.LAST, checkpoint.BEFORE, checkpoint.BEST]
+
+    def left() -> list[str]:
+        return [name for name in names if (tmp_path / name).is_file()]
+
+    write(tmp_path, last=(2, 0), before=(1, 2), best=(1, 0))
+    assert not checkpoint.go_back(tmp_path, (1, 1))
+    assert not checkpoint.go_back(tmp_path, (0, 0))
+    assert left() == names
+    assert checkpoint.go_back(tmp_path, (1, 2))
+    assert left() == [checkpoint.LAST, checkpoint.BEST]
+    assert checkpoint.position(tmp_path) == (1, 2)
+    # There is no other to go back to but the start.
+    assert not checkpoint.go_back(tmp_path, (1, 0))
+    assert left() == [checkpoint.LAST, checkpoint.BEST]
+    assert checkpoint.go_back(tmp_path, (0, 0))
+    assert left() == []
+    write(tmp_path, last=(2, 0), before=None)
+    assert not checkpoint.go_back(tmp_path, (1, 2))
+    assert left() == [checkpoint.LAST, checkpoint.BEFORE]
+
+
+def test_generators_go_on_where_they_stood():
+    states = checkpoint.generator_states(torch.device("cpu"))
+    assert set(states) == {"cpu"}
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    checkpoint.restore_generators(states, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), drawn)

@@ -45,6 +45,19 @@ def test_other_data_take_the_papers_recipe():
     assert parse(["--data", "photos", "--pretrained", "w.pt"]).recipe == "fine-tune"
 
 
+def test_what_no_recipe_says_is_as_in_the_paper():
+    config = configure({"data": "photos", "model": "resnet50"})
+    assert replace(config, recipe=None) == Config(data="photos", model="resnet50")
+
+
+def test_a_batch_is_divided_by_its_replicas(capsys):
+    for batch, replicas in ((16, 5), (6, 4), (7, 8)):
+        says = f"batch={batch}: is not divided by replicas={replicas}; take a multiple of it"
+        assert says in refusal(capsys, "--batch", str(batch), "--replicas", str(replicas))
+    for batch, replicas in ((15, 5), (8, 8), (7, 1)):
+        assert parse(["--batch", str(batch), "--replicas", str(replicas)]).replicas == replicas
+
+
 def test_the_papers_recipe_knows_its_networks():
     assert parse(["--data", "x", "--model", "alexnet"]).optimizer.lr == 0.01
     mobilenet = parse(["--data", "x", "--model", "mobilenet0.5"])

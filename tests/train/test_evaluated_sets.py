@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tests.pictures import write_class_folders
 from train import TrainError
 from train.config import parse
 from train.evaluate import evaluate
+from train.score.images import _are_of
 from train.train import train
 
 NAME = "mobilenet0.25"
@@ -70,6 +72,19 @@ def test_images_of_the_run_are_never_scored_though_they_have_no_split(place, tmp
         assert {**scores, "data": "plain"} == own, data
     assert scored(place, split="all")["images"] == 40
     assert "plain has no split for validation: all of its 40 images are scored\n" in capsys.readouterr().out
+
+
+def test_a_copy_of_the_runs_archive_is_known(tmp_path):
+    write_class_folders(tmp_path / "a", 2, 3)
+    write_class_folders(tmp_path / "b", 2, 3, seed=50)
+    own, other = (shutil.make_archive(str(tmp_path / name), "zip", tmp_path / name) for name in ("a", "b"))
+    (tmp_path / "copies").mkdir()
+    copy = shutil.copy2(own, tmp_path / "copies")
+    run = SimpleNamespace(data=own)
+    assert _are_of(str(copy), run)
+    assert not _are_of(other, run)
+    assert not _are_of(str(copy), None)
+    assert not _are_of(str(tmp_path / "absent"), run)
 
 
 def test_a_plain_test_folder_is_scored_whole(place, tmp_path, capsys):

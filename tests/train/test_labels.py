@@ -121,9 +121,13 @@ def test_timm_normalisation_layers_too(batch):
     torch.testing.assert_close(refinery(batch).logits, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_dropout_is_off(batch):
-    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 32 * 32, 3))
-    refinery = Refinery(network, IMAGENET)
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_dropout_is_off(batch, bn):
+    """From the start, and when all that the training is made of is put in training mode."""
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    network = nn.Sequential(*layers, nn.Dropout(0.5), nn.Linear(32, 3))
+    refinery = Refinery(network.train(), IMAGENET, bn=bn)
+    assert torch.equal(refinery(batch).logits, refinery(batch).logits)
     refinery.train()
     assert torch.equal(refinery(batch).logits, refinery(batch).logits)
 

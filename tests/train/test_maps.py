@@ -142,6 +142,8 @@ def test_logits_that_are_left_out_are_0_on_average(make, converted, refinery, mo
     monkeypatch.setattr("train.maps._KEPT", 2)
     state = torch.load(refinery / "last.pt")
     state["model"]["fc.bias"] += offset
+    # Cells that differ by more than what is allowed for below.
+    state["model"]["fc.weight"] *= 20
     torch.save(state, "last.pt")
     store = make("maps", "--refinery", "last.pt")
     assert store.description.shift
@@ -157,7 +159,9 @@ def test_logits_that_are_left_out_are_0_on_average(make, converted, refinery, mo
     boxes = torch.cat([torch.zeros_like(batch.sizes), batch.sizes], dim=1)
     said = source(replace(batch, boxes=boxes, labels_on_disk=rows)).distribution(3)
     # One class is left out: its logit, moved with the others, is exactly 0.
-    torch.testing.assert_close(said, reference(cells, ids, whole, 3), rtol=0.02, atol=0.01)
+    wanted = reference(cells, ids, whole, 3)
+    assert wanted.std(dim=0).min() > 0.05
+    torch.testing.assert_close(said, wanted, rtol=0, atol=0.002)
 
 
 def test_a_map_is_read_in_a_compiled_graph_and_one_at_a_time(make, converted):

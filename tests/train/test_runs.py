@@ -1,7 +1,11 @@
 """Runs: what is in their folders, that they are resumed with the same bits, not repeated and not mixed up."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +18,13 @@ from kernels.normalise import Normalise
 from models import ModelError
 from models.trained import digest_of, load_trained
 from tests.stopping import stop_at
+from tests.train.conftest import TINY
 from train import TrainError, loop
 from train.config import parse
+from train.distributed import Group
 from train.evaluate import evaluate
 from train.interrupt import Interrupted
+from train.job import check, resolve
 from train.loop import Trainer
 from train.runs import all_runs, checkpoint, finished_refinery, read_run
 from train.runs.__main__ import table
@@ -25,7 +32,11 @@ from train.runs.code import training_code
 from train.runs.environment import environment
 from train.runs.record import locked
 from train.step import Step
+from train.student import Student
 from train.train import train
+
+ROOT = Path(__file__).parents[2]
+PAIR = ["--model", "mobilenet0.25 resnet18", "--optimizer.lr", "0.01"]
 
 
 def test_what_a_run_leaves(run, bf16_units, capsys):
@@ -165,6 +176,161 @@ def test_resuming_equals_never_stopping_bit_for_bit(run, monkeypatch, capsys, st
         for folder in (whole.folder, parts.folder)
     ]
     assert lines[0] == lines[1]
+
+
+def test_the_metrics_are_those_of_the_sums(run, monkeypatch, capsys):
+    """Also of several networks, each of which is named; and the bar of a continued epoch ends with all its images."""
+    sums = []
+    original = Trainer.validate
+
+    def validate(self):
+        sums.append([student.sums.tolist() for student in self.students])
+        original(self)
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        with pytest.raises(Interrupted):
+            run(*PAIR, "--epochs", "1")
+    capsys.readouterr()
+    runs = run(*PAIR, "--epochs", "1")
+    shown = capsys.readouterr()
+    ((*each,),) = sums
+    for finished, (loss, top1, top5, crops) in zip(runs, each, strict=True):
+        (line,) = finished.metrics
+        assert crops == 48
+        assert (line["loss"], line["train_top1"]) == (pytest.approx(loss / 48), pytest.approx(100 * top1 / 48))
+        assert line["train_top5"] == 100 * top5 / 48 == 100
+        assert f"{finished.identity['model']}, epoch 1/1: loss {loss / 48:.3f}, " in shown.err + shown.out
+    assert "epoch 1/1: 100%" in shown.err
+    assert " 48/48 " in shown.err
+
+
+class Agreeing(Group):
+    """One of two processes, of which both say the same."""
+
+    def largest(self, values):
+        self.asked = list(values)
+        return list(values)
+
+
+def test_the_first_process_decides_when_to_save_and_to_look(converted, tmp_path):
+    """The others ask for nothing but a stop, and all of them only now and then."""
+    config = parse([*TINY, "--data", str(converted.folder), "--runs", str(tmp_path), "--save_minutes", "1"])
+    data, (labels,) = check([config])
+    trainer = Trainer([resolve(config, data, labels)])
+    long, short = 3600.0, 0.0
+    assert trainer._agreed(long, short, 0.1) == (False, True, False)
+    assert trainer._agreed(short, long, 0.1) == (False, False, True)
+    for rank, saves in ((0, True), (1, False)):
+        group = Agreeing(rank, 2)
+        trainer.job = replace(trainer.job, group=group)
+        trainer._apart = 3
+        for step in (1, 2, 4):
+            trainer.progress.step = step
+            assert trainer._agreed(long, long, 0.125) == (False, False, False)
+        trainer.progress.step = 3
+        assert trainer._agreed(long, long, 0.125) == (False, saves, saves)
+        # By its own steps of an eighth of a second, the first asks every fourth.
+        assert group.asked == ([False, True, True, 4] if saves else [False, 0, 0, 0])
+
+
+# A network with dropout, which draws from generators; stopped between the two crops of an image.
+DROPPING = ["--model", "torchvision:squeezenet1_1", "--copies", "2", "--order", "quasi-random", "--epochs", "1"]
+DROPPING += ["--optimizer.lr", "0.01"]
+
+
+def test_dropout_and_copies_resume_bit_for_bit_too(run, monkeypatch):
+    whole = run(*DROPPING, "--out", "whole")
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        with pytest.raises(Interrupted, match="after step 3 of 6"):
+            run(*DROPPING, "--out", "parts")
+    torch.manual_seed(1)  # whatever else draws before it goes on
+    parts = run(*DROPPING, "--out", "parts")
+    assert same_weights(whole.folder, parts.folder)
+    without = run(*DROPPING, "--seed", "1").folder
+    assert not same_weights(whole.folder, without)
+
+
+@pytest.mark.slow
+def test_a_new_process_goes_on_with_the_same_bits(run, converted, monkeypatch):
+    words = [*DROPPING, "--ema", "0.9", "--augment.cutmix", "0.5", "--refinery", str(run("--epochs", "1").folder)]
+    whole = run(*words, "--out", "whole")
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        with pytest.raises(Interrupted):
+            run(*words, "--out", "parts")
+    done = subprocess.run(
+        [sys.executable, "-m", "train", *TINY, "--data", str(converted.folder), *words, "--out", "parts"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "continuing in epoch 1 of 1, after step 3 of 6" in done.stdout
+    assert "may differ" not in done.stdout
+    assert same_weights(whole.folder, Path("parts"))
+
+
+def test_the_scale_of_a_float16_run_resumes_too(converted, tmp_path, monkeypatch):
+    """A CPU's runs take float32 in its place, unless they are made so."""
+    config = parse([*TINY, "--data", str(converted.folder), "--epochs", "1"])
+    data, (labels,) = check([config])
+    job = resolve(config, data, labels)
+    original = Student.__init__
+
+    def init(self, *others, **options):
+        original(self, *others, **options)
+        # The first steps overflow, and each halves the scale.
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        self.scaler.scale(torch.zeros(()))  # makes the scale, as a student does
+
+    monkeypatch.setattr(Student, "__init__", init)
+
+    def trained(name: str) -> dict:
+        half = replace(job, config=replace(job.config, precision="fp16"), folder=tmp_path / name)
+        Trainer([half]).run()
+        return torch.load(half.folder / "last.pt", weights_only=True)
+
+    whole = trained("whole")
+    assert whole["scaler"]["scale"] == 2.0**37
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        with pytest.raises(Interrupted):
+            trained("parts")
+    parts = trained("parts")
+    assert parts["scaler"] == whole["scaler"]
+    assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
+
+
+@pytest.mark.parametrize("stopped", [None, 5])
+def test_best_pt_is_of_the_epoch_with_the_highest_accuracy(run, monkeypatch, stopped):
+    """Of equal ones the last; also where the run is continued in between."""
+    accuracies = [40.0, 60.0, 50.0, 60.0, 20.0]
+    kept = []
+    original = loop.score_all
+
+    def score_all(answer, *others, **options):
+        (scores,), (network,) = original(answer, *others, **options), answer.networks
+        scores.top1 = accuracies[len(kept)]
+        kept.append({name: value.clone() for name, value in network.state_dict().items()})
+        return [scores]
+
+    monkeypatch.setattr(loop, "score_all", score_all)
+    words = ["--epochs", "5", "--batch", "48", "--out", "run"]  # a step each
+    if stopped:
+        with monkeypatch.context() as patch:
+            stop_at(stopped, patch)
+            with pytest.raises(Interrupted):
+                run(*words)
+    assert run(*words).result["best_top1"] == 60
+    best, last = (torch.load(f"run/{name}.pt", weights_only=True) for name in ("best", "last"))
+    assert (best["progress"]["epoch"], last["progress"]["epoch"]) == (4, 5)
+    for state, weights in ((best, kept[3]), (last, kept[4])):
+        assert state["best_top1"] == 60
+        assert all(torch.equal(value, weights[name]) for name, value in state["model"].items())
 
 
 def test_another_decoder_on_the_way_is_said_and_recorded(run, monkeypatch, capsys):
@@ -409,9 +575,6 @@ def test_a_stop_after_the_last_validation_stops_what_would_follow(run, monkeypat
 def same_weights(one: Path, other: Path) -> bool:
     states = [torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (one, other)]
     return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-
-
-PAIR = ["--model", "mobilenet0.25 resnet18", "--optimizer.lr", "0.01"]
 
 
 def test_several_networks_train_together_as_they_would_alone(run, capsys):

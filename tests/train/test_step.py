@@ -27,9 +27,9 @@ def loader(converted):
     return open_loader(converted.beton("train"), resolution=32, batch_size=16, decoder="ffcv")
 
 
-def student_of(name="mobilenet0.25", *, seed=0, lr=0.05):
+def student_of(name="mobilenet0.25", *, seed=0, lr=0.05, normalisation=IMAGENET):
     torch.manual_seed(seed)
-    return Student(name, models.build(name, 3), OptimizerConfig(lr=lr), normalisation=IMAGENET, device=CPU)
+    return Student(name, models.build(name, 3), OptimizerConfig(lr=lr), normalisation=normalisation, device=CPU)
 
 
 def step_of(labels, *, students=None, compiled=False, autocast=None, **options):
@@ -74,8 +74,11 @@ def test_sums(loader):
 
 
 def test_correct():
-    logits = torch.tensor([[9.0, 8, 7, 6, 5, 4], [0, 1, 2, 3, 4, 5], [5, 0, 0, 0, 0, 9]])
-    assert [int(n) for n in correct(logits, torch.tensor([0, 0, 5]))] == [2, 2]
+    """Of eight classes, the true one at each rank: first, among the first five, and beyond."""
+    logits = torch.arange(8.0).flip(0).repeat(8, 1)
+    found = [[int(n) for n in correct(logits[i : i + 1], torch.tensor([i]))] for i in range(8)]
+    assert found == [[1, 1], *[[0, 1]] * 4, *[[0, 0]] * 3]
+    assert [int(n) for n in correct(logits, torch.arange(8))] == [1, 5]
 
 
 def test_a_loss_that_is_not_finite_shows_in_the_sums(loader):
@@ -87,9 +90,13 @@ def test_a_loss_that_is_not_finite_shows_in_the_sums(loader):
 
 
 def test_two_students_learn_what_each_learns_alone(loader):
-    """They share the labels and nothing else."""
-    alone = [student_of("mobilenet0.25"), student_of("resnet18", seed=1, lr=0.02)]
-    together = [student_of("mobilenet0.25"), student_of("resnet18", seed=1, lr=0.02)]
+    """They share the labels and nothing else; each sees the crops as it was made for."""
+    halves = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+    def students():
+        return [student_of("mobilenet0.25"), student_of("resnet18", seed=1, lr=0.02, normalisation=halves)]
+
+    alone, together = students(), students()
     both = step_of(refinery(), students=together)
     steps = [step_of(refinery(), students=[student]) for student in alone]
     for batch in loader.epoch(0):
@@ -99,6 +106,18 @@ def test_two_students_learn_what_each_learns_alone(loader):
         assert torch.equal(one.sums, other.sums)
         for ours, theirs in zip(one.network.state_dict().values(), other.network.state_dict().values(), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_a_student_sees_the_crops_as_it_was_made_for(loader):
+    halves = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    seen = []
+    step = step_of(GroundTruth(3), students=[student_of(), student_of(normalisation=halves)])
+    for student in step.students:
+        student.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    batch = next(iter(loader.epoch(0)))
+    step(batch)
+    for crops, normalisation in zip(seen, (IMAGENET, halves), strict=True):
+        assert torch.equal(crops, Normalise(normalisation)(batch.crops))
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard", "reversed", "l2"])

@@ -1,0 +1,186 @@
+"""Tests run against a file with a mistake in it, in a copy of the code."""
+
+import importlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+import pytest
+from hypothesis import Phase, settings
+
+from command import UserError
+
+# A test that takes so long hangs: the quick ones take seconds, on a busy machine too.
+_SECONDS_OF_A_TEST = 120
+
+# What most tests load, and what takes longer than they do.
+_LIBRARIES = ("torch", "torchvision", "timm", "numba", "scipy", "PIL.Image", "jsonargparse")
+
+
+def copy_tree(root: Path, to: Path) -> Path:
+    """Copies what git knows of a working tree, and what is new in it, as it stands. Returns `to`."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        raise UserError(f"{root}: {listed.stderr.strip() or 'git cannot list its files'}")
+    for name in filter(None, listed.stdout.split("\0")):
+        # Deleted and not yet committed, or a link to a folder: no part of the code.
+        if (root / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, to / name)
+    return to
+
+
+def stages_of(path: Path, root: Path) -> list[list[Path]]:
+    """The tests of a file or folder, in the order in which they are tried.
+
+    First those of its own name (tests/data/test_plan.py of data/plan.py), then those that name its module, then the
+    others of its room. A mistake that the first notice costs seconds.
+    """
+    room, *inner = path.relative_to(root).with_suffix("").parts
+    module = ".".join([room, *(part for part in inner if part != "__init__")])
+    own = f"test_{module.rpartition('.')[2]}"
+    parent, _, name = module.rpartition(".")
+    imports = re.compile(rf"\b{re.escape(module)}\b|from {re.escape(parent)} import [\w\s,(]*\b{re.escape(name)}\b")
+    stages: list[list[Path]] = [[], [], []]
+    for test in sorted((root / "tests" / room).rglob("test_*.py")):
+        stages[0 if test.stem == own else 1 if imports.search(test.read_text()) else 2].append(test)
+    return [stage for stage in stages if stage]
+
+
+@dataclass(frozen=True)
+class End:
+    """How it went with a mutant. by: what noticed it. hung: a test, or all of them, took too long. said: by pytest."""
+
+    caught: bool
+    by: str = ""
+    hung: bool = False
+    said: str = ""
+
+
+class Trial:
+    """Runs the quick tests of a copy of the code, stage by stage, until one notices a mistake.
+
+    root: the copy. stages: files of tests, relative to it; a stage is tried when those before it have passed.
+    """
+
+    def __init__(self, root: Path, stages: Sequence[Sequence[Path]]):
+        self._root, self._stages = root, stages
+        # Seconds that a stage takes without a mistake.
+        self._usual: dict[int, float] = {}
+        # One thread, as tests take; others would not survive a fork.
+        os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        for name in _LIBRARIES:
+            importlib.import_module(name)
+
+    def end_of(self, file: Path, code: str) -> End:
+        """Tries the tests with this text in place of the file's (relative to the copy), which is then put back.
+
+        Raises UserError where the tests fail without any mistake.
+        """
+        before = (self._root / file).read_text()
+        for number, tests in enumerate(self._stages):
+            if number not in self._usual:
+                began = time.monotonic()
+                end = self._tried(tests)
+                if end.caught:
+                    print(end.said, flush=True)
+                    raise UserError(f"without a mistake, the tests fail too: {end.by}")
+                self._usual[number] = time.monotonic() - began
+            try:
+                (self._root / file).write_text(code)
+                if "njit" in before:
+                    # Numba's cache looks at the file of a function, and not at those whose functions it calls.
+                    self._forget_compiled()
+                end = self._tried(tests, 60 + 3 * self._usual[number])
+            finally:
+                (self._root / file).write_text(before)
+            if end.caught:
+                return end
+        return End(caught=False)
+
+    def _forget_compiled(self) -> None:
+        for made in self._root.rglob("*.nb[ic]"):
+            made.unlink()
+
+    def _tried(self, tests: Sequence[Path], seconds: float = float("inf")) -> End:
+        """Runs tests in a fork of this process, which has loaded the libraries already."""
+        with tempfile.TemporaryFile("w+", errors="replace") as said:
+            sys.stdout.flush()
+            child = os.fork()
+            if not child:
+                self._run(tests, said.fileno())
+            ends = time.monotonic() + seconds
+            try:
+                ended, status = os.waitpid(child, os.WNOHANG)
+                while not ended and time.monotonic() < ends:
+                    time.sleep(0.05)
+                    ended, status = os.waitpid(child, os.WNOHANG)
+            finally:
+                # Also of what the tests have started, and where this is interrupted.
+                with suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)
+            if not ended:
+                os.waitpid(child, 0)
+                return End(caught=True, by="by taking too long", hung=True)
+            said.seek(0)
+            text = said.read()
+        code = os.waitstatus_to_exitcode(status)
+        # No tests: all are slow ones, or need a GPU.
+        if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            return End(caught=False)
+        failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", text, re.MULTILINE)
+        by = f"by {failed[1]}" if failed else f"with status {code}"
+        return End(caught=True, by=by, hung="Failed: Timeout (>" in text, said=text)
+
+    def _run(self, tests: Sequence[Path], output: int) -> NoReturn:
+        """The process of the tests, in the copy of the code, of which nothing may be loaded yet."""
+        status = 1
+        try:
+            os.setsid()
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+            os.chdir(self._root)
+            original = Path(__file__).parents[2]
+            for name in [name for name in sys.modules if name.partition(".")[0] in ("command", "tests")]:
+                del sys.modules[name]
+            # What processes that the tests begin would load anew.
+            sys.modules["__main__"] = ModuleType("__main__")
+            sys.path[:] = [str(self._root), *(path for path in sys.path if path and Path(path).resolve() != original)]
+            # Files change within a second, which is all that Python's own cache looks at.
+            sys.dont_write_bytecode = True
+            os.environ |= {"PYTHONPATH": str(self._root), "PYTHONDONTWRITEBYTECODE": "1"}
+            # A failure is enough; the smallest one that hypothesis could find takes many times as long.
+            phases = [Phase.explicit, Phase.reuse, Phase.generate]
+            settings.register_profile("first failure", deadline=None, phases=phases)
+            words = [
+                "--hypothesis-profile",
+                "first failure",
+                "-x",
+                "-q",
+                "--tb=line",
+                "-m",
+                "not slow and not gpu",
+                "-p",
+                "no:cacheprovider",
+            ]
+            status = pytest.main([*words, f"--timeout={_SECONDS_OF_A_TEST}", *map(str, tests)])
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
