@@ -13,7 +13,7 @@ from kernels.normalise import Normalise
 from tests.train.conftest import TINY
 from train.config import OptimizerConfig, parse
 from train.job import Job, check, resolve
-from train.score import Scores
+from train.score import Answers, Scores, score_all
 from train.student import Student
 
 IMAGENET = models.normalisation("resnet18")
@@ -67,7 +67,8 @@ def test_it_is_scored_on_crops_as_it_was_made_for(job_of, converted, model):
         student.network.train()(Normalise(models.normalisation(model))(batch.crops))
         logits = student.network.eval()(Normalise(models.normalisation(model))(batch.crops))
     assert logits.std(dim=0).max() > 0.01
-    assert student.score(loader).loss == pytest.approx(F.cross_entropy(logits, batch.labels).item(), rel=1e-5)
+    answer = Answers([(student.scored, student.normalisation)], device=CPU, autocast=None)
+    assert score_all(answer, loader)[0].loss == pytest.approx(F.cross_entropy(logits, batch.labels).item(), rel=1e-5)
     described = student.state()["network"]
     assert (tuple(described["mean"]), tuple(described["std"])) == models.normalisation(model)
 
@@ -92,9 +93,8 @@ def test_what_it_goes_on_from(job_of):
     first = made()
     for step in (100, 101):
         loss = first.network(torch.randn(4, 3, 32, 32)).square().sum()
-        first.scaled(loss).backward()
-        first.move()
-        first.average(step)
+        first.set_step(step)
+        first.move(torch.autograd.grad(loss * first.scale, first.trained()))
         assert all(weight.grad is None for weight in first.network.parameters())
     first.scaler.update(2.0**7)
     first.sums += torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -120,6 +120,5 @@ def test_a_scale_is_kept_for_float16_alone(job_of):
     assert Student.of(job).scaler is None
     half = Student.of(replace(job, config=replace(job.config, precision="fp16")))
     assert half.scaler is not None
-    loss = torch.tensor(2.0)
-    assert half.scaled(loss) == 2 * half.scaler.get_scale()
-    assert Student.of(job).scaled(loss) == 2
+    assert half.scale == half.scaler.get_scale()
+    assert Student.of(job).scale is None
