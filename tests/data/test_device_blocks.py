@@ -61,6 +61,17 @@ def test_only_the_rows_of_the_boxes_are_gathered(path, monkeypatch):
     assert 0 < sum(read) < Beton(path).lengths.sum()
 
 
+@pytest.mark.parametrize("at_once", [1, 20_000, 2**28])
+def test_uploads_of_any_size_bring_the_whole_set(path, monkeypatch, at_once):
+    """One image at a time, some, or all."""
+    monkeypatch.setattr(blocks, "_UPLOAD_BYTES", at_once)
+    monkeypatch.setattr(blocks, "_RESIDENT", {})
+    beton = Beton(path)
+    loader = loaded(path, resident=1.0)
+    stored = np.concatenate([beton.encoded(index) for index in range(beton.num_samples)])
+    assert np.array_equal(loader._decoder._resident.blocks.numpy().view(np.uint8), stored)
+
+
 def test_loaders_share_what_is_resident(path):
     one, other = (loaded(path, resident=1.0, resolution=side) for side in (20, 24))
     assert one._decoder._resident is other._decoder._resident
