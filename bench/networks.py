@@ -20,6 +20,7 @@ from bench.record import Column, Record, Row, ran, step_columns
 from bench.settings import Settings
 from bench.turns import Contender, Runner, Work, in_turns
 from kernels.normalise import Normalise
+from models.fused_resnet import FusedResNet, is_fusable
 from train.config import OptimizerConfig
 from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.step import COMPILER_OPTIONS, Step
@@ -29,6 +30,7 @@ from train.student import Student
 _AT_ONCE = {"cpu": 1, "cuda": 20}
 
 REFINERY, STUDENT = "refinery forward", "student forward and backward"
+FUSED, FUSED_APART = f"{REFINERY}, fused", f"{REFINERY}, fused, residuals added apart"
 OPTIMIZER, BARE, STEP = "optimizer", "step without networks", "step"
 
 
@@ -74,11 +76,11 @@ class _Batches(Runner):
 
 
 class RefineryForward(_Batches):
-    """The refinery's network, from normalised images to logits."""
+    """The refinery's network, from normalised images to logits; as what it is rewritten to, if it is."""
 
-    def __init__(self, pair: Pair):
+    def __init__(self, pair: Pair, rewritten: Callable[[nn.Module], nn.Module] = lambda network: network):
         super().__init__(pair)
-        self._forward = self._forward_of(refinery(pair, models.build(pair.refinery, CLASSES)).network)
+        self._forward = self._forward_of(rewritten(refinery(pair, models.build(pair.refinery, CLASSES)).network))
         self._ready = self._images(pair.refinery)
 
     def step(self) -> None:
@@ -227,10 +229,25 @@ def _contenders(pair: Pair) -> list[Contender]:
     return [
         *limits(pair),
         pair.contender(REFINERY, RefineryForward, forward),
+        *_fused(pair),
         pair.contender(STUDENT, StudentPass, training),
         pair.contender(OPTIMIZER, Optimizing),
         pair.contender(BARE, partial(Stepping, networks=False)),
         _stepping(pair),
+    ]
+
+
+def _fused(pair: Pair) -> list[Contender]:
+    """The refinery's forward by kernels that run on a GPU alone, where they take the network."""
+    settings = pair.settings
+    with torch.device("meta"):
+        fusable = is_fusable(models.build(pair.refinery, CLASSES))
+    if not (settings.on_gpu and settings.autocast and fusable) or pair.why_not():
+        return []
+    ways = {FUSED: FusedResNet, FUSED_APART: partial(FusedResNet, add_in_product=False)}
+    return [
+        pair.contender(name, partial(RefineryForward, rewritten=way), pair.demand_of_fused(way))
+        for name, way in ways.items()
     ]
 
 

@@ -218,10 +218,7 @@ class _Passes:
         needed = set(self._outputs)
         for node in reversed(nodes):
             users = [user for user in node.users if user.op == "call_function"]
-            if (
-                any(self._kinds[user] in _OWN_PASSES for user in users)
-                or node.target is aten.copy_.default
-            ):
+            if any(self._kinds[user] in _OWN_PASSES for user in users) or node.target is aten.copy_.default:
                 needed.add(_plain(node))
             if node in needed and self._kinds[node] == "view":
                 needed.add(_plain(node))
