@@ -63,9 +63,9 @@ class Pair:
             return Demand(0.0, 0.0), Demand(0.0, 0.0)
         return self._demand(self.refinery, backward=False), self._demand(self.student, backward=True)
 
-    def demand_of_fused(self, rewritten: Callable[[nn.Module], nn.Module]) -> "Demand":
-        """What an image asks of the device for the forward of a refinery that is replaced by what computes the same."""
-        return self._demand(self.refinery, backward=False, rewritten=rewritten)
+    def demand_of(self, rewritten: Callable[[nn.Module], nn.Module], *, student: bool) -> "Demand":
+        """What an image asks of the device with the student, or the refinery, replaced by what computes the same."""
+        return self._demand(self.student if student else self.refinery, backward=student, rewritten=rewritten)
 
     def _demand(
         self, name: str, *, backward: bool, rewritten: Callable[[nn.Module], nn.Module] = lambda network: network

@@ -60,6 +60,8 @@ _OURS = {
     "statistics": STATISTICS,
     "normalise": POINTWISE,
     "normalise_and_pool": POOLING,
+    "depthwise": PRODUCTS,
+    "depthwise_backward": PRODUCTS,
 }
 _OWN_PASSES = (PRODUCTS, POOLING, OTHER, STATISTICS, POINTWISE)
 # Batch normalisation and others, as the reductions and pointwise operations that it consists of.
@@ -163,7 +165,8 @@ class _Passes:
                 found[POINTWISE + when] += largest + sum(others) - added + _bytes(node)
                 found[ADDED + when] += added
             elif _is_ours(node):
-                found.update(self._of_ours(node))
+                for name, size in self._of_ours(node).items():
+                    found[name + when] += size
             elif kind in _OWN_PASSES:
                 found[kind + when] += sum(map(_bytes, self._inputs(node))) + _bytes(node)
                 if node.target is aten.convolution_backward.default:

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from command import UserError, exit_on_user_error
-from kernels import batch_statistics, binarise, pool_labels, product, refinery_loss, sample_blocks
+from kernels import batch_statistics, binarise, depthwise, pool_labels, product, refinery_loss, sample_blocks
 
 # The kernels' arguments; those in capitals are constants, all others int32.
 _TYPES = {
@@ -112,6 +112,11 @@ def versions() -> list[Version]:
         found.append(Version(pool_labels._sum_kernel, f"C={classes}", constants, warps))
     constants = {name: getattr(sample_blocks, name) for name in ("TILE", "ROWS", "COLUMNS")}
     found.append(Version(sample_blocks._sample_kernel, "any", constants, sample_blocks.WARPS))
+    for stride in (1, 2):
+        constants = {"STRIDE": stride, "CHANNELS": depthwise.tile(1024)}
+        forward, backward = ({"PIXELS": size} | constants for size in (depthwise.PIXELS, depthwise.PIXELS_BACK))
+        found.append(Version(depthwise._depthwise_kernel, f"/{stride}", forward))
+        found.append(Version(depthwise._depthwise_backward_kernel, f"/{stride}", backward, depthwise.WARPS_BACK))
     return found + _of_fused_refineries()
 
 

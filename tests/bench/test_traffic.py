@@ -11,6 +11,7 @@ import models
 from bench.traffic import ADDED, BACKWARD, POINTWISE, POOLING, PRODUCTS, STATISTICS, traffic
 from kernels.normalise import Normalise
 from models.fused_resnet import FusedResNet
+from models.own_depthwise import with_own_depthwise
 
 BATCH, SIDE = 4, 64
 
@@ -153,6 +154,21 @@ def test_a_fused_forward_at_its_size(add_in_product, most):
     rewritten = partial(FusedResNet, add_in_product=add_in_product)
     counted = traffic("resnet50", backward=False, batch=64, resolution=224, rewritten=rewritten)
     assert most - 6 < counted.bytes_per_image / 1e6 < most
+
+
+def test_both_gradients_of_a_depthwise_convolution_are_one_pass():
+    """The output's gradient is read once and not twice; weights and their gradients are float32, and not bfloat16."""
+    depthwise = [
+        (layer, given, out)
+        for layer, given, out in shapes("mobilenet0.25")
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1
+    ]
+    assert len(depthwise) == 13
+    usual, own = (moved("mobilenet0.25", backward=True, rewritten=way) for way in (lambda n: n, with_own_depthwise))
+    assert own[PRODUCTS] == pytest.approx(usual[PRODUCTS], rel=0.01)
+    weights = weights_of([layer for layer, *_ in depthwise])
+    saved = 2 * sum(out for *_, out in depthwise) - 4 * weights
+    assert usual[PRODUCTS + BACKWARD] - own[PRODUCTS + BACKWARD] == pytest.approx(saved, rel=0.01)
 
 
 @pytest.mark.slow

@@ -115,22 +115,30 @@ def norm(seed: int, channels: int) -> tuple[Tensor, Tensor, float]:
 
 
 def check_product(
-    found: tuple[Tensor, ...], expected: tuple[Tensor, ...], weight: Tensor, bias: Tensor, eps: float
+    found: tuple[Tensor, ...],
+    expected: tuple[Tensor, ...],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    absolute: float = 1e-4,
 ) -> None:
     """That a product gave what its reference does, and the normalisation of the very values that it gave."""
-    check_alike(found[:-1], expected[:-1])
+    check_alike(found[:-1], expected[:-1], absolute=absolute)
     check_alike(found[-1], _statistics(found[-2], weight, bias, eps))
     assert expected[-1].shape == found[-1].shape
 
 
-def check_alike(found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]) -> None:
+def check_alike(
+    found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...], *, absolute: float = 1e-4
+) -> None:
     """That a fused operator gave what its reference does, activations within one rounding, in the same memory."""
     pair = (found, expected) if isinstance(expected, tuple) else ((found,), (expected,))
     for ours, theirs in zip(*pair, strict=True):
         assert ours.dtype == theirs.dtype
         # Sums of another order may round to the other neighbour.
         rounding = 1e-4 if ours.dtype == torch.float32 else ROUNDING[ours.dtype]
-        torch.testing.assert_close(ours.float(), theirs.float(), rtol=rounding, atol=1e-4)
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=rounding, atol=absolute)
         if ours.ndim == 4:
             assert ours.is_contiguous(memory_format=torch.channels_last)
             assert theirs.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The kernels of fused refineries against their references, interpreted as those of interpreted.py."""
+"""The kernels of convolutions and their normalisation against their references, interpreted as in interpreted.py."""
 
 from collections import Counter
 
@@ -7,8 +7,10 @@ import torch
 from torchvision.models.resnet import Bottleneck, ResNet
 
 import tests.kernels.repaired  # noqa: F401
-from kernels import batch_statistics, product
+import models
+from kernels import batch_statistics, depthwise, product
 from models.fused_resnet import FusedResNet
+from models.own_depthwise import OwnDepthwise, with_own_depthwise
 from tests.kernels.cases import check_alike, check_product, norm, normalisation, pixels
 
 # [B, C, H, W]: less than a tile, odd sizes, more than a tile of rows and of channels.
@@ -92,6 +94,52 @@ def test_broken_networks_show():
         assert y.isnan().any(dim=(0, 2, 3)).nonzero().flatten().tolist() == [7]
     y, _ = product.launch(x, pixels(2, 16, 32, 1, 1), *norm(3, 16), affine, 1)
     assert y.isnan().all()
+
+
+def check_depthwise(shape, stride):
+    """Forward and back, of pixels and weights as under autocast."""
+    x, weight = pixels(0, *shape), pixels(1, shape[1], 1, 3, 3, dtype=torch.float32)
+    y = depthwise._depthwise(x, weight, stride)
+    check_alike(depthwise.launch(x, weight, stride), y)
+    gradient = pixels(2, *y.shape)
+    of_x, of_weight = depthwise._depthwise_backward(gradient, x, weight, stride)
+    found = depthwise.launch_backward(gradient, x, weight, stride)
+    check_alike(found[0], of_x)
+    # Float32 sums of many products, in another order.
+    torch.testing.assert_close(found[1], of_weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("shape", "programs"), [((2, 3, 1, 1), 2048), ((2, 8, 5, 7), 2048), ((3, 72, 4, 5), 4)])
+def test_depthwise(shape, programs, stride, monkeypatch):
+    monkeypatch.setattr(depthwise, "_PROGRAMS", programs)
+    check_depthwise(shape, stride)
+
+
+def test_depthwise_in_another_memory_format():
+    x, weight = pixels(0, 2, 8, 5, 7), pixels(1, 8, 1, 3, 3)
+    assert torch.equal(depthwise.launch(x.contiguous(), weight, 1), depthwise.launch(x, weight, 1))
+    gradient = pixels(2, 2, 8, 5, 7)
+    found = depthwise.launch_backward(gradient.contiguous(), x, weight, 1)
+    expected = depthwise.launch_backward(gradient, x, weight, 1)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert found[1].dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", ["", "0.75", "0.25"])
+def test_every_depthwise_layer_of_mobilenet(width):
+    """At its channels, and at odd sizes."""
+    network = with_own_depthwise(models.build(f"mobilenet{width}", 10)).eval()
+    found = set()
+    for layer in network.modules():
+        if isinstance(layer, OwnDepthwise):
+            layer.register_forward_pre_hook(lambda layer, given: found.add((given[0].shape, layer.stride)))
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 40, 40))
+    assert len(found) > 6
+    for shape, stride in found:
+        check_depthwise(tuple(shape), stride)
 
 
 @pytest.mark.slow
