@@ -251,7 +251,10 @@ def _by_own_kernels(pair: Pair) -> list[Contender]:
         refinery_network, student_network = (models.build(name, CLASSES) for name in (pair.refinery, pair.student))
     found = []
     if is_fusable(refinery_network):
-        ways = {FUSED: FusedResNet, FUSED_APART: partial(FusedResNet, add_in_product=False)}
+        ways: dict[str, Callable[[nn.Module], nn.Module]] = {
+            FUSED: FusedResNet,
+            FUSED_APART: partial(FusedResNet, add_in_product=False),
+        }
         for name, way in ways.items():
             demand = pair.demand_of(way, student=False)
             found.append(pair.contender(name, partial(RefineryForward, rewritten=way), demand))

@@ -226,7 +226,7 @@ def main() -> None:
     targets = parser.parse_args().targets
     if triton.knobs.runtime.interpret:
         raise KernelError("TRITON_INTERPRET is set, which leaves nothing to compile: unset it")
-    row = "{:<24} {:<6} {:<8} {:>9} {:>14} {:>13}"
+    row = "{:<27} {:<6} {:<8} {:>9} {:>14} {:>13}"
     print(row.format("kernel", "target", "shape", "registers", "spilled bytes", "shared memory"))
     for version in versions():
         for target in targets:

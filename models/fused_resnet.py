@@ -1,5 +1,7 @@
 """A ResNet's forward with batch statistics, in fewer passes over memory: for refineries, which never train."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -21,7 +23,7 @@ class FusedResNet(nn.Module):
         super().__init__()
         if not is_fusable(network):
             raise ModelError("only a torchvision ResNet of bottlenecks with batch normalisation can be fused")
-        self.network = network.requires_grad_(False)
+        self.network: Any = network.requires_grad_(False)
         self.add_in_product = add_in_product
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Depthwise 3x3 convolutions of a network by our own kernels."""
 
+from typing import TypeGuard
+
 from torch import Tensor, nn
 
 from kernels.depthwise import depthwise
@@ -31,7 +33,7 @@ def has_depthwise(network: nn.Module) -> bool:
     return any(map(_is_depthwise, network.modules()))
 
 
-def _is_depthwise(layer: nn.Module) -> bool:
+def _is_depthwise(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     return (
         isinstance(layer, nn.Conv2d)
         and layer.groups == layer.in_channels == layer.out_channels > 1

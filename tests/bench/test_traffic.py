@@ -169,6 +169,8 @@ def test_both_gradients_of_a_depthwise_convolution_are_one_pass():
     weights = weights_of([layer for layer, *_ in depthwise])
     saved = 2 * sum(out for *_, out in depthwise) - 4 * weights
     assert usual[PRODUCTS + BACKWARD] - own[PRODUCTS + BACKWARD] == pytest.approx(saved, rel=0.01)
+    counted = traffic("mobilenet", backward=True, batch=64, resolution=224, rewritten=with_own_depthwise)
+    assert counted.bytes_per_image / 1e6 == pytest.approx(138, abs=1)
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torchvision.models.resnet import Bottleneck, ResNet
 
-import tests.kernels.repaired  # noqa: F401
 import models
+import tests.kernels.repaired  # noqa: F401
 from kernels import batch_statistics, depthwise, product
 from models.fused_resnet import FusedResNet
 from models.own_depthwise import OwnDepthwise, with_own_depthwise

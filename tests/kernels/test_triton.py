@@ -20,7 +20,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
 
 
