@@ -20,6 +20,8 @@ from bench.record import Column, Record, Row, ran, step_columns
 from bench.settings import Settings
 from bench.turns import Contender, Runner, Work, in_turns
 from kernels.normalise import Normalise
+from models.fused_resnet import FusedResNet, is_fusable
+from models.own_depthwise import has_depthwise, with_own_depthwise
 from train.config import OptimizerConfig
 from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.step import COMPILER_OPTIONS, Step
@@ -29,6 +31,8 @@ from train.student import Student
 _AT_ONCE = {"cpu": 1, "cuda": 20}
 
 REFINERY, STUDENT = "refinery forward", "student forward and backward"
+FUSED, FUSED_APART = f"{REFINERY}, fused", f"{REFINERY}, fused, residuals added apart"
+OWN_DEPTHWISE = f"{STUDENT}, own depthwise"
 OPTIMIZER, BARE, STEP = "optimizer", "step without networks", "step"
 
 
@@ -74,11 +78,11 @@ class _Batches(Runner):
 
 
 class RefineryForward(_Batches):
-    """The refinery's network, from normalised images to logits."""
+    """The refinery's network, from normalised images to logits. rewritten: what it is replaced by."""
 
-    def __init__(self, pair: Pair):
+    def __init__(self, pair: Pair, rewritten: Callable[[nn.Module], nn.Module] = lambda network: network):
         super().__init__(pair)
-        self._forward = self._forward_of(refinery(pair, models.build(pair.refinery, CLASSES)).network)
+        self._forward = self._forward_of(rewritten(refinery(pair, models.build(pair.refinery, CLASSES)).network))
         self._ready = self._images(pair.refinery)
 
     def step(self) -> None:
@@ -87,11 +91,14 @@ class RefineryForward(_Batches):
 
 
 class StudentPass(_Batches):
-    """The student's network, from normalised images to logits, and back from a gradient to those of the weights."""
+    """The student's network, from normalised images to logits, and back from a gradient to those of the weights.
 
-    def __init__(self, pair: Pair):
+    rewritten: what it is replaced by, which computes the same.
+    """
+
+    def __init__(self, pair: Pair, rewritten: Callable[[nn.Module], nn.Module] = lambda network: network):
         super().__init__(pair)
-        self._network = on_device(models.build(pair.student, CLASSES), torch.device(self.device))
+        self._network = on_device(rewritten(models.build(pair.student, CLASSES)), torch.device(self.device))
         self._forward = self._forward_of(self._network)
         self._ready = self._images(pair.student)
 
@@ -228,10 +235,33 @@ def _contenders(pair: Pair) -> list[Contender]:
         *limits(pair),
         pair.contender(REFINERY, RefineryForward, forward),
         pair.contender(STUDENT, StudentPass, training),
+        *_by_own_kernels(pair),
         pair.contender(OPTIMIZER, Optimizing),
         pair.contender(BARE, partial(Stepping, networks=False)),
         _stepping(pair),
     ]
+
+
+def _by_own_kernels(pair: Pair) -> list[Contender]:
+    """The networks by kernels that run on a GPU alone, and in no training yet, where they take these networks."""
+    settings = pair.settings
+    if not (settings.on_gpu and settings.autocast) or pair.why_not():
+        return []
+    with torch.device("meta"):
+        refinery_network, student_network = (models.build(name, CLASSES) for name in (pair.refinery, pair.student))
+    found = []
+    if is_fusable(refinery_network):
+        ways: dict[str, Callable[[nn.Module], nn.Module]] = {
+            FUSED: FusedResNet,
+            FUSED_APART: partial(FusedResNet, add_in_product=False),
+        }
+        for name, way in ways.items():
+            demand = pair.demand_of(way, student=False)
+            found.append(pair.contender(name, partial(RefineryForward, rewritten=way), demand))
+    if has_depthwise(student_network):
+        demand = pair.demand_of(with_own_depthwise, student=True)
+        found.append(pair.contender(OWN_DEPTHWISE, partial(StudentPass, rewritten=with_own_depthwise), demand))
+    return found
 
 
 def _findings(title: str, rows: list[Row]) -> list[str]:

@@ -63,7 +63,13 @@ class Pair:
             return Demand(0.0, 0.0), Demand(0.0, 0.0)
         return self._demand(self.refinery, backward=False), self._demand(self.student, backward=True)
 
-    def _demand(self, name: str, *, backward: bool) -> "Demand":
+    def demand_of(self, rewritten: Callable[[nn.Module], nn.Module], *, student: bool) -> "Demand":
+        """What an image asks of the device with the student, or the refinery, replaced by what computes the same."""
+        return self._demand(self.student if student else self.refinery, backward=student, rewritten=rewritten)
+
+    def _demand(
+        self, name: str, *, backward: bool, rewritten: Callable[[nn.Module], nn.Module] = lambda network: network
+    ) -> "Demand":
         settings = self.settings
         moved = traffic(
             name,
@@ -72,6 +78,7 @@ class Pair:
             resolution=settings.resolution,
             autocast=settings.autocast,
             classes=CLASSES,
+            rewritten=rewritten,
         )
         return Demand(self._flops(name, backward=backward), moved.bytes_per_image)
 

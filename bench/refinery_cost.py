@@ -24,6 +24,7 @@ from bench.turns import Contender, Runner, Work, in_turns
 from command import UserError
 from data.loader import CropBatch, Loader, open_loader
 from data.sets import ConvertedSet, find_set
+from models.fused_resnet import FusedResNet, is_fusable
 from models.trained import Trained, load_trained
 from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.labels.refinery import Refinery
@@ -31,6 +32,8 @@ from train.step import Step
 
 # Batch normalisation, and the share of the crops' side. The first is what the others are compared with.
 _OPTIONS = tuple((bn, share) for share in (1.0, 0.71, 0.5) for bn in ("batch", "averaged", "running"))
+# The batch's statistics by kernels that take part in the convolutions; on a GPU only, of networks that these take.
+_FUSED = ("fused", 1.0)
 _STUDENTS = 3
 _AT_ONCE = {"cpu": 1, "cuda": 20}
 
@@ -68,11 +71,13 @@ def _refinery(settings: Settings, trained: Trained, bn: str, resolution: int, lo
         source = Refinery(
             trained.network,
             trained.normalisation,
-            bn=bn,
+            bn="batch" if bn == "fused" else bn,
             over=loader.epoch(1) if bn == "averaged" else (),
             resolution=resolution,
             dtype=settings.autocast or torch.float32,
         )
+    if bn == "fused":
+        source.network = FusedResNet(source.network)
     return on_device(source, device)
 
 
@@ -139,7 +144,7 @@ def measure(settings: Settings) -> Record:
     """Measures the options of the refinery that was named; without one, a row says so."""
     try:
         trained, data, resolution = _opened(settings)
-        rows, notes = _rows(settings, resolution), _notes(settings, trained, data, resolution)
+        rows, notes = _rows(settings, trained, resolution), _notes(settings, trained, data, resolution)
     except UserError as error:
         rows, notes = [{"name": "all options", "group": "", "unit": "images/s", "not_run": str(error)}], []
     return Record(
@@ -164,10 +169,11 @@ def measure(settings: Settings) -> Record:
     )
 
 
-def _rows(settings: Settings, resolution: int) -> list[Row]:
+def _rows(settings: Settings, trained: Trained, resolution: int) -> list[Row]:
+    options = _options(settings, trained)
     labelling = [
         _contender(settings, "labels", _named(option, resolution), partial(Labelling, settings, *option))
-        for option in _OPTIONS
+        for option in options
     ]
     teaching = [
         _contender(
@@ -185,12 +191,18 @@ def _rows(settings: Settings, resolution: int) -> list[Row]:
                 if "not_run" not in row:
                     row["gain"] = row["rate"]["median"] / found[0]["rate"]["median"]
         rows += found
-    _compare_labels(settings, rows[: len(labelling)])
+    _compare_labels(settings, rows[: len(labelling)], options)
     return rows
 
 
+def _options(settings: Settings, trained: Trained) -> list[tuple[str, float]]:
+    fusable = settings.on_gpu and settings.autocast and is_fusable(trained.network)
+    return [*_OPTIONS, *([_FUSED] if fusable else [])]
+
+
 def _named(option: tuple[str, float], resolution: int) -> str:
-    return f"bn={option[0]}, {_side(resolution, option[1])} px"
+    bn = "batch, fused" if option == _FUSED else option[0]
+    return f"bn={bn}, {_side(resolution, option[1])} px"
 
 
 def _contender(settings: Settings, group: str, name: str, build: Callable[[], Runner]) -> Contender:
@@ -217,10 +229,10 @@ def _label_batches(settings: Settings) -> int:
 # ---- what the options do to the labels, in one process
 
 
-def _compare_labels(settings: Settings, rows: list[Row]) -> None:
+def _compare_labels(settings: Settings, rows: list[Row], options: list[tuple[str, float]]) -> None:
     """Adds `agreement` and `divergence` to the rows of the options, in their order, that ran."""
     with Process() as process:
-        for row, option in zip(rows, _OPTIONS, strict=True):
+        for row, option in zip(rows, options, strict=True):
             if "not_run" not in row:
                 try:
                     row |= process.call(_differences, settings, *option)

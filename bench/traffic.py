@@ -6,16 +6,18 @@ well (`_Passes`). Nothing is computed, so any device's figures can be had on any
 
 import operator
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._decomp import get_decompositions
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import models
+from kernels import batch_statistics, product
 from kernels.normalise import Normalise
 
 aten = torch.ops.aten
@@ -51,6 +53,17 @@ _MADE = {
     "empty",
     "arange",
 }
+# Our own operators (kernels), each a pass of its own.
+_OURS = {
+    "product": PRODUCTS,
+    "sum_product": PRODUCTS,
+    "statistics": STATISTICS,
+    "normalise": POINTWISE,
+    "normalise_and_pool": POOLING,
+    "depthwise": PRODUCTS,
+    "depthwise_backward": PRODUCTS,
+}
+_OWN_PASSES = (PRODUCTS, POOLING, OTHER, STATISTICS, POINTWISE)
 # Batch normalisation and others, as the reductions and pointwise operations that it consists of.
 _TAKEN_APART = (
     aten.native_batch_norm,
@@ -89,13 +102,16 @@ def traffic(
     resolution: int,
     autocast: torch.dtype | None = torch.bfloat16,
     classes: int = 1000,
+    rewritten: Callable[[nn.Module], nn.Module] = lambda network: network,
 ) -> Traffic:
     """What a network of models.build moves from uint8 crops to logits with batch statistics, and back to its gradients.
 
-    autocast: bfloat16, float16, or None for float32 throughout.
+    autocast: bfloat16, float16, or None for float32 throughout. rewritten: what the network is replaced by, which
+    computes the same, as models.fused_resnet.FusedResNet.
     Left out, being small: labels, loss, metrics. Raises ModelError for a name that models.build does not know.
     """
-    network = models.build(name, classes).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    network = models.build(name, classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = rewritten(network).train()
     normalise = Normalise(models.normalisation(name))
 
     def run(crops: Tensor, gradient: Tensor, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Any:
@@ -118,7 +134,8 @@ def traffic(
 class _Passes:
     """A graph's operations as passes over memory, as a compiler makes them that fuses well.
 
-    - Products, convolutions, pooling and all that is not known here read their inputs and write their outputs.
+    - Products, convolutions, pooling, our own operators and all that is not known here read their inputs and write
+      their outputs.
     - Pointwise operations are computed where their result is used, from what lies in memory. A result is itself written
       where a product needs it, and where several passes use it and reading it costs them less than reading its inputs.
     - Reductions read what their inputs are computed from, once for those of one size that have some of it in common and
@@ -147,7 +164,10 @@ class _Passes:
                 added = sum(size for size in others if 2 * size > largest) if images else 0
                 found[POINTWISE + when] += largest + sum(others) - added + _bytes(node)
                 found[ADDED + when] += added
-            elif kind in (PRODUCTS, POOLING, OTHER):
+            elif _is_ours(node):
+                for name, size in self._of_ours(node).items():
+                    found[name + when] += size
+            elif kind in _OWN_PASSES:
                 found[kind + when] += sum(map(_bytes, self._inputs(node))) + _bytes(node)
                 if node.target is aten.convolution_backward.default:
                     found[kind + when] += self._read_again(node)
@@ -164,6 +184,29 @@ class _Passes:
         assert isinstance(wanted, list | tuple)
         return sum(map(_bytes, self._read[gradient])) if all(wanted[:2]) else 0
 
+    def _of_ours(self, node: Node) -> dict[str, int]:
+        """Bytes by pass of one of our operators, those of a residual apart from those of the product that adds it."""
+        name, x = _name(node), node.args[0]
+        assert isinstance(x, Node)
+        found = Counter({_OURS[name]: sum(map(_bytes, self._inputs(node))) + _bytes(node)})
+        if name in ("normalise", "sum_product") and isinstance(node.args[2], Node):
+            # The other is read; the sum is what the product does not otherwise write.
+            added = _bytes(node.args[2]) * (2 if name == "sum_product" else 1)
+            found[_OURS[name]] -= added
+            found[ADDED] += added
+        outputs = node.meta["val"]
+        if name == "product":
+            # Pixels that its stride leaves out are not read.
+            given, taken = x.meta["val"][:, 0].numel(), outputs[0][:, 0].numel()
+            found[PRODUCTS] -= _bytes(x) * (given - taken) // given
+        if name in ("statistics", "product", "sum_product"):
+            counted = x.meta["val"] if name == "statistics" else outputs[-2]
+            block = batch_statistics.ROWS if name == "statistics" else product.ROWS
+            _, groups = batch_statistics.division(counted[:, 0].numel(), block)
+            # Two float32 of each channel, of each group, are written and read again.
+            found[STATISTICS] += 16 * groups * counted.shape[1]
+        return found
+
     def _least(self, read: frozenset[Node]) -> frozenset[Node]:
         """What a pass has to read: not what it can compute again from values that it reads anyway, as a ReLU's sign."""
         for value in sorted(read, key=self._place.__getitem__, reverse=True):
@@ -178,10 +221,7 @@ class _Passes:
         needed = set(self._outputs)
         for node in reversed(nodes):
             users = [user for user in node.users if user.op == "call_function"]
-            if (
-                any(self._kinds[user] in (PRODUCTS, POOLING, OTHER) for user in users)
-                or node.target is aten.copy_.default
-            ):
+            if any(self._kinds[user] in _OWN_PASSES for user in users) or node.target is aten.copy_.default:
                 needed.add(_plain(node))
             if node in needed and self._kinds[node] == "view":
                 needed.add(_plain(node))
@@ -248,8 +288,9 @@ def _kind(node: Node) -> str:
         return "input"
     if node.target is operator.getitem:
         return "item"
-    assert isinstance(node.target, torch._ops.OpOverload)
-    name = node.target.overloadpacket.__name__
+    name = _name(node)
+    if _is_ours(node):
+        return _OURS[name]
     if name in _MADE:
         return "made"
     if name in _VIEWS:
@@ -258,11 +299,23 @@ def _kind(node: Node) -> str:
         return PRODUCTS
     if "pool" in name:
         return POOLING
+    assert isinstance(node.target, torch._ops.OpOverload)
     if torch.Tag.reduction in node.target.tags:
         return "reduction"
     if torch.Tag.pointwise in node.target.tags or name in _POINTWISE:
         return "pointwise"
     return OTHER
+
+
+def _name(node: Node) -> str:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.target.overloadpacket.__name__
+
+
+def _is_ours(node: Node) -> bool:
+    """Whether it is one of _OURS."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "label_refinery" and _name(node) in _OURS
 
 
 def _plain(node: Node) -> Node:

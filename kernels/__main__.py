@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from command import UserError, exit_on_user_error
-from kernels import pool_labels, refinery_loss, sample_blocks
+from kernels import batch_statistics, depthwise, pool_labels, product, refinery_loss, sample_blocks
 
 # Types of the kernels' arguments; those in capitals are constants, those not listed are int32.
 _TYPES = {
@@ -31,11 +31,25 @@ _TYPES = {
     "loss_ptr": "*fp32",
     "gradient_ptr": "*bf16",
     "temperature": "fp32",
+    "x_ptr": "*bf16",
+    "result_ptr": "*bf16",
     "blocks_ptr": "*i64",
     "offsets_ptr": "*i64",
     "places_ptr": "*i32",
     "crops_ptr": "*u8",
+    "y_ptr": "*bf16",
+    "other_ptr": "*bf16",
+    "sum_ptr": "*bf16",
+    "filters_ptr": "*bf16",
+    "affine_ptr": "*fp32",
+    "other_affine_ptr": "*fp32",
+    "weight_ptr": "*fp32",
+    "bias_ptr": "*fp32",
+    "moments_ptr": "*fp32",
+    "eps": "fp32",
 }
+# Multiples of 16 where it matters: sizes of activations, and channels.
+_SIXTEENS = {"count", "channels", "inputs", "outputs"}
 
 
 # A typical crop: the square root of the mean area of a training crop of 512 x 384 pixels, and the size it is resized
@@ -60,6 +74,7 @@ class Version:
     shape: str
     constants: dict[str, Any]
     warps: int = 4
+    stages: int = 3
 
     @property
     def name(self) -> str:
@@ -93,6 +108,30 @@ def versions() -> list[Version]:
         found.append(Version(pool_labels._sum_kernel, f"C={classes}", constants, warps))
     constants = {name: getattr(sample_blocks, name) for name in ("TILE", "ROWS", "COLUMNS")}
     found.append(Version(sample_blocks._sample_kernel, "any", constants, sample_blocks.WARPS))
+    for stride in (1, 2):
+        constants = {"STRIDE": stride, "CHANNELS": depthwise.tile(1024)}
+        forward, backward = ({"PIXELS": size} | constants for size in (depthwise.PIXELS, depthwise.PIXELS_BACK))
+        found.append(Version(depthwise._depthwise_kernel, f"/{stride}", forward))
+        found.append(Version(depthwise._depthwise_backward_kernel, f"/{stride}", backward, depthwise.WARPS_BACK))
+    return found + _of_fused_refineries()
+
+
+def _of_fused_refineries() -> list[Version]:
+    """Those of a batch-normalised network's forward, products at their widest."""
+    sizes = {name: getattr(batch_statistics, name) for name in ("ROWS", "CHANNELS")}
+    finished = {"GROUPS": batch_statistics.GROUPS, "CHANNELS": batch_statistics.FINISHED}
+    found = [
+        Version(batch_statistics._moments_kernel, "any", sizes, batch_statistics.WARPS),
+        Version(batch_statistics._finish_kernel, "any", finished),
+        Version(batch_statistics._pool_kernel, "any", sizes | {"ROWS": batch_statistics.POOLED}),
+    ]
+    for kind in ("normalised", "added", "both"):
+        found.append(Version(batch_statistics._normalise_kernel, "any", sizes | {"KIND": kind}, batch_statistics.WARPS))
+    sizes = {"ROWS": product.ROWS, "INPUTS": product.INPUTS, "OUTPUTS": product.tile(256)}
+    for kind, stride in (("plain", 1), ("plain", 2), ("normalised", 1), ("added", 1), ("both", 1)):
+        constants = sizes | {"KIND": kind, "STRIDE": stride}
+        shape = f"/{stride}" if stride > 1 else "any"
+        found.append(Version(product._product_kernel, shape, constants, product.WARPS, product.STAGES))
     return found
 
 
@@ -105,10 +144,15 @@ def compile_version(version: Version, target: int) -> Usage:
         version.constants,
         # What Triton knows about the arguments at a launch: memory begins at multiples of 16 bytes, and sizes of
         # activations, unlike numbers of classes, are multiples of 16 too.
-        {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name.endswith("_ptr") or name == "count"},
+        {
+            (at,): [["tt.divisibility", 16]]
+            for at, name in enumerate(names)
+            if name.endswith("_ptr") or name in _SIXTEENS
+        },
     )
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": version.warps})
+        options = {"num_warps": version.warps, "num_stages": version.stages}
+        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:  # Triton's errors have no common base class.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise KernelError(f"{version.name}, {version.shape}, for sm_{target}: {reason}") from error
@@ -178,7 +222,7 @@ def main() -> None:
     targets = parser.parse_args().targets
     if triton.knobs.runtime.interpret:
         raise KernelError("TRITON_INTERPRET is set, which leaves nothing to compile: unset it")
-    row = "{:<24} {:<6} {:<8} {:>9} {:>14} {:>13}"
+    row = "{:<27} {:<6} {:<8} {:>9} {:>14} {:>13}"
     print(row.format("kernel", "target", "shape", "registers", "spilled bytes", "shared memory"))
     for version in versions():
         for target in targets:

@@ -29,6 +29,8 @@ from bench.task import Task
 from bench.trace import trace
 from command import with_flags
 from data.sources import image_files
+from models.fused_resnet import FusedResNet
+from models.own_depthwise import has_depthwise, with_own_depthwise
 from train.runs.environment import environment
 from train.student import CROPS
 
@@ -102,6 +104,47 @@ def test_a_pair_that_cannot_take_the_resolution_says_so(settings):
 @pytest.mark.parametrize("build", [RefineryForward, StudentPass, Optimizing])
 def test_parts_of_a_step_work_a_batch_at_a_time(pair, build):
     assert build(pair).run().amount == 4
+
+
+def test_own_kernels_are_measured_on_a_gpu_where_they_take_the_network(settings):
+    def rows(refinery: str, student: str, **changed) -> dict[str, dict]:
+        pair = Pair(refinery, student, replace(settings, **({"device": "cuda", "precision": "bf16"} | changed)))
+        return {contender.row["name"]: contender.row for contender in networks._by_own_kernels(pair)}
+
+    found = rows("resnet50", "resnet18")
+    assert list(found) == [networks.FUSED, networks.FUSED_APART]
+    assert 0 < found[networks.FUSED]["bytes"] < found[networks.FUSED_APART]["bytes"]
+    found = rows("resnet18", "mobilenet0.25")
+    assert list(found) == [networks.OWN_DEPTHWISE]
+    own = replace(settings, precision="bf16")
+    assert 0 < found[networks.OWN_DEPTHWISE]["bytes"] < Pair("resnet18", "mobilenet0.25", own).demands()[1].bytes
+    assert not rows("resnet50", "mobilenet0.25", device="cpu")
+    assert not rows("resnet50", "mobilenet0.25", precision="fp32")
+    assert not rows("resnet18", "resnet18")
+
+
+def test_a_student_by_own_kernels_is_what_they_are_defined_by(pair):
+    own = StudentPass(pair, rewritten=with_own_depthwise)
+    assert has_depthwise(models.build(pair.student, 10))
+    assert not has_depthwise(own._network)
+    assert own.run().amount == 4
+
+
+def test_a_fused_refinery_labels_alike(settings, converted, tmp_path, monkeypatch):
+    """What its kernels are defined by; in float32, which leaves no rounding to speak of."""
+    torch.manual_seed(0)
+    file = tmp_path / "refinery.pt"
+    torch.save(models.build("resnet50", 3).state_dict(), file)
+    asked = replace(settings, refinery=f"resnet50:{file}", data=str(converted.folder))
+    monkeypatch.setattr(refinery_cost, "_reference", [])
+    refinery_cost._differences(asked, "batch", 1.0)
+    assert refinery_cost._differences(asked, *refinery_cost._FUSED)["divergence"] == pytest.approx(0, abs=1e-6)
+    labelling = refinery_cost.Labelling(asked, *refinery_cost._FUSED)
+    assert isinstance(labelling._labels.network, FusedResNet)
+    # It is offered on a GPU only.
+    trained = refinery_cost._opened(asked)[0]
+    assert refinery_cost._FUSED in refinery_cost._options(replace(asked, device="cuda", precision="bf16"), trained)
+    assert refinery_cost._FUSED not in refinery_cost._options(asked, trained)
 
 
 @pytest.mark.parametrize("real", [True, False])

@@ -1,6 +1,7 @@
 """Bytes that networks move: against counts by hand, and against what PyTorch's compiler counts of its own kernels."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 import models
 from bench.traffic import ADDED, BACKWARD, POINTWISE, POOLING, PRODUCTS, STATISTICS, traffic
 from kernels.normalise import Normalise
+from models.fused_resnet import FusedResNet
+from models.own_depthwise import with_own_depthwise
 
 BATCH, SIDE = 4, 64
 
@@ -97,6 +100,77 @@ def test_images_count_and_weights_are_shared():
 def test_published_networks(name, backward, low, high):
     counted = traffic(name, backward=backward, batch=64, resolution=224)
     assert low < counted.bytes_per_image / 1e6 < high
+
+
+@pytest.mark.parametrize("add_in_product", [True, False])
+def test_a_fused_forward_by_hand(add_in_product):
+    layers = shapes("resnet50")
+    products = [(layer, given, out) for layer, given, out in layers if isinstance(layer, nn.Conv2d | nn.Linear)]
+    convolutions = [each for each in products if isinstance(each[0], nn.Conv2d)]
+    pixelwise = [each for each in convolutions if each[0].kernel_size == (1, 1)]
+    others = [each for each in convolutions if each not in pixelwise]
+    # The blocks' outputs: of three ReLUs of a block the last.
+    sums = [out for layer, _, out in layers if isinstance(layer, nn.ReLU)][3::3]
+    assert (len(pixelwise), len(others), len(sums)) == (36, 17, 16)
+    weights = weights_of([layer for layer, *_ in products])
+    pooled = next((given, out) for layer, given, out in layers if isinstance(layer, nn.MaxPool2d))
+    # Two float32 of each channel and of each group of pixels, which are few here: 128 of a product, 64 otherwise.
+    groups = [
+        (layer.out_channels, -(-out // layer.out_channels // (128 if layer.kernel_size == (1, 1) else 64)))
+        for layer, _, out in convolutions
+    ]
+    if add_in_product:
+        # Of each block but the last, the next one's product reads what it adds, and writes the sum.
+        added, passes = 2 * sum(sums[:-1]) + sums[-1], [2 * sums[-1]]
+    else:
+        added, passes = sum(sums), [2 * out for out in sums]
+    expected = {
+        # Of a stride the pixels that it takes are read alone.
+        PRODUCTS: 2 * weights
+        + 2 * sum(given // layer.stride[0] ** 2 + out for layer, given, out in pixelwise)
+        + 2 * sum(given + out for layer, given, out in [*others, products[-1]]),
+        # Four float32 of each channel are parameters and what becomes of them; the mean of the last maps is taken too.
+        STATISTICS: 2 * sum(out for *_, out in others)
+        + sum(16 * channels * number for channels, number in groups)
+        + 16 * sum(layer.out_channels for layer, *_ in others)
+        + 2 * (sums[-1] + BATCH * 2048),
+        # What the convolutions take that are no products, and the crops; weights are read and written as bfloat16.
+        POINTWISE: 2 * sum(2 * given for _, given, _ in others[1:])
+        + 2 * sum(passes)
+        + 6 * weights
+        + 3 * BATCH * 3 * SIDE**2,
+        ADDED: 2 * added,
+        POOLING: 2 * sum(pooled),
+    }
+    found = moved("resnet50", rewritten=partial(FusedResNet, add_in_product=add_in_product))
+    for name, size in expected.items():
+        assert found[name] == pytest.approx(size, rel=0.01), name
+    assert sum(found.values()) == pytest.approx(sum(expected.values()), rel=0.005)
+
+
+@pytest.mark.parametrize(("add_in_product", "most"), [(False, 95), (True, 85)])
+def test_a_fused_forward_at_its_size(add_in_product, most):
+    """MB an image, where other forwards move 117 to 123."""
+    rewritten = partial(FusedResNet, add_in_product=add_in_product)
+    counted = traffic("resnet50", backward=False, batch=64, resolution=224, rewritten=rewritten)
+    assert most - 6 < counted.bytes_per_image / 1e6 < most
+
+
+def test_both_gradients_of_a_depthwise_convolution_are_one_pass():
+    """The output's gradient is read once and not twice; weights and their gradients are float32, and not bfloat16."""
+    depthwise = [
+        (layer, given, out)
+        for layer, given, out in shapes("mobilenet0.25")
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1
+    ]
+    assert len(depthwise) == 13
+    usual, own = (moved("mobilenet0.25", backward=True, rewritten=way) for way in (lambda n: n, with_own_depthwise))
+    assert own[PRODUCTS] == pytest.approx(usual[PRODUCTS], rel=0.01)
+    weights = weights_of([layer for layer, *_ in depthwise])
+    saved = 2 * sum(out for *_, out in depthwise) - 4 * weights
+    assert usual[PRODUCTS + BACKWARD] - own[PRODUCTS + BACKWARD] == pytest.approx(saved, rel=0.01)
+    counted = traffic("mobilenet", backward=True, batch=64, resolution=224, rewritten=with_own_depthwise)
+    assert counted.bytes_per_image / 1e6 == pytest.approx(138, abs=1)
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def _kernels(device: str) -> Stage:
     words = ("-m", "pytest", "--noconftest", "-q", "-p", "no:cacheprovider")
     if device == "cuda":
         return Stage("kernels", (*words, "-m", "gpu", "tests/kernels/test_kernels_gpu.py"), _tests, needs=_PYTEST)
-    interpreted = (*words, "tests/kernels/interpreted.py")
+    interpreted = (*words, "-m", "not slow", "tests/kernels/interpreted.py", "tests/kernels/interpreted_fused.py")
     return Stage("kernels", interpreted, _tests, needs=_PYTEST, environment={"TRITON_INTERPRET": "1"})
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.batch_statistics import _statistics
 from kernels.sample_blocks import rows_read
 
 # How far a gradient may be from the float32 one: one step between a dtype's numbers, since Triton's interpreter
@@ -95,3 +96,50 @@ def read_blocks(blocks: Tensor, offsets: Tensor, sizes: Tensor, boxes: Tensor, f
             kind = min(plane, 1)
             there[start + first[kind] * across : start + min(last[kind], down) * across] = True
     return there
+
+
+def pixels(seed: int, *shape: int, mean: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Activations of a network, channels-last."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean
+    return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def normalisation(seed: int, channels: int) -> Tensor:
+    """An affine, some of it negative: float32 [2, C]."""
+    return torch.randn(2, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def norm(seed: int, channels: int) -> tuple[Tensor, Tensor, float]:
+    """Weight, bias and eps of a batch normalisation."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(channels, generator=generator) + 0.5, torch.randn(channels, generator=generator), 1e-5
+
+
+def check_product(
+    found: tuple[Tensor, ...],
+    expected: tuple[Tensor, ...],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    absolute: float = 1e-4,
+) -> None:
+    """That a product gave what its reference does, and the normalisation of the very values that it gave."""
+    check_alike(found[:-1], expected[:-1], absolute=absolute)
+    check_alike(found[-1], _statistics(found[-2], weight, bias, eps))
+    assert expected[-1].shape == found[-1].shape
+
+
+def check_alike(
+    found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...], *, absolute: float = 1e-4
+) -> None:
+    """That a fused operator gave what its reference does, activations within one rounding, in the same memory."""
+    pair = (found, expected) if isinstance(expected, tuple) else ((found,), (expected,))
+    for ours, theirs in zip(*pair, strict=True):
+        assert ours.dtype == theirs.dtype
+        # Sums of another order may round to the other neighbour.
+        rounding = 1e-4 if ours.dtype == torch.float32 else ROUNDING[ours.dtype]
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=rounding, atol=absolute)
+        if ours.ndim == 4:
+            assert ours.is_contiguous(memory_format=torch.channels_last)
+            assert theirs.is_contiguous(memory_format=torch.channels_last)

@@ -2,24 +2,13 @@
 
 import pytest
 import torch
-from triton.runtime import interpreter
 
+import tests.kernels.repaired  # noqa: F401
 from kernels import pool_labels, refinery_loss, sample_blocks
 from kernels.refinery_loss import KINDS
 from tests.kernels.cases import block_images, check, defined, dense, read_blocks, sparse
 
 CASES = [(10, torch.float32, 1.0), (37, torch.bfloat16, 3.0), (1000, torch.float16, 2.0)]
-
-_patch_lang_tensor = interpreter._patch_lang_tensor
-
-
-def _patch_with_index(tensor, scope) -> None:
-    """Triton before 3.8 reads a loop's bound by int() of one element's array, which NumPy 2.5 refuses."""
-    _patch_lang_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-
-interpreter._patch_lang_tensor = _patch_with_index
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ import pytest
 from kernels import __main__ as command
 
 ROOT = Path(__file__).parents[2]
+INTERPRETED = ("tests/kernels/interpreted.py", "tests/kernels/interpreted_fused.py")
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
@@ -19,13 +20,22 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
 
 
 def test_interpreted_kernels_follow_their_references():
     """In a process of its own: Triton chooses between interpreting and compiling when kernels are defined."""
-    done = run("-m", "pytest", "--noconftest", "-q", "tests/kernels/interpreted.py", TRITON_INTERPRET="1")
+    interpret("not slow")
+
+
+@pytest.mark.slow
+def test_interpreted_networks_follow_their_references():
+    interpret("slow")
+
+
+def interpret(which: str) -> None:
+    done = run("-m", "pytest", "--noconftest", "-q", "-m", which, *INTERPRETED, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
