@@ -39,6 +39,7 @@ def interpret(which: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [80, 90])
 def test_every_kernel_compiles(target):
     for version in command.versions():

@@ -352,6 +352,7 @@ def test_few_operators_run_outside_the_compiled_graphs(options, most, graphs_of_
     assert 0 < sum(outside.found.values()) <= most, outside.found
 
 
+@pytest.mark.slow
 def test_three_runs_of_twelve_resolutions_each_stay_compiled(monkeypatch, capsys):
     compile, graphs = torch.compile, []
 

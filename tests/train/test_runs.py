@@ -642,6 +642,7 @@ def test_thrifty_refineries_are_runs_of_their_own(run, capsys):
     assert "loss l2, temperature 1" in out
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_answered_with_a_batch_that_fits(run, monkeypatch):
     """The allocator is PyTorch's own; a limit on it stands for a small machine."""
     original = Step.__call__
