@@ -95,8 +95,7 @@ def _(x: Tensor, affine: Tensor, other: Tensor | None, other_affine: Tensor | No
 
 @_normalise_and_pool.register_fake
 def pooled_like(x: Tensor, affine: Tensor) -> Tensor:
-    images, channels, height, width = x.shape
-    return packed_empty(x, images, channels, (height + 1) // 2, (width + 1) // 2)
+    return output_like(x, x.shape[1], 2)
 
 
 # ---- their Triton versions: a pixel is a row of channels
@@ -184,9 +183,9 @@ def launch_pool(x: Tensor, affine: Tensor) -> Tensor:
     return y
 
 
-def division(rows: int, block: int) -> tuple[int, int]:
-    """How many rows each group has, whole blocks of them, and how many groups there are."""
-    each = triton.cdiv(triton.cdiv(rows, block), GROUPS) * block
+def division(rows: int, block: int, groups: int = GROUPS) -> tuple[int, int]:
+    """How many rows each group has, whole blocks of them, and how many groups there are, at most `groups`."""
+    each = triton.cdiv(triton.cdiv(rows, block), groups) * block
     return each, triton.cdiv(rows, each)
 
 
@@ -197,7 +196,10 @@ def packed(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def packed_empty(x: Tensor, *shape: int) -> Tensor:
+def output_like(x: Tensor, channels: int, stride: int) -> Tensor:
+    """Memory for a convolution's or a pooling's output: [B, channels, ceil(H / stride), ceil(W / stride)]."""
+    images, _, height, width = x.shape
+    shape = (images, channels, (height - 1) // stride + 1, (width - 1) // stride + 1)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.batch_statistics import packed, packed_empty, wide
+from kernels.batch_statistics import division, output_like, packed, wide
 
 # Pixels that a program takes at a time, forward and back, and channels at most.
 PIXELS, PIXELS_BACK, _CHANNELS = 32, 8, 64
@@ -46,9 +46,8 @@ def _depthwise(x: Tensor, weight: Tensor, stride: int) -> Tensor:
 
 
 @_depthwise.register_fake
-def output_like(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    images, channels, height, width = x.shape
-    return packed_empty(x, images, channels, (height - 1) // stride + 1, (width - 1) // stride + 1)
+def _(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    return output_like(x, x.shape[1], stride)
 
 
 @torch.library.custom_op("label_refinery::depthwise_backward", mutates_args=(), device_types="cpu")
@@ -94,7 +93,7 @@ _depthwise.register_autograd(_backward, setup_context=_keep)
 def launch(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """The Triton version of the operator."""
     x, by_place = packed(x), _by_place(weight)
-    y = output_like(x, weight, stride)
+    y = output_like(x, x.shape[1], stride)
     (images, channels, height, width), (out_height, out_width) = x.shape, y.shape[2:]
     rows, block = images * out_height * out_width, tile(channels)
     with torch.cuda.device_of(x):
@@ -122,9 +121,7 @@ def launch_backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: int) ->
     of_x = torch.empty_like(x)
     (images, channels, height, width), (out_height, out_width) = x.shape, gradient.shape[2:]
     rows, block = images * height * width, tile(channels)
-    groups = triton.cdiv(_PROGRAMS, triton.cdiv(channels, block))
-    each = triton.cdiv(triton.cdiv(rows, PIXELS_BACK), groups) * PIXELS_BACK
-    groups = triton.cdiv(rows, each)
+    each, groups = division(rows, PIXELS_BACK, triton.cdiv(_PROGRAMS, triton.cdiv(channels, block)))
     sums = x.new_empty(groups, 9, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _depthwise_backward_kernel[(triton.cdiv(channels, block), groups)](

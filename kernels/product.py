@@ -22,8 +22,8 @@ from kernels.batch_statistics import (
     finish,
     kind,
     normalise,
+    output_like,
     packed,
-    packed_empty,
     statistics,
     wide,
 )
@@ -105,7 +105,7 @@ def _sum_product(
 def _(
     x: Tensor, filters: Tensor, weight: Tensor, bias: Tensor, eps: float, affine: Tensor | None, stride: int
 ) -> tuple[Tensor, Tensor]:
-    return _product_like(x, filters, stride), weight.new_empty(2, filters.shape[0])
+    return output_like(x, filters.shape[0], stride), weight.new_empty(2, filters.shape[0])
 
 
 @_sum_product.register_fake
@@ -120,12 +120,7 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = torch.empty_like(x, memory_format=torch.channels_last)
-    return total, _product_like(x, filters, 1), weight.new_empty(2, filters.shape[0])
-
-
-def _product_like(x: Tensor, filters: Tensor, stride: int) -> Tensor:
-    images, _, height, width = x.shape
-    return packed_empty(x, images, filters.shape[0], (height - 1) // stride + 1, (width - 1) // stride + 1)
+    return total, output_like(x, filters.shape[0], 1), weight.new_empty(2, filters.shape[0])
 
 
 # ---- their Triton version
@@ -168,7 +163,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(the sum, or x where there is none; the product; its affine)."""
     x, filters = packed(x), filters.contiguous()
-    y = _product_like(x, filters, stride)
+    y = output_like(x, filters.shape[0], stride)
     total = x if other is None else torch.empty_like(x)
     (_, inputs, height, width), (images, outputs, out_height, out_width) = x.shape, y.shape
     rows = images * out_height * out_width

@@ -45,6 +45,6 @@ def test_what_is_refused():
 def test_the_operators_are_registered_well():
     x, weight = pixels(0, 2, 3, 5, 8), pixels(1, 3, 1, 3, 3, dtype=torch.float32)
     for stride in (1, 2):
-        y = module.output_like(x, weight, stride)
+        y = module.output_like(x, x.shape[1], stride)
         torch.library.opcheck(module._depthwise, (x.clone().requires_grad_(), weight.clone().requires_grad_(), stride))
         torch.library.opcheck(module._depthwise_backward, (torch.randn_like(y), x, weight, stride))

@@ -143,6 +143,8 @@ def test_what_is_refused(capsys, tmp_path):
     assert "labels.smoothing=2" in refusal(capsys, "--labels.smoothing", "2")
     assert "other labels are soft already" in refusal(capsys, "--labels.smoothing", "0.1", "--refinery", "resnet18")
     assert "batch=1" in refusal(capsys, "--batch", "1", "--refinery", "resnet18")
+    averaged = refusal(capsys, "--batch", "1", "--refinery", "resnet18", "--labels.bn", "averaged")
+    assert "needs more than one crop; use labels.bn=running" in averaged
     for share in ("0.0", "1.5", "64.0"):
         assert f"resolution_from={share}: give a share" in refusal(capsys, "--resolution_from", share)
     assert "jitter is for a refinery's labels" in refusal(capsys, "--jitter", "1")

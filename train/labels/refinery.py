@@ -78,9 +78,9 @@ class RefineryLabels(Labels):
 
     @classmethod
     def check(cls, given: RefineryOptions, config: Asked) -> None:
-        if given.bn == "batch" and config.batch == 1:
+        if given.bn != "running" and config.batch == 1:
             raise TrainError(
-                "batch=1: a refinery with batch statistics needs more than one crop; use labels.bn=averaged"
+                "batch=1: a refinery with batch statistics needs more than one crop; use labels.bn=running"
             )
         if given.bn == "averaged" and "resolution_from" in config.changed and not given.resolution:
             raise TrainError(

@@ -118,8 +118,9 @@ class Tables:
             before = self._row(table, f"{student}, generation {generation}", student, refinery=before, seeds=1)
         for name, options in {"soft static": {"labels.per": "image"}, "hard dynamic": {"loss.kind": "hard"}}.items():
             self._row(table, f"{student}, {name}", student, options, refinery=refinery, seeds=1)
-        self._row(table, f"{student}, maps", student, self._maps(), seeds=1)
-        self._row(table, f"{student}, maps, CutMix", student, self._maps() | self._cutmix, seeds=1)
+        maps = self._maps()
+        self._row(table, f"{student}, maps", student, maps, seeds=1)
+        self._row(table, f"{student}, maps, CutMix", student, maps | self._cutmix, seeds=1)
         stored = {"labels.stored": str(self._store(LabelOptions(k=10), epochs))}
         self._row(table, f"{student}, stored labels, top 10", student, stored, seeds=1)
         for seed in range(1, self._setting.options.seeds):
