@@ -16,6 +16,8 @@ import os
 
 def double(x):
     """Twice."""
+    if x is None:
+        raise ValueError("a number is needed")
     return 2 * x  # a comment
 '''
 
@@ -26,6 +28,7 @@ def double(x):
         (SOURCE.replace("a comment", "another"), False),
         (SOURCE.replace('"""Twice."""', '"""Two times."""'), False),
         (SOURCE.replace('"""About."""\n', ""), False),
+        (SOURCE.replace("a number is needed", "give a number"), False),
         (SOURCE.replace("2 * x ", "2*x ").replace("\n\n\n", "\n"), False),
         (SOURCE.replace("2 * x", "3 * x"), True),
         (SOURCE.replace("2 * x", "2 + x"), True),
@@ -33,6 +36,8 @@ def double(x):
         (SOURCE.replace("import os", "import sys"), True),
         (SOURCE.replace("(x)", "(x, y=0)"), True),
         (SOURCE.replace("double", "twice"), True),
+        (SOURCE.replace("ValueError", "TypeError"), True),
+        (SOURCE.replace("raise ValueError", "ValueError"), True),
     ],
 )
 def test_a_digest_is_of_what_is_run(tmp_path, changed, differs):

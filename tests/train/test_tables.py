@@ -63,6 +63,8 @@ def test_every_table(setting, tmp_path):
     assert [run.identity["seed"] for run in first] == [0, 1]
     assert second[0].identity["refinery"]["weights"] != second[1].identity["refinery"]["weights"]
     assert [run.identity["epochs"] for run in by_name["1", "generation 1, as long as all three"].runs] == [3]
+    # Two networks of two seeds, each refined and from ground truth.
+    assert [len(row.runs) for row in rows if row.table == "2"] == [2, 2, 2, 2]
     jittered = by_name["3", "trained on with jitter"].runs[0].identity
     assert (jittered["jitter"], jittered["pretrained"] is None) == (1.0, False)
     (refinery,) = by_name["refineries", "refinery resnet18"].runs
@@ -243,7 +245,7 @@ def test_students_of_other_batches_train_apart(setting, tmp_path, capsys):
     setting = with_options(setting, students="mobilenet0.25 resnet18")
     setting = replace(setting, config=parse(["--data", setting.config.data, *words]))
     rows = make_tables(["2"], setting, tmp_path / "tables.md")
-    assert [run.identity["batch"] for row in rows if "refined" in row.name for run in row.runs] == [8, 16]
+    assert [run.identity["batch"] for row in rows if "refined" in row.name for run in row.runs] == [8, 8, 16, 16]
     assert "batch: mobilenet0.25 takes 8 and resnet18 16 from recipe" in capsys.readouterr().out
     assert str(tmp_path) not in (tmp_path / "tables.md").read_text()
 

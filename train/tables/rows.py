@@ -1,7 +1,7 @@
 """Which runs make the rows of each table, and what these need first."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,14 +36,9 @@ class Tables:
         self._row("1", "generation 1, as long as all three", student, longer, seeds=1)
 
     def _table_2(self) -> None:
-        names, refinery = self._setting.options.students.split(), self._refinery()
-        for name in names:
-            self._row("2", f"{name}, ground truth", name, seeds=1)
-        # The refinery labels each crop once for all students that can train together.
-        config = self._setting.config.learning_from(str(refinery.of_seed(0).folder))
-        refined = train(config.replace({"model": " ".join(names), "seed": 0}))
-        for name, run in zip(names, refined, strict=True):
-            self._add(Row("2", f"{name}, refined", _refined_by(name, refinery)), run)
+        students = self._students("2", self._setting.options.students.split())
+        for seed in range(self._setting.options.seeds):
+            students(seed)
 
     def _table_3(self) -> None:
         student, refinery = self._setting.options.student, self._refinery()
@@ -95,25 +90,12 @@ class Tables:
     def _table_length(self) -> None:
         """The refinery's students, together; then runs that explain their gain; then the other seeds of the first."""
         table, student = "length", self._setting.options.student
-        names = list(dict.fromkeys([student, *self._setting.options.students.split()]))
+        students = self._students(table, list(dict.fromkeys([student, *self._setting.options.students.split()])))
         refinery = self._refinery()
-        learning = self._setting.config.learning_from(str(refinery.of_seed(0).folder))
         epochs = self._setting.config.replace({"model": student}).epochs
-        refined = [Row(table, f"{name}, refined", _refined_by(name, refinery)) for name in names]
-        truth = [Row(table, f"{name}, ground truth", words_of({"model": name})) for name in names]
-
-        def students(seed: int) -> None:
-            for row, run in zip(
-                refined, train(learning.replace({"model": " ".join(names), "seed": seed})), strict=True
-            ):
-                self._add(row, run)
-            for row, name in zip(truth, names, strict=True):
-                config = self._setting.config.on_ground_truth()
-                self._add(row, *train(config.replace({"model": name, "seed": seed})))
-
         students(0)
         self._row(table, f"{student}, ground truth, 4 times as long", student, {"epochs": 4 * epochs}, seeds=1)
-        before = truth[0]
+        before = next(row for row in self.rows if (row.table, row.name) == (table, f"{student}, ground truth"))
         for generation in (2, 3):
             before = self._row(table, f"{student}, generation {generation}", student, refinery=before, seeds=1)
         for name, options in {"soft static": {"labels.per": "image"}, "hard dynamic": {"loss.kind": "hard"}}.items():
@@ -125,6 +107,24 @@ class Tables:
         self._row(table, f"{student}, stored labels, top 10", student, stored, seeds=1)
         for seed in range(1, self._setting.options.seeds):
             students(seed)
+
+    def _students(self, table: str, names: Sequence[str]) -> Callable[[int], None]:
+        """Adds rows for each network, refined and from ground truth, one run per call with a seed."""
+        refinery = self._refinery()
+        learning = self._setting.config.learning_from(str(refinery.of_seed(0).folder))
+        refined = [Row(table, f"{name}, refined", _refined_by(name, refinery)) for name in names]
+        truth = [Row(table, f"{name}, ground truth", words_of({"model": name})) for name in names]
+
+        def students(seed: int) -> None:
+            # The refinery labels each crop once for all students, which train together.
+            together = train(learning.replace({"model": " ".join(names), "seed": seed}))
+            for row, run in zip(refined, together, strict=True):
+                self._add(row, run)
+            for row, name in zip(truth, names, strict=True):
+                config = self._setting.config.on_ground_truth()
+                self._add(row, *train(config.replace({"model": name, "seed": seed})))
+
+        return students
 
     @property
     def _cutmix(self) -> dict[str, Any]:
