@@ -11,7 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from bench import BenchError, batches, cold, devices, loaders, loop, machine, networks, pooling, refinery_cost
+from bench import (
+    BenchError,
+    batches,
+    cold,
+    depthwise,
+    devices,
+    loaders,
+    loop,
+    machine,
+    networks,
+    pooling,
+    refinery_cost,
+)
 from bench.record import table, write, writing
 from bench.scale.measure import measure as measure_scale
 from bench.settings import Settings, resolve
@@ -30,10 +42,13 @@ _PARTS = {
     "devices": devices.measure,
     "refinery_cost": refinery_cost.measure,
     "pooling": pooling.measure,
+    "depthwise": depthwise.measure,
     "scale": measure_scale,
 }
 # Takes minutes, and 1.3 GB of disk: measured where it is asked for.
 _ON_REQUEST = ("scale",)
+# Of interest on a GPU only.
+_ON_GPU = ("batches", "depthwise")
 # With QUICK on a GPU: what is measured, the most valuable first, and each part's share of the minutes. Python loads its
 # libraries before, and charts are drawn after: 4 minutes in all.
 _QUICK_ON_GPU = {"networks": 0.5, "loop": 0.3, "loaders": 0.2}
@@ -66,8 +81,9 @@ def run(
 
     Args:
         only: the parts to measure, with commas between them: machine, loaders, cold, networks, loop, batches, devices,
-            refinery_cost, pooling, scale (default: all of them except scale, which takes minutes; batches only on a
-            GPU, devices only where there are several; quickly on a GPU: networks, loop and loaders)
+            refinery_cost, pooling, depthwise, scale (default: all of them except scale, which takes minutes; batches
+            and depthwise only on a GPU, devices only where there are several; quickly on a GPU: networks, loop and
+            loaders)
         quick: all in small, within three minutes on two cores; on a GPU three pairs at the usual size in fewer turns,
             with minutes=3.5; other options still count
         profile: nothing is measured, but one step of the first pair traced, and its costliest operators shown
@@ -138,7 +154,7 @@ def run(
 def _default_parts(settings: Settings) -> list[str]:
     if settings.quick and settings.on_gpu:
         return list(_QUICK_ON_GPU)
-    return [part for part in _PARTS if part not in _ON_REQUEST and (part != "batches" or settings.on_gpu)]
+    return [part for part in _PARTS if part not in _ON_REQUEST and (part not in _ON_GPU or settings.on_gpu)]
 
 
 def _deadlines(parts: Sequence[str], minutes: float) -> dict[str, float]:

@@ -23,17 +23,18 @@ def with_own_depthwise(network: nn.Module) -> nn.Module:
     """The network with each of its depthwise 3x3 convolutions replaced; its parameters and their names stay."""
     for parent in list(network.modules()):
         for name, layer in parent.named_children():
-            if _is_depthwise(layer):
+            if is_depthwise(layer):
                 setattr(parent, name, OwnDepthwise(layer))
     return network
 
 
 def has_depthwise(network: nn.Module) -> bool:
     """Whether with_own_depthwise would replace any."""
-    return any(map(_is_depthwise, network.modules()))
+    return any(map(is_depthwise, network.modules()))
 
 
-def _is_depthwise(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+def is_depthwise(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a depthwise 3x3 convolution that kernels.depthwise computes."""
     return (
         isinstance(layer, nn.Conv2d)
         and layer.groups == layer.in_channels == layer.out_channels > 1

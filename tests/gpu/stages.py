@@ -66,6 +66,7 @@ def stages(device: str, out: Path, gpus: int) -> list[Stage]:
     found += [
         _bench(device, out, "bench machine", "machine", 60),
         _bench(device, out, "bench batches", "batches", 450, "--minutes", "7"),
+        _bench(device, out, "bench depthwise", "depthwise", 450, "--minutes", "7"),
     ]
     if gpus > 1:
         found.append(_bench(device, out, "bench devices", "devices", 450, "--minutes", "7"))
@@ -99,7 +100,7 @@ def _gpu_tests() -> list[Stage]:
 def _bench(device: str, out: Path, name: str, parts: str, seconds: int, *more: str) -> Stage:
     words = ("-m", "bench", "--quick", "--device", device, "--out", str(out / "bench"), "--only", parts)
     if device == "cpu":
-        more = ("--batch", "4", *more) if parts == "batches" else more
+        more = ("--batch", "4", *more) if parts in ("batches", "depthwise") else more
     return Stage(name, (*words, *more), _records, seconds=seconds, needs=_COMMANDS)
 
 
