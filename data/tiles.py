@@ -44,7 +44,7 @@ def encode(image: Image.Image, quality: int) -> bytes:
 
 def _jpeg(image: Image.Image, quality: int, **options: int) -> bytes:
     buffer = io.BytesIO()
-    # An empty comment: Pillow would copy that of the original.
+    # An empty comment, because Pillow would copy that of the original.
     image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0", comment=b"", **options)
     return buffer.getvalue()
 
