@@ -117,7 +117,7 @@ class Region(NamedTuple):
 
 @njit(nogil=True, cache=True)
 def layout(jpeg: NDArray[np.uint8]) -> Layout:
-    """Reads the headers of a JPEG, uint8 [n]; frame is 0 where they are damaged. Nothing beyond n is read."""
+    """Reads the headers of a JPEG, uint8 [n]; frame is 0 if they are damaged. Nothing beyond n is read."""
     n = len(jpeg)
     frame, height, width, interval, table, lengths, tiles = 0, 0, 0, 0, 0, 0, 0
     subsampled, adobe = False, False

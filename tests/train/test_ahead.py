@@ -100,7 +100,7 @@ def test_a_measured_run_ends_with_the_bits_of_one_that_was_not(words, monkeypatc
         (["--runs", "/proc/runs"], r"/proc/runs: the run cannot be written there"),
         (["--out", "x" * 300], r"xxx: the run cannot be written there \(File name too long\)"),
         (["--labels.resolution", "8"], "resnet18: resolution=8 is too small"),
-        (["--replicas", "3", "--batch", "16"], "batch=16: is not divided by replicas=3"),
+        (["--replicas", "3", "--batch", "16"], "batch=16: is not a multiple of replicas=3"),
     ],
 )
 def test_the_students_faults_show_before_the_refinery_is_trained(words, options, says, monkeypatch, capsys):

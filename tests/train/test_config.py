@@ -52,7 +52,7 @@ def test_what_no_recipe_says_is_as_in_the_paper():
 
 def test_a_batch_is_divided_by_its_replicas(capsys):
     for batch, replicas in ((16, 5), (6, 4), (7, 8)):
-        says = f"batch={batch}: is not divided by replicas={replicas}; take a multiple of it"
+        says = f"batch={batch}: is not a multiple of replicas={replicas}; take one"
         assert says in refusal(capsys, "--batch", str(batch), "--replicas", str(replicas))
     for batch, replicas in ((15, 5), (8, 8), (7, 1)):
         assert parse(["--batch", str(batch), "--replicas", str(replicas)]).replicas == replicas

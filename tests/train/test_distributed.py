@@ -260,7 +260,7 @@ def test_replicas_are_part_of_who_a_run_is(converted):
     assert identity("--replicas", "4")["replicas"] == 4
     assert identity("--replicas", "4") == identity("--replicas", "4", "--reduce", "tree")
     assert identity("--replicas", "4") != identity("--replicas", "4", "--reduce", "bf16")
-    with pytest.raises(TrainError, match="batch=16: is not divided by replicas=5"):
+    with pytest.raises(TrainError, match="batch=16: is not a multiple of replicas=5"):
         identity("--replicas", "5")
 
 

@@ -179,7 +179,7 @@ def _values(tensor: onnx.TensorProto) -> np.ndarray:
 
 @pytest.mark.parametrize("change", [_other_mean, _classes_in_another_order])
 def test_a_file_that_says_something_else_is_refused(again, change, tmp_path):
-    with pytest.raises(TrainError, match="^model.onnx says something else than the network in PyTorch"):
+    with pytest.raises(TrainError, match="^model.onnx differs from the network in PyTorch"):
         again(change)
     assert list(tmp_path.iterdir()) == []
 

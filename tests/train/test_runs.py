@@ -565,7 +565,7 @@ def test_a_stop_after_the_last_validation_stops_what_would_follow(run, monkeypat
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "validate", validate)
-    with pytest.raises(Interrupted, match="stopped after a finished run; to go on, type again"):
+    with pytest.raises(Interrupted, match="stopped after a finished run; to continue, type again"):
         run("--refinery", "resnet18")
     (only,) = all_runs(Path("runs"))
     assert only.identity["model"] == "resnet18"
