@@ -1,4 +1,4 @@
-"""The embedded data set `scenes`: pictures of small natural objects, drawn by code.
+"""The embedded data set `scenes`: things found on a walk, drawn by code.
 
     from data import scenes
     scenes.draw("train", 7)         # a picture
@@ -97,14 +97,14 @@ class _Sprite:
         self.alpha = np.zeros(u.shape, np.float32)
 
     def fill(self, inside: Field, colour: Floats, rim: float = 0.35) -> None:
-        """Paint a shape over the layer, darker towards its rim as if it were round."""
+        """Lay a shape over what is there, darker towards its rim as if it were round."""
         cover = _ramp(inside * self.scale + 0.5)
         self.alpha += cover * (1 - self.alpha)
         shade = 1 - rim * (1 - _ramp(inside / 0.3)) ** 2
         self.rgb += cover * (colour[:, None, None] * shade - self.rgb)
 
     def mark(self, inside: Field, colour: Floats, strength: float = 1.0, soft: float = 0.0) -> None:
-        """Colour a shape within the object's outline, which does not change; `soft`: width of the edge."""
+        """Colour a shape where the object already is, so its outline stays; `soft`: width of the edge."""
         cover = _ramp(inside / max(soft, 1 / self.scale) + 0.5) * strength
         self.rgb += cover * (colour[:, None, None] * self.alpha - self.rgb)
 
