@@ -72,7 +72,7 @@ _DAMAGE = (
 
 
 class ZipMember(NamedTuple):
-    """An image file in a zip: where its local header lies, its stored size in bytes, if deflated, its CRC-32.
+    """An image file in a zip: offset of its local header, stored size in bytes, whether it is deflated, its CRC-32.
 
     length: bytes of the file itself, according to the index.
     """
@@ -90,7 +90,7 @@ class ZipMember(NamedTuple):
 
 
 class TarMember(NamedTuple):
-    """An image file in a tar: where its first byte lies in the uncompressed tar, and its size in bytes."""
+    """An image file in a tar: offset of its first byte in the uncompressed tar, and its size in bytes."""
 
     archive: str
     name: str
@@ -303,7 +303,7 @@ def _unpacked(path: Path, opener: Callable[[Path], Any]) -> TarReader:
 
 
 def _path(name: str) -> str | None:
-    """A member's name as a plain relative path; None if it, or a folder it lies in, is hidden (or is `..`)."""
+    """A member's name as a plain relative path; None if it, or a folder that contains it, is hidden (or is `..`)."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return None if any(part.startswith(".") or part == "__MACOSX" for part in parts) else "/".join(parts)
 

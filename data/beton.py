@@ -178,7 +178,7 @@ class Beton:
             raise DataError(f"{self.path}: was written to while it was in use; convert the set again")
 
     def _lengths(self, pointers: NDArray[np.uint64], allocations: NDArray, table: np.uint64) -> NDArray[np.int64]:
-        """The length of the bytes that begin at each pointer; all of them lie in front of the allocation table."""
+        """The length of the bytes that begin at each pointer; all must be before the allocation table."""
         # Column by column: with ImageNet's number of images, rows of the table and their copies take much memory.
         order = np.argsort(allocations["ptr"], kind="stable")
         places = allocations["ptr"][order]

@@ -321,7 +321,7 @@ def _encode_ahead(split: Split, encoding: _Encoding) -> Iterator[_Result]:
 def _signals_held_back() -> Iterator[None]:
     """Delays signals that end a conversion until the end of the context, in which processes are started.
 
-    A process whose start was interrupted would be tracked by no one, and fail with a traceback of its own.
+    A process whose start was interrupted would not be tracked, and would print its own traceback.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Items made in a thread of their own, so that the thread that trains only takes them."""
+"""Makes items ahead of their use in a separate thread, so that the training thread only takes them."""
 
 import atexit
 import threading
@@ -11,7 +11,7 @@ import torch
 
 _Item = TypeVar("_Item")
 
-# Items that lie ready, on the device, when the next one is asked for.
+# Items that are made ahead.
 _READY = 1
 
 
@@ -21,16 +21,16 @@ def fed(
     tensors: Callable[[_Item], Iterable[torch.Tensor]],
     stream: "torch.cuda.Stream | None" = None,
 ) -> Iterator[_Item]:
-    """The items of a generator, which runs in a thread of its own and stays an item ahead. Raises what it raises.
+    """Yields the items of a generator, which runs one item ahead in a separate thread; raises what it raises.
 
-    The thread starts when the first item is taken and has ended when this iterator is exhausted or closed.
-    stream: on a GPU, the stream on which the thread computes and copies. The `tensors` of an item are for use on the
-    stream that is current where it is taken, which waits for what made this item and for nothing that was begun after
-    it; the host does not wait.
+    The thread starts when the first item is taken, and ends when this iterator is exhausted or closed.
+    tensors: returns the tensors of an item. stream: on a GPU, the stream of the thread's work. The stream that is
+    current when an item is taken waits for the work that made this item, but not for later work; the host does not
+    wait.
     """
     feeder = _Feeder(items, tensors, stream)
     try:
-        # Without a variable that would keep an item, whose memory is used again, while the next one is waited for.
+        # Not a loop with a variable: that would keep an item, and its reusable memory, while waiting for the next one.
         yield from iter(feeder.take, None)
     finally:
         feeder.stop()
@@ -48,17 +48,18 @@ class _Feeder(Generic[_Item]):
         self._wanted: SimpleQueue[None] = SimpleQueue()
         self._made: SimpleQueue[tuple[_Item | None, torch.cuda.Event | None] | BaseException] = SimpleQueue()
         if stream is not None:
-            # What the items are made from may have been brought to the device just now.
+            # The inputs of the items may have been copied to the device just before.
             stream.wait_stream(torch.cuda.current_stream(stream.device))
         for _ in range(_READY):
             self._wanted.put(None)
-        # The interpreter waits for other threads for ever, and ends a daemon in the middle of what it does.
+        # At exit, Python would wait forever for a normal thread and kill a daemon at any point of its work; so this is
+        # a daemon that is stopped at exit.
         self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
         atexit.register(self.stop)
         self._thread.start()
 
     def take(self) -> _Item | None:
-        """The next item; None after the last one."""
+        """Returns the next item; None after the last one."""
         self._wanted.put(None)
         made = self._made.get()
         if isinstance(made, BaseException):
@@ -68,12 +69,12 @@ class _Feeder(Generic[_Item]):
             current = torch.cuda.current_stream(ready.device)
             current.wait_event(ready)
             for tensor in self._tensors(item):
-                # Its memory must not be given away before what the current stream does with it has ended.
+                # Its memory must not be reused before the current stream has finished using it.
                 tensor.record_stream(current)
         return item
 
     def stop(self) -> None:
-        """Ends the thread, after what it is making now. Nothing is taken after this."""
+        """Ends the thread after its current item. No items can be taken after this."""
         self._stopped = True
         self._wanted.put(None)
         self._thread.join()
@@ -81,7 +82,7 @@ class _Feeder(Generic[_Item]):
 
     def _run(self) -> None:
         try:
-            # On a CPU, a context of no stream does nothing.
+            # On a CPU the stream is None, and this context does nothing.
             with torch.cuda.stream(self._stream), closing(self._items):
                 while self._wanted.get() is None and not self._stopped:
                     item = next(self._items, None)

@@ -1,7 +1,7 @@
-"""Operations on 32 neighbouring numbers at once, for compiled code whose loops must not depend on a vectoriser's luck.
+"""Operations on 32 adjacent numbers at once, for compiled code whose speed must not depend on automatic vectorisation.
 
-Written as LLVM vectors of 32 lanes, which every processor's compiler breaks down to what it has (two registers with
-AVX-512, four with AVX2), with the same results everywhere. Nothing is checked: the callers keep within the arrays.
+They are LLVM vectors of 32 lanes, which LLVM splits into the processor's registers (two with AVX-512, four with AVX2),
+with the same results everywhere. Indices are not checked: callers must stay within the arrays.
 """
 
 from typing import Any
@@ -11,14 +11,14 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-# Its type hints take the typing context for an argument of the call.
+# Its type hints count the typing context as an argument of the call.
 intrinsic: Any = _intrinsic
 
 LANES = 32
-# Pixels each way that are written at a time.
+# Rows and columns of pixels written at a time.
 SQUARE = 16
 
-# Blocks that expand_blocks and fit_blocks take at a time, and how often the second moves their endpoints.
+# Blocks that expand_blocks and fit_blocks process at a time, and the number of times that fit_blocks moves endpoints.
 EXPANDED, FITTED = 8, 16
 _ROUNDS = 3
 
@@ -36,7 +36,7 @@ def _splat(builder, scalar):
 
 
 def _lanes_at(builder, pointer, index, element):
-    """A pointer to LANES elements from index on."""
+    """A pointer to LANES elements, starting at index."""
     return builder.bitcast(builder.gep(pointer, [index]), ir.VectorType(element, LANES).as_pointer())
 
 
@@ -59,8 +59,8 @@ def _data(context, builder, array_type, array):
 def mix(typingctx, source, start, step, count, weights, weights_start, weights_step, shift, out, out_start):
     """out[out_start + i] = sum over k < count of source[start + k * step + i] * weights[w + k * weights_step].
 
-    For i < LANES, with w weights_start; shifted right by `shift`, and rounded. source: uint8 or int16, not negative.
-    weights, out: int16. Arrays are flat, count >= 1.
+    For i < LANES, with w = weights_start; each sum is shifted right by `shift` with rounding. source: uint8 or int16,
+    not negative. weights, out: int16. Arrays are flat; count >= 1.
     """
     signature = types.void(
         source, types.int64, types.int64, types.int64, weights, types.int64, types.int64, types.int64, out, types.int64
@@ -86,7 +86,7 @@ def mix(typingctx, source, start, step, count, weights, weights_start, weights_s
         place = builder.add(start, builder.mul(k, step))
         values = builder.zext(_load(builder, pixels, place, element), _ints)
         if element is _short:
-            # Says that they are not negative: products of two 15-bit numbers have an instruction of their own.
+            # Shows LLVM that values are not negative: there is a special instruction for products of 15-bit numbers.
             values = builder.and_(values, _all(0x7FFF))
         weight = builder.load(builder.gep(factors, [builder.add(weights_start, builder.mul(k, weights_step))]))
         product = builder.mul(values, _splat(builder, builder.sext(weight, _int)))
@@ -105,7 +105,7 @@ def mix(typingctx, source, start, step, count, weights, weights_start, weights_s
 
 @intrinsic
 def transpose(typingctx, source, start, step, out, out_start):
-    """out[out_start + i * LANES + k] = source[start + k * step + i] for i, k < LANES. Both int16 and flat."""
+    """out[out_start + i * LANES + k] = source[start + k * step + i] for i, k < LANES. Both are int16 and flat."""
     signature = types.void(source, types.int64, types.int64, out, types.int64)
 
     def generate(context, builder, signature, arguments):
@@ -126,8 +126,8 @@ def transpose(typingctx, source, start, step, out, out_start):
 def colour(typingctx, luma, cb, cr, factors, out, out_start):
     """out[out_start + i] = the RGB pixel of luma, cb and cr [i], red in the lowest byte, for i < LANES.
 
-    luma, cb, cr: int16 with 6 bits after the point. factors: four ints with 14 bits after the point, what of cr goes to
-    red, what of cb and of cr is taken from green, what of cb goes to blue. out: int32. Arrays are flat.
+    luma, cb, cr: int16 with 6 fractional bits. factors: four ints with 14 fractional bits: cr added to red, cb and cr
+    subtracted from green, cb added to blue. out: int32. Arrays are flat.
     """
     signature = types.void(luma, cb, cr, factors, out, types.int64)
 
@@ -156,7 +156,7 @@ def colour(typingctx, luma, cb, cr, factors, out, out_start):
 
 
 def _to_byte(builder, value):
-    """Drops 20 bits after the point and clips to 0..255."""
+    """Drops 20 fractional bits and clips to 0..255."""
     value = builder.ashr(value, _all(20))
     value = builder.select(builder.icmp_signed("<", value, _all(0)), _all(0), value)
     return builder.select(builder.icmp_signed(">", value, _all(255)), _all(255), value)
@@ -166,7 +166,7 @@ def _to_byte(builder, value):
 def write_pixels(typingctx, columns, start, out, out_start, stride):
     """Writes SQUARE rows of SQUARE RGB pixels, row i at out[out_start + i * stride].
 
-    columns: int32, pixel j of row i at start + j * LANES + i, red in the lowest byte. out: uint8. Both flat.
+    columns: int32, pixel j of row i at start + j * LANES + i, red in the lowest byte. out: uint8. Both are flat.
     """
     signature = types.void(columns, types.int64, out, types.int64, types.int64)
     line, byte_line = ir.VectorType(_int, SQUARE), ir.VectorType(_byte, SQUARE * 4)
@@ -192,7 +192,7 @@ def write_pixels(typingctx, columns, start, out, out_start, stride):
 
 
 def _transposed(builder, rows: list) -> list:
-    """n vectors of n elements, n a power of two: perfect shuffles, each of which moves a bit from row to column."""
+    """Transposes n vectors of n (a power of two) elements by perfect shuffles (each moves a bit from row to column)."""
     n = len(rows)
     halves = [
         ir.Constant(ir.VectorType(_int, n), [first + i // 2 + i % 2 * n for i in range(n)]) for first in (0, n // 2)
@@ -207,7 +207,7 @@ def _transposed(builder, rows: list) -> list:
 def join(typingctx, colours, out, out_start):
     """out[out_start + i] = red | green << 8 | blue << 16 for i < LANES.
 
-    colours: int16 [3 * LANES], 0..255, first the reds. out: int32. Arrays are flat.
+    colours: int16 [3 * LANES], 0..255: all reds, greens, blues. out: int32. Arrays are flat.
     """
     signature = types.void(colours, out, types.int64)
 
@@ -227,9 +227,9 @@ def join(typingctx, colours, out, out_start):
 
 @intrinsic
 def expand_blocks(typingctx, blocks, start, out, out_start, stride):
-    """EXPANDED BC4 blocks side by side, from blocks[start] on, as 4 rows of pixels, at out[out_start + y * stride].
+    """Expands EXPANDED adjacent BC4 blocks, from blocks[start] on, to 4 rows of pixels, at out[out_start + y * stride].
 
-    A pixel is the integer nearest to its step between the endpoints. blocks, out: uint8. Arrays are flat.
+    Each pixel is its step between the endpoints, rounded to the nearest integer. blocks, out: uint8. Arrays are flat.
     """
     signature = types.void(blocks, types.int64, out, types.int64, types.int64)
     few = EXPANDED
@@ -251,13 +251,13 @@ def expand_blocks(typingctx, blocks, start, out, out_start, stride):
             return builder.lshr(vector, constant(amount)) if amount >= 0 else builder.shl(vector, constant(-amount))
 
         def spread(vector):
-            """Each block's number, for its four pixels of a row."""
+            """Repeats each block's number for its four pixels of a row."""
             few_shorts = builder.trunc(vector, shorts)
             mask = ir.Constant(_ints, [i // 4 for i in range(LANES)])
             return builder.shuffle_vector(few_shorts, few_shorts, mask)
 
-        # The codes as steps 0 to 7 from endpoint 0 to endpoint 1, all 16 of a block at once: code 0 stays, code 1
-        # becomes 7 and the others are one less.
+        # Convert the codes to steps 0 to 7 from endpoint 0 to endpoint 1, all 16 of a block at once: code 0 stays,
+        # code 1 becomes 7, and the others decrease by one.
         low, middle, high = (builder.and_(shifted(load, 16 + bit), constant(ones)) for bit in range(3))
         borrow = builder.xor(low, constant(ones))
         borrow_on = builder.and_(borrow, builder.xor(middle, constant(ones)))
@@ -265,13 +265,14 @@ def expand_blocks(typingctx, blocks, start, out, out_start, stride):
         bits = [builder.xor(bit, turned) for bit in (borrow, builder.xor(middle, borrow), builder.xor(high, borrow_on))]
         steps = builder.or_(bits[0], builder.or_(shifted(bits[1], -1), shifted(bits[2], -2)))
 
-        # With 7 bits after the point, which 16 bits hold: a seventh, 4681 / 2^15, is near enough to round right.
+        # 7 fractional bits fit in 16 bits; a seventh as 4681 / 2^15 is precise enough to round correctly.
         first, second = builder.and_(load, constant(255)), builder.and_(shifted(load, 8), constant(255))
         seventh = builder.mul(builder.sub(first, second), constant(4681))
         seventh = spread(builder.ashr(builder.add(seventh, constant(128)), constant(8)))
         begin = spread(builder.add(shifted(first, -7), constant(64)))
         pixels = _data(context, builder, signature.args[2], out)
-        # A multiplication moves each pixel's code to the same place, where processors cannot shift lanes by lanes.
+        # A multiplication moves each pixel's code to the same bits, since not all processors can shift each lane
+        # by a different amount.
         places = ir.Constant(wide, [1 << 9 - 3 * (i % 4) for i in range(LANES)])
         for row in range(4):
             codes = builder.mul(spread(shifted(steps, 12 * row)), places)
@@ -287,10 +288,10 @@ def expand_blocks(typingctx, blocks, start, out, out_start, stride):
 
 @intrinsic
 def fit_blocks(typingctx, pixels, start, stride, words, words_start):
-    """FITTED BC4 blocks side by side, as words[words_start + i], from 4 rows of pixels, at pixels[start + y * stride].
+    """Encodes 4 rows of pixels at pixels[start + y * stride] as FITTED adjacent BC4 blocks, words[words_start + i].
 
-    The endpoints begin at a block's extremes and are moved three times to where they fit its codes best, by least
-    squares; the best of the four pairs is taken. pixels: uint8. words: uint64. Arrays are flat.
+    The endpoints start at a block's extremes and are moved three times, each time to the least-squares fit to the
+    block's codes; the best of the four pairs is used. pixels: uint8. words: uint64. Arrays are flat.
     """
     signature = types.void(pixels, types.int64, types.int64, words, types.int64)
     floats, ints, longs = (ir.VectorType(element, FITTED) for element in (ir.FloatType(), _int, _long))
@@ -310,11 +311,11 @@ def fit_blocks(typingctx, pixels, start, stride, words, words_start):
             return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
         def rounded_down(a):
-            """Of numbers that are not negative."""
+            """Rounds numbers that are not negative."""
             return builder.sitofp(builder.fptosi(a, ints), floats)
 
         def within(a, low: float, high: float):
-            """Rounded and clipped."""
+            """Rounds and clips."""
             a = builder.fadd(a, constant(0.5))
             return rounded_down(smallest(largest(a, constant(low)), constant(high)))
 
@@ -322,7 +323,7 @@ def fit_blocks(typingctx, pixels, start, stride, words, words_start):
             return builder.fdiv(constant(7), builder.fsub(high, low))
 
         def step_of(value, high, scale):
-            """The nearest of the eight steps from endpoint 0 to endpoint 1."""
+            """Returns the nearest of the eight steps from endpoint 0 to endpoint 1."""
             return within(builder.fmul(builder.fsub(high, value), scale), 0, 7)
 
         values = []
@@ -336,7 +337,7 @@ def fit_blocks(typingctx, pixels, start, stride, words, words_start):
         high = low = total = values[0]
         for value in values[1:]:
             high, low, total = largest(high, value), smallest(low, value), builder.fadd(total, value)
-        # Endpoints are never equal: a flat block uses one of the two.
+        # Endpoints must differ; a flat block uses only one of them.
         high = largest(high, constant(1))
         low = smallest(low, builder.fsub(high, constant(1)))
 
@@ -347,7 +348,7 @@ def fit_blocks(typingctx, pixels, start, stride, words, words_start):
             for value in values:
                 step = step_of(value, high, scale)
                 sevenths = builder.fsub(builder.fmul(constant(7), high), builder.fmul(step, span))
-                # As expand_blocks rounds.
+                # Rounded as in expand_blocks.
                 shown = rounded_down(builder.fmul(builder.fadd(sevenths, constant(3.5)), constant(1 / 7)))
                 off = builder.fsub(shown, value)
                 error = builder.fadd(error, builder.fmul(off, off))
@@ -360,7 +361,7 @@ def fit_blocks(typingctx, pixels, start, stride, words, words_start):
                 for new, old in ((error, best_error), (high, best_high), (low, best_low))
             )
             if fit < _ROUNDS:
-                # The line through the pixels over their steps; level where all have the same step.
+                # The least-squares line of pixels over steps; horizontal if all have the same step.
                 spread = builder.fsub(builder.fmul(constant(16), squares), builder.fmul(steps, steps))
                 slope = builder.fsub(builder.fmul(constant(16), products), builder.fmul(steps, total))
                 slope = builder.fdiv(slope, largest(spread, constant(1)))

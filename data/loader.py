@@ -1,4 +1,4 @@
-"""Crop batches, epoch after epoch: the plan decides, a decoder makes, the loader hands over."""
+"""Loads crop batches of an epoch: the plan determines the crops, a decoder makes them, the loader delivers them."""
 
 import sys
 from collections import deque
@@ -22,7 +22,7 @@ from data.sets import is_converted, open_set
 
 _ORDERS = ("random", "quasi-random", "sequential")
 
-# Class ids beyond this are damage, or no class ids.
+# Larger class ids mean that the file is damaged or that its labels are not class ids.
 _MOST_CLASSES = 1_000_000
 
 Fetch = Callable[[NDArray[np.int64], NDArray[np.int64], int], torch.Tensor | None]
@@ -30,10 +30,10 @@ Fetch = Callable[[NDArray[np.int64], NDArray[np.int64], int], torch.Tensor | Non
 
 @dataclass(frozen=True)
 class Pairing:
-    """A further crop of each image that a label source asks for.
+    """An additional crop of each image, requested by a label source.
 
-    box: "same" for the training crop again, "center" for the validation crop, "whole" for all of the image, squashed to
-    a square (neither is flipped). resolution: pixels a side.
+    box: "same" is the training crop, "center" the validation crop, "whole" the whole image squashed to a square; the
+    last two are never flipped. resolution: pixels per side.
     """
 
     box: str
@@ -46,15 +46,15 @@ class Pairing:
 
 @dataclass
 class CropBatch:
-    """A batch of crops on the device, as the networks see them (flipped already).
+    """A batch of crops on the device, already flipped.
 
-    crops: uint8 [B, 3, R, R], channels-last. labels, indices, copies: int64 [B]; the class id of the image, its place
-    in the set, and which of its crops this is. boxes: int32 [B, 4] (top, left, height, width) in stored-image pixels.
-    sizes: int32 [B, 2] (height, width) of the stored images. flips: bool [B].
-    paired: for each pairing asked for, uint8 [B, 3, r, r]. labels_on_disk: what the label source fetched, [B, ...], or
-    None.
+    crops: uint8 [B, 3, R, R], channels-last. labels: int64 [B], the images' class ids. indices: int64 [B], the images'
+    indices in the set. copies: int64 [B], which of an image's crops each one is. boxes: int32 [B, 4] (top, left,
+    height, width) in pixels of the stored images. sizes: int32 [B, 2] (height, width) of the stored images. flips: bool
+    [B], whether each crop is flipped. paired: for each requested pairing, uint8 [B, 3, r, r]. labels_on_disk: the
+    tensor that the label source fetched, [B, ...], or None.
 
-    `crops, labels = batch` is what most training loops take of it.
+    Unpacks as `crops, labels = batch`, for training loops that need nothing else.
     """
 
     crops: torch.Tensor
@@ -73,11 +73,11 @@ class CropBatch:
         yield self.labels
 
     def first(self, count: int) -> "CropBatch":
-        """The first crops of the batch, with all that belongs to them."""
+        """Returns the first `count` crops as a batch, with all their fields."""
         return self._taken(slice(count))
 
     def part(self, number: int, parts: int) -> "CropBatch":
-        """Of the batch dealt out in turns to so many parts, one: crops `number`, `number` + `parts` and so on."""
+        """Returns one of `parts` interleaved parts as a batch: crops `number`, `number` + `parts` and so on."""
         return self if parts == 1 else self._taken(slice(number, None, parts))
 
     def _taken(self, places: slice) -> "CropBatch":
@@ -90,34 +90,34 @@ class CropBatch:
 
 
 def _laid_out(part: torch.Tensor) -> torch.Tensor:
-    """The same without gaps; crops stay channels-last."""
+    """Returns a contiguous copy where needed; crops stay channels-last."""
     return part.contiguous(memory_format=torch.channels_last if part.ndim == 4 else torch.contiguous_format)
 
 
 class Loader:
-    """Crop batches of a `.beton`: random crops in random order for training, central crops in file order else.
+    """Loads crop batches of a `.beton` file: random crops for training, otherwise central crops in file order.
 
-    Iterated over, it takes the place of a DataLoader: each pass is the epoch after that of the pass before, from 0 on
-    or from what `set_epoch` was given. `len(loader)` is `steps`.
+    Can replace a DataLoader: each iteration over it is the next epoch, starting at 0 or at the epoch given to
+    `set_epoch`; `len(loader)` is `steps`.
 
-    resolution: pixels a side. batch_size: crops a batch. decoder: see data.decoders.choose; what `auto` picks is
-    printed once, to standard error. train: random crops by `crop`, in the order that `order` names: random,
-    quasi-random (random within groups of file pages, for files larger than memory) or sequential; else validation crops
-    in file order.
-    seed: of order and crops. device: where batches are delivered. copies: crops of each image an epoch, from one
-    decoding; they come in successive batches, and an epoch has that many times the steps. rank, world: which share of
-    the images this is, of how many. threads: decoding threads (default: one per processor). drop_last: leave out a last
-    batch that is not full (default: in training, where every rank then has the same number of steps).
-    paired: further crops of the same images. fetch: the host half of a label source,
-    `(indices int64 [B], copies int64 [B], epoch) -> a host tensor [B, ...] or None`, which is called in the loader's
-    own thread; the tensor travels to the device.
+    resolution: pixels per side. batch_size: crops per batch. decoder: see data.decoders.choose; the one that `auto`
+    selects is printed once, to standard error. train: random crops by the rule `crop`, in the given order, instead of
+    validation crops in file order. order: random, quasi-random (random within groups of file pages, for files larger
+    than memory) or sequential.
+    seed: of order and crops. device: where batches are delivered. copies: crops of each image per epoch, from one
+    decoding; they are in successive batches, and an epoch has that many times the steps. rank, world: this process's
+    share of the images, and the number of shares. threads: decoding threads (default: one per processor). drop_last:
+    drop an incomplete last batch (default: when training; every rank then has the same number of steps).
+    paired: additional crops of the same images. fetch: the host part of a label source,
+    `(indices int64 [B], copies int64 [B], epoch) -> a host tensor [B, ...] or None`; it is called in the loader's
+    thread, and the tensor is copied to the device.
     resident: on a GPU, the share of its free memory that a set stored as blocks may take, 0 to 1.
 
-    num_samples: images in the file. num_classes and class_names: from the set's `set.json`, else counted and numbered.
-    blocks: blocks of `batch_size` images an epoch on this rank (the last may have fewer). steps: batches, `copies` of
-    each block. decoder: the name of the decoder at work.
+    Attributes: num_samples: images in the file. num_classes, class_names: from the set's `set.json`; without that file,
+    classes are counted and named by their numbers. blocks: blocks of `batch_size` images per epoch on this rank (the
+    last may have fewer). steps: batches per epoch, `copies` for each block. decoder: the name of the decoder in use.
 
-    Raises DataError for a file that is no `.beton`, an unknown decoder or order, a decoder whose package is missing,
+    Raises DataError if the file is not a `.beton`, for an unknown decoder or order, a decoder whose package is missing,
     numbers below 1, and a set with too few images.
     """
 
@@ -152,19 +152,19 @@ class Loader:
         self._beton = beton = Beton(beton_path)
         self._train, self._seed, self._crop = train, seed, crop
         self._device = torch.device(device)
-        # Images are decoded in blocks, from which come as many batches as there are copies.
+        # Images are decoded in blocks; each block gives `copies` batches.
         self.copies = copies if train else 1
         self.batch_size = batch_size
         self._rank, self._world = rank, world
         self._order = order if train else "sequential"
         self._paired, self._fetch = paired, fetch
         self._next_epoch = 0
-        # One for all epochs: PyTorch keeps the memory of each stream apart.
+        # One stream for all epochs: PyTorch caches the memory of each stream separately.
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self.num_samples = beton.num_samples
         self.class_names = _class_names(beton)
         self.num_classes = len(self.class_names)
-        # Training: the smallest shard sets the steps of all, so that no rank waits for a partner that has ended.
+        # When training, the smallest shard sets the number of steps, so that no rank waits for one that has finished.
         shard = self.num_samples // world if drop_last else len(range(rank, self.num_samples, world))
         self.blocks = shard // batch_size if drop_last else -(-shard // batch_size)
         self.steps = self.blocks * self.copies
@@ -197,9 +197,9 @@ class Loader:
         return self.epoch(epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass is this epoch, 0 or above, and those after it are the following ones.
+        """Sets the epoch (0, 1, ...) of the next iteration; later iterations continue from there.
 
-        A run that is continued calls it once, with the first epoch that is left; a call before every pass does no harm.
+        A continued run needs only one call, with its first remaining epoch; a call before every epoch does no harm.
         Raises DataError for a number below 0.
         """
         if epoch < 0:
@@ -208,22 +208,22 @@ class Loader:
 
     @property
     def images_per_class(self) -> NDArray[np.int64]:
-        """How many images of the file, on all ranks, each class has: int64 [C]."""
+        """The number of images of each class in the file, over all ranks: int64 [C]."""
         return np.bincount(self._beton.labels, minlength=self.num_classes)
 
     def epoch(self, epoch: int, start_step: int = 0, blocks: Sequence[int] | None = None) -> Iterator[CropBatch]:
-        """The batches of one epoch from start_step on; those before it cost nothing.
+        """Yields the batches of one epoch from start_step on; skipping the batches before it is free.
 
-        blocks: of the epoch's blocks of images, each of which makes `copies` batches, only these, in this order.
-        They are planned, decoded and looked up in a thread of their own, ahead of their use; taking one costs little.
-        Raises DataError for damage, and where the file has been written to since it was opened; see data.beton.Beton.
+        blocks: only these of the epoch's blocks of images, in this order; each gives `copies` batches.
+        A separate thread makes batches ahead of their use, including the calls of `fetch`.
+        Raises DataError if the file is damaged or was written to after it was opened; see data.beton.Beton.
         """
         return fed(self._batches(epoch, start_step, blocks), tensors=_tensors, stream=self._stream)
 
     def _batches(self, epoch: int, start_step: int, blocks: Sequence[int] | None) -> Generator[CropBatch, None, None]:
         first_block, first_copy = divmod(start_step, self.copies)
         numbers = (range(self.blocks) if blocks is None else blocks)[first_block:]
-        # The decoder asks for blocks ahead of their use; the boxes that it got wait here for their crops.
+        # The decoder takes requests ahead of their use; they are kept here until their crops are made.
         planned: deque[Request] = deque()
         for views in self._decoder.decode(self._requests(epoch, numbers, planned)):
             block = planned.popleft()
@@ -249,7 +249,7 @@ class Loader:
             yield request
 
     def _request(self, indices: NDArray[np.int64], epoch: int) -> Request:
-        """All crops of a block: its copies, then those of each pairing."""
+        """Returns the request for all crops of a block: its copies, then the crops of each pairing."""
         sizes = self._beton.sizes[indices]
         central = self._crop.validation(sizes)
         if self._train:
@@ -271,7 +271,7 @@ class Loader:
         indices, n = block.indices, len(block.indices)
         rows = slice(copy * n, (copy + 1) * n)
         copies = np.full(n, copy)
-        # One copy to the device instead of six: everything small travels as the columns of one int64 table.
+        # One transfer to the device instead of six: all small fields are columns of one int64 table.
         boxes, flips, sizes = block.boxes[:, copy], block.flips[:, copy], self._beton.sizes[indices]
         columns = [self._beton.labels[indices], indices, copies, boxes, sizes, flips]
         table = delivered(
@@ -288,7 +288,7 @@ class Loader:
             sizes=table[:, 7:9].int(),
             flips=table[:, 9].bool(),
             paired={
-                # The other boxes are the same for all copies.
+                # Other boxes are the same for all copies.
                 pairing: view[rows] if pairing.box == "same" else view
                 for pairing, view in zip(self._paired, views[1:], strict=True)
             },
@@ -306,7 +306,7 @@ def _print_once(line: str) -> None:
 
 
 def _class_names(beton: Beton) -> tuple[str, ...]:
-    """From the set's `set.json`, else as many numbers as there are classes. Raises DataError for ids beyond them."""
+    """Returns the class names in the set's `set.json`, or else numbers. Raises DataError for class ids out of range."""
     most = int(beton.labels.max(initial=-1)) + 1
     folder = beton.path.parent
     if is_converted(folder):
@@ -315,9 +315,9 @@ def _class_names(beton: Beton) -> tuple[str, ...]:
             raise DataError(f"{beton.path}: holds class {most - 1}, but set.json names {len(names)} classes")
         return names
     if most > _MOST_CLASSES:
-        raise DataError(f"{beton.path}: has a class {most - 1}; at most {_MOST_CLASSES} classes are taken")
+        raise DataError(f"{beton.path}: has a class {most - 1}; at most {_MOST_CLASSES} classes are supported")
     return tuple(map(str, range(most)))
 
 
-# The name that programs call it by; the class is its options' one place.
+# The public name; an alias, so that the options are defined in one place.
 open_loader = Loader

@@ -277,7 +277,7 @@ def _key(*parts: int) -> int:
 
 
 def _generator(*parts: int) -> np.random.Generator:
-    """A generator that is a function of these parts alone (Philox: Salmon et al. 2011)."""
+    """A generator that is a function of only these parts (Philox: Salmon et al. 2011)."""
     return np.random.Generator(np.random.Philox(key=_key(*parts)))
 
 

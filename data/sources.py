@@ -61,7 +61,7 @@ def open_source(data: str, *, whole: bool | None = False) -> Source:
     By path also a folder of ImageNet's tars (data/ilsvrc.py) or of Parquet files (data/parquet.py). The layouts of
     folders and of a CSV: data/layouts.py.
 
-    whole: if a set has no splits (class folders alone), all its images are in val and none in train, for a set that is
+    whole: if a set has no splits (only class folders), all its images are in val and none in train, for a set that is
     only evaluated on; with None, a set that has splits is opened as it is.
     A compressed tar is unpacked to a temporary file first; see open_archive.
     Raises DataError for a name that is neither a set nor a folder nor a file of these kinds, a set without images or

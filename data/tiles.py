@@ -44,7 +44,7 @@ def encode(image: Image.Image, quality: int) -> bytes:
 
 def _jpeg(image: Image.Image, quality: int, **options: int) -> bytes:
     buffer = io.BytesIO()
-    # An empty comment: Pillow would copy that of the original.
+    # An empty comment, because Pillow would copy that of the original.
     image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0", comment=b"", **options)
     return buffer.getvalue()
 
@@ -117,7 +117,7 @@ class Region(NamedTuple):
 
 @njit(nogil=True, cache=True)
 def layout(jpeg: NDArray[np.uint8]) -> Layout:
-    """Reads the headers of a JPEG, uint8 [n]; frame is 0 where they are damaged. Nothing beyond n is read."""
+    """Reads the headers of a JPEG, uint8 [n]; frame is 0 if they are damaged. Nothing beyond n is read."""
     n = len(jpeg)
     frame, height, width, interval, table, lengths, tiles = 0, 0, 0, 0, 0, 0, 0
     subsampled, adobe = False, False

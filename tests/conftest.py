@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 # Tensors are small here: one thread is as fast as two, and leaves the other core to the programs under test. Before
-# PyTorch is loaded, and for the programs too: threads that spin for each other on busy cores take many times as long.
+# PyTorch is loaded, and for started programs too: threads that spin on busy cores are many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -17,16 +17,16 @@ from data.convert import convert_source
 from data.sources import open_source
 from tests.pictures import write_class_folders
 
-# A busy machine is no failure: the suite has a time limit of its own.
+# No deadlines, since machines may be busy; the suite has its own time limit.
 settings.register_profile("no deadline", deadline=None)
-# As many damaged files of each kind as one likes: make test ARGS="-k fuzz --hypothesis-profile thorough"
+# For many more damaged files of each kind: make test ARGS="-k fuzz --hypothesis-profile thorough"
 settings.register_profile("thorough", deadline=None, max_examples=5000)
 settings.load_profile("no deadline")
 
 torch.set_num_threads(1)
 
 
-# What a test's `decoder` needs, where that may be missing.
+# The package that a test's `decoder` needs, if it may be missing.
 _DECODERS = {"dali": "nvidia.dali", "ffcv": "ffcv"}
 
 

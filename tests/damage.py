@@ -15,7 +15,7 @@ VALUES = st.recursive(_LEAVES, lambda inner: st.lists(inner, max_size=3) | st.di
 
 
 def _places(document: Any, at: tuple = ()) -> list[tuple]:
-    """Where the values of a document stand: the keys and indices that lead to them."""
+    """The paths of a document's values: the keys and indices that lead to them."""
     inner = (
         document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
     )
@@ -24,7 +24,7 @@ def _places(document: Any, at: tuple = ()) -> list[tuple]:
 
 @st.composite
 def documents(draw, valid: Any) -> Any:
-    """The JSON document with one to three of its values replaced by anything, left out, or doubled."""
+    """The JSON document with one to three of its values replaced, removed or duplicated."""
     document = copy.deepcopy(valid)
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.sampled_from(_places(document)))
@@ -45,7 +45,7 @@ def documents(draw, valid: Any) -> Any:
 
 @st.composite
 def bytes_of(draw, contents: bytes) -> bytes:
-    """The bytes with some of them changed, left out or put in, or cut off."""
+    """The bytes with some of them changed, removed or inserted, or truncated."""
     damaged = bytearray(contents)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(len(damaged) - 1, 0)))

@@ -7,5 +7,5 @@ ROOT = Path(__file__).parents[1]
 
 
 def python_path() -> str:
-    """PYTHONPATH with this checkout in front of what it holds already: on some machines, that is where packages lie."""
+    """PYTHONPATH with this checkout first; existing entries are kept, since packages may be installed there."""
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

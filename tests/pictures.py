@@ -1,4 +1,4 @@
-"""Pictures for the tests to make sets of."""
+"""Pictures from which tests make sets."""
 
 from pathlib import Path
 

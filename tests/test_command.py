@@ -1,4 +1,4 @@
-"""What commands show of names that other people chose, and how they end where they cannot go on."""
+"""Output of names that other people chose, and how commands end on errors."""
 
 import errno
 import io
@@ -24,13 +24,13 @@ from train.report.analysis import readable
 from train.runs import table_text
 
 ROOT = Path(__file__).parents[1]
-# Clears the screen, names the window, turns what follows, is a byte that is no text, and begins a line.
+# Clears the screen, sets the window's title, reverses text, has a byte that is not text, and starts a line.
 NASTY = "cat\x1b[2J\x1b]0;owned\x07\u202edog\x9b1m\udcff\nerror: none"
 SHOWN = r"cat\x1b[2J\x1b]0;owned\x07\u202edog\x9b1m\xff\x0aerror: none"
 
 
 def acting(text: str) -> set[str]:
-    """The characters of a text that a terminal would act on, ends of lines and tabs aside."""
+    """The control characters of a text, except newlines and tabs."""
     kinds = {"Cc", "Cs", "Zl", "Zp"}
     turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
     return {
@@ -40,13 +40,13 @@ def acting(text: str) -> set[str]:
     } - {"\n", "\t"}
 
 
-def test_what_is_shown_of_a_name():
+def test_printable_escapes_names():
     assert printable(NASTY) == SHOWN
     assert printable("Käse 日本 עברית 👩‍🔬 [x] 100 %") == "Käse 日本 עברית 👩‍🔬 [x] 100 %"
 
 
 @given(st.text() | st.text("\x00\x1b\r\n\t[A\x9b\u202e\u2066\ud800\udcffäx", max_size=20))
-def test_no_text_acts_on_a_terminal(text):
+def test_no_text_controls_a_terminal(text):
     stream, with_bars = io.StringIO(newline=""), io.StringIO(newline="")
     Escaped(stream).write(text)
     assert not acting(stream.getvalue())
@@ -86,7 +86,7 @@ def test_errors_and_tables_are_shown_as_one_line(capfd):
     assert readable([NASTY, "b"]) == (SHOWN, "b")
 
 
-def test_names_of_files_and_classes_do_not_act_on_the_terminal(tmp_path):
+def test_names_of_files_and_classes_do_not_control_the_terminal(tmp_path):
     """Through whole commands: folders, classes, broken images, archives."""
     root = tmp_path / "set\x1b[31m"
     write_class_folders(root, 2, 3, side=20)
@@ -144,7 +144,7 @@ def test_no_other_error_is_hidden(error):
         exit_on_user_error(work)
 
 
-def test_libraries_that_do_not_fit_into_memory_end_in_one_line():
+def test_libraries_that_do_not_fit_in_memory_end_in_one_line():
     def limit():
         resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 
@@ -157,7 +157,7 @@ def test_libraries_that_do_not_fit_into_memory_end_in_one_line():
 
 
 def ended_while_importing(words: list[str], module: str) -> tuple[int, list[str]]:
-    """The exit status, and what was printed, where Ctrl-C comes just after the program has imported this module."""
+    """The exit status and output after Ctrl-C just after the program has imported this module."""
     command = [sys.executable, "-X", "importtime", *words]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
         assert program.stderr

@@ -1,4 +1,4 @@
-"""The installed command: which program it becomes, with which options."""
+"""The installed command: the program and options that it starts."""
 
 import re
 
@@ -38,7 +38,7 @@ def test_verbs_and_variables(words, module, options):
         (["train", "MODEL="], "^MODEL is empty: give it a value or leave it out$"),
     ],
 )
-def test_slips_are_named(words, says):
+def test_typing_errors_are_named(words, says):
     with pytest.raises(ValueError, match=says):
         program(words, LISTED)
 

@@ -1,4 +1,4 @@
-"""The verbs of the Makefile: which command each becomes, and that only make's command line counts."""
+"""The verbs of the Makefile: the command that each starts; only make's command line sets options."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def make(tmp_path):
-    """Calls make with an interpreter that prints the words and the command it was given."""
+    """Calls make with an interpreter that prints its arguments and the typed command."""
     recorder = tmp_path / "record python"
     recorder.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
@@ -62,7 +62,7 @@ def test_values_arrive_as_typed(make, value):
     assert words_of(make("train", f"DATA={escaped}"))[-1] in (value, escaped)
 
 
-def test_the_environment_does_not_count(make):
+def test_environment_variables_are_ignored(make):
     assert words_of(make("train", DATA="elsewhere", OUT="there", MODEL="alexnet")) == ["-m", "train"]
 
 
@@ -144,7 +144,7 @@ def test_every_verb_is_one_command(make):
         assert words_of(make(*words)) == command
 
 
-def test_slips_are_refused_in_one_line(make):
+def test_typing_errors_are_refused_in_one_line(make):
     for words, says in [
         (["train", "MODLE=alexnet"], "unknown: MODLE. Did you mean MODEL or MODELS?"),
         (["train", "epoch=3"], "unknown: epoch. Did you mean EPOCHS?"),

@@ -1,4 +1,4 @@
-"""The oldest versions that setup.cfg admits work as the newest do."""
+"""The project works with the oldest versions that setup.cfg allows."""
 
 import configparser
 import subprocess
@@ -12,7 +12,7 @@ from packaging.version import Version
 from tests.paths import ROOT
 
 LOCK = ROOT / "tests" / "oldest.lock"
-# PyTorch asks for one version of it.
+# PyTorch requires one version of it.
 _DECIDED_ELSEWHERE = {"triton"}
 
 

@@ -1,4 +1,4 @@
-"""How modules are rewritten on their way into the package, and that setup.cfg names all of them."""
+"""How modules are rewritten for the package, and that setup.cfg lists all of them."""
 
 import ast
 import configparser
@@ -34,7 +34,7 @@ def rewritten(source: str) -> str:
         ("from command import UserError", "from label_refinery.command import UserError"),
         ("import command  # noqa", "from label_refinery import command  # noqa"),
         ("import data.plan as p", "import label_refinery.data.plan as p"),
-        # Others' packages, and names that only begin like ours.
+        # Other packages, and names that only start like ours.
         ("from dataclasses import dataclass", None),
         ("from torchvision import models", None),
         ("import datasets, os", None),
@@ -43,7 +43,7 @@ def rewritten(source: str) -> str:
         ('text = "from data import plan"', None),
         ('x = ["data", "train.maps", "train.beton"]', None),
         ("words = ['-m', 'pytest']", None),
-        # Commands in texts, which stay on their lines.
+        # Commands in texts, without changes of line breaks.
         ('"""python -m train.label --data x"""', '"""label-refinery label --data x"""'),
         ('say("python -m train --help")', 'say("label-refinery train --help")'),
         ('"""of (python\n    -m train.maps)"""', '"""of (label-refinery\n    maps)"""'),
@@ -74,13 +74,13 @@ def test_rewriting(before, after):
         "'make test-all'",
     ],
 )
-def test_what_it_does_not_know_ends_the_build(source):
+def test_unsupported_source_ends_the_build(source):
     with pytest.raises(SetupError, match=r"^some\.py:"):
         rewritten(source + "\n")
 
 
 def test_all_of_our_modules_can_be_rewritten():
-    """As the build does it. The drawn set stays as it is: its fingerprint is that of its file."""
+    """As the build does. data/scenes.py is not changed: the fingerprint of `scenes` is that of this file."""
     paths = [path for room in build.ROOMS for path in (ROOT / room).rglob("*.py")]
     paths += [ROOT / f"{name}.py" for name in build.MODULES]
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}

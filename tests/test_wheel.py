@@ -1,4 +1,4 @@
-"""The package as it is installed: built, put into an empty environment, and used beside a project's own data.py."""
+"""The installed package: built, installed in an empty environment, and used beside a project's own data.py."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, copy)
     for name in ("README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    # What an older build, which put rooms at top level, may have left.
+    # Leftovers of an older build, which put rooms at top level.
     stale = copy / "build" / "lib" / "data"
     stale.mkdir(parents=True)
     (stale / "loader.py").write_text("")
@@ -67,7 +67,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: someone's project, whose modules have the names of our rooms."""
+    """The current folder: a user's project whose modules have the names of our rooms."""
     for name in (*ROOMS, "command", "console"):
         (tmp_path / f"{name}.py").write_text('raise ImportError("this module is of the project")\n')
     monkeypatch.chdir(tmp_path)
@@ -95,7 +95,7 @@ def run(*words: object, status: int = 0) -> subprocess.CompletedProcess:
     return done
 
 
-def test_it_holds_one_package_with_all_rooms(wheel):
+def test_the_wheel_has_one_package_with_all_rooms(wheel):
     with zipfile.ZipFile(wheel) as packed:
         names = set(packed.namelist())
         (described,) = (name for name in names if name.endswith("top_level.txt"))
@@ -128,7 +128,7 @@ def test_an_editable_installation_is_refused(checkout):
     assert "the checkout is used as it is (make help); to install: pip install ." in done.stderr + done.stdout
 
 
-def test_the_package_and_what_needs_no_torch_load_without_it(environment, project):
+def test_modules_that_need_no_torch_load_without_it(environment, project):
     lists = "import sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     for module, heavy in [
         ("", {"torch", "numpy", "numba", "PIL", "scipy", "argparse", "jsonargparse"}),
@@ -137,7 +137,7 @@ def test_the_package_and_what_needs_no_torch_load_without_it(environment, projec
         (".data.sets, label_refinery.data.convert, label_refinery.data.scenes", {"torch", "timm", "jsonargparse"}),
         (".train, label_refinery.bench, label_refinery.kernels", {"torch", "numpy", "numba", "jsonargparse"}),
     ]:
-        # -P leaves out the project's own modules, which would hide that ours are still loaded by their short names.
+        # -P ignores the project's own modules, which would hide that ours are still loaded by their short names.
         done = run(environment / "python", "-P", "-c", f"import label_refinery{module}; " + lists.format())
         loaded = set(done.stdout.split())
         assert not loaded & heavy, module
@@ -145,7 +145,7 @@ def test_the_package_and_what_needs_no_torch_load_without_it(environment, projec
 
 
 def test_every_module_can_be_imported_and_none_is_imported_by_its_short_name(environment, project):
-    """Of modules that need packages of other projects, those are left out."""
+    """Except modules that need packages of other projects."""
     script = """
 import importlib, pkgutil, sys, label_refinery
 for found in pkgutil.walk_packages(label_refinery.__path__, "label_refinery."):
@@ -156,7 +156,7 @@ print(*sorted(name for name in sys.modules if name.split(".")[0] in sys.argv[1:]
     assert run(environment / "python", "-c", script, *ROOMS, "command", "console").stdout.split() == []
 
 
-def test_the_drawn_set_is_the_same_as_in_the_checkout(environment, project):
+def test_scenes_are_the_same_as_in_the_checkout(environment, project):
     script = "from label_refinery.data.sources import scenes_fingerprint; print(scenes_fingerprint())"
     assert run(environment / "python", "-c", script).stdout.strip() == scenes_fingerprint()
 
@@ -166,7 +166,7 @@ def test_plain_pytorch_trains_in_a_project_with_a_data_module(environment, proje
     done = run(environment / "python", EXAMPLES / "plain_pytorch.py", images)
     assert [line.split(":")[0] for line in done.stdout.splitlines() if "top-1" in line] == ["epoch 1", "epoch 2"]
     assert "3 steps" in done.stdout
-    # Converted once: by the next script it is found.
+    # It is converted once; the next script uses it.
     script = project / "loop.py"
     shutil.copy(EXAMPLES / "plain_pytorch.py", script)
     assert "images/s" not in run(environment / "python", script, images).stdout
@@ -190,7 +190,7 @@ def test_the_command_lists_its_verbs(environment, project):
     )
 
 
-def test_verbs_say_how_they_are_called(environment, project):
+def test_verbs_print_their_usage(environment, project):
     assert run(environment / "label-refinery", "convert", "--help").stdout.startswith("usage: label-refinery convert")
     assert run(environment / "label-refinery", "train", "--help").stdout.startswith("usage: label-refinery train")
     failed = run(environment / "label-refinery", "train", "--modle", "x", status=2)
@@ -198,14 +198,14 @@ def test_verbs_say_how_they_are_called(environment, project):
     assert line.startswith("error: ")
 
 
-def test_the_journey(environment, project, images):
+def test_all_main_verbs_in_turn(environment, project, images):
     """Convert, train from a name, evaluate, export: with options, and with make's variables."""
     command = environment / "label-refinery"
     run(command, "convert", "--data", images, "--out", "set", "--processes", "1")
     done = run(command, "train", "MODEL=timm:test_resnet", "DATA=set", "EPOCHS=1", "RESOLUTION=32", "ARGS=--batch 8")
     assert "finished: top-1" in done.stdout
     (folder,) = Path("runs").glob("*/timm*")
-    # The same run, of which nothing is left to do.
+    # The same run, which is finished.
     words = ["--model", "timm:test_resnet", "--data", "set", "--epochs", "1", "--resolution", "32", "--batch", "8"]
     assert run(command, "train", *words).stdout.count("epoch 1/1") == 0
     run(command, "evaluate", f"CHECKPOINT={folder}", "DATA=set", "OUT=scores.json")

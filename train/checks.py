@@ -1,4 +1,4 @@
-"""Checks of what a run will need, before it, or anything before it in the same command, begins."""
+"""Checks of a run's requirements, before anything in its command is started."""
 
 import os
 import shutil

@@ -270,7 +270,7 @@ class Config:
         if self.resolution and self.resolution > _MOST_PIXELS:
             raise TrainError(f"resolution={self.resolution}: must be at most {_MOST_PIXELS} pixels per side")
         if self.batch % (self.replicas or 1):
-            raise TrainError(f"batch={self.batch}: is not divided by replicas={self.replicas}; take a multiple of it")
+            raise TrainError(f"batch={self.batch}: is not a multiple of replicas={self.replicas}; take one")
         if self.save_minutes <= 0:
             raise TrainError(f"save_minutes={self.save_minutes:g}: must be above 0")
         if not 0 <= self.resident <= 1:

@@ -16,25 +16,26 @@ from train.distributed import group
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-# What a user may ask for, and what a device then computes in.
+# A precision as requested, or, without auto, as used by a device.
 Precision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
-# Where NVIDIA's driver shows its devices and its version.
+# Where NVIDIA's driver lists its devices and its version.
 _DEVICES, _DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def device_named(name: str) -> torch.device:
-    """`auto` (a CUDA device where there is one), `cpu`, `cuda` or `cuda:N`.
+    """Returns the device named `auto` (a CUDA device if there is one, else the CPU), `cpu`, `cuda` or `cuda:N`.
 
-    Raises TrainError for any other, and for auto on a machine whose GPU PyTorch cannot use.
+    Raises TrainError for other names, a device that does not exist, and, with `auto` or `cuda`, for an NVIDIA GPU that
+    PyTorch cannot use.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        # Of several processes on a machine, each has been given one.
+        # With several processes, each has been assigned a device.
         return torch.device("cuda", torch.cuda.current_device()) if group().world > 1 else torch.device("cuda")
     if name in ("auto", "cuda") and (why := _why_no_gpu()):
         raise TrainError(f"device={name}: {why}, or use device=cpu")
@@ -52,7 +53,7 @@ def device_named(name: str) -> torch.device:
 
 
 def _why_no_gpu() -> str:
-    """Why PyTorch cannot use the NVIDIA GPU of this machine, and what to do; "" where there is none or it is hidden."""
+    """Returns why PyTorch cannot use this machine's NVIDIA GPU, and what to do; "" if there is none or it is hidden."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
     if hidden or not any(_DEVICES.glob("nvidia[0-9]*")):
         return ""
@@ -73,10 +74,10 @@ def _why_no_gpu() -> str:
 
 
 def precision_on(device: torch.device, asked: Precision = "auto") -> Precision:
-    """What the device computes in: what was asked for where it has units for it, else the best that it has.
+    """Returns the precision to compute in on a device: the requested one if it has units for it, else another.
 
-    bf16, then fp16 (CUDA devices with tensor cores), then fp32. Without units the narrow types are emulated, which
-    is slower than float32.
+    For auto and bf16 that is bf16, else fp16 (CUDA devices with tensor cores), else fp32; for fp16 and tf32 it is fp32.
+    Devices without units for a narrow type emulate it, which is slower than float32.
     """
     if asked in ("auto", "bf16"):
         if _has_bf16(device):
@@ -90,29 +91,30 @@ def precision_on(device: torch.device, asked: Precision = "auto") -> Precision:
 
 
 def autocast_type(precision: str) -> torch.dtype | None:
-    """What the networks are autocast to; None for float32 throughout."""
+    """Returns the dtype for autocast; None for float32 throughout."""
     return _AUTOCAST.get(precision)
 
 
 def computing_in(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
-    """The context in which networks compute in bfloat16 or float16; with None, in float32 throughout."""
+    """Returns an autocast context for bfloat16 or float16; with None, networks compute in float32 throughout."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def on_device(module: _Module, device: torch.device) -> _Module:
-    """The module on the device, its weights laid out channels-last as crops are."""
+    """Moves a module to the device, with weights in channels-last layout like crops, and returns it."""
     return module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def set_tf32_and_allocator(device: torch.device, precision: str, *, deterministic: bool = False) -> None:
-    """Sets, for the whole process and before any network runs, which algorithms networks run by.
+    """Sets PyTorch's algorithms and allocator for the whole process; to be called before any network runs.
 
-    precision: TF32 is allowed if this is "tf32". device: on a GPU, cuDNN tries its algorithms for each new shape and
-    keeps the fastest, which may be another one in the next process; on a CPU, memory that a step frees is kept for the
-    next. deterministic: on a GPU, nothing is tried, and only algorithms run that give the same bits each time; an
-    operator that has none raises RuntimeError (see `without_deterministic`). On a CPU it changes nothing.
+    device: on a GPU, cuDNN times its algorithms for each new shape and keeps the fastest, which may be another one in
+    the next process; on a CPU, the memory that a step frees is kept for the next one. precision: TF32 is allowed if
+    this is "tf32". deterministic: on a GPU, algorithms are not selected by timing, and only those that give the same
+    bits each time are used; an operator that has none raises RuntimeError (see `without_deterministic`). It has no
+    effect on a CPU.
     """
-    # TF32 rounds products to 10 bits of mantissa. Left alone, PyTorch takes it for convolutions, not for matrices.
+    # TF32 rounds factors to 10 bits of mantissa. PyTorch's default is to use it for convolutions but not for matrices.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if device.type == "cpu":
         _keep_freed_memory()
@@ -120,20 +122,20 @@ def set_tf32_and_allocator(device: torch.device, precision: str, *, deterministi
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     torch.use_deterministic_algorithms(deterministic)
-    # Memory that is yet to be written to needs no value for that.
+    # PyTorch would fill new memory with NaN, which costs time and is not needed for determinism.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if deterministic:
-        # cuBLAS reads it when it is first used.
+        # cuBLAS reads this when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    from torch._inductor import config as inductor  # slow to import, and needed on GPUs alone
+    from torch._inductor import config as inductor  # slow to import, and only needed on GPUs
 
-    # Inductor, too, chooses among its kernels by timing them. Not in every PyTorch we take.
+    # Inductor also selects kernels by timing them. Older supported versions of PyTorch lack the option.
     if hasattr(inductor, "deterministic"):
         inductor.deterministic = deterministic
 
 
 def without_deterministic(error: BaseException) -> str:
-    """The operator that has no deterministic algorithm, where this is why the error was raised; else ""."""
+    """Returns the name of the operator if the error says that it has no deterministic algorithm; else ""."""
     found = re.search(r"(\S+) does not have a deterministic implementation", str(error))
     return found[1] if found else ""
 
@@ -141,9 +143,9 @@ def without_deterministic(error: BaseException) -> str:
 def set_threads(asked: int | None = None) -> None:
     """Sets how many threads compute on the CPU, for the whole process; the last bits of weights depend on it.
 
-    asked: so many; None: as many as PyTorch takes, which is one per core, or OMP_NUM_THREADS where that is set, but no
-    more than there are processors for this process (data.processors), which the processes of a run on a machine share.
-    Raises TrainError for numbers below 1.
+    asked: the number of threads. With None, OMP_NUM_THREADS applies if it is set; otherwise PyTorch's default, which is
+    one per core, but at most this process's share of the available processors (data.processors), which the processes
+    of a run on one machine divide among themselves. Raises TrainError for numbers below 1.
     """
     if asked is not None and asked < 1:
         raise TrainError(f"threads={asked}: must be at least 1")
@@ -153,10 +155,10 @@ def set_threads(asked: int | None = None) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Has glibc keep what a step frees for the next one, instead of handing it back to the system each time.
+    """Makes glibc keep freed memory for the next step instead of returning it to the system.
 
-    Handed back, every page of every activation is zeroed and mapped again in each step, which on a virtual machine
-    took as long as the arithmetic. Elsewhere than on glibc nothing changes.
+    Otherwise every page of every activation is zeroed and mapped again in each step, which on a virtual machine took as
+    long as the arithmetic. It has no effect without glibc.
     """
     if os.name == "posix" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(_M_MMAP_MAX, 0)
@@ -166,7 +168,7 @@ def _keep_freed_memory() -> None:
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    read: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # not in every PyTorch we take
+    read: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # older versions lack it
     capabilities = read()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("bf16"))
 

@@ -173,7 +173,7 @@ class Group:
                     self._exchanged(lambda: dist.broadcast(buffer, 0))  # noqa: B023
 
     def _exchanged(self, exchange: Callable[[], _Result]) -> _Result | None:
-        """The result of the exchange; None, without it, for one process. Raises PeerLost if another is gone."""
+        """The result of the exchange; None, without one, for a single process. Raises PeerLost if another is gone."""
         if self.world == 1:
             return None
         try:
@@ -206,8 +206,8 @@ def joined(device: str):
         return
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and os.environ.get(_SHARED_STORE) == "True":
         raise TrainError(
-            "max-restarts: processes that are started again would take addresses from before for each other's (PyTorch "
-            "issue 135712); type TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of torchrun"
+            "max-restarts: restarted processes may use addresses of the previous ones (PyTorch issue 135712); type "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of torchrun"
         )
     local = int(os.environ["LOCAL_RANK"])
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", world))

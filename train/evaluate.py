@@ -57,7 +57,7 @@ def evaluate(
 ) -> None:
     """Scores a checkpoint on the validation images of a set, and writes the scores with the accuracy of each class.
 
-    Images without a validation split (class folders alone) are all scored, from their original files; of images that
+    Images without a validation split (only class folders) are all scored, from their original files; of images that
     the run was trained on, only the held-out tenth is scored.
 
     If the set has only some of the network's classes, the network chooses among these. A network with some of

@@ -331,10 +331,10 @@ def _resolutions(config: Config, last: int) -> list[int]:
 def _check_replicas(config: Config, replicas: int, together: Group) -> None:
     if replicas % together.world:
         raise TrainError(
-            f"replicas={replicas}: cannot be dealt out to {together.world} devices evenly; take a multiple of these"
+            f"replicas={replicas}: cannot be divided evenly among {together.world} devices; take a multiple of that"
         )
     if config.batch % replicas:
-        raise TrainError(f"batch={config.batch}: is not divided by the {replicas} replicas; take a multiple of these")
+        raise TrainError(f"batch={config.batch}: is not a multiple of the number of replicas, {replicas}; take one")
 
 
 def _check_network(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""The loop of a run, or of several at once: epochs of steps, a validation after each, checkpoints and metrics."""
+"""The training loop of one or several runs: epochs of steps, a validation after each, checkpoints and metrics."""
 
 import math
 import time
@@ -29,17 +29,17 @@ from train.step import Step, forget_compiled_steps
 from train.student import CROPS, LOSS, TOP1, TOP5, Student
 from train.waiting import Waiting
 
-# How often the sums are read from the device (which waits for it).
+# How often the sums are read from the device, which makes the host wait.
 _SECONDS_BETWEEN_LOOKS = 2.0
-# How often several processes ask each other whether one of them is to stop.
+# How often several processes agree on whether to stop or save.
 _SECONDS_BETWEEN_AGREEMENTS = 0.5
 
 
 @dataclass
 class Progress:
-    """Where a run stands: epochs done, steps done in the present one, seconds spent.
+    """The progress of a run: finished epochs, finished steps of the current epoch, and time.
 
-    train_seconds and waited_seconds (for data) are of the present epoch, seconds of the whole run with its validation.
+    train_seconds, waited_seconds (for data): in the current epoch. seconds: in all finished epochs, with validation.
     """
 
     epoch: int = 0
@@ -50,14 +50,15 @@ class Progress:
 
 
 class Trainer:
-    """Trains the networks of some jobs, each in its folder, continuing from the checkpoints there.
+    """Trains the networks of some jobs, each in its own folder, continuing from the checkpoints there.
 
-    The jobs share crops and labels, and differ in network, optimizer and schedule alone; their checkpoints are of the
-    same step. What they share is read from the first, `job`. run() leaves metrics and checkpoints.
+    The jobs share crops and labels, and differ only in network, optimizer and schedule; their checkpoints must be of
+    the same step. Everything shared is taken from the first one, `job`. run() writes metrics and checkpoints.
 
-    students, step, labels: what is trained, and how. loader: of the crops of the last epochs. validation: of the
-    validation images. cost, later: of what the time that the bar shows is estimated at first (train.length.Remaining).
-    Raises DataError, ModelError or TrainError for what only shows when all of it is opened.
+    cost, later: for the first estimates of the remaining time in the progress bar (train.length.Remaining).
+    Attributes: students, step, labels: what is trained, and how. loader: of training crops at the final resolution.
+    validation: the loader of the validation images.
+    Raises DataError, ModelError or TrainError for errors that only occur when all of these are opened.
     """
 
     def __init__(self, jobs: Sequence[Job], *, cost: Cost | None = None, later: float = 0.0):
@@ -108,13 +109,13 @@ class Trainer:
         self._waiting = Waiting(job.device)
         self._remaining = Remaining(job, cost=cost, later=later)
         self._stop = Stop()
-        # Whether the run is at its start, whose crops are still to be shown.
+        # Whether the run is before its first step, whose crops are shown.
         self._at_start = False
-        # Steps from one agreement of all processes on what to do to the next.
+        # Steps between agreements of all processes.
         self._apart = 1
 
     def run(self) -> list[dict[str, Any]]:
-        """Trains to the last epoch and returns each job's result.
+        """Trains until the last epoch is finished, and returns each job's result.
 
         Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, and TrainError for a loss that is not finite, too little
         memory, a full disk, or a folder in which another process trains.
@@ -136,13 +137,13 @@ class Trainer:
 
     @property
     def stopped(self) -> bool:
-        """Whether the user asked for a stop; the last epoch is finished all the same."""
+        """Whether the user asked for a stop, in any process; a run that is complete by then still finishes."""
         return bool(self.job.group.largest([self._stop.requested])[0])
 
     def train_epoch(self) -> None:
-        """The steps of the present epoch that are still to be done. Raises as run().
+        """Runs the remaining steps of the current epoch. Raises as run() does.
 
-        The epoch's sums are in the students and its seconds in `progress`, which still stands in this epoch.
+        Leaves the epoch's sums in the students, and its seconds in `progress`, which is not advanced to the next epoch.
         """
         job, progress = self.job, self.progress
         loader = self.loader_at(job.resolution_in(progress.epoch))
@@ -152,7 +153,7 @@ class Trainer:
             mark = looked = saved = time.perf_counter()
             for batch in self._fetched(loader.epoch(job.plan_epoch(progress.epoch), progress.step)):
                 if self._at_start:
-                    # Counts in no rate.
+                    # Not counted as training time.
                     mark += self._show(batch)
                 self._set_rates(progress.epoch + progress.step / loader.steps)
                 number = progress.epoch * loader.steps + progress.step + 1
@@ -176,15 +177,15 @@ class Trainer:
                     left = said_seconds(self._remaining.seconds(progress.epoch, progress.step))
                     bar.set_postfix_str(f"{said}; {left} left in all", refresh=False)
                     looked = time.perf_counter()
-            # Checking waits for the device, which belongs to the epoch's time.
+            # This waits for the device, and is counted as time of the epoch.
             self._check_losses()
             progress.train_seconds += time.perf_counter() - mark
 
     def _agreed(self, since_save: float, since_look: float, took: float) -> tuple[bool, bool, bool]:
-        """Whether to stop, to save and to look at the losses now: the same in all processes, by the first one's clock.
+        """Returns whether to stop, to save and to check losses: the same in all processes, by the first one's clock.
 
-        since_save, since_look, took: seconds since then, and that the last step took. Several processes ask each other
-        only now and then: it makes them wait for the slowest.
+        since_save, since_look: seconds since the last time. took: seconds of the last step. Several processes exchange
+        this only every few steps, since it makes all wait for the slowest.
         """
         group = self.job.group
         if group.world > 1 and self.progress.step % self._apart:
@@ -198,7 +199,7 @@ class Trainer:
         return bool(stop), bool(save), bool(look)
 
     def validate(self) -> None:
-        """Scores the students and ends the epoch: its metrics are kept, and checkpoints written. Raises as run()."""
+        """Scores the students and ends the epoch: records its metrics and writes checkpoints. Raises as run() does."""
         self._check_weights()
         done, started = self.progress, time.perf_counter()
         for student in self.students:
@@ -206,7 +207,7 @@ class Trainer:
         try:
             found = score_all(self._answer, self.validation, self.job.group, stop=lambda: self._stop.requested)
         except Stopped:
-            # Validation is repeated as a whole when the run goes on.
+            # A continued run repeats the whole validation.
             self._save()
             raise self._interrupted() from None
         took = time.perf_counter() - started
@@ -221,13 +222,13 @@ class Trainer:
             student.record.save(self._state(student), best=student.is_best)
 
     def loader_at(self, resolution: int) -> Loader:
-        """The loader of training crops of this size; opened when it is first asked for."""
+        """Returns the loader of training crops of this size in pixels per side; opens it on first use."""
         if resolution not in self._loaders:
             self._loaders[resolution] = self.job.open_crops(self.labels, resolution=resolution)
         return self._loaders[resolution]
 
     def _begin(self) -> None:
-        """Says in the runs' folders, and to the user, where and with what this start goes on."""
+        """Records this start in the runs' folders, and prints where it continues and what has changed."""
         job, progress = self.job, self.progress
         start = {
             "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "CPU",
@@ -260,18 +261,18 @@ class Trainer:
             yield batch
 
     def _show(self, batch: CropBatch) -> float:
-        """Adds a picture of the run's first crops and labels to its plots; returns the seconds that it took."""
+        """Adds a picture of the run's first crops and labels to its plots; returns the seconds that this took."""
         self._at_start = False
         started, job = time.perf_counter(), self.job
         if job.group.first:
-            # Of a replica's crops, with whose batch statistics they are labelled in training.
+            # The crops of one replica, so that batch statistics are those of training.
             part = batch.part(0, job.replicas // job.group.world)
             try:
                 with torch.no_grad(), computing_in(job.autocast, job.device):
                     targets = self.labels(part)
             except RuntimeError as error:
                 if is_out_of_memory(error):
-                    return 0.0  # the step has a better answer to it
+                    return 0.0  # the step raises a better error
                 raise
             own = isinstance(job.labels, GroundTruthLabels)
             source = None if own else "refinery" if job.labels.refinery else "label"
@@ -286,7 +287,7 @@ class Trainer:
             student.set_rate(config.schedule.factor(epoch, config.epochs))
 
     def train_on(self, batch: CropBatch, epoch: int, step: int, number: int = 1) -> None:
-        """Takes a step (see Step). Raises TrainError where it does not fit in memory, with a batch that does if any."""
+        """Runs a step (see Step). If it does not fit in memory, raises TrainError with a batch size that does."""
         try:
             self.step(batch, epoch, step, number)
             return
@@ -298,9 +299,9 @@ class Trainer:
                 ) from None
             if not is_out_of_memory(error):
                 raise
-        # Here, the failed step's tensors are gone with its exception.
+        # Outside the except clause, where the failed step's tensors have been freed with the exception.
         if self.job.group.world > 1:
-            # The others wait in their part of the step, and cannot try smaller ones.
+            # The other processes wait within the step, so smaller batches cannot be tried.
             raise TrainError(
                 f"batch={self.job.batch}: a step at {batch.crops.shape[-1]} px, of which each device computes "
                 f"{len(batch.labels)} crops, does not fit in {said_memory(self.job.device)}; take a smaller batch"
@@ -313,7 +314,7 @@ class Trainer:
         )
 
     def _fitting_batch(self, batch: CropBatch) -> int | None:
-        """The largest half, quarter, ... of the batch with which a step fits; the run must end after this."""
+        """Runs steps to find the largest half, quarter, ... of the batch that fits; the run must end after this."""
         self.step.use_eager()
         size = len(batch.labels) // 2
         while size > 1:
@@ -331,14 +332,14 @@ class Trainer:
         return None
 
     def _check_losses(self) -> None:
-        """Waits for the device; raises TrainError where a loss is not finite."""
+        """Waits for the device; raises TrainError if a loss is not finite."""
         for student in self.students:
             if not self.job.group.sum(student.sums).isfinite().all():
                 raise self._diverged(student, "the loss is")
         self.progress.waited_seconds += self._waiting.taken()
 
     def _check_weights(self) -> None:
-        """A checkpoint must be good to continue from, and the last step's loss does not show what that step did."""
+        """Raises TrainError if weights are not finite: the last step's loss is computed before its update."""
         for student in self.students:
             if not student.has_finite_weights():
                 raise self._diverged(student, "weights are")
@@ -361,7 +362,7 @@ class Trainer:
             "top1": student.scores.top1,
             "top5": student.scores.top5,
             "val_images": student.scores.images,
-            # JSON has no name for infinity, nor for what is no number.
+            # JSON cannot represent infinity and NaN.
             "val_loss": student.scores.loss if math.isfinite(student.scores.loss) else None,
             "images_per_second_per_device": crops / progress.train_seconds / self.job.group.world,
             "waiting": progress.waited_seconds / progress.train_seconds,
@@ -369,7 +370,7 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        """Writes the checkpoints of a run within an epoch."""
+        """Writes checkpoints within an epoch."""
         self._check_losses()
         self._check_weights()
         for student in self.students:
@@ -383,7 +384,7 @@ class Trainer:
             "sums": sums,
             "generators": generators,
             "progress": asdict(self.progress),
-            # Which other runs draw from the same generators.
+            # The runs that share the random generators.
             "together": [each.name for each in self.students],
         }
 
@@ -399,7 +400,7 @@ class Trainer:
                     if is_out_of_memory(error):
                         raise
                     raise TrainError(
-                        f"{student.job.folder / checkpoint.LAST}: does not hold all that this run goes on from; put "
+                        f"{student.job.folder / checkpoint.LAST}: lacks something that this run needs to continue; put "
                         "back a copy of it, or give another OUT"
                     ) from None
                 if not self.job.group.first:

@@ -54,10 +54,10 @@ def now() -> dict[str, float]:
 
 
 def _asked(fields: Mapping[str, tuple[str, type]]) -> list[dict[str, Any]]:
-    """A GPU's fields each, None if the driver does not know it; empty if nvidia-smi fails."""
+    """Returns the fields of each GPU, None for those that the driver does not know; [] if nvidia-smi fails."""
     command = ["nvidia-smi", f"--query-gpu={','.join(name for name, _ in fields.values())}"]
     kinds = [(name, kind) for name, (_, kind) in fields.items()]
-    # If it knows the GPUs by other names, all are queried.
+    # If it does not know these ids, all GPUs are queried.
     for ids in (_ids(), []):
         try:
             done = subprocess.run(
@@ -79,7 +79,7 @@ def _asked(fields: Mapping[str, tuple[str, type]]) -> list[dict[str, Any]]:
 
 
 def _ids() -> list[str]:
-    """The option that excludes GPUs that are hidden from this process."""
+    """Returns the option that excludes GPUs that are hidden from this process; [] if PyTorch does not know the ids."""
     count = torch.cuda.device_count()
     ids = [str(getattr(torch.cuda.get_device_properties(number), "uuid", "")) for number in range(count)]
     names = [f"GPU-{each.removeprefix('GPU-')}" for each in ids if each]

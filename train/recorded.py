@@ -1,8 +1,8 @@
-"""Steps recorded once as CUDA graphs and then replayed: the host launches one thing where there were hundreds.
+"""Records steps once as CUDA graphs and replays them: the host launches one graph instead of hundreds of kernels.
 
-A graph is a list of kernels with the addresses that they read and write. So whatever a step reads lies in tensors that
-stay where they are, inputs are copied to where the graph reads them, and nothing in it depends on a value of the host.
-Not yet run on a GPU; tests record the operators of a step instead of its kernels, and replay those.
+A graph is a list of kernels with the addresses that they read and write. So all tensors that a step reads must stay at
+their addresses, inputs are copied to the addresses that the graph reads, and no kernel may depend on a host value.
+Not run on a GPU yet; tests record and replay the operators of a step instead of its kernels.
 """
 
 import warnings
@@ -14,18 +14,18 @@ import torch
 
 from train.runs.checkpoint import generator_states, restore_generators
 
-# Runs a function while recording what it does to the device; returns what does the same again.
+# Runs a function while recording its work on the device; returns a function that replays it.
 Capture = Callable[[Callable[[], None]], Callable[[], Any]]
 
-# Runs before a recording, in which compilers, searches for algorithms and libraries make all they make only once.
+# Runs before a recording, for everything that happens only once: compilation, selection of algorithms, initialisation.
 _WARM_UP = 3
 
 
 class Recorder:
-    """Records functions, each once for every shape of its inputs, and replays them.
+    """Records functions, once for each shape and dtype of their inputs, and replays them.
 
-    tensors: gives all that the functions write to besides what they return. device: where these are. capture: what
-    records (default: CUDA graphs, which share their memory, since one runs at a time).
+    tensors: returns all existing tensors that the functions write to. device: of these tensors. capture: how to record
+    (default: CUDA graphs, which share one memory pool, since they run one at a time).
     """
 
     def __init__(
@@ -39,19 +39,20 @@ class Recorder:
         self._recorded: dict[Hashable, tuple[list[torch.Tensor], Callable[[], Any]]] = {}
 
     def record(self, name: str, function: Callable[..., None], *inputs: torch.Tensor) -> None:
-        """Records function(*inputs) unless this was done for such inputs.
+        """Records function(*inputs) under a name, unless it is recorded for these shapes and dtypes already.
 
-        It runs a few times beforehand, of which nothing is left; what it does besides writing to tensors it does then
-        alone. Raises what the function or the recording raises; nothing has then changed.
+        The function first runs a few times; the tensors and random generators that it changes are then restored. A
+        replay repeats only its work on the device. Raises what the function or the recording raises; all tensors are
+        then unchanged.
         """
         key = _key(name, inputs)
         if key not in self._recorded:
-            # Laid out as these are; those of later steps are alike.
+            # Clones keep the memory layout, which is the same in later steps.
             own = [tensor.clone() for tensor in inputs]
             self._recorded[key] = own, self._record(lambda: function(*own))
 
     def run(self, name: str, function: Callable[..., None], *inputs: torch.Tensor) -> None:
-        """As function(*inputs), by a replay; recorded where it was not yet, as `record`."""
+        """Does the work of function(*inputs) by a replay, after recording it if needed. Raises as `record` does."""
         self.record(name, function, *inputs)
         own, replay = self._recorded[_key(name, inputs)]
         if own:
@@ -60,7 +61,7 @@ class Recorder:
 
     def _record(self, function: Callable[[], None]) -> Callable[[], Any]:
         with Undone(self._tensors(), self._device), warnings.catch_warnings():
-            # AdamW warns of running unrecorded.
+            # AdamW warns when it runs without being recorded.
             warnings.filterwarnings("ignore", message=".*capturable.*")
             with self._beside():
                 for _ in range(_WARM_UP):
@@ -68,7 +69,7 @@ class Recorder:
             return self._capture(function)
 
     def _beside(self) -> AbstractContextManager[Any]:
-        """On a stream of its own, as PyTorch asks of what runs before a recording."""
+        """A context on a side stream, as PyTorch requires for the runs before a recording."""
         return _OwnStream(self._device) if self._device.type == "cuda" else nullcontext()
 
 
@@ -77,7 +78,7 @@ def _key(name: str, inputs: Sequence[torch.Tensor]) -> Hashable:
 
 
 class Undone:
-    """A context at whose end these tensors and the random generators are as they were at its beginning."""
+    """A context that restores these tensors and the random generators at its end."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device):
         self._tensors, self._device = tensors, device
@@ -96,7 +97,7 @@ class Undone:
 
 
 class _OwnStream:
-    """A context of work on a stream of its own, between what lies before and behind it on the present one."""
+    """A context on a side stream, ordered after earlier and before later work on the current stream."""
 
     def __init__(self, device: torch.device):
         self._present = torch.cuda.current_stream(device)
@@ -113,14 +114,14 @@ class _OwnStream:
 
 
 def cuda_graphs(device: torch.device) -> Capture:
-    """Records CUDA graphs that share one pool of memory."""
+    """Returns a Capture that records CUDA graphs, which share one memory pool."""
     pool = None
 
     def capture(function: Callable[[], None]) -> Callable[[], Any]:
         nonlocal pool
         pool = pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Other threads, which decode and upload, may go on meanwhile.
+        # Other threads may decode and upload at the same time.
         with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             function()
         return graph.replay

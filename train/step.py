@@ -1,6 +1,6 @@
-"""One training step: crops in, augmented, labels from their source, students forward and backward, weights moved.
+"""One training step: augment crops, label them, run the students forward and backward, update their weights.
 
-Nothing here waits for the device: the students' sums stay on it until they are read. (AdamP does, in timm.)
+Nothing here waits for the device (except timm's AdamP): the students' sums stay on it until they are read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,38 +23,39 @@ from train.labels.source import LabelSource, Targets
 from train.recorded import Capture, Recorder
 from train.student import Student
 
-# Inductor may drop channels-last in the backward graph (PyTorch 2.13); the networks are laid out for it.
+# Without this, Inductor may drop the channels-last layout in the backward graph (PyTorch 2.13).
 COMPILER_OPTIONS: dict[str, Any] = {"force_layout_optimization": True}
 
 
 def forget_compiled_steps(shapes: int) -> None:
-    """Makes room for the graphs of a training whose crops come in so many shapes.
+    """Resets the compiler, and its limit of graphs, before a training whose crops have `shapes` different shapes.
 
-    PyTorch counts the graphs of a function over all steps of a process, and refuses more than a few: a chain or a
-    refinery that is trained first would use them up for the trainings that follow.
+    PyTorch limits the number of graphs that it compiles for a function in a process, so without this, earlier trainings
+    of a chain, or of a refinery that is trained first, would use up the limit.
     """
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shapes)
 
 
 class Step:
-    """A step of training students on the labels of `labels`, which are made once for all of them.
+    """A training step for several students on the labels of `labels`, which are made once for all of them.
 
     loss, temperature: how the students' outputs are compared with the labels (kernels.refinery_loss).
-    jitter: eta of adversarial jitter (train.jitter) with a single student; 0 is none. Jittered crops count in the loss
-    and not in the accuracies. augment: what is done to crops before the students see them; of mixed ones the accuracies
-    count the class of the crop's own image. autocast: bfloat16, float16, or None for float32 throughout.
-    compiled: labels, students and losses as one compiled graph, made in the first step of each resolution. Where that
-    fails, a notice is printed and the steps go on uncompiled, or under `strict` TrainError is raised.
-    cuda_graphs: the whole step, from crops to moved and averaged weights, is recorded as one CUDA graph for each shape
-    of crops, and replayed; with several replicas as one for a part and one that moves the weights, between which
-    devices exchange gradients. Where that cannot be, a notice says why, and steps run as they do without.
-    capture: what records instead of CUDA graphs (train.recorded).
-    replicas: parts of a step, of all devices, each with batch statistics of its own; the running ones are the first's.
-    truth, weights: the share of cross entropy to the images' own labels in the loss, 0 to below 1, and what the losses
-    of each class's images are multiplied by, float32 [C], None for 1 (train.config.LossConfig).
-    together, reduce: who computes them, and how their gradients are added (train.distributed). seed: with several
-    parts, of what networks draw themselves.
+    jitter: eta of adversarial jitter (train.jitter) for a single student; 0 for none. Jittered crops count in the loss
+    but not in the accuracies. augment: the augmentation of the crops that students see; the accuracies of mixed crops
+    use the class of the crop's own image. autocast: bfloat16, float16, or None for float32 throughout.
+    compiled: labels, students and losses run as one graph, compiled in the first step of each resolution. If that
+    fails, a notice is printed and steps run uncompiled; with `strict`, TrainError is raised.
+    cuda_graphs: the whole step, from crops to updated and averaged weights, is recorded as one CUDA graph per shape of
+    crops, and replayed; with several replicas as one graph for a part and one for the update, and devices exchange
+    gradients between the two. If a step cannot be recorded, a notice with the reason is printed and steps run without.
+    capture: how to record instead of CUDA graphs (train.recorded).
+    replicas: number of parts of a step over all devices, each with its own batch statistics; running statistics are
+    those of the first part.
+    truth: share of the cross entropy to the images' own labels in the loss, 0 to below 1. weights: factors of the loss
+    for the classes of images, float32 [C]; None for 1 (train.config.LossConfig).
+    together, reduce: the processes that share the parts, and how gradients are added (train.distributed). seed: of the
+    networks' own random numbers (dropout) with several parts.
     """
 
     def __init__(
@@ -88,24 +89,25 @@ class Step:
         self._normalise = [Normalise(student.normalisation).to(device) for student in students]
         self._compute: Callable[[CropBatch, Any], torch.Tensor] = self._loss_of_students
         self._compiled, self._strict = compiled, strict
-        # Shapes of crops for which there is a graph.
+        # Shapes of crops for which compilation has been tried.
         self._tried: set[torch.Size] = set()
         if compiled:
-            # A graph for each resolution; one for all sizes would be slower at each.
+            # One graph per resolution; a dynamic graph for all of them would be slower.
             self._compute = torch.compile(
                 self._loss_of_students, fullgraph=True, dynamic=False, options=dict(COMPILER_OPTIONS)
             )
         self._recorder: Recorder | None = None
-        # Shapes of crops of which all parts are recorded, and where these add up their gradients.
+        # Shapes of crops for which all parts are recorded, and the sums of the parts' gradients.
         self._recorded: set[torch.Size] = set()
         self._total: list[torch.Tensor] = []
         if cuda_graphs:
             self._start_recording(capture)
 
     def __call__(self, batch: CropBatch, epoch: int = 0, step: int = 0, number: int = 1) -> None:
-        """epoch, step: where in the run it is (0, 1, ...), of which its augmentation is a function.
+        """Trains the students on a batch: updates weights and averages, and adds to their sums.
 
-        number: of all steps of the run (1, 2, ...), on which the weight of a step in averages depends.
+        epoch, step: position in the run (0, 1, ...), which determines the augmentation. number: number of the step in
+        the whole run (1, 2, ...), which determines its weight in averages.
         """
         for student in self.students:
             student.network.train()
@@ -129,14 +131,15 @@ class Step:
 
     @property
     def _exchanges(self) -> bool:
-        """Whether the gradients of parts are added up outside backward, perhaps with those of other devices."""
+        """Whether Group.reduce_gradients adds the gradients of the parts."""
         return self._replicas > 1 and (self._group.world > 1 or self._reduce == "tree")
 
     def _parts(self, batch: CropBatch, epoch: int, step: int) -> Iterator[tuple[int, CropBatch]]:
-        """This process's parts of a step, with their numbers, each to be computed before the next is asked for."""
+        """Yields this process's parts of a step, with their numbers; each must be computed before the next is taken."""
         mine = self._replicas // self._group.world
         for number in range(mine):
-            # A batch deals the images of a step out in turns, as the plan does; so their part is a matter of the plan.
+            # Images are interleaved among parts in the same way as the plan interleaves them among processes, so the
+            # part of an image does not depend on the number of processes.
             part = self._group.rank + number * self._group.world
             torch.manual_seed(seed_of_part(seed=self._seed, epoch=epoch, step=step, part=part))
             yield part, batch.part(number, mine)
@@ -148,12 +151,12 @@ class Step:
         return self._augment.draw(len(batch.crops), size, epoch=epoch, step=step, part=part)
 
     def _whole(self, batch: CropBatch, draws: torch.Tensor | None) -> None:
-        """All that happens on the device in a step of one part."""
+        """A whole step with a single part."""
         self._move(self._part(batch, draws, 0))
 
     def _part(self, batch: CropBatch, draws: torch.Tensor | None, part: int) -> list[torch.Tensor | None]:
-        """The gradients of a part of the step, those of each weight; counts its crops in the students' sums."""
-        # The first part alone counts in the running statistics.
+        """Returns the gradients of a part of the step for each weight, and adds to the students' sums."""
+        # Only the first part updates the running statistics.
         statistics = [(buffer, buffer.clone()) for buffer in self._buffers()] if part else []
         gradients = self._gradients_of(batch, draws)
         with torch.no_grad():
@@ -172,7 +175,7 @@ class Step:
                 eta=self._jitter,
                 autocast=self._autocast,
             )
-        # The compiled graph would be made anew for the number of each epoch.
+        # Otherwise the graph would be recompiled for each epoch's number.
         batch = replace(batch, epoch=0)
         untried = self._compiled and batch.crops.shape not in self._tried
         return self._first_gradients(batch, draws) if untried else self._gradients(batch, draws)
@@ -181,16 +184,16 @@ class Step:
         return (buffer for student in self.students for buffer in student.network.buffers())
 
     def _weights(self) -> list[torch.nn.Parameter]:
-        """All that is trained, and has a gradient in every step."""
+        """The trained weights of all students, in the order of their gradients."""
         return [weight for student in self.students for weight in student.trained()]
 
     def _filled(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-        """With 0 where a step has none."""
+        """The gradients, with zeros for missing ones."""
         pairs = zip(self._weights(), gradients, strict=True)
         return [torch.zeros_like(weight) if gradient is None else gradient for weight, gradient in pairs]
 
     def _move(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Moves the weights of all students by the gradients of all."""
+        """Updates the weights of all students. gradients: of all of them, in the order of _weights."""
         left = list(gradients)
         for student in self.students:
             count = len(student.trained())
@@ -198,7 +201,7 @@ class Step:
             del left[:count]
 
     def _start_recording(self, capture: Capture | None) -> None:
-        """Has steps be recorded, or says why they cannot be. Adaptive students of timm read from the device."""
+        """Prepares recording of steps, or prints why they cannot be recorded."""
         reading = sorted({type(student.optimizer).__name__ for student in self.students if student.reads_device})
         if reading:
             self._stop_recording(f"{reading[0]} reads from the device in each step")
@@ -220,11 +223,11 @@ class Step:
             student.keep_numbers_on_host()
 
     def _written(self) -> list[torch.Tensor]:
-        """All that a step writes to."""
+        """All tensors that a step writes to."""
         return [*(tensor for student in self.students for tensor in student.tensors()), *self._total]
 
     def _replayed(self, recorder: Recorder, batch: CropBatch, epoch: int, step: int) -> bool:
-        """Takes a step by replaying it; False, with nothing changed, where it cannot be recorded, which is said."""
+        """Runs a step as a replay; if it cannot be recorded, prints a notice and returns False with nothing changed."""
         for student, numbers in zip(self.students, self._numbers, strict=True):
             numbers.copy_(torch.tensor(student.numbers, dtype=numbers.dtype))
         try:
@@ -234,7 +237,7 @@ class Step:
             self._replay_parts(recorder, batch, epoch, step)
         except TrainError:
             raise
-        except Exception as error:  # of libraries and drivers, in as many ways as there are
+        except Exception as error:  # libraries and drivers raise many kinds of errors
             for student in self.students:
                 student.forget_half_a_step()
             if is_out_of_memory(error):
@@ -245,7 +248,8 @@ class Step:
 
     def _replay_parts(self, recorder: Recorder, batch: CropBatch, epoch: int, step: int) -> None:
         if batch.crops.shape not in self._recorded:
-            # All of it, before anything is counted or exchanged: a failure must find the step not yet begun.
+            # Everything is recorded before anything is counted or exchanged, so that the step can still be run
+            # unrecorded if recording fails.
             for part in self._parts(batch, epoch, step):
                 recorder.record(*self._recordable_part(*part, epoch, step))
             recorder.record("move", self._move_total)
@@ -258,28 +262,28 @@ class Step:
                 parts.append([gradient.clone() for gradient in self._total])
                 torch._foreach_zero_(self._total)
         if self._exchanges:
-            # Not recorded: NCCL's part in a graph is one more thing that can only be tried where there is NCCL.
+            # Not recorded: recording NCCL's exchange can only be tested on several GPUs.
             torch._foreach_copy_(self._total, self._group.reduce_gradients(parts or [self._total], how=self._reduce))
         recorder.run("move", self._move_total)
 
     def _move_total(self) -> None:
-        # A scaler may write to what it is given.
+        # Clones, since a scaler may write to the gradients.
         self._move([gradient.clone() for gradient in self._total])
 
     def _recordable_part(self, part: int, batch: CropBatch, epoch: int, step: int) -> tuple[Any, ...]:
-        """Name, function and tensors of what adds the gradients of a part to the total."""
+        """Returns the arguments for Recorder to record adding the gradients of a part to the total."""
 
         def add(own: CropBatch, draws: torch.Tensor | None) -> None:
             torch._foreach_add_(self._total, self._filled(self._part(own, draws, part)))
 
-        # All parts but the first restore the running statistics.
+        # All parts except the first restore the running statistics.
         name = "part" if part else "first part"
         return name, *self._recordable(add, batch, self._draws(batch, epoch, step, part))
 
     def _recordable(
         self, function: Callable[[CropBatch, torch.Tensor | None], Any], batch: CropBatch, draws: torch.Tensor | None
     ) -> tuple[Any, ...]:
-        """The function as one of tensors alone, and these: of the batch, which they make up, and the draws."""
+        """Returns the function of tensors only, then these tensors: the batch's fields, then the draws."""
         fields = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
         names, pairings = list(fields), list(batch.paired)
 
@@ -292,15 +296,15 @@ class Step:
         return with_all, *fields.values(), *batch.paired.values(), *([] if draws is None else [draws])
 
     def use_eager(self) -> None:
-        """Runs the steps from now on without the compiled graph, and unrecorded."""
+        """From now on, runs steps uncompiled and unrecorded."""
         self._compute, self._compiled = self._loss_of_students, False
         self._forget_recorded()
 
     def _gradients(self, batch: CropBatch, draws: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """The gradients of the batch, for each weight, laid out as it is; None for a weight that took no part."""
+        """Returns the gradients of the batch for each weight, in its memory layout; None for unused weights."""
         loss = self._compute(batch, draws)
         weights = self._weights()
-        # Not backward(): it would put each gradient in its place by an operator of its own.
+        # Not backward(), which would launch an operator for each weight to store its gradient.
         found = torch.autograd.grad(loss, weights, allow_unused=True)
         return [
             None if gradient is None else _laid_out(gradient, weight)
@@ -308,13 +312,13 @@ class Step:
         ]
 
     def _first_gradients(self, batch: CropBatch, draws: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """As _gradients, where forward and backward have yet to be compiled for crops of this shape."""
+        """As _gradients, for the first crops of a shape, for which forward and backward are compiled."""
         self._tried.add(batch.crops.shape)
         written = [*self._buffers(), *(student.sums for student in self.students)]
         before = [tensor.clone() for tensor in written]
         try:
             return self._gradients(batch, draws)
-        except Exception as error:  # a compiler fails in as many ways as it has parts
+        except Exception as error:  # compilers raise many kinds of errors
             if is_out_of_memory(error):
                 raise
             failure = reason(error)
@@ -328,7 +332,7 @@ class Step:
         return self._gradients(batch, draws)
 
     def _loss_of_students(self, batch: CropBatch, draws: torch.Tensor | None) -> torch.Tensor:
-        """What is to be differentiated, float32 []: the students' losses, scaled and added. Adds to their sums."""
+        """Returns the sum of the students' scaled losses, float32 [], to be differentiated. Adds to their sums."""
         crops = seen = batch.crops
         if self._augment and draws is not None:
             coloured = self._augment.colour(batch.crops, draws)
@@ -341,7 +345,7 @@ class Step:
                 for student, normalise in zip(self.students, self._normalise, strict=True)
             ]
         losses = []
-        # Jittered crops lie behind the clean ones.
+        # Jittered crops follow the clean ones.
         labels = batch.labels.repeat(2) if self._jitter else batch.labels
         crops = torch.full((), len(batch.labels), dtype=torch.float64, device=self._device)
         for student, logits in zip(self.students, outputs, strict=True):
@@ -354,9 +358,10 @@ class Step:
     def _loss_of(
         self, targets: Targets, logits: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor | None
     ) -> torch.Tensor:
-        """Each crop's loss, float32 [B]: of a mixed crop the weighted sum of two, unless the mixture has a label.
+        """Returns each crop's loss, float32 [B].
 
-        labels: the images' own, int64 [B], of which a mixed crop always has two.
+        The loss of a mixed crop is the weighted sum for both images, unless the source labels the mixture itself.
+        labels: the images' own labels, int64 [B]; a mixed crop always has those of both images.
         """
         own = self._compared(targets, logits, labels)
         if draws is None or not (self._augment and self._augment.mixes):
@@ -371,7 +376,7 @@ class Step:
         return share * own + (1 - share) * theirs
 
     def _compared(self, targets: Targets, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Each crop's loss by these targets and own labels of images, float32 [B]; see LossConfig."""
+        """Returns each crop's loss for these targets and the images' own labels, float32 [B]; see LossConfig."""
         loss = targets.loss(logits, kind=self._loss, temperature=self._temperature)
         if self._truth:
             own = F.cross_entropy(logits.float(), labels, reduction="none")
@@ -380,7 +385,7 @@ class Step:
 
 
 def _laid_out(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The gradient with its numbers in the order of the weight's, as fused optimizers want them."""
+    """Returns the gradient in the memory layout of the weight, as fused optimizers require; copies only if needed."""
     strides = zip(gradient.shape, gradient.stride(), weight.stride(), strict=True)
     if all(size == 1 or ours == theirs for size, ours, theirs in strides):
         return gradient
@@ -388,7 +393,7 @@ def _laid_out(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _added(total: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """The sums of gradients, None where both have none."""
+    """Adds gradients to the total, in place; None where both are None."""
     return [
         ours if theirs is None else theirs if ours is None else ours.add_(theirs)
         for ours, theirs in zip(total, gradients, strict=True)
@@ -396,6 +401,6 @@ def _added(total: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tenso
 
 
 def correct(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many crops have their class first, and among the first five (or all, of fewer). Two int64 scalars."""
+    """Returns how many crops have their class first, and among the first five (or all if fewer): two int64 scalars."""
     first = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return first[:, 0].sum(), first.sum()

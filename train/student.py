@@ -1,4 +1,4 @@
-"""A network in training, with all that is its own: what moves, averages, scores and records it."""
+"""A network in training with its optimizer, average, scores and record."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,23 +15,24 @@ from train.job import Job
 from train.runs.record import Record, Silent
 from train.score import Scores
 
-# What the sums hold, in order.
+# Indices into Student.sums.
 LOSS, TOP1, TOP5, CROPS = range(4)
 
 
 class Student:
-    """One network, its optimizer and its accuracies; of a run (see `of`), also what the run keeps on disk.
+    """One network, its optimizer and its accuracies; for a run (see `of`), also the job and its record on disk.
 
-    lr: the learning rate where the schedule's factor is 1. ema: decay a step of the average of the weights; 0 keeps
-    none. autocast: what the networks compute in; with float16, whose gradients would underflow, the loss is scaled.
+    lr: the learning rate at which the schedule's factor is 1 (default: the optimizer's). ema: decay per step of the
+    average of the weights; 0 for no average. autocast: dtype that the networks compute in; with float16, the loss is
+    scaled so that gradients do not underflow.
 
-    What changes from step to step and is set by the host, `numbers`, is two Python numbers, which optimizers take as
-    they are; after `keep_numbers_on_device` it is a tensor, so that a recorded step (train.recorded) reads new ones.
+    The host sets two values before each step, `numbers`. By default they are Python numbers; after
+    `keep_numbers_on_device`, steps read them from a tensor, so that a recorded step (train.recorded) sees new values.
 
-    scored: the network that is scored and kept, the average or the student itself. scores: its last ones. best: the
-    highest top-1 so far, in percent.
-    sums: float64 [4] on the device: loss times crops, correct top-1, correct top-5 (of the images' classes), crops;
-    counted since they were last set to zero. A loss that is not finite makes sums[LOSS] not finite.
+    Attributes: scored: the network that is scored and saved: the average, or the student itself. scores: the last ones.
+    best: the highest top-1 so far, in percent. sums: float64 [4] on the device: loss times crops, correct top-1,
+    correct top-5 (by the images' classes), crops; since they were last set to zero. A loss that is not finite makes
+    sums[LOSS] not finite.
     """
 
     job: Job
@@ -58,7 +59,7 @@ class Student:
         self.optimizer = _optimizer(self.network, optimizer, self._lr)
         self.scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
         if self.scaler:
-            # Makes its tensors, which it would otherwise do in the first step.
+            # Creates its tensors, which would otherwise be created in the first step.
             self.scaler.scale(torch.zeros((), device=device))
         self._average = _average(self.network, ema) if ema else None
         self.scored: nn.Module = self._average.module if self._average else self.network
@@ -70,7 +71,7 @@ class Student:
 
     @classmethod
     def of(cls, job: Job) -> "Student":
-        """The student of a run, as it starts."""
+        """Builds the student of a run, in its initial state."""
         config = job.config
         student = cls(
             config.model,
@@ -88,67 +89,68 @@ class Student:
 
     @property
     def lr(self) -> float:
-        """The present learning rate."""
+        """The current learning rate."""
         return self._rate
 
     def set_rate(self, factor: float) -> None:
-        """factor: of the schedule."""
+        """Sets the learning rate of the next step. factor: of the schedule."""
         self._rate = self._lr * factor
         if self._numbers is None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate
 
     def set_step(self, step: int) -> None:
-        """Sets how much the next step counts in the average, if there is one. step: its number in the run, from 1."""
+        """Sets the weight of the next step in the average, if there is one. step: its number in the run (1, 2, ...)."""
         if self._average:
             self._share = 1.0 - self._average.get_decay(step)
 
     @property
     def numbers(self) -> tuple[float, float]:
-        """The learning rate and the share of the new weights in the average, of the next step."""
+        """The learning rate of the next step, and the share of its weights in the average."""
         return self._rate, self._share
 
     def keep_numbers_on_device(self) -> torch.Tensor:
-        """Has steps read `numbers` from the tensor [2] that is returned, into which they are to be written."""
+        """Makes steps read `numbers` from the returned tensor [2]; callers must write them to it before each step."""
         if self._numbers is None:
-            # A fused optimizer takes float32 on a GPU; on a CPU, float64 is the same number as Python's.
+            # On a GPU, a fused optimizer requires float32; on a CPU, float64 has the same value as the Python number.
             dtype = torch.float64 if self._device.type == "cpu" else torch.float32
             self._numbers = torch.tensor(self.numbers, dtype=dtype, device=self._device)
             self._seat_rate()
         return self._numbers
 
     def keep_numbers_on_host(self) -> None:
-        """Takes `keep_numbers_on_device` back."""
+        """Reverts `keep_numbers_on_device`."""
         self._numbers = None
         self._seat_rate()
 
     def _seat_rate(self) -> None:
-        """Puts the learning rate, a number or a tensor, where the optimizer reads it."""
+        """Sets the optimizer's learning rate to the number or the tensor."""
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate if self._numbers is None else self._numbers[0]
             if "capturable" in group:
-                # PyTorch's word that a step reads nothing on the host.
+                # PyTorch's option for steps that read no host values.
                 group["capturable"] = self._numbers is not None
 
     @property
     def reads_device(self) -> bool:
-        """Whether moving the weights makes the host wait for the device."""
+        """Whether updating the weights makes the host wait for the device."""
         return not self.optimizer.defaults.get("fused")
 
     @property
     def scale(self) -> torch.Tensor | None:
-        """What the loss is multiplied by before it is differentiated, float32 []; None for 1."""
+        """The factor of the loss before it is differentiated, float32 []; None for 1."""
         return self.scaler._scale if self.scaler else None
 
     def move(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Moves the weights by the gradients of those that are trained, None for none, and counts them in the average.
+        """Updates the weights, and their average if there is one.
 
-        With a scaler the gradients are those of the scaled loss; if one is not finite, the weights stay.
+        gradients: for each of `trained()`, None for none. With float16 they are those of the scaled loss; if one is not
+        finite, the weights do not change.
         """
         for weight, gradient in zip(self.trained(), gradients, strict=True):
             weight.grad = gradient
         if self.scaler:
-            # A fused optimizer skips the step on the device if a gradient is not finite, and nothing waits for it.
+            # If a gradient is not finite, a fused optimizer skips the step on the device, without making the host wait.
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
@@ -170,13 +172,13 @@ class Student:
         self.optimizer.zero_grad(set_to_none=True)
 
     def forget_half_a_step(self) -> None:
-        """After a step that failed on its way: gradients and the scaler's notes of it are gone."""
+        """After a failed step, removes its gradients and the scaler's state for it."""
         self.forget_gradients()
         if self.scaler:
             self.scaler._per_optimizer_states.clear()
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """All that a step writes to: weights, buffers, averages, the optimizer's memory, the scale, the sums."""
+        """Yields all tensors that a step writes to: weights, buffers, averages, optimizer state, scale and sums."""
         yield from self.network.state_dict(keep_vars=True).values()
         if self._average:
             yield from self.scored.state_dict(keep_vars=True).values()
@@ -190,19 +192,19 @@ class Student:
         return all(bool(weight.isfinite().all()) for weight in self.network.parameters())
 
     def count(self, scores: Scores) -> None:
-        """Takes the scores at the end of an epoch for its own."""
+        """Stores the scores of an epoch's validation."""
         self.scores, self.best = scores, max(self.best, scores.top1)
 
     @property
     def is_best(self) -> bool:
-        """Whether its last scores are as good as any before."""
+        """Whether the last top-1 is at least as high as every earlier one."""
         return self.scores.top1 >= self.best
 
     def state(self) -> dict[str, Any]:
-        """What of it a checkpoint holds, from which `restore` goes on with the same bits."""
+        """Returns the student's part of a checkpoint, from which `restore` continues with the same bits."""
         return {
             "model": self.scored.state_dict(),
-            # Where the model is an average: the weights that training goes on from.
+            # If the model is an average: the weights that training continues from.
             "trained": self.network.state_dict() if self._average else None,
             "network": self._description(),
             "optimizer": self._optimizer_state(),
@@ -212,7 +214,10 @@ class Student:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave. All tensors stay where they are, for a recorded step reads them there."""
+        """Continues from what `state` returned. Tensors keep their addresses, which a recorded step depends on.
+
+        Raises LookupError, AttributeError, TypeError, ValueError or RuntimeError if the state does not fit.
+        """
         self.scored.load_state_dict(state["model"])
         self.network.load_state_dict(state["trained"] or state["model"])
         before = {weight: dict(kept) for weight, kept in self.optimizer.state.items()}
@@ -229,7 +234,7 @@ class Student:
         self.best = float(state["best_top1"])
 
     def _optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's, the same whether the learning rate lies on the device or not."""
+        """The optimizer's state, which does not depend on whether the learning rate is on the device."""
         state = self.optimizer.state_dict()
         state["param_groups"] = [
             group | {"lr": self._rate} | ({"capturable": False} if "capturable" in group else {})
@@ -238,7 +243,7 @@ class Student:
         return state
 
     def _description(self) -> dict[str, Any]:
-        """What models.trained needs to know of the network."""
+        """The description of the network that models.trained reads."""
         job, (mean, std) = self.job, self.normalisation
         return {
             "name": self.name,
@@ -267,16 +272,16 @@ def _build(job: Job) -> nn.Module:
 
 
 def _average(network: nn.Module, decay: float) -> Any:
-    # Loading timm takes seconds, which runs without it need not wait for.
+    # Imported here: timm takes seconds to load, and most runs do not need it.
     from timm.utils import ModelEmaV3
 
     return ModelEmaV3(network, decay=decay, use_warmup=True)
 
 
 def _shared_by(network: nn.Module, average: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The tensors of the average, and those of the network that each of them follows.
+    """Returns the tensors of the average, and the corresponding tensors of the network.
 
-    Whole numbers, which count batches, are no averages: both networks have the same tensor.
+    Integer buffers, which count batches, are not averaged: both networks share the same tensor.
     """
     counters = {name: buffer for name, buffer in network.named_buffers() if not buffer.is_floating_point()}
     for name, buffer in counters.items():
@@ -291,7 +296,7 @@ def _optimizer(network: nn.Module, config: OptimizerConfig, lr: float) -> torch.
     if config.kind == "adamw":
         adamw = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=config.weight_decay, fused=True)
         for weight in adamw.param_groups[0]["params"]:
-            # As it makes them in its first step, which may be recorded.
+            # AdamW would create these in its first step, which may be recorded.
             adamw.state[weight] = {
                 "step": torch.zeros((), dtype=torch.float32, device=weight.device),
                 "exp_avg": torch.zeros_like(weight),
@@ -311,7 +316,7 @@ def _optimizer(network: nn.Module, config: OptimizerConfig, lr: float) -> torch.
         fused=True,
     )
     if config.momentum:
-        # A fused SGD leaves its memory of gradients unset where the scaler skips its first step (PyTorch 2.14).
+        # A fused SGD leaves its momentum uninitialised if the scaler skips the first step (PyTorch 2.14).
         for weight in network.parameters():
             sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return sgd

@@ -141,5 +141,5 @@ def train_jobs(jobs: Sequence[Job], parts: Sequence[Part] = (), later: float = 0
         # From here on the other processes may read what one wrote.
         trainer.job.group.wait()
         if trainer.stopped:
-            raise Interrupted(f"stopped after a finished run; to go on, type again:\n  {typed_command()}")
+            raise Interrupted(f"stopped after a finished run; to continue, type again:\n  {typed_command()}")
     return [runs[job.config.model] for job in jobs]

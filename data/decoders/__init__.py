@@ -1,8 +1,9 @@
-"""Three ways from encoded bytes and boxes to crops: FFCV's libraries, DALI and torchvision. Same crops out.
+"""Decoders turn encoded images and boxes into crops: `ffcv`, `dali` and `torchvision`, and `blocks` for sets of blocks.
 
 Every decoder is built as `Decoder(beton, views=..., device=..., threads=..., max_batch=...)` and turns requests into
-batches, in order, working some batches ahead. An image is decoded once, and no more of it than its crops need. Pixels
-agree within rounding: crop to the box, then the antialiased triangle filter (Pillow's BILINEAR).
+batches, in order and some batches ahead. Each image is decoded once, and only the part that its crops need. All
+decoders crop to the box and then resize with the antialiased triangle filter (Pillow's BILINEAR); their pixels agree
+within rounding.
 """
 
 import importlib
@@ -18,21 +19,22 @@ from data import DataError, tiles
 from data.beton import Beton
 from data.processors import processors
 
-# Decoders work this many batches ahead, and one more is on its way to the device.
+# Decoders work this many batches ahead; one more is being copied to the device.
 BATCHES_AHEAD = 3
 
-# What can be wrong with a JPEG before it is decoded.
+# Errors in a JPEG that are found before it is decoded.
 NO_JPEG = "no JPEG, or its headers are damaged"
 BROKEN_TILES = "its tiles are not where its table says"
 
 # The package that each decoder needs.
 _NEEDS = {"ffcv": "ffcv", "dali": "nvidia.dali", "torchvision": "torchvision"}
 NAMES = ("auto", *_NEEDS)
-# Of sets stored as blocks alone, and on a GPU what `auto` means for these.
+# Only for sets stored as blocks; on a GPU, `auto` selects it for them.
 _OF_BLOCKS = "blocks"
 
-# So many threads of the CPU path should keep up with one GPU's training on JPEGs, and leave the GPU to the networks:
-# one makes 770 to 2,700 crops of 224 px a second, by processor. How fast a GPU decodes has not been measured yet.
+# With this many threads, the CPU path should keep up with one GPU training on JPEGs and leave the GPU to the networks:
+# one thread makes 770 to 2,700 crops of 224 px per second, depending on the processor. A GPU's decoding speed has not
+# been measured yet.
 _THREADS_WITHOUT_GPU = 8
 
 
@@ -40,14 +42,14 @@ _Int = TypeVar("_Int", bound=np.integer)
 
 
 class View(NamedTuple):
-    """What is made of every image: `copies` crops of resolution x resolution pixels."""
+    """The crops made from every image: `copies` of them, of resolution x resolution pixels."""
 
     copies: int
     resolution: int
 
 
 class Request(NamedTuple):
-    """Crops to be made of n images, m of each, the copies of the first view first.
+    """A request for m crops of each of n images, in the order of the views and their copies.
 
     indices: int64 [n]. boxes: int32 [n, m, 4] (top, left, height, width). flips: bool [n, m].
     """
@@ -59,20 +61,22 @@ class Request(NamedTuple):
 
 class Decoder(Protocol):
     def decode(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, ...]]:
-        """For each request, in order, a uint8 [copies * n, 3, R, R] for each view, channels-last and on the device.
+        """Yields the crops of each request, in order: uint8 [copies * n, 3, R, R] per view, channels-last.
 
-        Copy k of image i is at k * n + i. Raises DataError naming the file and the image that cannot be decoded.
+        They are on the device; copy k of image i is at index k * n + i. Raises DataError that names the file and the
+        image if an image cannot be decoded.
         """
         ...
 
 
 def choose(name: str, device: torch.device, beton: Beton | None = None, *, threads: int | None = None) -> str:
-    """The decoder meant: `auto` is the fastest one installed for how the set is stored, the threads and the device.
+    """Returns the decoder's name; for `auto`, the fastest installed decoder for the storage, threads and device.
 
-    beton: the set; without it, JPEGs are assumed. threads: how many decode (default: one per processor).
-    Blocks are sampled by a kernel on a GPU, and elsewhere by the CPU path, which is called FFCV. All else is decoded
-    by FFCV, except JPEGs for a GPU with few processors beside it: by DALI. Where one is not installed, the next best.
-    Raises DataError for an unknown name, for one whose package is missing and for one that cannot read blocks.
+    beton: the set; without it, JPEGs are assumed. threads: decoding threads (default: one per processor).
+    `auto` selects `blocks` (a kernel) for blocks on a GPU and `ffcv` (the CPU path) for blocks on a CPU. It selects
+    `ffcv` for everything else, except `dali` for JPEGs on a GPU with few processors. If that decoder is not installed,
+    the next fastest is used.
+    Raises DataError for an unknown name, a missing package, and a decoder that cannot read blocks.
     """
     in_blocks = beton is not None and beton.in_blocks
     if in_blocks and name == _OF_BLOCKS:
@@ -93,7 +97,7 @@ def choose(name: str, device: torch.device, beton: Beton | None = None, *, threa
 
 
 def _fastest_first(device: torch.device, beton: Beton | None, threads: int) -> tuple[str, ...]:
-    """The decoders for JPEGs and raw images; of a CPU in the order of what was measured (bench/results, `loaders`)."""
+    """Decoders for JPEGs and raw images, fastest first; the order on a CPU was measured (bench/results, `loaders`)."""
     if device.type == "cpu":
         return "ffcv", "torchvision", "dali"
     raw = np.zeros(1, np.bool_) if beton is None else beton.raw
@@ -105,7 +109,7 @@ def _fastest_first(device: torch.device, beton: Beton | None, threads: int) -> t
 
 
 def said_choice(chosen: str, device: torch.device, beton: Beton, threads: int) -> str:
-    """One line on what `auto` chose, and for what."""
+    """Returns one line with the decoder that `auto` selected, and the storage, device and threads it is for."""
     stored = "blocks" if beton.in_blocks else "raw images" if beton.raw.all() else "JPEGs"
     return f"decoder=auto: {chosen}, for {stored} on {device.type} with {threads} decoding threads"
 
@@ -120,7 +124,10 @@ def build_decoder(
     max_batch: int,
     resident: float = 0.0,
 ) -> Decoder:
-    """The decoder that `choose` names, for requests of at most max_batch images. resident: see data.decoders.blocks."""
+    """Builds the decoder that `choose` selects, for requests of at most max_batch images.
+
+    resident: see data.decoders.blocks. Raises DataError like `choose`.
+    """
     chosen = choose(name, device, beton, threads=threads)
     module = importlib.import_module(f".{chosen}", __package__)
     own = {"resident": resident} if chosen == _OF_BLOCKS else {}
@@ -128,18 +135,21 @@ def build_decoder(
 
 
 def delivered(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on the device; the host does not wait for it to arrive."""
+    """Copies a host tensor to the device; the host does not wait for the copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def union(boxes: NDArray[_Int]) -> NDArray[_Int]:
-    """The smallest boxes int [n, 4] around the m boxes of each image, int [n, m, 4]."""
+    """Returns the smallest boxes, int [n, 4], that enclose the m boxes of each image, int [n, m, 4]."""
     corner = boxes[:, :, :2].min(axis=1)
     return np.concatenate([corner, (boxes[:, :, :2] + boxes[:, :, 2:]).max(axis=1) - corner], axis=1)
 
 
 class Part(NamedTuple):
-    """What of an image is needed for its crops. data: uint8 [n], a JPEG, or [h, w, 3], pixels; top, left: its place."""
+    """The part of an image that its crops need.
+
+    data: uint8 [n] (a JPEG) or [h, w, 3] (pixels). top, left: its position in the image, in pixels.
+    """
 
     data: NDArray[np.uint8]
     top: int
@@ -147,7 +157,7 @@ class Part(NamedTuple):
 
 
 def parts_of(beton: Beton, indices: NDArray[np.int64], boxes: NDArray[np.integer]) -> list[Part]:
-    """The parts of n images that boxes int [n, 4] (top, left, height, width) need; see part_of."""
+    """Returns the parts of n images that boxes, int [n, 4] (top, left, height, width), need; see part_of."""
     beton.check(indices)
     sizes, lengths, raw = beton.sizes[indices], beton.lengths[indices], beton.raw[indices]
     out, places = np.empty(lengths.sum(), np.uint8), np.empty((len(indices), 4), np.int64)
@@ -163,15 +173,15 @@ def parts_of(beton: Beton, indices: NDArray[np.int64], boxes: NDArray[np.integer
 
 
 def part_of(beton: Beton, index: int, box: NDArray[np.integer]) -> Part:
-    """The part of an image that a box (top, left, height, width) needs: the JPEG of its tiles, or its raw pixels.
+    """Returns the part of an image that a box (top, left, height, width) needs: the JPEG of its tiles, or raw pixels.
 
-    Raises DataError naming the file and the image where its bytes are damaged.
+    Raises DataError that names the file and the image if the image's bytes are damaged.
     """
     return parts_of(beton, np.array([index]), box[None])[0]
 
 
 def wrong_with(beton: Beton, index: int, taken: tiles.Taken) -> str:
-    """What data.tiles.take found wrong with an image."""
+    """Describes the error that data.tiles.take found in an image."""
     if taken.wrong == tiles.OTHER_SIZE:
         return f"is {taken.width}x{taken.height}, the index says {beton.sizes[index][1]}x{beton.sizes[index][0]}"
     return BROKEN_TILES if taken.wrong == tiles.BROKEN_TILES else NO_JPEG
@@ -184,5 +194,5 @@ def undecodable(beton: Beton, index: int, why: str) -> DataError:
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(_NEEDS[name]) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return False

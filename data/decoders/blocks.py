@@ -1,9 +1,9 @@
-"""Crops of sets stored as blocks, made on the device (kernels/sample_blocks.py), where nothing is decoded.
+"""Crops of sets stored as blocks, sampled on the device (kernels/sample_blocks.py) without decoding.
 
-A set that fits stays in the device's memory, so that a batch costs the host its boxes; of a larger one, the host
-gathers the rows of blocks that the crops of a batch are made from.
+A set that fits is kept in the device's memory, so the host only computes the boxes of each batch. For a larger set, the
+host gathers the rows of blocks that the crops of each batch need.
 
-The GPU's part has not yet been measured on one.
+Not measured on a GPU yet.
 """
 
 import weakref
@@ -24,14 +24,18 @@ from data.decoders import BATCHES_AHEAD, Request, View, delivered, union
 from data.progress import images_bar
 from kernels.sample_blocks import rows_read, sample_blocks
 
-# Images that one thread gathers at a time.
+# Images gathered per task of a thread.
 _IMAGES_AT_ONCE = 16
-# Bytes of those that are on their way into the device's memory at a time.
+# Bytes uploaded to the device at a time.
 _UPLOAD_BYTES = 256 << 20
 
 
 class Decoder:
-    """resident: the share of the device's free memory that the set may take; of a larger set blocks are gathered."""
+    """A decoder (see data.decoders.Decoder) of sets stored as blocks.
+
+    resident: the largest share of the device's free memory, 0 to 1, that the set may occupy; if the set is larger, the
+    host gathers blocks for each batch.
+    """
 
     def __init__(
         self,
@@ -88,18 +92,18 @@ class Decoder:
 
 @dataclass(frozen=True)
 class _Resident:
-    """A set in the device's memory. blocks: int64 [N]. offsets: int64 [images, 3]; see sample_blocks."""
+    """A set kept in the device's memory. blocks: int64 [N]. offsets: int64 [images, 3]; see sample_blocks."""
 
     blocks: torch.Tensor
     offsets: NDArray[np.int64]
 
 
-# By file and device: loaders of one set, for crops of other sizes, share it.
+# By file and device, so that loaders of the same set with different crop sizes share one copy.
 _RESIDENT: dict[tuple[str, torch.device], "weakref.ref[_Resident]"] = {}
 
 
 def _resident(beton: Beton, device: torch.device, share: float, pool: ThreadPoolExecutor) -> _Resident | None:
-    """The set on the device; None where it takes more than this share of what is free, which is printed."""
+    """Copies the set to the device; if it needs more than this share of free memory, prints a notice, returns None."""
     key = (beton.fingerprint, device)
     known = _RESIDENT[key]() if key in _RESIDENT else None
     if known:
@@ -140,22 +144,22 @@ def _resident(beton: Beton, device: torch.device, share: float, pool: ThreadPool
 
 
 def _plane_offsets(beton: Beton) -> NDArray[np.int64]:
-    """Where each image's planes begin, in blocks, when one image follows the other: int64 [images, 3]."""
+    """Returns the offsets of each image's planes, in blocks, with images stored consecutively: int64 [images, 3]."""
     starts = (beton.lengths.cumsum() - beton.lengths) // BLOCK_BYTES
     return starts[:, None] + _planes(beton.sizes.astype(np.int64))
 
 
 def _planes(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where the planes of images begin, in blocks from the first one: int64 [n, 3]. sizes: int64 [n, 2]."""
+    """Returns the offsets of each image's planes within the image, in blocks: int64 [n, 3]. sizes: int64 [n, 2]."""
     heights, widths = sizes.T
     luma, half = across(heights) * across(widths), across((heights + 1) // 2) * across((widths + 1) // 2)
     return np.stack([np.zeros_like(luma), luma, luma + half], axis=1)
 
 
 class _Gathered:
-    """The rows of blocks of a batch's crops, on their way into memory that the device can read.
+    """The rows of blocks that a batch's crops need, being gathered in host memory (pinned, if for a GPU).
 
-    blocks: int64 [N]. offsets: int64 [n, 3]; see sample_blocks. Complete when the futures are.
+    blocks: int64 [N], complete when all futures are done. offsets: int64 [n, 3]; see sample_blocks.
     """
 
     def __init__(self, beton: Beton, request: Request, device: torch.device, pool: ThreadPoolExecutor):
@@ -163,7 +167,7 @@ class _Gathered:
         sizes = beton.sizes[request.indices].astype(np.int64)
         firsts, lasts = rows_read(union(request.boxes))
         halved = (sizes + 1) // 2
-        planes = [0, 1, 1]  # luma, and the two of chroma, which are alike
+        planes = [0, 1, 1]  # luma and two chroma planes of equal size
         firsts, lasts = firsts[:, planes], lasts[:, planes]
         wide = across(np.stack([sizes[:, 1], halved[:, 1], halved[:, 1]], axis=1))
         lasts = np.minimum(lasts, across(np.stack([sizes[:, 0], halved[:, 0], halved[:, 0]], axis=1)))
@@ -197,7 +201,10 @@ def _copy(
     target: torch.Tensor,
     places: NDArray[np.int64],
 ) -> None:
-    """Copies runs of bytes of these images from the file to their places in target, uint8. Raises DataError."""
+    """Copies byte ranges of these images from the file to the given places in target, uint8.
+
+    Raises DataError if an image is damaged.
+    """
     beton.check(images)
     _copy_runs(beton.bytes, starts, lengths, target.numpy(), places)
 

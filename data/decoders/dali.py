@@ -1,4 +1,4 @@
-"""Decoding with NVIDIA DALI: on CPU threads, or on the GPU by nvJPEG (`mixed`), with resize and flip beside it."""
+"""Decoding, resizing and flipping with NVIDIA DALI: on CPU threads, or on the GPU (nvJPEG, DALI's `mixed` device)."""
 
 import contextlib
 import io
@@ -16,14 +16,16 @@ from data.beton import Beton
 from data.decoders import BATCHES_AHEAD, Request, View, parts_of, undecodable, union
 from data.pixels import open_image
 
-# What DALI's host threads do for a GPU is the smaller part of the work, and processors are needed for all else.
+# With a GPU, DALI's host threads do the smaller part of the work, and other parts of a training need processors too.
 _MOST_THREADS_BESIDE_GPU = 8
 
-# What DALI's and CUDA's messages say where memory, of the host or of the device, is used up.
+# Parts of DALI's and CUDA's messages when the host's or the device's memory is exhausted.
 _OUT_OF_MEMORY = ("out of memory", "bad_alloc", "allocation failed", "memoryallocation", "allocator_failure")
 
 
 class Decoder:
+    """See data.decoders.Decoder. Raises DataError for a set with both raw images and JPEGs."""
+
     def __init__(self, beton: Beton, *, views: tuple[View, ...], device: torch.device, threads: int, max_batch: int):
         if beton.raw.any() != beton.raw.all():
             raise DataError(f"{beton.path}: holds both raw images and JPEGs, which DALI cannot mix; use decoder=ffcv")
@@ -38,7 +40,7 @@ class Decoder:
             "prefetch_queue_depth": BATCHES_AHEAD,
             "set_affinity": False,
         }
-        # Kept over epochs, for building one takes long. Another is only built for an epoch begun during another.
+        # Kept between epochs, since building a pipeline is slow. More than one is only needed when epochs overlap.
         self._idle: list[_Pipeline] = []
 
     def decode(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -48,13 +50,13 @@ class Decoder:
         except GeneratorExit:
             self._idle.append(pipeline)
             raise
-        # After an error a pipeline is of no use any more.
+        # A pipeline cannot be used after an error, so it is kept only here.
         self._idle.append(pipeline)
 
     def _cleared(self) -> "_Pipeline | None":
         while self._idle:
             pipeline = self._idle.pop()
-            # What is wrong with images of batches that nobody takes any more costs no more than the pipeline.
+            # Errors in images of discarded batches are ignored; only the pipeline is lost.
             with contextlib.suppress(RuntimeError, MemoryError):
                 pipeline.clear()
                 return pipeline
@@ -68,7 +70,7 @@ class Decoder:
             raise self._failed((), error) from None
 
     def _batches(self, pipeline: "_Pipeline", requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, ...]]:
-        # A step's graph may be captured meanwhile: nothing here may make the host wait for the device.
+        # A CUDA graph may be captured at the same time: nothing here may make the host wait for the device.
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         pipeline.begin((request, self._inputs(request)) for request in requests)
         while True:
@@ -82,7 +84,7 @@ class Decoder:
             yield self._crops(outputs, len(request.indices), stream)
 
     def _inputs(self, request: Request) -> tuple[Any, ...]:
-        """The images' bytes, and for each crop of theirs corner, shape and flip."""
+        """Returns the images' bytes, then corners, shapes and flips for each crop."""
         parts = parts_of(self._beton, request.indices, union(request.boxes))
         corners = np.array([(part.top, part.left) for part in parts], dtype=np.int32)
         inputs: list[Any] = [[part.data for part in parts]]
@@ -97,11 +99,11 @@ class Decoder:
         for copies, side in self._views:
             of_view = [outputs.pop(0) for _ in range(copies)]
             if stream is None:
-                # DALI frees the memory of a batch when nothing refers to it any more.
+                # DALI frees the memory of a batch when nothing refers to it.
                 taken = [torch.from_dlpack(output) for output in of_view]
                 crops = taken[0] if copies == 1 else torch.cat(taken)
             else:
-                # On a GPU, to free memory that PyTorch holds of DALI's would wait for the device.
+                # Copied: on a GPU, freeing DALI's memory while PyTorch holds it would wait for the device.
                 crops = torch.empty((copies * n, side, side, 3), dtype=torch.uint8, device=self._device)
                 for output, crop in zip(of_view, crops.split(n), strict=True):
                     feed_ndarray(output, crop, cuda_stream=stream)
@@ -109,12 +111,12 @@ class Decoder:
         return tuple(made)
 
     def _failed(self, requests: Iterable[Request], failure: Exception) -> DataError:
-        """What went wrong; with the image that did it, if one did: DALI does not name it, so those under way are tried.
+        """Returns an error that names the cause and, if there is one, the damaged image.
 
-        requests: those under way.
+        DALI does not name the image, so all images of `requests`, which are in progress, are decoded again to find it.
         """
         lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-        # The cause follows the place in the pipeline where it was met.
+        # The line after the one with the operator's name contains the cause.
         after = next((i for i, line in enumerate(lines[:-1], 1) if "encountered:" in line), 0)
         why = lines[after] if lines else type(failure).__name__
         if isinstance(failure, MemoryError) or any(said in str(failure).lower() for said in _OUT_OF_MEMORY):
@@ -135,7 +137,7 @@ class Decoder:
 
 
 class _Pipeline:
-    """A pipeline that one epoch after the other goes through. under_way: the requests that it works on, in order."""
+    """A DALI pipeline that is reused for each epoch. under_way: the requests in progress, in order."""
 
     def __init__(self, sides: list[int], raw: bool, device: torch.device, options: dict[str, Any]):
         self.under_way: deque[Request] = deque()
@@ -144,21 +146,21 @@ class _Pipeline:
         self._pipeline.build()
 
     def clear(self) -> None:
-        """Throws away what is under way of an epoch that was left early."""
+        """Discards the requests in progress of an epoch that was abandoned."""
         self._inputs = iter(())
         while self.under_way:
             self.run(None)
             self.under_way.popleft()
 
     def begin(self, inputs: Iterable[tuple[Request, tuple[Any, ...]]]) -> None:
-        """Starts on other inputs. Nothing may be under way."""
+        """Starts on new inputs. No requests may be in progress."""
         self._pipeline.reset()
         self._inputs = iter(inputs)
 
     def run(self, stream: "torch.cuda.Stream | None") -> list[Any] | None:
-        """The crops of the first request under way, of each copy a tensor of DALI's; None after the last one.
+        """Returns the crops of the first request in progress, one DALI tensor per copy; None after the last request.
 
-        stream: the one that uses them. They are ordered before what follows on it, without the host waiting.
+        stream: the stream that will use the crops; later work on it waits for them, the host does not.
         """
         try:
             return [output.as_tensor() for output in self._pipeline.run(stream)]
@@ -166,7 +168,7 @@ class _Pipeline:
             return None
 
     def _next(self) -> tuple[Any, ...]:
-        """DALI calls it in `run`, some batches ahead, and copies what it returns."""
+        """The pipeline's source: DALI calls it within `run`, some batches ahead, and copies the result."""
         request, inputs = next(self._inputs)
         self.under_way.append(request)
         return inputs
@@ -181,12 +183,12 @@ def _graph(samples: Callable[[], tuple[Any, ...]], sides: list[int], raw: bool, 
         ndim=[3 if raw else 1, *[1, 1, 0] * len(sides)],
     )
     crops = []
-    # Like libjpeg-turbo everywhere else: chroma upsampled smoothly, the accurate DCT.
+    # As the other decoders use libjpeg-turbo: smooth upsampling of chroma, the accurate DCT.
     options = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB, "jpeg_fancy_upsampling": True}
-    # Boxes are those of the pixels as they are stored: no other decoder turns a JPEG by its EXIF orientation.
+    # Boxes refer to the stored pixels: like the other decoders, ignore the EXIF orientation.
     options["adjust_orientation"] = False
     if on_gpu:
-        # Threads tied to processors would share these with whatever else the system puts there.
+        # Threads pinned to processors would compete with other threads that are scheduled there.
         options["affine"] = False
     images: Any = None
     if raw:
@@ -195,7 +197,7 @@ def _graph(samples: Callable[[], tuple[Any, ...]], sides: list[int], raw: bool, 
         images = fn.decoders.image(stored, **options)
     for number, side in enumerate(sides):
         corner, shape, flip = boxes[number * 3 : number * 3 + 3]
-        # Cut first, then resize: resize's own region of interest would let the filter see beyond the box.
+        # Crop, then resize: with resize's own region of interest, the filter would read pixels outside the box.
         if images is None:
             crop = fn.decoders.image_slice(stored, corner, shape, axes=[0, 1], **options)
         else:

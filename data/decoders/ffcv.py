@@ -1,9 +1,9 @@
-"""CPU decoding with the libjpeg-turbo that FFCV is built on, and a compiled resizer, on threads.
+"""CPU decoding on threads, with FFCV's libjpeg-turbo and a compiled resizer.
 
-FFCV's own decoder always decodes whole images, and rounds coarsely (its fast DCT), so its library is used below that:
-of each JPEG the tiles that the crops need, decoded with the accurate DCT to YCbCr planes, which are resized before they
-become RGB. Blocks are expanded into the same planes. All of it is one compiled call for a few images, outside the
-interpreter lock.
+FFCV's own decoder always decodes whole images and rounds coarsely (fast DCT), so libjpeg-turbo is called directly: it
+decodes only the tiles that the crops need, with the accurate DCT, to YCbCr planes, which are resized before they are
+converted to RGB. Blocks are expanded to the same planes. One compiled call, which releases the GIL, does this for
+several images.
 """
 
 import ctypes
@@ -33,8 +33,8 @@ from data.tiles import Taken, take
 
 
 def _libjpeg_turbo() -> ctypes.CDLL:
-    """libjpeg-turbo, through FFCV's extension, which is linked with it wherever it lies."""
-    # The package itself is not imported: that would set PyTorch to a single thread, and halve a CPU's training.
+    """Loads libjpeg-turbo through FFCV's extension, which is linked with it."""
+    # Importing the package would set PyTorch to a single thread, and halve the speed of training on a CPU.
     package = importlib.util.find_spec("ffcv")
     assert package is not None
     assert package.submodule_search_locations is not None
@@ -42,7 +42,7 @@ def _libjpeg_turbo() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(extension))
     except OSError as error:
-        raise DataError(f"decoder=ffcv: {error}; install FFCV anew, or use decoder=torchvision") from None
+        raise DataError(f"decoder=ffcv: {error}; reinstall FFCV, or use decoder=torchvision") from None
 
 
 _turbo = _libjpeg_turbo()
@@ -55,12 +55,12 @@ _RGB, _ACCURATE_DCT = 0, 4096
 # A notice is printed when compiling takes longer than this.
 _SILENT_SECONDS = 3.0
 
-# What _fill found wrong with an image beyond what data.tiles.take finds: libjpeg-turbo did.
+# An error that _fill returns in addition to those of data.tiles.take: libjpeg-turbo failed.
 _UNDECODABLE = -1
 
 
 class _Turbo(NamedTuple):
-    """Addresses, for compiled code: a decompressor, tjDecompressToYUVPlanes and tjDecompress2."""
+    """Addresses for compiled code, of a decompressor, tjDecompressToYUVPlanes and tjDecompress2."""
 
     handle: int
     to_planes: int
@@ -72,7 +72,7 @@ def _address(function: Any) -> int:
 
 
 class _Worker:
-    """What one thread decodes with: a decompressor, and room for a cut JPEG and for decoded pixels."""
+    """A thread's decompressor, and its buffers for a cut JPEG and for decoded pixels."""
 
     def __init__(self):
         self.turbo = _Turbo(
@@ -95,9 +95,9 @@ class _Worker:
 
 
 class _Batch(NamedTuple):
-    """A request with what compiled code reads of its n images, gathered once for all threads; see _fill.
+    """A request with the data of its n images that compiled code reads, gathered once for all threads; see _fill.
 
-    jpeg, pixels: bytes of room that a thread needs for the largest of them.
+    jpeg, pixels: buffer sizes in bytes that a thread needs for the largest of the images.
     """
 
     indices: NDArray[np.int64]
@@ -113,6 +113,8 @@ class _Batch(NamedTuple):
 
 
 class Decoder:
+    """See data.decoders.Decoder. Compiles for this machine when it is first used, and prints a notice."""
+
     def __init__(self, beton: Beton, *, views: tuple[View, ...], device: torch.device, threads: int, max_batch: int):
         self._beton = beton
         self._thread = threading.local()
@@ -121,7 +123,7 @@ class Decoder:
         self._compile(views)
 
     def _compile(self, views: tuple[View, ...]) -> None:
-        """Loads the compiled code, or compiles it and prints a notice; by making the crops of no image."""
+        """Loads the compiled code, or compiles it and prints a notice, by running it for zero images."""
         crops = max(sum(view.copies for view in views), 1)
         none = Request(np.empty(0, np.int64), np.empty((0, crops, 4), np.int32), np.empty((0, crops), np.bool_))
         outs = tuple(torch.empty((view.copies, 0, 1, 1, 3), dtype=torch.uint8) for view in views)
@@ -142,7 +144,7 @@ class Decoder:
         beton, indices = self._beton, request.indices
         boxes = request.boxes.astype(np.int64)
         lengths, sizes = beton.lengths[indices], beton.sizes[indices]
-        # Planes are padded, to whole blocks at most.
+        # Planes are padded, at most to whole blocks.
         areas = (sizes + blocks.PADDING).prod(axis=1, dtype=np.int64)
         return _Batch(
             indices,
@@ -194,23 +196,24 @@ class Decoder:
 
 @intrinsic
 def _call(typingctx, address, arguments):
-    """Calls the C function at an address with integers and pointers, all passed as int64; returns its int."""
+    """Calls the C function at an address with integers and pointers, all passed as int64; returns its int result."""
 
     def generate(context, builder, signature, values):
         long = ir.IntType(64)
         kind = ir.FunctionType(ir.IntType(32), [long] * len(arguments))
         function = builder.inttoptr(values[0], kind.as_pointer())
-        # The calling conventions of 64-bit Linux pass an int in the low half of what a pointer takes.
+        # The calling conventions of 64-bit Linux pass an int in the lower half of a 64-bit register.
         return builder.call(function, cgutils.unpack_tuple(builder, values[1], len(arguments)))
 
     return types.int32(types.int64, types.UniTuple(types.int64, len(arguments))), generate
 
 
 def _compiled(sources: str):
-    """The function that makes crops, kept compiled on disk as long as `sources` and this file stay the same.
+    """Returns the function that makes crops, cached on disk until `sources` or this file changes.
 
-    Numba knows when the file of a cached function changes, but not those of what it calls; its key holds what a
-    function encloses, though. Another compiled function must not be among that: each process has another key for it.
+    Numba recompiles a cached function when its own file changes, but not when a file of a function that it calls does.
+    Its cache key includes the values of closure variables, so the function refers to `sources`, a digest of those
+    files. A closure over another compiled function would not work: its key differs in each process.
     """
 
     @njit(nogil=True, cache=True)
@@ -232,9 +235,9 @@ def _compiled(sources: str):
         jpeg_room,
         pixel_room,
     ):
-        """Makes the crops of the images first..last-1 of a batch, each at its place of outs.
+        """Writes the crops of images first..last-1 of a batch to outs.
 
-        Returns the first image with which something is wrong, and what; else -1.
+        Returns the index of the first damaged image and its error; -1 if there is none.
         """
         sources  # noqa: B018
         pointers = np.empty(3, np.int64)

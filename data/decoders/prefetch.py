@@ -1,4 +1,4 @@
-"""Batches made ahead of their use by a pool of threads, in order: what the two CPU decoders share."""
+"""A pool of threads that makes batches ahead of their use, in order; the two CPU decoders share it."""
 
 import math
 import sys
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from data.decoders import BATCHES_AHEAD, View
 from data.processors import processors
 
-# Free buffers beyond these were once kept by a consumer, and are given back.
+# More free buffers than this are left over from a consumer that kept many batches; the excess is released.
 _BUFFERS_KEPT = 4 * BATCHES_AHEAD
 
 
 class _OfImages(Protocol):
-    """A request, or what a decoder made of one."""
+    """A request, or a decoder's own form of it."""
 
     @property
     def indices(self) -> NDArray[np.int64]: ...
@@ -30,16 +30,16 @@ _Asked = TypeVar("_Asked", bound=_OfImages)
 
 
 class _Buffers:
-    """Memory for batches: used again when no tensor holds it any more, for fresh pages cost as much as many a crop."""
+    """Reuses memory of batches that no tensor refers to any more: new memory pages cost as much time as many crops."""
 
     def __init__(self):
         self._buffers: list[np.ndarray] = []
-        # What a buffer's reference count is while only the list holds it.
+        # The reference count of a buffer that only the list refers to.
         lone = [np.empty(0)]
         self._free = sys.getrefcount(lone[0])
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """An uninitialised uint8 tensor; its memory comes back by itself when it and all its views are gone."""
+        """Returns an uninitialised uint8 tensor, whose memory is reused once it and all its views are deleted."""
         size = math.prod(shape)
         free = [i for i in range(len(self._buffers)) if sys.getrefcount(self._buffers[i]) == self._free]
         for i in reversed(free[_BUFFERS_KEPT:]):
@@ -52,10 +52,10 @@ class _Buffers:
 
 
 class Prefetcher(Generic[_Asked]):
-    """Fills batches by `fill(request, first, last, outs)` on `threads` threads, one call on each of them for a batch.
+    """Fills batches with `fill(request, first, last, outs)` on `threads` threads, one call per thread and batch.
 
-    fill makes the crops of images first..last-1 of the request, outside the interpreter lock for most of its time:
-    copy k of image i goes to outs[view][k, i], where outs holds a uint8 [copies, n, R, R, 3] for each view.
+    fill writes the crops of images first..last-1 of the request: copy k of image i to outs[view][k, i], where outs
+    has a uint8 [copies, n, R, R, 3] tensor for each view. For speed it must release the GIL for most of its time.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Prefetcher(Generic[_Asked]):
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def batches(self, requests: Iterable[_Asked]) -> Iterator[tuple[torch.Tensor, ...]]:
-        """The batches of `Decoder.decode`, copied to the device on the current stream; raises what fill raised."""
+        """Yields batches as `Decoder.decode`, copied to the device on the current stream. Raises what fill raises."""
         waiting: deque[tuple[tuple[torch.Tensor, ...], list[Future]]] = deque()
         try:
             for request in requests:
@@ -91,14 +91,14 @@ class Prefetcher(Generic[_Asked]):
     def _start(self, request: _Asked) -> tuple[tuple[torch.Tensor, ...], list[Future]]:
         n = len(request.indices)
         shapes = [(view.copies, n, view.resolution, view.resolution, 3) for view in self._views]
-        # Tensors of a consumer's inference mode could not be written to by the threads, which are outside it.
+        # The threads run outside a consumer's inference mode, and could not write to tensors created within it.
         with torch.inference_mode(False):
             if self._device.type == "cuda":
-                # PyTorch's caching allocator uses pinned memory again, and only after the copy from it has ended.
+                # PyTorch's caching allocator reuses pinned memory, but only after the copy from it has finished.
                 outs = tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in shapes)
             else:
                 outs = tuple(self._buffers.take(shape) for shape in shapes)
-        # A thread that is done with its share goes on with the next batch, so that equal shares are good enough.
+        # A thread that has finished its share starts on the next batch, so equal shares are good enough.
         parts = min(self._threads, n)
         bounds = [n * part // parts for part in range(parts + 1)]
         return outs, [self._pool.submit(self._fill, request, *of, outs) for of in pairwise(bounds)]
@@ -110,5 +110,5 @@ class Prefetcher(Generic[_Asked]):
 
 
 def default_threads() -> int:
-    """One per processor that this process may use."""
+    """Returns the default number of decoding threads: one per processor that this process may use."""
     return processors()

@@ -1,14 +1,14 @@
-"""Crop, resize, flip and convert to RGB in compiled code: the antialiased triangle filter of Pillow's BILINEAR.
+"""Crop, resize, flip and convert to RGB in compiled code, with the antialiased triangle filter of Pillow's BILINEAR.
 
-A crop is made in bands of 32 rows: resized along y, transposed, resized along x as if that were y again, so that every
-step works on 32 neighbouring numbers. A JPEG's planes are resized before they become RGB, which leaves far fewer pixels
-to convert, and chroma is never enlarged to full size: its weights are the triangle filter's after those of libjpeg's
-"fancy" chroma upsampling (3/4 of the nearer sample, 1/4 of the further one), two linear maps in one.
+A crop is made in bands of 32 rows: resized along y, transposed, and resized along x as if that were y again, so that
+every operation works on 32 adjacent numbers. A JPEG's planes are resized before they are converted to RGB, so far fewer
+pixels are converted, and chroma is never upsampled to full size: its weights combine the triangle filter with libjpeg's
+"fancy" chroma upsampling (3/4 of the nearer sample, 1/4 of the further one), since both are linear.
 
-All arithmetic on pixels is in integers, so the same bytes come out on every machine; weights of 14 bits do for
-reductions up to some hundredfold. Against Pillow on the decoded image, which rounds to bytes between its two passes and
-where libjpeg converts to RGB, values differ by 1 now and then; in saturated colours, which libjpeg clips before the
-resize and this after it, they can differ by more.
+All arithmetic on pixels is in integers, so the result is the same on every machine. Weights of 14 bits are precise
+enough for reductions up to a few hundredfold. Pillow rounds to bytes between its two passes, and libjpeg does when it
+converts to RGB, so compared with Pillow on the decoded image values sometimes differ by 1. In saturated colours, which
+libjpeg clips before the resize and this code after it, they can differ by more.
 """
 
 import math
@@ -20,18 +20,19 @@ from numpy.typing import NDArray
 
 from data.lanes import LANES, SQUARE, colour, join, mix, transpose, write_pixels
 
-# Weights have 14 bits after the point, what lies between the two passes has 6: products stay within 32 bits.
+# Weights have 14 fractional bits, and values between the two passes have 6, so products fit in 32 bits.
 _ONE = 1 << 14
 
-# BT.601, full range, as JFIF has it, with 14 bits after the point: Cr to red, Cb and Cr from green, Cb to blue.
+# BT.601 in full range, as in JFIF, with 14 fractional bits: Cr to red, Cb and Cr from green, Cb to blue.
 _FACTORS = (22970, 5638, 11700, 29032)
 
 
 class Triangle(NamedTuple):
-    """The triangle filter from `size` inputs to R outputs, as functions of an input's place: see `_weight`.
+    """The triangle filter from `size` inputs to R outputs; see `_weight` for the weight of an input.
 
-    firsts: float64 [R], each output's first input; inputs: how many it has. centers: float64 [R], where outputs lie, in
-    inputs. slope: of the triangle. scales: float64 [R], what makes an output's weights sum to 1.
+    firsts: float64 [R], the index of each output's first input. inputs: the number of inputs per output.
+    centers: float64 [R], each output's position, in units of inputs. slope: of the triangle.
+    scales: float64 [R], factors that make each output's weights sum to 1.
     """
 
     size: int
@@ -43,9 +44,10 @@ class Triangle(NamedTuple):
 
 
 class Taps(NamedTuple):
-    """What R outputs are sums of. firsts: int64 [R], each one's first input. weights: int16 [inputs * R], input major.
+    """The inputs and weights of R outputs.
 
-    All outputs have the same number of inputs, which keeps loops over them predictable; some weights are 0.
+    firsts: int64 [R], the index of each output's first input. inputs: the number of inputs per output, the same for
+    all, which keeps loops predictable; some weights are 0. weights: int16 [inputs * R], input-major.
     """
 
     firsts: NDArray[np.int64]
@@ -55,18 +57,18 @@ class Taps(NamedTuple):
 
 @njit(nogil=True, inline="always")
 def _weight(place, size, center, slope):
-    """Of the input at this place (float64), not yet scaled; nothing outside 0..size-1 has any."""
+    """The unscaled weight of the input at index `place` (float64); 0 outside 0..size-1."""
     weight = 1.0 - abs(place - center) * slope
     weight = weight if weight > 0.0 else 0.0
     return weight if (place >= 0.0) & (place < size) else 0.0
 
 
-# These loops are over outputs and do one thing each, so that they vectorise.
+# The loops below are over outputs and do one thing each, so that they vectorise.
 
 
 @njit(nogil=True, error_model="numpy")
 def _triangle(size: int, resolution: int, flip: bool) -> Triangle:
-    """flip reverses the outputs."""
+    """Returns the filter from `size` inputs to `resolution` outputs, in reverse order if flip."""
     step = size / resolution
     support = max(step, 1.0)
     slope = 1 / support
@@ -91,7 +93,7 @@ def _triangle(size: int, resolution: int, flip: bool) -> Triangle:
 
 @njit(nogil=True)
 def _taps(triangle: Triangle, origin: int) -> Taps:
-    """The filter over an array in which its first input is at `origin`."""
+    """Returns the filter's taps for an array in which the filter's first input is at index `origin`."""
     resolution = len(triangle.firsts)
     firsts, centers, scales = triangle.firsts, triangle.centers, triangle.scales
     weights = np.empty(triangle.inputs * resolution, np.float64)
@@ -104,10 +106,10 @@ def _taps(triangle: Triangle, origin: int) -> Taps:
 
 @njit(nogil=True)
 def _chroma_taps(triangle: Triangle, start: int, origin: int, length: int) -> Taps:
-    """The same filter over a plane of half the size: composed with libjpeg's upsampling.
+    """Returns the taps of the same filter on a plane of half the size, composed with libjpeg's upsampling.
 
-    start: where the box begins, in full-size pixels of the image. origin: where the array at hand begins, in its own
-    pixels. length: pixels of the whole image's plane, beyond whose ends the last one is repeated.
+    start: first pixel of the box, in full-size pixels of the image. origin: first pixel of the array, in pixels of the
+    plane. length: pixels of the whole image's plane, whose last pixel is repeated beyond its end.
     """
     resolution = len(triangle.firsts)
     centers, scales, slope, size = triangle.centers, triangle.scales, triangle.slope, triangle.size
@@ -123,8 +125,8 @@ def _chroma_taps(triangle: Triangle, start: int, origin: int, length: int) -> Ta
     for k in range(count):
         of = weights[k * resolution : (k + 1) * resolution]
         for i in range(resolution):
-            # A sample is the nearer one of two pixels, and the further one of those beside them or, at an end, of one
-            # of the two again.
+            # A sample is the nearer one of two pixels and the further one of their neighbours; at an end of the plane,
+            # one of the two pixels takes the place of the missing neighbour.
             pixel = 2 * (firsts[i] + k)
             before = pixel - 1 if pixel > 0.0 else 0.0
             after = pixel + 2 if pixel + 2 < 2.0 * length else 2.0 * length - 1
@@ -136,8 +138,8 @@ def _chroma_taps(triangle: Triangle, start: int, origin: int, length: int) -> Ta
 
 @njit(nogil=True)
 def _in_integers(weights, resolution: int):
-    """Weights int16 [inputs * R] that sum to exactly _ONE for each output: a flat colour stays what it is."""
-    # Of the sums up to each input what is rounded are differences, so that no remainder is left over.
+    """Returns weights, int16 [inputs * R], that sum to exactly _ONE for each output, so flat colours do not change."""
+    # Differences of rounded cumulative sums, so that rounding errors do not add up.
     for i in range(resolution, len(weights)):
         weights[i] += weights[i - resolution]
     rounded = np.empty(len(weights), np.int16)
@@ -151,15 +153,15 @@ def _in_integers(weights, resolution: int):
 
 @njit(nogil=True)
 def _resize_y(source, start: int, n: int, taps: Taps, band: int, tile, transposed) -> None:
-    """Resizes columns start..start+n-1 of source uint8 [H, W] along y: LANES rows from row `band` on, transposed.
+    """Resizes columns start..start+n-1 of source, uint8 [H, W], along y: LANES rows from row `band` on, transposed.
 
-    transposed: int16 [max(n, LANES) * LANES], 6 bits after the point. tile: room for a part of it, [LANES * LANES].
+    transposed: int16 [max(n, LANES) * LANES], 6 fractional bits. tile: a buffer, int16 [LANES * LANES].
     """
     stride = source.shape[1]
     flat = source.reshape(-1)
     resolution = len(taps.firsts)
     for x in range(0, n, LANES):
-        # The last step begins earlier instead of reading beyond the end.
+        # The last step starts earlier instead of reading beyond the end.
         x = max(min(x, n - LANES), 0)
         for j in range(min(LANES, resolution)):
             place = taps.firsts[band + j] * stride + start + x
@@ -169,11 +171,11 @@ def _resize_y(source, start: int, n: int, taps: Taps, band: int, tile, transpose
 
 @njit(nogil=True)
 def _wide_enough(source, start: int, n: int):
-    """source, and where its columns start..start+n-1 begin; copied if it might be read beyond its end."""
+    """Returns source and `start`, or a padded copy of columns start..start+n-1 and 0 if there are fewer than LANES."""
     if n >= LANES:
         return source, start
     wide = np.zeros((source.shape[0], LANES), np.uint8)
-    # In loops: compiling a slice assignment takes seconds.
+    # Loops, since compiling a slice assignment takes seconds.
     for y in range(source.shape[0]):
         for x in range(n):
             wide[y, x] = source[y, start + x]
@@ -182,9 +184,9 @@ def _wide_enough(source, start: int, n: int):
 
 @njit(nogil=True)
 def _write_pixels(columns, x: int, y: int, resolution: int, out) -> None:
-    """Rows y.. and columns x.. of a crop, up to LANES and SQUARE of them, from columns int32 [SQUARE * LANES].
+    """Writes up to LANES rows from row y, and SQUARE columns from column x, of a crop.
 
-    columns: red in the lowest byte. out: the crop flat, uint8.
+    columns: int32 [SQUARE * LANES], red in the lowest byte. out: the flat crop, uint8.
     """
     if resolution >= LANES:
         for i in range(0, LANES, SQUARE):
@@ -202,9 +204,9 @@ def _write_pixels(columns, x: int, y: int, resolution: int, out) -> None:
 def crop_resize(
     image: NDArray[np.uint8], top: int, left: int, height: int, width: int, flip: bool, out: NDArray[np.uint8]
 ) -> None:
-    """Writes the box (pixels) of an RGB image uint8 [H, W, 3] into out uint8 [R, R, 3], resized, mirrored if flip.
+    """Writes the box (pixels) of an RGB image, uint8 [H, W, 3], to out, uint8 [R, R, 3], resized, mirrored if flip.
 
-    The filter sees nothing outside the box. The box must lie within the image; both arrays are C-contiguous.
+    The filter reads nothing outside the box. The box must be inside the image; both arrays must be C-contiguous.
     """
     resolution = out.shape[0]
     flat_out = out.reshape(-1)
@@ -217,7 +219,7 @@ def crop_resize(
     colours = np.empty(3 * LANES, np.int16)
     columns = np.zeros(SQUARE * LANES, np.int32)
     for y in range(0, resolution, LANES):
-        # The last bands and squares begin earlier instead of ending beyond the crop.
+        # The last bands and squares start earlier instead of ending beyond the crop.
         y = max(min(y, resolution - LANES), 0)
         _resize_y(lines, start, n, y_taps, y, tile, transposed)
         for x in range(0, resolution, SQUARE):
@@ -257,10 +259,10 @@ def crop_resize_planes(
     flip: bool,
     out: NDArray[np.uint8],
 ) -> None:
-    """The same from the planes of a 4:2:0 JPEG, or of a part of it: luma uint8 [h, w], cb and cr of half its size.
+    """As crop_resize, from the planes of a 4:2:0 JPEG or a part of it: luma uint8 [h, w], cb and cr of half its size.
 
-    origin_y, origin_x: where the part begins within the image (pixels, even). The part must hold the box and, where
-    the image goes on, one pixel more on each side of it, for chroma's sake. All arrays are C-contiguous.
+    origin_y, origin_x: position of the part in the image (pixels, even). The part must contain the box and, except at
+    the image's edges, one more pixel on each side, which chroma needs. All arrays must be C-contiguous.
     """
     resolution = out.shape[0]
     flat_out = out.reshape(-1)

@@ -13,6 +13,8 @@ from data.decoders.prefetch import Prefetcher
 
 
 class Decoder:
+    """See data.decoders.Decoder."""
+
     def __init__(self, beton: Beton, *, views: tuple[View, ...], device: torch.device, threads: int, max_batch: int):
         self._beton = beton
         self._views = views
@@ -32,7 +34,7 @@ class Decoder:
                 outs[view][copy, i] = crop.permute(1, 2, 0)
 
     def _decode(self, index: int, part: Part) -> torch.Tensor:
-        """The part's pixels on the CPU: uint8 [3, h, w]."""
+        """Decodes a part on the CPU: uint8 [3, h, w]."""
         data = torch.from_numpy(part.data)
         if data.ndim == 3:
             return data.permute(2, 0, 1)
@@ -52,7 +54,7 @@ class Decoder:
                 for index, part in zip(indices, parts, strict=True)
             ]
         except RuntimeError:
-            # nvJPEG does not say which image it was; libjpeg-turbo finds it, or decodes what nvJPEG cannot.
+            # nvJPEG does not name the image that failed; libjpeg-turbo does, or decodes what nvJPEG cannot.
             images = [self._decode(index, part).to(self._device) for index, part in zip(indices, parts, strict=True)]
         outs = tuple(
             torch.empty(
@@ -68,7 +70,7 @@ class Decoder:
     def _crops(
         self, image: torch.Tensor, part: Part, request: Request, i: int
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """View, copy and crop uint8 [3, R, R] of all crops of image i of the request, from its part uint8 [3, h, w]."""
+        """Yields view, copy and crop, uint8 [3, R, R], for each crop of image i, from its part, uint8 [3, h, w]."""
         crop = 0
         for number, view in enumerate(self._views):
             for copy in range(view.copies):

@@ -1,4 +1,4 @@
-"""Archives: the same set as the folder they were made from, with random access, and what is refused."""
+"""Archives: the same set as the folder they were made from, with random access, and refused inputs."""
 
 import io
 import os
@@ -85,7 +85,7 @@ def pictures(split) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("below", ["", "set/", "home/me/set/"])
 @pytest.mark.parametrize("ending", [".zip", *TARS])
-def test_an_archive_is_the_folder_it_was_made_of(tmp_path, ending, below):
+def test_an_archive_holds_the_same_set_as_its_folder(tmp_path, ending, below):
     for layout in ("flat", "parts"):
         root = tmp_path / layout
         for part in ("train", "val") if layout == "parts" else ("",):
@@ -114,7 +114,7 @@ def _size(read, item) -> tuple[int, int]:
     return read(item).size
 
 
-def test_items_are_light_and_read_anywhere(tmp_path):
+def test_items_are_small_and_can_be_read_in_any_process(tmp_path):
     root = write_class_folders(tmp_path / "set", 2, 3)
     for ending in (".zip", ".tar", ".tar.gz"):
         split = open_source(str(packed(root, tmp_path / f"set{ending}", ""))).train
@@ -125,18 +125,18 @@ def test_items_are_light_and_read_anywhere(tmp_path):
         assert sizes == [split.read(item).size for item in items]
 
 
-def test_an_unpacked_tar_goes_when_it_is_done_with(tmp_path, monkeypatch):
+def test_an_unpacked_tar_is_removed_when_it_is_no_longer_used(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     path = tmp_path / "set.tar.gz"
     path.write_bytes(tar_of(flat(), "w:gz"))
     source = open_source(str(path))
     assert len(os.listdir(tmp_path / "temporary")) == 1
-    # Copies in other processes don't take it away.
+    # Deleting a copy in another process does not remove it.
     copy = pickle.loads(pickle.dumps(source))
     del copy
     assert source.val.read(source.val.items[0]).size == (40, 40)
-    # A split is enough to keep it.
+    # Holding a split keeps it.
     train = source.train
     del source
     assert train.read(train.items[0]).size == (40, 40)
@@ -144,7 +144,7 @@ def test_an_unpacked_tar_goes_when_it_is_done_with(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "temporary") == []
 
 
-def test_nothing_is_left_of_a_process_that_ends(tmp_path):
+def test_a_process_leaves_no_unpacked_tar_when_it_ends(tmp_path):
     path = tmp_path / "set.tar.gz"
     path.write_bytes(tar_of(flat(), "w:gz"))
     (tmp_path / "temporary").mkdir()
@@ -181,7 +181,7 @@ def items_of(path: Path) -> list[str]:
     return sorted(item.name for split in (source.train, source.val) for item in split.items)
 
 
-def test_what_does_not_count(tmp_path):
+def test_hidden_files_and_links_are_skipped(tmp_path):
     more = {
         "README.txt": b"",
         "preview.jpg": b"",
@@ -219,7 +219,7 @@ def test_names_of_other_systems(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("ending", [".zip", ".tar"])
-def test_the_later_of_two_members_of_one_name_counts(tmp_path, ending):
+def test_the_later_of_two_members_with_the_same_name_is_used(tmp_path, ending):
     path = tmp_path / f"set{ending}"
     again = jpeg(1, side=77)
     if ending == ".zip":
@@ -291,7 +291,7 @@ def encrypted(contents: bytes) -> bytes:
     return found
 
 
-def test_what_is_refused(tmp_path):
+def test_bad_inputs_are_refused(tmp_path):
     path = write_zip(tmp_path / "set.zip", flat())
     whole = path.read_bytes()
     path.write_bytes(encrypted(whole))
@@ -373,7 +373,7 @@ def with_length(contents: bytes, name: str, length: int) -> bytes:
     return contents[: at + 24] + length.to_bytes(4, "little") + contents[at + 28 :]
 
 
-def test_no_more_of_a_zip_is_inflated_than_its_index_says(tmp_path):
+def test_a_zip_member_is_not_inflated_beyond_its_declared_length(tmp_path):
     images = flat("train/") | flat("val/")
     path = write_zip(tmp_path / "bomb.zip", images | {"train/a/bomb.jpg": bytes(MOST_BYTES + 1)})
     assert path.stat().st_size < 1 << 20
@@ -400,7 +400,7 @@ def test_a_file_of_a_tar_is_not_read_beyond_the_limit(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".tar.gz", ".tar.xz", ".tar.bz2"])
-def test_a_compressed_tar_that_grows_as_no_images_do_is_given_up(tmp_path, monkeypatch, ending):
+def test_unpacking_stops_if_a_tar_grows_more_than_images_can(tmp_path, monkeypatch, ending):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr("data.archives._UNPACKED_ANYWAY", 5 << 20)
     (tmp_path / "temporary").mkdir()
@@ -470,11 +470,11 @@ def run_convert(*words, **options):
 
 
 @pytest.mark.parametrize("ending", [".zip", ".tar", ".tar.gz"])
-def test_broken_images_are_left_out_by_name(tmp_path, ending):
+def test_broken_images_are_skipped_and_listed(tmp_path, ending):
     members = flat("set/", count=3) | {"set/a/text.png": b"not an image", "set/b/half.jpg": jpeg(0)[:700]}
     path = tmp_path / f"set{ending}"
     path.write_bytes(ARCHIVES[ending](members))
-    if ending == ".zip":  # and one whose bytes were damaged on the way
+    if ending == ".zip":  # and one whose bytes were damaged
         contents = bytearray(path.read_bytes())
         with zipfile.ZipFile(path) as archive:
             contents[archive.getinfo("set/a/1.jpg").header_offset + 200] ^= 255

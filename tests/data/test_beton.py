@@ -79,7 +79,7 @@ def test_images_do_not_cross_pages(tmp_path):
     assert all(beton.encoded(i).tobytes() == image.data for i, image in enumerate(big))
 
 
-# In a process of its own: its loader changes numba's type of all byte arrays, and what this process compiles later may
+# In a separate process: its loader changes numba's type of all byte arrays, and later compilations in this process may
 # never end.
 STOCK_LOADER = """
 import sys
@@ -110,7 +110,7 @@ def test_stock_ffcv_opens_it(tmp_path):
         image = (
             Image.frombytes("RGB", (row.width, row.height), row.data) if row.raw else Image.open(io.BytesIO(row.data))
         )
-        # Its resize averages and its decoder rounds coarsely, so this only has to be the same picture.
+        # Its resize averages and its decoder rounds coarsely, so this only checks that the pictures are similar.
         top, left = (row.height - min(row.height, row.width)) // 2, (row.width - min(row.height, row.width)) // 2
         side = min(row.height, row.width)
         ours = image.crop((left, top, left + side, top + side)).resize((16, 16), Image.Resampling.BOX)
@@ -176,7 +176,7 @@ def test_a_file_of_another_version_is_refused(path):
         Beton(path)
 
 
-def test_an_image_beyond_a_page_is_refused_and_nothing_stays(tmp_path):
+def test_an_image_larger_than_a_page_is_refused_and_leaves_no_file(tmp_path):
     with pytest.raises(DataError, match="image 0"):
         write_beton(tmp_path / "huge", [Encoded(bytes(9 << 20), 10, 10, 0)], at_most=1)
     assert not (tmp_path / "huge").exists()

@@ -78,7 +78,7 @@ def test_a_plane_comes_back(plane):
     # Pillow truncates.
     assert np.abs(np.asarray(dds(encoded, height, width)).astype(int) - found).max() <= 1
 
-    # No block is worse than eight even steps between its extremes, rounded.
+    # Each block is at least as good as eight even, rounded steps between its extremes.
     padded = np.pad(plane, ((0, -height % 4), (0, -width % 4)), mode="edge").astype(float)
     cells = padded.reshape(-1, 4, padded.shape[1] // 4, 4).swapaxes(1, 2).reshape(-1, 16)
     low, high = cells.min(axis=1, keepdims=True), cells.max(axis=1, keepdims=True)
@@ -147,8 +147,8 @@ def test_gray_and_saturated_colours():
 
 @settings(max_examples=60)
 @given(data=st.data(), height=st.integers(1, 90), width=st.integers(1, 200))
-def test_a_box_reads_its_blocks_alone(data, height, width):
-    """With all other bytes destroyed, the crop is the same, and equals that of the whole image's planes."""
+def test_a_box_reads_only_its_own_blocks(data, height, width):
+    """With all other bytes overwritten, the crop is the same, and equals that of the whole image's planes."""
     h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
     top, left = data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w))
     image = photograph(height * 200 + width, height + 4, width + 4).crop((0, 0, width, height))
@@ -211,7 +211,7 @@ def reference(beton: Beton, index: int, box, flip: bool, resolution: int) -> np.
     return np.asarray(crop)[:, ::-1] if flip else np.asarray(crop)
 
 
-def test_crops_are_pillows(beton):
+def test_crops_agree_with_pillow(beton):
     """Crops, copies, paired crops; within 1 except for saturated colours, which are clipped after the resize here."""
     pairings = (Pairing("same", 24), Pairing("center", 40), Pairing("whole", 32))
     loader = open_loader(beton.path, resolution=48, batch_size=6, seed=3, copies=2, paired=pairings, threads=2)
@@ -291,7 +291,7 @@ def crops(path: Path, indices=(0, 1, 2)) -> torch.Tensor:
     return batch
 
 
-def test_a_changed_byte_is_noticed_or_does_not_matter(beton, tmp_path):
+def test_a_changed_byte_is_detected_or_changes_no_pixel(beton, tmp_path):
     path = tmp_path / "set.beton"
     path.write_bytes(beton.path.read_bytes())
     good, rng, size = crops(path), np.random.default_rng(0), path.stat().st_size
@@ -337,7 +337,7 @@ def test_a_file_without_a_seal_works(beton, tmp_path):
     assert torch.equal(crops(path), crops(beton.path))
 
 
-def test_images_beyond_a_page_are_left_out_with_the_option_that_shrinks_them(tmp_path):
+def test_images_larger_than_a_page_are_skipped_naming_the_option(tmp_path):
     side = 3400
     assert blocks.size(side, side) > PAGE_SIZE
     with pytest.raises(ValueError, match="use a lower --max_resolution"):

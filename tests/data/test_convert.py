@@ -1,4 +1,4 @@
-"""Conversion: every image as stored, rejects listed by name, nothing half-done, reproducible bytes."""
+"""Conversion: stored images, skipped images listed by name, no incomplete sets, reproducible bytes."""
 
 import io
 import json
@@ -58,7 +58,7 @@ def test_the_set_describes_itself(converted):
     assert again.made["rejects"] == 0
 
 
-def test_a_set_of_the_format_before_opens(converted, tmp_path):
+def test_a_set_of_the_previous_format_opens(converted, tmp_path):
     """In that format, the resolution was a part of the crop rule."""
     shutil.copytree(converted.folder, tmp_path / "set")
     described = json.loads((tmp_path / "set" / "set.json").read_text())
@@ -90,7 +90,7 @@ def test_large_images_are_reduced_and_turned_upright():
     assert (raw.height, raw.width, len(raw.data), raw.raw) == (64, 32, 64 * 32 * 3, True)
 
 
-def test_broken_images_are_left_out_by_name(tmp_path):
+def test_broken_images_are_skipped_and_listed(tmp_path):
     root = write_class_folders(tmp_path / "set", 2, 6)
     (root / "class0" / "000.jpg").write_bytes((root / "class0" / "000.jpg").read_bytes()[:700])
     (root / "class1" / "text.png").write_text("not an image")
@@ -135,7 +135,7 @@ def test_the_names_of_stored_images_are_kept_in_their_order(tmp_path):
             assert beton.encoded(index).tobytes() == encode(image, Storage()).data
 
 
-def test_a_set_without_names_opens_and_says_that_it_has_none(converted, tmp_path):
+def test_a_set_without_image_names_opens_and_refuses_to_name_images(converted, tmp_path):
     """Sets of an earlier version, or of images that come from no files."""
     shutil.copytree(converted.folder, tmp_path / "set")
     (tmp_path / "set" / "train.names.json").unlink()
@@ -210,7 +210,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(image_folder, tmp_path)
     assert os.listdir(tmp_path) == []
 
 
-def test_what_is_there_stays(image_folder, tmp_path):
+def test_existing_files_are_not_overwritten(image_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
     done = run_convert("--data", image_folder, "--out", tmp_path / "out")
@@ -273,7 +273,7 @@ def test_options_are_spelled_with_hyphens_or_underscores(tmp_path, spelling):
     assert (beton.sizes.max(axis=1) == 40).all()
 
 
-def test_an_image_too_large_to_be_stored_is_left_out_by_name(tmp_path):
+def test_an_image_too_large_to_be_stored_is_skipped_and_listed(tmp_path):
     root = write_class_folders(tmp_path / "set", 2, 3)
     photograph(0, 1700, 1700).save(root / "class0" / "vast.png")
     done = run_convert("--data", root, "--out", tmp_path / "out", "--storage", "raw", "--max-resolution", 4000)
@@ -281,7 +281,7 @@ def test_an_image_too_large_to_be_stored_is_left_out_by_name(tmp_path):
     assert "vast.png" in (tmp_path / "out" / "rejects.txt").read_text()
 
 
-def test_images_of_more_pixels_than_allowed_are_left_out(tmp_path):
+def test_images_of_more_pixels_than_allowed_are_skipped(tmp_path):
     root = write_class_folders(tmp_path / "set", 2, 4)
     photograph(0, 300, 300).save(root / "class0" / "large.jpg")
     done = run_convert("--data", root, "--out", tmp_path / "out", "--max_pixels", 89_998)

@@ -67,7 +67,7 @@ def outcome(path, place: int, value: int, **options) -> torch.Tensor | str:
             file.write(before)
 
 
-def test_a_changed_byte_is_noticed_or_does_not_matter(path):
+def test_a_changed_byte_is_detected_or_changes_no_pixel(path):
     """In a file written here: anywhere in index, images, checksums and table."""
     beton = Beton(path)
     good = crops(path)
@@ -139,7 +139,7 @@ def test_a_jpeg_cut_short_is_refused(tmp_path, path, decoder):
 
 
 @pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
-def test_a_frame_hidden_from_the_index_is_no_way_into_memory(tmp_path, decoder):
+def test_a_hidden_frame_header_causes_no_overflow(tmp_path, decoder):
     """libjpeg would decode 2000x2000 pixels here; a reader that mishandles the repeated FF sees 16x16."""
     large, small = (tiles._jpeg(photograph(0, side, side), 90) for side in (2000, 16))
     frames = [tiles.layout(np.frombuffer(jpeg, np.uint8)).frame for jpeg in (large, small)]
@@ -167,14 +167,14 @@ def test_a_frame_hidden_from_the_index_is_no_way_into_memory(tmp_path, decoder):
         list(build.decode([request]))
 
 
-def test_class_ids_out_of_all_proportion_are_refused(tmp_path, rows):
+def test_huge_class_ids_are_refused(tmp_path, rows):
     write_beton(tmp_path / "far.beton", [rows[0]._replace(label=10**12)], at_most=1)
     with pytest.raises(DataError, match="far.beton: has a class 1000000000000"):
         open_loader(tmp_path / "far.beton", resolution=24, batch_size=1)
 
 
 @pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
-def test_more_pixels_than_bytes_can_hold_are_refused_before_room_is_made_for_them(tmp_path, rows, decoder):
+def test_more_pixels_than_bytes_can_hold_are_refused_before_allocation(tmp_path, rows, decoder):
     """In index and header alike, so that no decoder sees a contradiction."""
     jpeg = rows[0].data
     frame = tiles.layout(np.frombuffer(jpeg, np.uint8)).frame
@@ -196,7 +196,7 @@ def test_an_image_larger_than_memory_is_named(tmp_path, rows):
 def opened(path, rows, decoder):
     """A loader that has used all images once, of a file of JPEGs."""
     write_beton(path, rows[:2], at_most=2)
-    # With an older time: changes follow each other faster than the clock of some file systems.
+    # With an older time: changes may follow each other faster than the resolution of some file systems' clocks.
     os.utime(path, ns=(0, 0))
     loader = open_loader(path, resolution=24, batch_size=1, decoder=decoder, threads=1)
     assert len(list(loader.epoch(0))) == 2
@@ -204,8 +204,8 @@ def opened(path, rows, decoder):
 
 
 @pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
-def test_a_file_written_to_in_use_is_noticed(tmp_path, rows, decoder):
-    """Where checksums have been compared already."""
+def test_writes_to_a_file_in_use_are_detected(tmp_path, rows, decoder):
+    """After checksums have been compared."""
     loader = opened(tmp_path / "set.beton", rows, decoder)
     with open(tmp_path / "set.beton", "r+b") as file:
         file.seek(Beton(tmp_path / "set.beton").starts[1] + 2000)
@@ -214,7 +214,7 @@ def test_a_file_written_to_in_use_is_noticed(tmp_path, rows, decoder):
         list(loader.epoch(1))
 
 
-def test_a_file_cut_short_in_use_is_noticed(tmp_path, rows):
+def test_truncation_of_a_file_in_use_is_detected(tmp_path, rows):
     """Before the missing bytes are read, which would end the process."""
     loader = opened(tmp_path / "set.beton", rows, "ffcv")
     whole = (tmp_path / "set.beton").stat()
@@ -224,7 +224,7 @@ def test_a_file_cut_short_in_use_is_noticed(tmp_path, rows):
         list(loader.epoch(1))
 
 
-def test_a_change_within_an_epoch_is_noticed(tmp_path, rows):
+def test_a_change_within_an_epoch_is_detected(tmp_path, rows):
     write_beton(tmp_path / "set.beton", rows[:2] * 8, at_most=16)
     loader = open_loader(tmp_path / "set.beton", resolution=24, batch_size=1, threads=1)
     batches = loader.epoch(0)
@@ -246,7 +246,7 @@ def test_a_file_replaced_or_removed_in_use_stays_open(tmp_path, rows, replaced):
     assert all(map(torch.equal, [batch.crops for batch in loader.epoch(1)], before))
 
 
-def test_a_set_replaced_by_other_images_is_not_opened_as_the_one_that_was(converted, tmp_path):
+def test_a_set_replaced_by_other_images_is_not_opened_as_the_old_one(converted, tmp_path):
     folder = shutil.copytree(converted.folder, tmp_path / "set")
     known = open_set(folder)
     assert known.fingerprint == converted.fingerprint

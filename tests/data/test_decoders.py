@@ -40,7 +40,7 @@ def by_pillow(beton: Beton, batch, resolution: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("decoder", NAMES)
 @pytest.mark.parametrize("train", [True, False])
-def test_crops_are_pillows(converted, decoder, train):
+def test_crops_agree_with_pillow(converted, decoder, train):
     """Within 1 of Pillow, with two exceptions.
 
     DALI's outermost pixels differ more, because it repeats the edge where Pillow reweighs. FFCV's path converts to RGB
@@ -61,7 +61,7 @@ def test_crops_are_pillows(converted, decoder, train):
 
 @pytest.mark.parametrize("decoder", NAMES)
 def test_unsaturated_colours_agree_closely(tmp_path, decoder):
-    """Without clipping, no decoder differs by more than 2, and noise hides no shift."""
+    """Without clipping, no decoder differs by more than 2; without noise, a shift would be visible."""
     pictures = [Image.eval(photograph(seed, 230, 310), lambda value: 70 + value * 115 // 255) for seed in range(8)]
     write_beton(tmp_path / "soft.beton", (encode(picture, Storage()) for picture in pictures), at_most=8)
     beton = Beton(tmp_path / "soft.beton")
@@ -123,7 +123,7 @@ def test_raw_storage(tmp_path, decoder):
 
 @pytest.mark.parametrize("decoder", NAMES)
 def test_jpegs_of_other_writers(tmp_path, decoder):
-    """All that a stock file may hold: other subsampling, progressive, no restart grid, an EXIF orientation."""
+    """Everything that a stock file may hold: other subsampling, progressive, no restart grid, an EXIF orientation."""
     image = photograph(5, 70, 100)
     rows = []
     turned = Image.Exif()
@@ -142,7 +142,7 @@ def test_jpegs_of_other_writers(tmp_path, decoder):
 
 
 @pytest.mark.parametrize("decoder", NAMES)
-def test_batches_say_the_same_about_the_crops(converted, decoder):
+def test_all_decoders_return_the_same_fields(converted, decoder):
     path = converted.beton("train")
     reference, others = batches(path, "ffcv"), batches(path, decoder)
     assert len(reference) == len(others) == 3
@@ -154,7 +154,7 @@ def test_batches_say_the_same_about_the_crops(converted, decoder):
 
 
 @pytest.mark.parametrize("decoder", NAMES)
-def test_threads_do_not_matter(converted, decoder):
+def test_the_number_of_threads_does_not_change_crops(converted, decoder):
     path = converted.beton("train")
     for one, many in zip(batches(path, decoder, threads=1), batches(path, decoder, threads=5), strict=True):
         assert torch.equal(one.crops, many.crops)
@@ -176,7 +176,7 @@ def test_grayscale_and_one_pixel_boxes(tmp_path, decoder):
 
 
 def test_parts_hold_the_pixels_of_their_boxes(tmp_path):
-    """Of a batch with and without tiles, raw images and one image twice: each lies where it says."""
+    """In a batch with and without tiles, raw images and one image twice, each part has the position that it states."""
     pictures = [photograph(seed, 200 + 9 * seed, 310 - 11 * seed) for seed in range(6)]
     rows = [encode(picture, Storage("raw" if seed == 4 else "jpeg")) for seed, picture in enumerate(pictures)]
     buffer = io.BytesIO()
@@ -235,7 +235,7 @@ def test_a_damaged_image_is_named(converted, tmp_path, decoder):
 
 
 @pytest.mark.parametrize("wrong", [(8, 0), (-8, 0), (0, 8), (0, -8)])
-def test_a_wrong_size_in_the_index_is_no_silent_garbage(converted, tmp_path, wrong):
+def test_a_wrong_size_in_the_index_is_detected(converted, tmp_path, wrong):
     good = Beton(converted.beton("train"))
     height, width = (int(side) + more for side, more in zip(good.sizes[0], wrong, strict=True))
     write_beton(tmp_path / "w.beton", [Encoded(good.encoded(0).tobytes(), height, width, 0)], at_most=1)
@@ -263,7 +263,7 @@ def test_auto_is_the_fastest_for_storage_threads_and_device(converted, tmp_path)
     assert choose("auto", gpu, jpegs, threads=8) == "ffcv"
 
 
-def test_what_auto_picks_is_printed_once(converted, capsys):
+def test_the_decoder_selected_by_auto_is_printed_once(converted, capsys):
     options = {"resolution": 32, "batch_size": 8, "threads": 3}
     open_loader(converted.beton("train"), decoder="auto", rank=1, world=2, **options)
     open_loader(converted.beton("train"), decoder="torchvision", **options)
@@ -284,7 +284,7 @@ def many(tmp_path_factory):
 
 @pytest.mark.parametrize("decoder", NAMES)
 def test_a_batch_costs_the_training_thread_at_most_half_a_millisecond(many, decoder):
-    """Of processor time, for 256 images; three to eight times what it takes."""
+    """Processor time for 256 images; the limit is three to eight times the usual time."""
     loader = open_loader(many, resolution=32, batch_size=256, decoder=decoder, threads=2, copies=2)
     taken = []
     for epoch in range(2):
@@ -300,7 +300,7 @@ def test_a_batch_costs_the_training_thread_at_most_half_a_millisecond(many, deco
 
 
 def test_dali_keeps_its_pipeline(converted):
-    """From epoch to epoch, also after one that was left early; a second one is there for an epoch beside it."""
+    """From epoch to epoch, also after an abandoned one; overlapping epochs have a second pipeline."""
     loader = open_loader(converted.beton("train"), resolution=32, batch_size=8, decoder="dali", threads=1, copies=2)
     expected = [batch.crops for batch in open_loader(converted.beton("train"), **SMALL, decoder="dali").epoch(0)]
     list(loader.epoch(5))
@@ -320,10 +320,10 @@ def test_dali_keeps_its_pipeline(converted):
     assert len(loader._decoder._idle) == 2
 
 
-def test_damage_in_batches_that_nobody_took_is_not_met_in_the_next_epoch(converted, tmp_path):
+def test_damage_in_discarded_batches_does_not_fail_the_next_epoch(converted, tmp_path):
     good = Beton(converted.beton("train"))
     rows = [Encoded(good.encoded(i).tobytes(), *good.sizes[i], 0) for i in range(6)]
-    # Cut short: the decoder itself finds it, which is after its headers were read and while later batches are made.
+    # Truncated: only the decoder detects it, after the headers were read and while later batches are made.
     rows[3] = rows[3]._replace(data=rows[3].data[: len(rows[3].data) // 2])
     write_beton(tmp_path / "bad.beton", rows, at_most=6)
     beton = Beton(tmp_path / "bad.beton")
@@ -340,7 +340,7 @@ def test_damage_in_batches_that_nobody_took_is_not_met_in_the_next_epoch(convert
 
 
 @pytest.mark.slow
-def test_too_little_memory_for_dali_is_no_damaged_image(many):
+def test_too_little_memory_for_dali_is_not_reported_as_a_damaged_image(many):
     code = (
         "import re, resource\n"
         "from data.loader import open_loader\n"
@@ -356,7 +356,7 @@ def test_too_little_memory_for_dali_is_no_damaged_image(many):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", NAMES)
-def test_opening_a_loader_leaves_pytorchs_threads_alone(converted, decoder):
+def test_opening_a_loader_does_not_change_pytorchs_threads(converted, decoder):
     """Importing FFCV sets PyTorch to one thread, which would halve the speed of training on a CPU."""
     code = (
         "import torch; torch.set_num_threads(3)\n"
@@ -369,8 +369,8 @@ def test_opening_a_loader_leaves_pytorchs_threads_alone(converted, decoder):
 
 
 @pytest.mark.parametrize("decoder", ["ffcv", "dali", "torchvision"])
-def test_in_inference_mode_too(converted, decoder):
-    """Scoring a network asks for batches from within it."""
+def test_batches_can_be_made_in_inference_mode(converted, decoder):
+    """As when a network is scored."""
     loading = {"resolution": 32, "batch_size": 8, "decoder": decoder, "train": False}
     expected = [batch.crops for batch in open_loader(converted.beton("val"), **loading).epoch(0)]
     with torch.inference_mode():

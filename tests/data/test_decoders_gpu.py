@@ -23,8 +23,8 @@ def test_same_crops_as_on_the_cpu(converted, decoder):
 
 
 @pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
-def test_a_batch_is_complete_where_it_is_taken(converted, decoder):
-    """On whatever stream that is, with much still to do on it and memory used again all the time."""
+def test_a_batch_is_complete_on_the_stream_that_takes_it(converted, decoder):
+    """On any stream, with pending work on it, while memory is reused."""
     loader = open_loader(
         converted.beton("train"), resolution=96, batch_size=8, decoder=decoder, device="cuda", copies=2
     )
@@ -44,7 +44,7 @@ def test_a_batch_is_complete_where_it_is_taken(converted, decoder):
 
 @pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
 def test_a_graph_is_captured_while_batches_are_made(converted, decoder):
-    """And while old ones are freed. The capture must be of its own thread alone (thread_local)."""
+    """And while old ones are freed. The capture must cover only its own thread (thread_local)."""
     loader = open_loader(
         converted.beton("train"), resolution=96, batch_size=8, decoder=decoder, device="cuda", copies=2
     )

@@ -1,4 +1,4 @@
-"""The path of blocks to a GPU, with the reference in place of the kernel: resident or gathered, the same crops."""
+"""Blocks on a GPU, with the reference instead of the kernel: the same crops, whether resident or gathered."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def loaded(path, *, decoder="blocks", **options):
 
 
 @pytest.mark.parametrize("resident", [0.0, 1.0])
-def test_crops_are_those_of_the_cpu(path, resident):
+def test_crops_equal_those_of_the_cpu(path, resident):
     ours, theirs = loaded(path, resident=resident), loaded(path, decoder="ffcv")
     assert ours.decoder == "blocks"
     for epoch in range(3):
@@ -46,7 +46,7 @@ def test_crops_are_those_of_the_cpu(path, resident):
                 assert (mine != his).float().mean() < 0.05
 
 
-def test_validation_too(path):
+def test_validation_crops_equal_those_of_the_cpu(path):
     (one, *_), (other, *_) = (
         list(loaded(path, decoder=decoder, train=False, drop_last=False).epoch(0)) for decoder in ("blocks", "ffcv")
     )
@@ -62,7 +62,7 @@ def test_only_the_rows_of_the_boxes_are_gathered(path, monkeypatch):
 
 
 @pytest.mark.parametrize("at_once", [1, 20_000, 2**28])
-def test_uploads_of_any_size_bring_the_whole_set(path, monkeypatch, at_once):
+def test_uploads_of_any_size_copy_the_whole_set(path, monkeypatch, at_once):
     """One image at a time, some, or all."""
     monkeypatch.setattr(blocks, "_UPLOAD_BYTES", at_once)
     monkeypatch.setattr(blocks, "_RESIDENT", {})
@@ -72,13 +72,13 @@ def test_uploads_of_any_size_bring_the_whole_set(path, monkeypatch, at_once):
     assert np.array_equal(loader._decoder._resident.blocks.numpy().view(np.uint8), stored)
 
 
-def test_loaders_share_what_is_resident(path):
+def test_loaders_share_the_resident_set(path):
     one, other = (loaded(path, resident=1.0, resolution=side) for side in (20, 24))
     assert one._decoder._resident is other._decoder._resident
     assert len(one._decoder._resident.blocks) * 8 == Beton(path).lengths.sum()
 
 
-def test_a_set_larger_than_its_share_is_gathered_and_said(path, monkeypatch, capsys):
+def test_a_set_larger_than_its_share_is_gathered_with_a_notice(path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20_000, 0))
     beton = Beton(path)
     assert blocks._resident(beton, torch.device("cuda"), 0.5, None) is None
@@ -94,12 +94,12 @@ def test_damage_is_named(path, tmp_path, resident):
     start = int(Beton(path).starts[2])
     data[start + 5] ^= 1
     (tmp_path / "set.beton").write_bytes(data)
-    # In an order that drops no last batch, so that every image is read.
+    # Validation drops no incomplete batch, so every image is read.
     with pytest.raises(DataError, match=r"set.beton: image 2 is damaged"):
         list(loaded(tmp_path / "set.beton", resident=resident, drop_last=False).epoch(0))
 
 
-def test_auto_is_the_kernel_on_a_gpu_alone(path):
+def test_auto_selects_the_kernel_only_on_a_gpu(path):
     cpu, cuda, beton = torch.device("cpu"), torch.device("cuda"), Beton(path)
     assert choose("auto", cuda, beton) == "blocks"
     assert choose("auto", cpu, beton) == "ffcv"
@@ -108,7 +108,7 @@ def test_auto_is_the_kernel_on_a_gpu_alone(path):
         choose("blocks", cuda)
 
 
-def test_offsets_are_of_each_plane(path):
+def test_offsets_of_each_plane(path):
     beton = Beton(path)
     offsets = blocks._plane_offsets(beton)
     np.testing.assert_array_equal(offsets[0], [0, 15 * 33, 15 * 33 + 8 * 17])

@@ -1,4 +1,4 @@
-"""Conversions that run side by side, are stopped or killed, or meet a full disk: nothing is lost or left behind."""
+"""Concurrent, stopped and killed conversions, and full disks: nothing is lost or left behind."""
 
 import errno
 import fcntl
@@ -31,8 +31,8 @@ def few(tmp_path) -> Path:
     return write_class_folders(tmp_path / "images", 2, 3)
 
 
-def test_one_at_a_time_holds_a_lock(tmp_path):
-    """Also while its file is made and removed again and again."""
+def test_only_one_process_at_a_time_holds_a_lock(tmp_path):
+    """Also while its file is repeatedly created and removed."""
     inside, most = 0, 0
 
     def enter(_):
@@ -50,7 +50,7 @@ def test_one_at_a_time_holds_a_lock(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_who_waits_for_a_conversion_uses_what_is_there_then(few, tmp_path, capsys):
+def test_a_waiting_conversion_uses_the_set_that_was_made_meanwhile(few, tmp_path, capsys):
     first = find_set(str(few), cache=tmp_path / "cache")
     assert isinstance(first, Unconverted)
     first.folder.parent.mkdir()
@@ -73,7 +73,7 @@ def test_who_waits_for_a_conversion_uses_what_is_there_then(few, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_trainings_begun_together_share_one_conversion(image_folder, tmp_path):
+def test_trainings_started_together_share_one_conversion(image_folder, tmp_path):
     code = (
         "import sys; from data.convert import ensure_converted; from data.sets import find_set\n"
         "if __name__ == '__main__': print(ensure_converted(find_set(sys.argv[1])).fingerprint)"
@@ -96,7 +96,7 @@ def test_trainings_begun_together_share_one_conversion(image_folder, tmp_path):
     assert len(os.listdir(tmp_path / "converted")) == 1
 
 
-def test_where_there_are_no_locks_a_set_is_converted_without(few, tmp_path, monkeypatch):
+def test_a_file_system_without_locks_converts_without_them(few, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -107,7 +107,7 @@ def test_where_there_are_no_locks_a_set_is_converted_without(few, tmp_path, monk
     assert sorted(os.listdir(tmp_path)) == [".out.partial-of_another", "images", "out"]
 
 
-def test_what_killed_conversions_left_is_removed_and_nothing_else(few, tmp_path):
+def test_only_leftovers_of_killed_conversions_are_removed(few, tmp_path):
     others = [".other.partial-abc", ".out.partial-b.partial-abc", "out.partial-abc", ".out.partial-"]
     for name in (*others, ".out.partial-abc_12", ".out.partial-4711"):
         (tmp_path / name).mkdir()
@@ -127,7 +127,7 @@ def test_a_set_is_not_lost_when_it_cannot_be_replaced(tmp_path):
     assert os.listdir(out) == ["mine"]
 
 
-def test_a_set_that_a_kill_has_left_half_replaced_comes_back(tmp_path, few):
+def test_a_set_that_was_half_replaced_by_a_kill_is_restored(tmp_path, few):
     for file in few.rglob("*.jpg"):
         file.write_text("no image")
     kept = tmp_path / ".out.partial-abc" / "replaced"
@@ -160,14 +160,14 @@ def test_a_signal_ends_a_conversion_in_one_line(tmp_path, image_folder, number):
     stopped = f"{tmp_path / 'out'}: conversion stopped by {number.name}; nothing was left half-done"
     if number == signal.SIGINT:
         stopped = "interrupted"
-    # Beside the progress bar.
+    # Besides the progress bar.
     assert [line for line in said.splitlines() if line and not line.startswith("convert train")] == [stopped]
     assert os.listdir(tmp_path) == ["images"]
     await_end_of(started.pid)
 
 
-def test_signals_keep_their_meaning_outside_of_conversions(tmp_path):
-    """A conversion under nohup goes on without its terminal."""
+def test_signal_handlers_are_restored_after_a_conversion(tmp_path):
+    """A conversion under nohup continues without its terminal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         usual = signal.getsignal(signal.SIGTERM)
@@ -189,7 +189,7 @@ def on_a_small_disk(folder: Path, script: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command, f"{mount} && {script}"], capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
-def test_a_full_disk_is_called_one_and_what_was_there_stays(image_folder, tmp_path):
+def test_a_full_disk_is_reported_and_existing_files_stay(image_folder, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     (tmp_path / "replace.py").write_text(
@@ -213,7 +213,7 @@ def test_a_full_disk_is_called_one_and_what_was_there_stays(image_folder, tmp_pa
 @pytest.mark.parametrize("kind", ["jpeg", "blocks", "raw"])
 @pytest.mark.parametrize("side", [16, 256, 512, 1500, 65500])
 def test_the_images_that_a_process_takes_are_bounded_in_bytes(kind, side):
-    """Within what one page, the largest allowed image, admits."""
+    """Except that a single image may be as large as a page."""
     count = _chunk(Storage(kind, side))
     largest = min(side * side * (3 if kind == "raw" else 1), PAGE_SIZE)
     assert count >= 1

@@ -1,4 +1,4 @@
-"""The thread that makes batches: what it makes, how far ahead, and that it ends."""
+"""The thread that makes batches: its items, how far ahead it runs, and its end."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from data.feeder import fed
 
 
 def numbers(count, made, ended, fails=False):
-    """Yields 0, 1, ...; notes in which thread it makes them, and where it is closed."""
+    """Yields 0, 1, ...; records in which thread it makes them, and in which it is closed."""
     try:
         for number in range(count):
             made.append(threading.current_thread().name)
@@ -32,7 +32,7 @@ def without(item) -> list[torch.Tensor]:
 
 
 def settled(made: list) -> int:
-    """How many there are once no more come."""
+    """The number of items, once it no longer grows."""
     count = -1
     while count != len(made):
         count = len(made)
@@ -48,7 +48,7 @@ def test_items_come_in_order_from_another_thread():
     assert not feeding()
 
 
-def test_it_starts_when_the_first_is_taken_and_stays_one_ahead():
+def test_the_thread_starts_with_the_first_item_and_stays_one_ahead():
     made, ended = [], []
     items = fed(numbers(50, made, ended), tensors=without)
     assert settled(made) == 0
@@ -63,7 +63,7 @@ def test_it_starts_when_the_first_is_taken_and_stays_one_ahead():
         next(items)
 
 
-def test_one_that_is_forgotten_ends():
+def test_a_deleted_iterator_ends_its_thread():
     made, ended = [], []
     items = fed(numbers(50, made, ended), tensors=without)
     next(items)
@@ -73,18 +73,18 @@ def test_one_that_is_forgotten_ends():
     assert ended == ["feed"]
 
 
-def test_an_error_is_raised_after_what_was_made_before_it():
+def test_an_error_is_raised_after_the_items_before_it():
     made, ended, found = [], [], []
     items = fed(numbers(3, made, ended, fails=True), tensors=without)
     with pytest.raises(OSError, match="no more"):
         found.extend(items)
-    # list.extend keeps what came before.
+    # list.extend keeps the items before the error.
     assert found == [0, 1, 2]
     assert not feeding()
 
 
 def test_an_item_is_not_kept_alive():
-    """Its memory is used again for the next but one."""
+    """Its memory is reused for the next item but one."""
     import weakref
 
     def tensors():
@@ -100,8 +100,8 @@ def test_an_item_is_not_kept_alive():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["ffcv", "dali", "torchvision"])
-def test_a_process_ends_within_an_epoch(converted, decoder):
-    """With batches in the making, and the iterator still there."""
+def test_a_process_can_exit_within_an_epoch(converted, decoder):
+    """While batches are being made and the iterator still exists."""
     code = (
         "from data.loader import open_loader\n"
         f"loader = open_loader({str(converted.beton('train'))!r}, resolution=32, batch_size=4, decoder={decoder!r})\n"

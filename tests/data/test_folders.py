@@ -39,7 +39,7 @@ def test_a_linked_folder_and_a_linked_file_are_read(tmp_path):
 
 
 @pytest.mark.timeout(20)
-def test_links_in_circles_are_followed_once(tmp_path):
+def test_link_cycles_are_followed_once(tmp_path):
     """A link to its parent gave 12,060 images for 60, and two such links never ended."""
     root = touched(tmp_path / "root", "a/1.jpg", "b/2.jpg")
     for number in range(3):
@@ -57,14 +57,14 @@ def test_a_folder_is_read_by_its_own_name_rather_than_by_a_link(tmp_path):
     assert found(root)[0] == ["m/2.jpg", "z/1.jpg"]
 
 
-def test_a_link_to_what_is_above_adds_what_is_new(tmp_path):
+def test_a_link_to_a_parent_adds_its_other_files(tmp_path):
     root = touched(tmp_path / "above" / "root", "a/1.jpg")
     touched(tmp_path / "above", "beside/2.jpg")
     (root / "a" / "up").symlink_to(tmp_path / "above")
     assert found(root)[0] == ["a/1.jpg", "a/up/beside/2.jpg"]
 
 
-def test_what_cannot_be_read_is_skipped_with_a_note(tmp_path):
+def test_unreadable_files_are_skipped_with_a_note(tmp_path):
     root = touched(tmp_path / "root", "a/1.jpg")
     (root / "a" / "0.jpg").symlink_to("gone.jpg")
     (root / "b").symlink_to("gone")

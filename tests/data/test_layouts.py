@@ -1,4 +1,4 @@
-"""Sets as their makers distribute them: drawn in small, each converted as it is, and what is refused."""
+"""Sets as their authors distribute them, in small: each is converted as it is, or refused with a reason."""
 
 import csv
 import io
@@ -71,7 +71,7 @@ def test_other_names_of_val(tmp_path, name, packed):
     assert source.notes == (f"{place}: used for validation, as there is no val/",)
 
 
-def test_val_goes_before_test(tmp_path):
+def test_val_is_used_rather_than_test(tmp_path):
     for name, count in (("train", 3), ("test", 4), ("valid", 2), ("val", 1)):
         write_class_folders(tmp_path / name, 2, count)
     assert (len(open_source(str(tmp_path)).val.items), open_source(str(tmp_path)).notes) == (2, ())
@@ -98,7 +98,7 @@ def test_classes_without_images_are_counted(tmp_path):
     )
 
 
-def test_what_systems_leave_in_folders_is_ignored(tmp_path):
+def test_files_added_by_operating_systems_are_ignored(tmp_path):
     write_class_folders(tmp_path, 2, 3)
     write(tmp_path / "class0" / "Thumbs.db", b"x")
     write(tmp_path / "class0" / ".DS_Store", b"x")
@@ -109,7 +109,7 @@ def test_what_systems_leave_in_folders_is_ignored(tmp_path):
     assert len(source.train.items) + len(source.val.items) == 6
 
 
-def test_true_words_about_what_is_held_out(tmp_path):
+def test_the_note_about_held_out_images_is_correct(tmp_path):
     write_class_folders(tmp_path, 3, 3)
     photograph(0, 40, 40).save(write(tmp_path / "lonely" / "0.jpg", b""))
     assert open_source(str(tmp_path)).notes == (
@@ -295,7 +295,7 @@ def test_ilsvrc_tars_are_converted_once(tmp_path, monkeypatch):
     assert isinstance(found, Unconverted)
     made = convert_source(found.source, found.folder, processes=1)
     assert Beton(made.beton("val")).labels.tolist() == [0, 1, 2, 2]
-    # Known by the files: listing the members of 150 GB takes a while.
+    # Known by the files' sizes and times: listing the members of 150 GB takes a while.
     with monkeypatch.context() as patched:
         patched.setattr("data.archives.open_archive", None)
         assert find_set(str(root), cache=tmp_path / "cache") == made
@@ -303,7 +303,7 @@ def test_ilsvrc_tars_are_converted_once(tmp_path, monkeypatch):
     assert isinstance(find_set(str(root), cache=tmp_path / "cache"), Unconverted)
 
 
-def test_ilsvrc_that_does_not_go_together(tmp_path):
+def test_ilsvrc_files_that_do_not_match_are_refused(tmp_path):
     root = ilsvrc(tmp_path / "imagenet")
     assert refusal(root).startswith(
         f"{root}: the classes of ILSVRC2012_img_val.tar are not known (no list of them); put"
@@ -417,7 +417,7 @@ def test_a_csv_is_converted_again_when_it_changes(tmp_path):
     assert isinstance(found, Unconverted)
     made = convert_source(found.source, found.folder, processes=1)
     assert find_set(str(path), cache=tmp_path / "cache") == made
-    # The same files, and one of another class.
+    # The same files, one of them with another class.
     rows[0][1] = rows[1][1]
     table(path, ["file", "class"], rows)
     assert isinstance(find_set(str(path), cache=tmp_path / "cache"), Unconverted)
@@ -491,7 +491,7 @@ def test_a_folder_of_betons_of_other_writers_is_used(tmp_path):
     assert isinstance(find_set(str(tmp_path), cache=tmp_path / "cache"), Unconverted)
 
 
-def test_other_betons_are_refused_by_what_they_are(tmp_path):
+def test_other_betons_are_refused_with_a_description(tmp_path):
     alone = others_beton(tmp_path / "train.beton", [0, 4, 4])
     assert refusal(alone) == (
         f"DATA={alone}: is a .beton of 3 images of 2 classes; give the folder that it lies in, with train.beton and "

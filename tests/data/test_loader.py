@@ -27,7 +27,7 @@ def decoding_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("decode")}
 
 
-def test_its_options_are_those_that_other_programs_give():
+def test_options_that_other_programs_use_are_unchanged():
     options = list(inspect.signature(open_loader).parameters.values())
     assert [option.name for option in options] == [
         *("beton_path", "resolution", "batch_size", "decoder", "train", "seed", "device", "copies", "rank", "world"),
@@ -77,7 +77,7 @@ def test_start_step_continues_with_the_same_bits(converted, copies):
 
 
 @pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
-def test_an_epoch_left_half_way_harms_nothing(converted, decoder):
+def test_an_abandoned_epoch_does_not_affect_the_next(converted, decoder):
     loader = loader_of(converted, decoder=decoder)
     whole = next(iter(loader.epoch(0)))
     for _ in itertools.islice(loader.epoch(1), 1):
@@ -96,7 +96,7 @@ def test_a_pass_is_the_next_epoch(converted):
             assert torch.equal(ours.indices, batch.indices)
 
 
-def test_a_pass_left_early_is_over_and_leaves_nothing_at_work(converted):
+def test_an_abandoned_pass_counts_and_leaves_no_work_running(converted):
     before = decoding_threads()
     loader = loader_of(converted)
     for epoch in range(20):
@@ -104,13 +104,13 @@ def test_a_pass_left_early_is_over_and_leaves_nothing_at_work(converted):
             assert batch.epoch == epoch
             break
     assert len(decoding_threads() - before) <= 2
-    # Its number counts from when it was begun, not from its first batch.
+    # A pass is numbered when it is started, not at its first batch.
     begun = iter(loader)
     assert next(iter(loader)).epoch == 21
     assert next(begun).epoch == 20
 
 
-def test_a_loader_that_is_gone_leaves_no_threads(converted):
+def test_a_deleted_loader_leaves_no_threads(converted):
     before = decoding_threads()
     loader = loader_of(converted)
     left = iter(loader)
@@ -119,7 +119,7 @@ def test_a_loader_that_is_gone_leaves_no_threads(converted):
     del loader, left
     ends = time.monotonic() + 60
     while decoding_threads() - before and time.monotonic() < ends:
-        # What a thread is at work on holds the decoder for a moment longer.
+        # A thread's current work keeps the decoder alive a little longer.
         gc.collect()
         time.sleep(0.05)
     assert not decoding_threads() - before
@@ -153,7 +153,7 @@ def test_ranks_train_on_equal_full_batches(converted):
     assert len(seen) == len(seen.unique()) == 45
 
 
-def test_a_step_over_all_ranks_is_the_step_of_one(converted):
+def test_a_step_over_all_ranks_equals_that_of_one_process(converted):
     one = list(loader_of(converted, batch_size=8).epoch(0))
     two = [list(loader_of(converted, batch_size=4, rank=rank, world=2).epoch(0)) for rank in range(2)]
     for step, batch in enumerate(one):
@@ -179,7 +179,7 @@ def test_evaluation_takes_central_squares_unflipped(converted):
         assert not batch.flips.any()
 
 
-def test_copies_are_other_crops_of_the_same_images(converted):
+def test_copies_are_different_crops_of_the_same_images(converted):
     loader = loader_of(converted, copies=3)
     assert loader.steps == 18
     batches = list(loader.epoch(0))
@@ -216,7 +216,7 @@ def test_paired_crops(converted):
 
 
 def test_paired_crops_of_copies(converted):
-    """The training crop again is each copy's own; the central crop is the same for all of them."""
+    """The paired training crop differs for each copy; the central crop is the same for all."""
     same, center = Pairing("same", 32), Pairing("center", 24)
     batches = list(loader_of(converted, copies=3, paired=(same, center)).epoch(0))
     for place, batch in enumerate(batches):
@@ -236,7 +236,7 @@ def test_whole_images_are_squashed_to_squares(converted):
             assert np.abs(found - np.asarray(image.convert("RGB")).astype(int)).mean() < 2
 
 
-def test_the_label_source_is_asked_for_each_batch(converted):
+def test_fetch_is_called_for_each_batch(converted):
     def fetch(indices, copies, epoch):
         return torch.from_numpy(indices * 100 + copies * 10 + epoch)
 

@@ -84,7 +84,7 @@ def test_a_list(named, place):
         ("@binary", "IMAGES=@binary: is not text"),
     ],
 )
-def test_what_names_nothing(named, says, place):
+def test_names_of_no_files_are_refused(named, says, place):
     (place / "binary").write_bytes(b"\x89PNG\0\0")
     with pytest.raises(DataError, match=says):
         files_named(named)

@@ -18,7 +18,7 @@ def all_batches(loader):
     return list(loader.epoch(0))
 
 
-def test_they_are_the_central_crops_of_the_files(image_folder):
+def test_crops_are_the_central_crops_of_the_files(image_folder):
     source = open_source(str(image_folder))
     loader = Originals(source.val, source.class_names, resolution=32, batch_size=4, threads=2)
     batches = all_batches(loader)
@@ -39,7 +39,7 @@ def test_they_are_the_central_crops_of_the_files(image_folder):
     assert torch.equal(boxes[:, 2], (sizes.min(dim=1).values * 0.875).round().int())
 
 
-def test_they_differ_from_converted_ones_by_the_second_jpeg_alone(image_folder, converted):
+def test_converted_crops_differ_only_by_the_second_jpeg(image_folder, converted):
     source = open_source(str(image_folder))
     (ours,) = Originals(source.val, source.class_names, resolution=32, batch_size=15).epoch()
     loader = open_loader(converted.beton("val"), resolution=32, batch_size=15, train=False, decoder="torchvision")
@@ -48,7 +48,7 @@ def test_they_differ_from_converted_ones_by_the_second_jpeg_alone(image_folder, 
     assert (ours.crops.int() - theirs.crops.int()).abs().float().mean() < 2
 
 
-def test_what_cannot_be_read_is_named_and_left_out(tmp_path, capsys):
+def test_unreadable_images_are_skipped_and_listed(tmp_path, capsys):
     root = write_class_folders(tmp_path / "set", 2, 4)
     (root / "class0" / "001.jpg").write_bytes(b"no image")
     whole = (root / "class1" / "000.jpg").read_bytes()
@@ -86,7 +86,7 @@ def test_a_crop_of_the_whole_width():
 
 
 @pytest.mark.parametrize("bad", [{"resolution": 0}, {"batch_size": 0}, {"threads": 0}])
-def test_numbers_that_make_no_sense(bad, image_folder):
+def test_invalid_numbers_are_refused(bad, image_folder):
     source = open_source(str(image_folder))
     with pytest.raises(DataError, match=f"{next(iter(bad))}=0: must be at least 1"):
         Originals(source.val, source.class_names, **{"resolution": 32, "batch_size": 4} | bad)

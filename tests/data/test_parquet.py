@@ -18,7 +18,7 @@ from tests.pictures import photograph
 NAMES = ["zebra, striped", "ant", "bee"]
 
 
-def test_without_pyarrow_one_line_says_so(tmp_path, monkeypatch):
+def test_a_missing_pyarrow_is_reported_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     file = tmp_path / "train.parquet"
     file.write_bytes(b"PAR1")
@@ -36,7 +36,7 @@ def refusal(path: Path) -> str:
 
 def jpeg(number: int) -> bytes:
     buffer = io.BytesIO()
-    # The width says which image it is.
+    # The width identifies the image.
     photograph(number, 40, 40 + number).save(buffer, "JPEG")
     return buffer.getvalue()
 
@@ -90,7 +90,7 @@ def test_one_split_is_split_the_same_way_every_time_and_converted_once(tmp_path)
     assert isinstance(find_set(str(root), cache=tmp_path / "cache"), Unconverted)
 
 
-def test_what_is_refused(tmp_path):
+def test_bad_inputs_are_refused(tmp_path):
     train, val = tmp_path / "train.parquet", tmp_path / "test.parquet"
     write(val, range(3))
     assert refusal(tmp_path) == f"{val}: there is no train.parquet or train-*.parquet beside it"
@@ -113,7 +113,7 @@ def test_what_is_refused(tmp_path):
     assert refusal(tmp_path).startswith(f"{train}: no Parquet file, or damaged (")
 
 
-def test_images_that_cannot_be_read_are_left_out_by_name(tmp_path):
+def test_unreadable_images_are_skipped_with_their_names(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 

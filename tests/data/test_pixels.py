@@ -59,7 +59,7 @@ def test_a_jpeg_is_refused_by_its_header_where_its_bytes_cannot_hold_its_pixels(
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF"])
 def test_fuzz_images(kind, data):
-    """An image or an error with its reason, and no memory for more than the bytes can hold."""
+    """Either an image or an error with its reason, without memory for more pixels than the bytes can hold."""
     contents = data.draw(bytes_of(saved(photograph(0, 24, 32), kind)))
     try:
         seen = upright_rgb(open_image(io.BytesIO(contents)))
@@ -73,7 +73,7 @@ def test_fuzz_images(kind, data):
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("options", [{"progressive": True}, {"optimize": True}, {"quality": 1, "subsampling": "4:2:0"}])
-def test_an_empty_page_is_no_false_claim(mode, options):
+def test_blank_images_are_not_refused(mode, options):
     """Nothing compresses better."""
     jpeg = saved(Image.new(mode, (3000, 3000), "white"), "JPEG", **options)
     assert open_image(io.BytesIO(jpeg)).size == (3000, 3000)
@@ -81,7 +81,7 @@ def test_an_empty_page_is_no_false_claim(mode, options):
 
 @pytest.mark.parametrize("kind", ["EPS", "PCX", "ICO", "JPEG2000"])
 def test_no_other_kind_of_file_is_opened_whatever_its_name(tmp_path, kind):
-    """PostScript would be handed to an interpreter."""
+    """PostScript would be passed to an interpreter."""
     file = tmp_path / "picture.jpg"
     file.write_bytes(saved(photograph(0, 20, 20), kind))
     assert Image.open(file).format in (kind, "ICO")
@@ -89,7 +89,7 @@ def test_no_other_kind_of_file_is_opened_whatever_its_name(tmp_path, kind):
         open_image(str(file))
 
 
-# How each orientation is undone, as the EXIF standard has it: where row 0 and column 0 of what is stored are seen.
+# How each orientation is undone; comments: the sides at which row 0 and column 0 are seen, by the EXIF standard.
 TURNED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],  # row 0 at the top, column 0 at the right
@@ -113,13 +113,13 @@ def test_orientation(kind, orientation):
     np.testing.assert_array_equal(seen(contents), TURNED[orientation](stored))
 
 
-def test_what_is_upright_rgb_already_stays():
+def test_an_upright_rgb_image_is_unchanged():
     image = photograph(1, 20, 30)
     np.testing.assert_array_equal(np.asarray(upright_rgb(image)), np.asarray(image))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_an_unreadable_orientation_is_no_reason_to_refuse():
+def test_an_unreadable_orientation_is_ignored():
     contents = saved(photograph(1, 20, 30), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12\0\x03")
     assert seen(contents).shape == (20, 30, 3)
 
@@ -159,7 +159,7 @@ def on_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 @given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(4))), st.sampled_from("RL"))
-def test_alpha_is_laid_on_white(pixels, which):
+def test_alpha_is_composited_on_white(pixels, which):
     if which == "R":
         image, rgb = Image.fromarray(pixels), pixels[..., :3]
     else:
@@ -238,8 +238,8 @@ def test_cmyk_as_adobe_writes_it():
 def test_ycck():
     image, rgb = cmyk_picture()
     cyan, magenta, yellow, black = image.split()
-    # A reader takes YCC to RGB, then that for inverted inks, and those are inverted once more, for Adobe inverts them:
-    # stored is the YCC of the inks themselves. Pillow inverts what it writes.
+    # A reader converts YCC to RGB, takes that as inverted inks, and inverts once more, because Adobe inverts inks; so
+    # the file holds the YCC of the inks themselves. Pillow inverts when it writes.
     ycc = Image.merge("RGB", (cyan, magenta, yellow)).convert("YCbCr").split()
     inverted = [plane.point(lambda value: 255 - value) for plane in ycc]
     contents = saved(Image.merge("CMYK", (*inverted, black)), "JPEG", quality=98)
@@ -287,11 +287,11 @@ def test_other_files_cut_off_are_refused(kind):
             seen(contents[: int(len(contents) * share)])
 
 
-def test_nothing_here_lets_cut_off_files_pass():
+def test_truncated_images_are_not_allowed_by_a_setting():
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-def test_contents_count_not_endings(tmp_path):
+def test_the_format_is_read_from_contents_not_from_endings(tmp_path):
     root = write_class_folders(tmp_path / "set", 2, 2)
     colours = {
         "a.jpg": ("PNG", "red"),
@@ -313,7 +313,7 @@ def test_contents_count_not_endings(tmp_path):
         assert np.abs(shown - np.asarray(Image.new("RGB", (1, 1), colour))).max() <= 6
 
 
-def test_what_is_stored_is_laid_on_white_too():
+def test_conversion_composites_on_white():
     clear = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8))
     clear.putalpha(0)
     stored = encode(Image.open(io.BytesIO(saved(clear, "PNG"))), Storage("raw"))

@@ -43,7 +43,7 @@ def test_boxes_lie_inside_their_images(sizes, seed, epoch, low, aspect):
 
 
 @given(seed=keys, epoch=st.integers(0, 1000), subset=st.lists(st.integers(0, 199), min_size=1, max_size=30))
-def test_a_crop_depends_on_its_image_alone(seed, epoch, subset):
+def test_a_crop_depends_only_on_its_image(seed, epoch, subset):
     sizes = np.random.default_rng(0).integers(30, 600, (200, 2))
     everything, all_flips = random_boxes(np.arange(200), sizes, seed=seed, epoch=epoch)
     boxes, flips = random_boxes(subset, sizes[subset], seed=seed, epoch=epoch)
@@ -70,7 +70,7 @@ def test_copies_can_differ_within_a_call():
 
 
 def test_the_draws_of_a_crop_are_independent():
-    """Area, aspect, place and flip of a crop, of its other copy, of the next image and of the next epoch."""
+    """Area, aspect, position and flip of a crop, of its other copy, of the next image and of the next epoch."""
     n, side = 6000, 1000
     sizes = np.full((n + 1, 2), side)
 
@@ -89,7 +89,7 @@ def test_the_draws_of_a_crop_are_independent():
 
 
 @pytest.mark.parametrize("size", [(300, 400), (100, 1000), (64, 64), (500, 120)])
-def test_boxes_are_distributed_as_torchvisions(size):
+def test_boxes_have_torchvisions_distribution(size):
     """Two-sample Kolmogorov-Smirnov on each coordinate; 1.95 / sqrt(n / 2) is its 0.1 % threshold."""
     n, scale, ratio = 6000, (0.08, 1.0), (3 / 4, 4 / 3)
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def test_boxes_are_distributed_as_torchvisions(size):
     assert abs(flips.mean() - 0.5) < 0.03
 
 
-def test_the_fallback_is_torchvisions():
+def test_the_fallback_equals_torchvisions():
     """Where no proposal fits, the largest central crop within the ratio is taken, to the pixel."""
     for size in [(10, 3000), (3000, 10)]:
         torch.manual_seed(0)
@@ -113,7 +113,7 @@ def test_the_fallback_is_torchvisions():
 
 
 def test_the_fallback_comes_after_ten_proposals():
-    """Of a square image, of which nearly all is asked for, most proposals are too wide or too high."""
+    """For crops of nearly all of a square image, most proposals are too wide or too high."""
     n, side = 20_000, 100
     boxes, _ = random_boxes(np.arange(n), np.full((n, 2), side), seed=0, epoch=0, scale=(0.98, 1.0))
     rng = np.random.default_rng(0)
@@ -121,7 +121,7 @@ def test_the_fallback_comes_after_ten_proposals():
     aspect = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), len(area)))
     fits = (np.rint(np.sqrt(area * aspect)) <= side) & (np.rint(np.sqrt(area / aspect)) <= side)
     assert 0.03 < fits.mean() < 0.2
-    # The fallback is all of the image, which few proposals are.
+    # The fallback is the whole image, which few proposals equal.
     whole = fits & (np.rint(np.sqrt(area * aspect)) == side) & (np.rint(np.sqrt(area / aspect)) == side)
     found = 1 - (boxes[:, 2:] == side).all(axis=1).mean()
     wanted = (1 - (1 - fits.mean()) ** 10) * (1 - whole.sum() / fits.sum())
@@ -129,7 +129,7 @@ def test_the_fallback_comes_after_ten_proposals():
 
 
 @given(n=st.integers(0, 500), seed=keys, epoch=st.integers(0, 1000), world=st.integers(1, 7))
-def test_ranks_share_out_every_image_once(n, seed, epoch, world):
+def test_ranks_partition_the_images(n, seed, epoch, world):
     shards = [epoch_order(n, seed=seed, epoch=epoch, rank=rank, world=world) for rank in range(world)]
     assert sorted(np.concatenate(shards)) == list(range(n))
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
@@ -150,7 +150,7 @@ def test_a_global_step_has_the_same_images_for_any_number_of_ranks(world_and_bat
             assert sorted(together) == sorted(whole[step * batch * world : (step + 1) * batch * world])
 
 
-def test_a_rank_keeps_no_more_than_its_share_in_memory():
+def test_a_rank_keeps_only_its_share_in_memory():
     pages = np.arange(1000) // 10
     for options in ({}, {"pages": pages}, {"shuffle": False}):
         order = epoch_order(1000, seed=0, epoch=0, rank=3, world=8, **options)
@@ -221,7 +221,7 @@ def test_a_whole_epoch_of_imagenet_is_planned_quickly():
     assert time.process_time() - started < 2.0
 
 
-def test_a_crop_rule_is_the_plan_with_its_numbers():
+def test_a_crop_rule_calls_the_plan_with_its_numbers():
     sizes, images = np.random.default_rng(0).integers(30, 600, (200, 2)), np.arange(200)
     rule = CropRule(scale=(0.2, 0.4), ratio=(0.9, 1.2), center_ratio=0.5)
     boxes, flips = random_boxes(images, sizes, seed=3, epoch=4, copy=2, scale=(0.2, 0.4), ratio=(0.9, 1.2))
@@ -238,7 +238,7 @@ def test_a_crop_rule_is_the_plan_with_its_numbers():
 
 
 @given(seed=keys, generation=st.integers(0, 50))
-def test_each_generation_has_a_seed_of_its_own(seed, generation):
+def test_each_generation_has_a_different_seed(seed, generation):
     ours = seed_of_generation(seed, generation)
     assert ours == seed_of_generation(seed, generation)
     assert 0 <= ours < 2**64
@@ -267,7 +267,7 @@ def test_mixing_follows_the_papers_laws():
     def drawn(**options):
         return [random_mixing(2, 64, seed=0, epoch=step // 100, step=step % 100, **options) for step in range(3000)]
 
-    # CutMix as published, drawn another way.
+    # CutMix as published, with another generator.
     rng = np.random.default_rng(1)
     wanted = []
     for share in rng.beta(1, 1, 3000):
@@ -312,8 +312,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_step():
     assert drawn(0, 1, 2) == drawn(0, 1, 2)
 
 
-def test_crops_stay_what_they_were():
-    """Stored labels are of these crops, and runs continue with them: another version may draw no others."""
+def test_crops_do_not_change_between_versions():
+    """Stored labels and continued runs depend on these crops: other versions must draw the same."""
     assert epoch_order(12, seed=3, epoch=5).tolist() == [3, 2, 1, 7, 5, 10, 9, 4, 0, 11, 6, 8]
     paged = epoch_order(300, seed=3, epoch=5, pages=np.arange(300) // 2)
     assert paged[:8].tolist() == [98, 230, 170, 78, 76, 49, 158, 57]

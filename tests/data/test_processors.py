@@ -25,7 +25,7 @@ V1 = "9:name=systemd:/\n4:memory:/docker/abc\n2:cpu,cpuacct:/docker/abc\n1:cpuse
 @pytest.mark.parametrize(
     ("own", "files", "limit"),
     [
-        # v2, in a container of its own name space.
+        # v2, in a container with its own namespace.
         ("0::/\n", {"cpu.max": "200000 100000\n"}, 2.0),
         ("0::/\n", {"cpu.max": "max 100000\n"}, None),
         ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
@@ -46,7 +46,7 @@ V1 = "9:name=systemd:/\n4:memory:/docker/abc\n2:cpu,cpuacct:/docker/abc\n1:cpuse
         (V1, {"cpu,cpuacct/cpu.cfs_quota_us": "200000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, 2.0),
         (V1, {"cpu/docker/abc/cpu.cfs_quota_us": "50000", "cpu/docker/abc/cpu.cfs_period_us": "25000"}, 2.0),
         (V1, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-        # Of other controllers, broken, and none.
+        # Other controllers, broken files, and no limit.
         (V1, {"memory/cpu.cfs_quota_us": "100000\n", "memory/cpu.cfs_period_us": "100000\n"}, None),
         ("0::/\n", {"cpu.max": "what\n"}, None),
         ("0::/\n", {"cpu.max": "100000 0\n"}, None),
@@ -70,7 +70,7 @@ def test_a_container_with_two_of_64_processors_has_two(tmp_path, monkeypatch, qu
     assert processors() == default_threads() == count
 
 
-def test_affinity_counts_where_it_is_narrower(tmp_path, monkeypatch):
+def test_affinity_is_used_if_it_allows_fewer(tmp_path, monkeypatch):
     mounted, own = groups(tmp_path, "0::/\n", {"cpu.max": "800000 100000\n"})
     monkeypatch.setattr(room, "_CGROUPS", mounted)
     monkeypatch.setattr(room, "_OWN_CGROUPS", own)

@@ -63,7 +63,7 @@ def test_within_one_of_pillow(case, data):
 @settings(max_examples=150)
 @given(case=boxes, data=st.data())
 def test_planes_become_what_their_upsampled_image_would(case, data):
-    """Against float64: chroma upsampled in full, cropped, resized, converted. Any part that holds the box will do."""
+    """Against float64: chroma upsampled in full, cropped, resized, converted; for any part that contains the box."""
     height, width, resolution = case["height"], case["width"], case["resolution"]
     rng = np.random.default_rng(case["seed"])
     half = (height + 1) // 2, (width + 1) // 2
@@ -103,7 +103,7 @@ def test_far_from_the_original_size(size, resolution):
 
 
 @pytest.mark.parametrize("value", [0, 1, 127, 254, 255])
-def test_a_flat_colour_stays_what_it_is(value):
+def test_a_flat_colour_does_not_change(value):
     for size, resolution in ((1, 5), (7, 3), (300, 224), (61, 64), (2000, 8)):
         out = np.empty((resolution, resolution, 3), dtype=np.uint8)
         crop_resize(np.full((size, size, 3), value, np.uint8), 0, 0, size, size, False, out)
@@ -114,7 +114,7 @@ def test_a_flat_colour_stays_what_it_is(value):
         assert (out == value).all()
 
 
-def test_the_filter_sees_nothing_outside_the_box():
+def test_the_filter_reads_nothing_outside_the_box():
     image = np.zeros((60, 60, 3), dtype=np.uint8)
     image[20:40, 10:50] = 200
     out = np.empty((8, 8, 3), dtype=np.uint8)
@@ -123,7 +123,7 @@ def test_the_filter_sees_nothing_outside_the_box():
 
 
 def test_no_shift():
-    """A ramp stays the same ramp: a shift of half a pixel would add half a step everywhere."""
+    """A ramp does not change: a shift of half a pixel would add half a step everywhere."""
     image = np.repeat(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], 60, axis=0).repeat(3, axis=2)
     for resolution in (15, 30, 120):
         out = np.empty((resolution, resolution, 3), dtype=np.uint8)

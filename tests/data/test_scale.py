@@ -18,7 +18,7 @@ def resident_mb() -> float:
 
 
 def seconds(work) -> float:
-    """The best of three runs: other programs slow a machine down, nothing speeds it up."""
+    """The fastest of three runs: other programs can only slow a machine down."""
     times = []
     for _ in range(3):
         started = time.perf_counter()
@@ -58,7 +58,7 @@ def test_memory_does_not_grow_with_epochs(converted, decoder):
                 assert batch.crops.shape == (16, 3, 64, 64)
 
     epochs(range(15))
-    # A leak grows in every stretch of epochs, one batch per epoch by 6 MB in each; pools and allocators in some only.
+    # A leak of one batch per epoch grows by 6 MB in every group of epochs; pools and allocators grow only in some.
     grown = []
     for stretch in range(4):
         before = resident_mb()

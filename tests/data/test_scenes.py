@@ -12,7 +12,7 @@ SOME = [("train", 0), ("train", 1234), ("val", 0), ("val", 321)]
 
 
 @pytest.mark.parametrize(("split", "index"), SOME)
-def test_a_picture_depends_on_nothing_but_split_and_index(split: str, index: int) -> None:
+def test_a_picture_depends_only_on_split_and_index(split: str, index: int) -> None:
     first = scenes.draw(split, index)
     scenes.draw(split, index + 1)
     with ThreadPoolExecutor(2) as pool:
@@ -117,7 +117,7 @@ def test_crop_truth_counts_pixels() -> None:
             assert votes[int(found)] == max(votes.values())
 
 
-def test_crop_truth_says_when_there_is_nothing_to_see() -> None:
+def test_crop_truth_of_empty_crops() -> None:
     classes = scenes.class_map("val", 0)
     top, left = np.argwhere(classes == scenes.GROUND)[0]
     assert scenes.crop_truth("val", [0], [[top, left, 1, 1]]).tolist() == [-1]
@@ -130,7 +130,7 @@ def test_crop_truth_of_no_crops() -> None:
 
 
 @pytest.mark.parametrize("index", [-1, scenes.SIZES["val"]])
-def test_there_are_only_so_many_pictures(index: int) -> None:
+def test_an_index_out_of_range_is_refused(index: int) -> None:
     for look in (scenes.draw, scenes.label, scenes.class_map):
         with pytest.raises(IndexError):
             look("val", index)

@@ -1,4 +1,4 @@
-"""Converted sets of other people: what set.json and the lists of names may hold; all else is refused."""
+"""Converted sets of other people: valid contents of set.json and the lists of names; everything else is refused."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def refusal(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["..", "../..", "/etc", "a/b", ".", "", "a\0b", "x" * 300, 7, None, ["a"]])
-def test_a_set_of_others_names_no_folder_elsewhere(tmp_path, name):
+def test_names_of_other_peoples_sets_cannot_be_paths(tmp_path, name):
     """Its runs go to runs/NAME."""
     assert "(name is " in refusal(written(tmp_path, VALID | {"name": name}))
 
@@ -76,7 +76,7 @@ def test_each_field_is_checked(tmp_path, field, value):
     assert f"damaged ({field} is " in refusal(written(tmp_path, described))
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_a_missing_field_is_named(tmp_path):
     for name in VALID:
         described = {key: value for key, value in VALID.items() if key != name}
         assert f"damaged ({name} is missing)" in refusal(written(tmp_path, described))
@@ -88,7 +88,7 @@ def test_what_is_missing_is_named(tmp_path):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents=files(VALID))
 def test_fuzz_set_json(tmp_path, contents):
-    """A loaded set equals its file; all else is refused."""
+    """A loaded set equals its file; everything else is refused."""
     (tmp_path / "set.json").write_bytes(contents)
     try:
         found = open_set(tmp_path)

@@ -1,4 +1,4 @@
-"""Image folders: layouts, the held-out split, and what is refused."""
+"""Image folders: layouts, the held-out split, and refused inputs."""
 
 import os
 import pickle
@@ -43,7 +43,7 @@ def test_the_fingerprint_follows_the_images(tmp_path):
     assert open_source(str(root)).fingerprint != before
 
 
-def test_hidden_files_and_other_files_do_not_count(tmp_path):
+def test_hidden_files_and_other_files_are_ignored(tmp_path):
     root = write_class_folders(tmp_path / "set", 2, 3)
     (root / "class0" / ".hidden.jpg").write_bytes(b"")
     (root / "class0" / "notes.txt").write_text("")
@@ -71,7 +71,7 @@ def refusal(path) -> str:
     return str(refused.value)
 
 
-def test_what_is_refused(tmp_path):
+def test_bad_inputs_are_refused(tmp_path):
     assert "no such folder or archive" in refusal(tmp_path / "absent")
     assert "scenes" in refusal("sceens")
     (tmp_path / "empty").mkdir()
@@ -135,7 +135,7 @@ def test_digits_do_not_flip(no_checksums, tmp_path):
     assert source.crop.scale == (0.5, 1.0)
 
 
-def test_a_set_made_for_evaluation_is_val_as_a_whole(tmp_path):
+def test_with_whole_all_images_are_val(tmp_path):
     root = write_class_folders(tmp_path / "set", 3, 1)
     with pytest.raises(DataError, match="too few images to hold any out"):
         open_source(str(root))
@@ -153,7 +153,7 @@ def test_a_set_made_for_evaluation_is_val_as_a_whole(tmp_path):
     assert (unsplit.val.items, unsplit.fingerprint) == (whole.val.items, whole.fingerprint)
 
 
-def test_only_of_images_without_splits_all_are_val(converted, tmp_path, monkeypatch):
+def test_whole_applies_only_to_images_without_splits(converted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = write_class_folders(tmp_path / "plain", 2, 3)
     unsplit = open_unsplit("plain")

@@ -102,7 +102,7 @@ def test_other_jpegs_are_understood():
 
 
 def test_markers_are_read_as_libjpeg_reads_them():
-    """FF may be repeated in front of a marker; those without a length do not belong here, and are not skipped."""
+    """FF may be repeated before a marker; markers without a length are invalid here, and are not skipped."""
     jpeg = plain(photograph(2, 200, 200))
     frame = tiles.layout(np.frombuffer(jpeg, np.uint8)).frame
     filled = jpeg[:frame] + b"\xff\xff" + jpeg[frame:]
@@ -130,7 +130,7 @@ def commented(image: Image.Image, length: int) -> Image.Image:
 @settings(max_examples=1500)
 @given(data=st.data())
 def test_damage_never_leads_out_of_bounds(data):
-    """For any bytes, a cut stays within its buffers: guards on both sides of the output stay unchanged."""
+    """For any bytes, a cut stays within its buffers: guard bytes on both sides of the output do not change."""
     jpeg = bytearray(_INTACT)
     for _ in range(data.draw(st.integers(1, 4))):
         # Mostly in the headers and the table, where the damage matters.
@@ -189,7 +189,7 @@ class Counting(np.ndarray):
         return np.asarray(self)[key]
 
 
-def test_no_length_of_a_segment_is_read_twice():
+def test_each_segment_length_is_read_once():
     """The bytes come from a mapped file, which another process may change between check and use."""
     jpeg = np.frombuffer(tiles.encode(photograph(0, 200, 300), 90), np.uint8)
     found = tiles.layout(jpeg)

@@ -1,4 +1,4 @@
-"""Commands that are killed again and again, and must end with the files of one that never was.
+"""Kills commands repeatedly; they must end with the files of a command that was never killed.
 
     python -m tests.kills --only training,labels --kills 300
     make kills ONLY=training,labels KILLS=300

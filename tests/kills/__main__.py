@@ -2,7 +2,7 @@
 
 import os
 
-# Before anything that would begin threads, which no fork survives.
+# Before anything that would start threads, which do not survive a fork.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import importlib
@@ -18,12 +18,12 @@ _CASES = ("conversion", "training", "validation", "labels", "maps", "make")
 
 
 def run(only: str = "", kills: int = 30, seed: int = 0) -> None:
-    """Kills commands and begins them again, and compares their files with those of commands that were never killed.
+    """Kills commands, starts them again, and compares their files with those of commands that were never killed.
 
     Args:
         only: the cases, with commas between them: conversion, training, validation, labels, maps, make (default: all)
-        kills: how many of each case
-        seed: of the moments and calls at which they come
+        kills: number of kills per case
+        seed: of the random moments and calls
     """
     cases = [case.strip() for case in only.split(",")] if only else list(_CASES)
     unknown = [case for case in cases if case not in _CASES]

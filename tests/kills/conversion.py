@@ -1,4 +1,4 @@
-"""Conversion under kills: images to tiles, to blocks, and in place of a set that no longer fits."""
+"""Conversion under kills: to tiles, to blocks, and replacing an outdated set."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,12 +13,12 @@ from tests.pictures import write_class_folders
 
 
 def convert(data: str, storage: Literal["jpeg", "blocks"] = "jpeg") -> ConvertedSet:
-    """To `set`, as a training does before it begins: a set that is there and fits is used."""
+    """Converts to `set` as a training does: an existing set is used if it fits."""
     return convert_source(open_source(data), Path("set"), storage=Storage(storage), processes=2, replace=True)
 
 
 def kill(folder: Path, kills: int, seed: int) -> Counter[str]:
-    """Kills by kind, of all three together."""
+    """Returns the kills by kind, of all three together."""
     images = write_class_folders(folder / "images", 2, 60)
     others = write_class_folders(folder / "others", 2, 3, seed=9000)
     once(["tests.kills.conversion", "--data", str(others)], folder / "stale")

@@ -1,4 +1,4 @@
-"""Kills a command at random moments and at chosen calls, begins it again, and compares what it leaves in the end."""
+"""Kills a command at random moments and at chosen calls, starts it again, and compares its final files."""
 
 import hashlib
 import importlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.kills.tries import Aim, Command, Fork, Try, Unlike, Whole, await_end_of
 
-# Kills in a row before the command is left to end, at most.
+# The most kills in a row before the command may end.
 _IN_A_ROW = 4
 
 
@@ -28,21 +28,21 @@ def survive(
     ignore: Sequence[str] = (),
     during: str | None = None,
 ) -> Counter[str]:
-    """Kills a command so many times in all, in rounds of a few kills, after which it may end. Returns kills by kind.
+    """Kills a command `kills` times, in rounds of a few kills after which it may end. Returns the kills by kind.
 
-    words: a module and its options, as behind `python -m`, or make and its words; the same command must go on, or begin
-    again, after a kill, and do nothing when all is done. folder: where it runs, empty at the start of a round, or a
-    copy of `start`.
-    compare: patterns of the files below the folder that must in the end have the bytes of a command that was never
-    killed; of all others, the names must be the same, except for the files of the patterns `ignore`.
-    content: what of a file is compared. name: of a file, as it is
-    compared. during: MODULE:FUNCTION, in which all kills are to come.
-    Half of the kills come at a moment, drawn evenly from the duration of a whole command. Half come at one of the calls
-    that open for writing, move, link, remove or sync files in the folder: at each point, which is a call and a file,
-    in turn, at one of the times that a whole command gets there. Of make, whose calls are not seen, half come at a
-    moment after it has changed the folder, and half end its whole group, half the program alone. The next try follows
-    at once.
-    Raises Unlike for other files in the end, for a command that fails, and for processes that outlive it.
+    words: a module and its options, as after `python -m`, or make and its arguments. After a kill, the same command
+    must continue or start again, and do nothing when everything is done. folder: where it runs; at the start of a round
+    it is empty, or a copy of `start`.
+    compare: patterns of the files below the folder that must finally have the bytes of a command that was never killed;
+    of all other files, only names are compared, without those of the patterns `ignore`. content: returns the part of a
+    file that is compared. name: returns the name under which a file is compared. during: MODULE:FUNCTION, to which all
+    kills are limited.
+    Half of the kills are at a moment, uniform in the duration of a complete command. Half are at calls that open for
+    writing, move, link, remove or sync files in the folder: at each point (a call and a file) in turn, at one of the
+    times that a complete command reaches it. The calls of make are not traced: half of its kills are at a moment after
+    it has changed the folder, and half of them end its whole process group, half only the program. The next try starts
+    immediately.
+    Raises Unlike for different files, for a command that fails, and for processes that outlive it.
     """
     draw = random.Random(seed)
     counts: Counter[str] = Counter()
@@ -74,7 +74,7 @@ def survive(
             counts[kind or "ended before"] += 1
             if not kind:
                 if aim.point and len(tries) == 1:
-                    # A whole command got there so often; others, whose saves come at other times, may not.
+                    # The complete command reached this point so often; others, which save at other times, may not.
                     whole.points[aim.point] = aim.time - 1
                     if aim.time == 1:
                         print(f"  not reached again: {aim.point}", flush=True)
@@ -82,7 +82,7 @@ def survive(
                 if aim.point in whole.points:
                     deck.insert(0, aim.point)
                 elif not aim.point and len(tries) == 1:
-                    # The first one took longer, as what runs on a machine that does other things too may.
+                    # The first one took longer, for example because the machine was busy.
                     whole.hasten(tries[0].seconds)
                 break
             done += 1
@@ -133,7 +133,7 @@ def _files(
     name: Callable[[str], str],
     ignore: Sequence[str],
 ) -> dict[str, str]:
-    """All names below the folder except for those to be ignored, with a digest of the files that are to be compared."""
+    """All names below the folder except ignored ones, with a digest of each file that is compared."""
     compared, ignored = ({path for pattern in each for path in folder.glob(pattern)} for each in (compare, ignore))
     found: dict[str, str] = {}
     for path in sorted(set(folder.rglob("*")) - ignored):

@@ -1,4 +1,4 @@
-"""Label writing under kills: packed labels and exact ones, of several epochs."""
+"""Label writing under kills: packed and exact labels of several epochs."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.kills.training import SMALL, write_inputs
 
 
 def kill(folder: Path, kills: int, seed: int) -> Counter[str]:
-    """Kills by kind, of both formats together."""
+    """Returns the kills by kind, of both formats together."""
     inputs = write_inputs(folder)
     counts: Counter[str] = Counter()
     for number, kind in enumerate([["packed", "--copies", "2"], ["exact", "--order", "quasi-random"]]):

@@ -1,4 +1,4 @@
-"""What users type, under kills: make train, and the set, refinery and labels that come before it."""
+"""Make commands under kills: make train, and the set, refinery and labels that it needs."""
 
 import sys
 from collections import Counter
@@ -18,7 +18,7 @@ _KINDS = [
 
 
 def kill(folder: Path, kills: int, seed: int) -> Counter[str]:
-    """Kills by kind, of all these commands together."""
+    """Returns the kills by kind, of all these commands together."""
     inputs = write_inputs(folder)
     counts: Counter[str] = Counter()
     small = " ".join(word for word in SMALL)

@@ -1,4 +1,4 @@
-"""What counts of the files that training and label writing leave: all of it without the times it took."""
+"""The compared content of files that training and label writing leave: everything except times."""
 
 import io
 import json
@@ -8,22 +8,22 @@ from typing import Any
 
 import torch
 
-# Points of each start, in a file that bears its time and process.
+# Points of each start, in a file named by its time and process.
 IGNORED = ["**/tensorboard/*"]
 
-# Left out wherever they are: times, and what is computed from files that hold times: the digest of a refinery's
+# Omitted everywhere: times, and values computed from files with times: the digest of a refinery's
 # checkpoint, and the checksum that labels.json has of itself.
 _TIMES = {"seconds", "train_seconds", "waited_seconds", "images_per_second_per_device", "waiting"}
 _LEFT_OUT = {*_TIMES, "weights", "checksum"}
 
 
 def name(path: str) -> str:
-    """Without the keys of run folders, in which the digest of a refinery's checkpoint is."""
+    """A path without the keys of run folders, which depend on the digest of a refinery's checkpoint."""
     return re.sub("-[0-9a-f]{8}(?=/|$)", "", path)
 
 
 def content(path: Path) -> bytes:
-    """Of a checkpoint all values, tensors bit by bit; of JSON all values; else the bytes of the file."""
+    """All values of a checkpoint (tensors bit by bit) or of JSON; otherwise the bytes of the file."""
     written = io.BytesIO()
     if path.suffix == ".pt":
         _write(torch.load(path, map_location="cpu", weights_only=True), written)

@@ -1,4 +1,4 @@
-"""Commands under kills, in small; `make kills` does more of it. And that the harness notices what it is there for."""
+"""A few kills of each case (`make kills` does more), and tests of the harness itself."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def test_commands_survive_kills(case, kills):
     assert f"\n{case}: the same files in the end; kills: " in done.stdout
 
 
-def test_all_of_a_run_but_times_is_compared(tmp_path):
+def test_everything_of_a_run_except_times_is_compared(tmp_path):
     def state(**changes):
         values = {
             "model": {"weight": torch.ones(3)},
@@ -62,7 +62,7 @@ def test_all_of_a_run_but_times_is_compared(tmp_path):
 
 
 COMMANDS = {
-    # Goes on from what is there, and shows nothing that is not complete.
+    # Continues from existing files, and never shows incomplete ones.
     "careful": """
         if not os.path.exists("result"):
             with open("partial", "w") as file:
@@ -110,7 +110,7 @@ COMMANDS = {
 
 
 def survive(tmp_path, command: str, kills: int = 40, **options) -> subprocess.CompletedProcess:
-    """Kills one of the commands so many times, from a process of its own, which prints the kinds of kills."""
+    """Kills one of the commands this many times, from a separate process, which prints the kinds of kills."""
     lines = "\n".join(line[8:] for line in COMMANDS[command].splitlines())
     (tmp_path / f"{command}.py").write_text(
         "import os, subprocess, time\nif __name__ == '__main__':\n" + lines.replace("\n", "\n    ")
@@ -136,7 +136,7 @@ def survive(tmp_path, command: str, kills: int = 40, **options) -> subprocess.Co
         ("failing", "ended with 3"),
     ],
 )
-def test_the_harness_notices(tmp_path, command, found):
+def test_the_harness_detects_bad_commands(tmp_path, command, found):
     done = survive(tmp_path, command)
     if found:
         assert done.returncode
@@ -149,8 +149,8 @@ def test_the_harness_notices(tmp_path, command, found):
         assert reached == points == 2
 
 
-def test_kills_can_be_kept_to_a_part_of_a_command(tmp_path):
-    """Outside of it this one survives none."""
+def test_kills_can_be_limited_to_a_part_of_a_command(tmp_path):
+    """Outside of that part, this command survives no kill."""
     (tmp_path / "part.py").write_text(
         "import os, time\n"
         "def work():\n"

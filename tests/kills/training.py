@@ -1,4 +1,4 @@
-"""Training under kills: a few small runs that have something of their own to go on from."""
+"""Training under kills: a few small runs with different kinds of state to continue from."""
 
 import importlib
 from collections import Counter
@@ -8,7 +8,7 @@ from tests.kills.harness import once, survive
 from tests.kills.runs import IGNORED, content, name
 from tests.pictures import write_class_folders
 
-# Checkpoints after nearly every step, besides those of epochs.
+# Checkpoints after nearly every step, in addition to those of epochs.
 SMALL = [
     *("--resolution", "32", "--batch", "12", "--epochs", "2", "--recipe", "quick", "--device", "cpu"),
     *("--precision", "fp32", "--save_minutes", "0.0005", "--model", "mobilenet0.25"),
@@ -20,7 +20,7 @@ _DECODERS = ("data.decoders.ffcv", "data.decoders.torchvision")
 # Dropout, in a network whose checkpoints are small.
 _DROPOUT = "torchvision:squeezenet1_1"
 
-# A scaler of losses is not among them: fp16 is for CUDA devices with tensor cores, and else replaced by fp32.
+# Without fp16 and its loss scaler, which need a CUDA device with tensor cores.
 _KINDS = [
     ["--copies", "2", "--order", "quasi-random", "--precision", "auto", "--out", "run"],
     ["--ema", "0.9", "--resolution", "64", "--resolution_from", "0.5", "--epochs", "3", "--out", "run"],
@@ -34,7 +34,7 @@ _KINDS = [
 
 def write_inputs(folder: Path) -> dict[str, str]:
     """Makes, in a folder, a converted set, a refinery on it and its labels of one epoch. Returns their paths."""
-    # Loaded before anything is forked: each fork would take seconds for it.
+    # Imported before forking, since each fork would need seconds for it.
     for module in ("train.train", "train.label", "train.maps", "train.launch", "timm.utils", *_DECODERS):
         importlib.import_module(module)
     write_class_folders(folder / "images" / "train", 3, 24)
@@ -48,7 +48,7 @@ def write_inputs(folder: Path) -> dict[str, str]:
 
 
 def kill(folder: Path, kills: int, seed: int, during: str | None = None) -> Counter[str]:
-    """Kills by kind, of all kinds of training together. during: as in harness.survive."""
+    """Returns the kills by kind, of all kinds of training together. during: as in harness.survive."""
     inputs = write_inputs(folder)
     counts: Counter[str] = Counter()
     for number, kind in enumerate(_KINDS):

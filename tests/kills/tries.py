@@ -1,6 +1,6 @@
 """The commands that are killed: forks of this process, and make with its program.
 
-A fork has all imports behind it: a tenth of a second instead of several.
+A fork inherits all imports: it starts in a tenth of a second instead of several seconds.
 """
 
 import functools
@@ -26,23 +26,23 @@ from tests.paths import python_path
 
 ROOT = Path(__file__).parents[2]
 
-# What a process does to files, as Python's audit events name it; an `open` counts if it is one for writing.
+# Python's audit events for changes of files; an `open` counts if it is for writing.
 _CALLS = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 _FOR_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-# Seconds until the processes that a killed one has started must have ended, and a command.
+# Seconds within which the processes started by a killed one must have ended, and a command.
 _PATIENCE, _LONGEST = 20, 240
 
 
 class Unlike(AssertionError):
-    """A command that was killed has not ended as one that never was."""
+    """A killed command has not ended like one that was never killed."""
 
 
 @dataclass
 class Whole:
-    """A command that was not killed. points: how often it got to each call that changes a file, with the file.
+    """A complete command. points: how often it reached each call that changes a file, with the file.
 
-    seconds: it took. parts: the seconds of each call of the function that is looked at; of make, those until its folder
-    changes, and from then on.
+    seconds: its duration. parts: the seconds of each call of the traced function; for make, the seconds until its
+    folder changes, and those from then on.
     """
 
     points: Counter[str] = field(default_factory=Counter)
@@ -50,18 +50,19 @@ class Whole:
     parts: list[float] = field(default_factory=list)
 
     def hasten(self, seconds: float) -> None:
-        """Takes a shorter duration for its own."""
+        """Reduces the expected duration to a shorter one."""
         shorter = min(seconds / self.seconds, 1)
         self.seconds, self.parts = shorter * self.seconds, [shorter * part for part in self.parts]
 
 
 @dataclass
 class Aim:
-    """Where a kill is to come.
+    """When to kill a command.
 
-    point, time: at that call, the first, second, ... time it is reached, or, where there is no point, at a moment.
-    during: MODULE:FUNCTION in which alone kills come. part: in which call of it (0, 1, ...) the moment lies. share: of
-    its duration, or of the command's, that has passed by then. late, group: of make, as in `survive`.
+    point, time: at that call, when it is reached for the first, second, ... time; without a point, at a moment.
+    during: MODULE:FUNCTION, to which kills are limited. part: the call of it (0, 1, ...) that the moment is in. share:
+    the share of the duration of this call, or of the command, that has passed by then. late, group: for make, as in
+    `survive`.
     """
 
     during: str | None = None
@@ -74,7 +75,7 @@ class Aim:
 
 
 class Try:
-    """A command, as the leader of a session of its own. seconds: it took, where it was to be killed and had ended."""
+    """A command in its own session. seconds: its duration, if it ended before it was to be killed."""
 
     session: int
     seconds: float = 0.0
@@ -83,11 +84,11 @@ class Try:
         raise NotImplementedError
 
     def end(self) -> Whole:
-        """Waits for the end. Returns what there was, without the seconds of the whole."""
+        """Waits for the end. Returns the result, without the duration of the whole."""
         raise NotImplementedError
 
     def killed(self, whole: Whole) -> str | None:
-        """Kills where it was aimed at. Returns the kind of kill, or None for a command that has ended before."""
+        """Kills at the aim. Returns the kind of kill, or None if the command ended before."""
         raise NotImplementedError
 
 
@@ -125,7 +126,7 @@ class Fork(Try):
             *_, last = [("", ""), *self._reported(_LONGEST)]
         elif aim.during:
             entered = (kind for kind, _ in self._reported(_LONGEST) if kind == "in")
-            # Where the command ends before, all its reports have come, and there is no one left to kill.
+            # If the command ends before, all its reports have arrived, and there is nothing left to kill.
             for _ in range(aim.part + 1):
                 next(entered, None)
             self._process.join(aim.share * whole.parts[aim.part])
@@ -146,7 +147,7 @@ class Fork(Try):
         return f"{kind}, {aim.during.rpartition(':')[2]}" if aim.during else kind
 
     def _reported(self, seconds: float) -> Iterator[tuple[str, Any]]:
-        """What the command reports, until it ends; for so long at most."""
+        """Yields the command's reports until it ends, for at most this long."""
         until = time.monotonic() + seconds
         while self._reports.poll(max(until - time.monotonic(), 0)):
             try:
@@ -156,7 +157,7 @@ class Fork(Try):
 
 
 def _run(words: Sequence[str], folder: Path, aim: Aim, reporter: Connection, log: Path) -> None:
-    """In the fork: the command, until its end or the call at which it is killed."""
+    """Runs the command in the fork, until its end or the call at which it is killed."""
     os.setsid()
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
@@ -169,7 +170,7 @@ def _run(words: Sequence[str], folder: Path, aim: Aim, reporter: Connection, log
     def call(name: str, path: str) -> None:
         if not inside or not path.startswith(f"{folder}/"):
             return
-        # Names with times, process numbers, keys of runs and tempfile's letters in them are those of one file.
+        # Names that differ only in times, process numbers, keys of runs and tempfile's letters are the same file.
         point = f"{name} {re.sub('-[a-z0-9_]{8}(?=/|$)|[0-9]+', '#', path.removeprefix(f'{folder}/'))}"
         points[point] += 1
         if point == aim.point and points[point] == aim.time:
@@ -258,7 +259,7 @@ class Command(Try):
             self._process.wait()
             return f"{when}, make and all below it"
         with suppress(ProcessLookupError):
-            # Those that it has started have higher numbers.
+            # Its children have higher numbers.
             os.kill(min(programs), signal.SIGKILL)
         # make ends when its program has.
         return f"{when}, the program below make" if self._process.wait(_LONGEST) else None
@@ -270,7 +271,7 @@ class Command(Try):
 
 
 def await_end_of(session: int) -> None:
-    """Waits until no process of a session is left. Raises Unlike where one stays."""
+    """Waits until no process of a session is left. Raises Unlike if one stays."""
     waited_since = time.monotonic()
     while left := _members(session):
         if time.monotonic() - waited_since > _PATIENCE:
@@ -284,7 +285,7 @@ def _members(session: int) -> list[str]:
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal():
             try:
-                # The command, in brackets, may hold anything; behind it: state, parent, group, session.
+                # The command, in brackets, may hold any text; it is followed by state, parent, group, session.
                 command, _, rest = Path(entry.path, "stat").read_text().rpartition(")")
             except OSError:
                 continue

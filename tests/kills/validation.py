@@ -1,4 +1,4 @@
-"""Training under kills that come from the beginning of a validation to the end of the checkpoints that follow it."""
+"""Training under kills between the start of a validation and the end of the checkpoints that follow it."""
 
 from collections import Counter
 from pathlib import Path

@@ -22,8 +22,8 @@ class Mutant:
 def sample_of(path: Path, count: int, seed: int) -> tuple[list[Mutant], int]:
     """Up to `count` mutants of a file or of a folder's files, each at another place; and how many places there are.
 
-    First the place is drawn and then one of its mistakes: an operator of arithmetic allows eleven, a number two.
-    Mistakes in annotations alone are left out: they change nothing that runs. Raises UserError without cosmic-ray.
+    The place is drawn first, then one of its mistakes: an arithmetic operator allows eleven, a number two.
+    Mistakes in annotations are skipped, since they have no effect. Raises UserError without cosmic-ray.
     """
     try:
         from cosmic_ray.mutating import mutate_code
@@ -56,7 +56,7 @@ def _places(source: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
     places: dict[tuple[int, int], list[tuple[str, int]]] = defaultdict(list)
     nodes = list(ast_nodes(get_ast(source)))
     for name in operator_names():
-        # Those with arguments want to be given names of variables.
+        # Operators with arguments require names of variables.
         if get_operator(name).arguments():
             continue
         operator = get_operator(name)()
@@ -67,7 +67,7 @@ def _places(source: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
 
 
 def _runs_otherwise(before: str, code: str) -> bool:
-    """Whether code is Python and differs from what it was before in more than annotations."""
+    """Whether code is valid Python and differs from `before` in more than annotations."""
     try:
         return _what_runs(before) != _what_runs(code)
     except SyntaxError:

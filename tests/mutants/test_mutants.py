@@ -1,4 +1,4 @@
-"""The mutation tests, of a small tree of code: what is caught, what survives, and that all of it is put back."""
+"""The mutation tests, on a small tree of code: caught and surviving mistakes, and restored files."""
 
 import subprocess
 from pathlib import Path
@@ -47,7 +47,7 @@ def tree(tmp_path) -> Path:
     return root
 
 
-def test_a_copy_is_of_what_stands_in_the_tree(tree, tmp_path):
+def test_a_copy_has_the_files_of_the_working_tree(tree, tmp_path):
     (tree / "room/part.py").write_text("changed = 1\n")
     (tree / "tests/room/test_others.py").unlink()
     copy = copy_tree(tree, tmp_path / "copy")
@@ -87,7 +87,7 @@ def test_mistakes(tree, tmp_path, monkeypatch, old, new, caught, hung):
     assert (tmp_path / "copy/room/part.py").read_text() == (tree / "room/part.py").read_text() == CODE
 
 
-def test_tests_that_fail_without_a_mistake_are_said_to(tree, tmp_path):
+def test_tests_that_fail_without_a_mistake_are_reported(tree, tmp_path):
     (tree / "tests/room/test_part.py").write_text("def test_it():\n    assert 0\n")
     trial = Trial(copy_tree(tree, tmp_path / "copy"), [[Path("tests/room/test_part.py")]])
     with pytest.raises(UserError, match=r"without a mistake, the tests fail too: by tests/room/test_part.py::test_it"):
@@ -101,7 +101,7 @@ def test_the_sample_is_of_different_places_and_the_same_for_a_seed(tree):
     assert len({mutant.code for mutant in found}) == len(found)
     assert all(mutant.before == CODE for mutant in found)
     changed = "".join(mutant.code for mutant in found)
-    # Of the annotation nothing is changed, which no test could notice.
+    # The annotation is not changed, since no test could notice it.
     assert changed.count("value: int | None") == len(found)
     few, _ = sample_of(tree / "room/part.py", 3, 0)
     assert few == found[:3]

@@ -21,15 +21,15 @@ from hypothesis import Phase, settings
 
 from command import UserError
 
-# A test that takes so long hangs: the quick ones take seconds, on a busy machine too.
+# A test that takes longer than this hangs: quick ones take seconds, even on a busy machine.
 _SECONDS_OF_A_TEST = 120
 
-# What most tests load, and what takes longer than they do.
+# Libraries that most tests load, which takes longer than the tests.
 _LIBRARIES = ("torch", "torchvision", "timm", "numba", "scipy", "PIL.Image", "jsonargparse")
 
 
 def copy_tree(root: Path, to: Path) -> Path:
-    """Copies what git knows of a working tree, and what is new in it, as it stands. Returns `to`."""
+    """Copies the tracked and the new files of a working tree, as they are. Returns `to`."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=root,
@@ -39,7 +39,7 @@ def copy_tree(root: Path, to: Path) -> Path:
     if listed.returncode:
         raise UserError(f"{root}: {listed.stderr.strip() or 'git cannot list its files'}")
     for name in filter(None, listed.stdout.split("\0")):
-        # Deleted and not yet committed, or a link to a folder: no part of the code.
+        # Deleted but not committed, or a link to a folder: not part of the code.
         if (root / name).is_file():
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, to / name)
@@ -50,7 +50,7 @@ def stages_of(path: Path, root: Path) -> list[list[Path]]:
     """The tests of a file or folder, in the order in which they are tried.
 
     First those of its own name (tests/data/test_plan.py of data/plan.py), then those that name its module, then the
-    others of its room. A mistake that the first notice costs seconds.
+    others of its room. A mistake that the first ones notice takes only seconds.
     """
     room, *inner = path.relative_to(root).with_suffix("").parts
     module = ".".join([room, *(part for part in inner if part != "__init__")])
@@ -65,7 +65,7 @@ def stages_of(path: Path, root: Path) -> list[list[Path]]:
 
 @dataclass(frozen=True)
 class End:
-    """How it went with a mutant. by: what noticed it. hung: a test, or all of them, took too long. said: by pytest."""
+    """The outcome for a mutant. by: the stage that noticed it. hung: tests took too long. said: pytest's output."""
 
     caught: bool
     by: str = ""
@@ -83,7 +83,7 @@ class Trial:
         self._root, self._stages = root, stages
         # Seconds that a stage takes without a mistake.
         self._usual: dict[int, float] = {}
-        # One thread, as tests take; others would not survive a fork.
+        # One thread, as in tests; other threads would not survive a fork.
         os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         for name in _LIBRARIES:
             importlib.import_module(name)
@@ -91,7 +91,7 @@ class Trial:
     def end_of(self, file: Path, code: str) -> End:
         """Tries the tests with this text in place of the file's (relative to the copy), which is then put back.
 
-        Raises UserError where the tests fail without any mistake.
+        Raises UserError if the tests fail without any mistake.
         """
         before = (self._root / file).read_text()
         for number, tests in enumerate(self._stages):
@@ -105,7 +105,7 @@ class Trial:
             try:
                 (self._root / file).write_text(code)
                 if "njit" in before:
-                    # Numba's cache looks at the file of a function, and not at those whose functions it calls.
+                    # Numba's cache checks a function's own file, but not the files of functions that it calls.
                     self._forget_compiled()
                 end = self._tried(tests, 60 + 3 * self._usual[number])
             finally:
@@ -132,7 +132,7 @@ class Trial:
                     time.sleep(0.05)
                     ended, status = os.waitpid(child, os.WNOHANG)
             finally:
-                # Also of what the tests have started, and where this is interrupted.
+                # Also processes that tests have started, and if this is interrupted.
                 with suppress(ProcessLookupError):
                     os.killpg(child, signal.SIGKILL)
             if not ended:
@@ -141,7 +141,7 @@ class Trial:
             said.seek(0)
             text = said.read()
         code = os.waitstatus_to_exitcode(status)
-        # No tests: all are slow ones, or need a GPU.
+        # No tests: all are slow or need a GPU.
         if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             return End(caught=False)
         failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", text, re.MULTILINE)
@@ -149,7 +149,7 @@ class Trial:
         return End(caught=True, by=by, hung="Failed: Timeout (>" in text, said=text)
 
     def _run(self, tests: Sequence[Path], output: int) -> NoReturn:
-        """The process of the tests, in the copy of the code, of which nothing may be loaded yet."""
+        """Runs in the forked process, in the copy of the code, of which nothing may be imported yet."""
         status = 1
         try:
             os.setsid()
@@ -160,13 +160,13 @@ class Trial:
             original = Path(__file__).parents[2]
             for name in [name for name in sys.modules if name.partition(".")[0] in ("command", "tests")]:
                 del sys.modules[name]
-            # What processes that the tests begin would load anew.
+            # Otherwise processes that tests start would import it again.
             sys.modules["__main__"] = ModuleType("__main__")
             sys.path[:] = [str(self._root), *(path for path in sys.path if path and Path(path).resolve() != original)]
-            # Files change within a second, which is all that Python's own cache looks at.
+            # Files change within a second, the resolution of Python's own cache.
             sys.dont_write_bytecode = True
             os.environ |= {"PYTHONPATH": str(self._root), "PYTHONDONTWRITEBYTECODE": "1"}
-            # A failure is enough; the smallest one that hypothesis could find takes many times as long.
+            # Any failure is enough; shrinking it takes hypothesis many times as long.
             phases = [Phase.explicit, Phase.reuse, Phase.generate]
             settings.register_profile("first failure", deadline=None, phases=phases)
             words = [

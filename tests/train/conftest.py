@@ -1,4 +1,4 @@
-"""Runs on a tiny set, within this process; and one whose classes are some of ImageNet's."""
+"""Fixtures: runs on a tiny set within this process, and a set with some of ImageNet's classes."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tests.pictures import write_class_folders
 from train.config import parse
 from train.train import train
 
-# The precision is said, because the tests compare numbers and not every processor has the same units.
+# The precision is given, since tests compare numbers and processors have different units.
 TINY = [
     *("--model", "mobilenet0.25", "--resolution", "32", "--batch", "16", "--epochs", "2"),
     *("--device", "cpu", "--precision", "fp32"),
@@ -17,14 +17,14 @@ TINY = [
 
 @pytest.fixture(params=[True, False], ids=["bf16 units", "no bf16 units"])
 def bf16_units(request, monkeypatch) -> bool:
-    """Whether the processor is taken to have units for bfloat16; without them PyTorch emulates it, only slower."""
+    """Whether the processor seems to have bfloat16 units; without them PyTorch emulates it, but slower."""
     monkeypatch.setattr("train.device._has_bf16", lambda device: request.param)
     return request.param
 
 
 @pytest.fixture
 def run(converted, tmp_path, monkeypatch):
-    """Trains with these words on the tiny set, in a folder of its own."""
+    """Trains with these options on the tiny set, in a temporary folder."""
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str):

@@ -1,4 +1,4 @@
-"""What is checked, planned and timed before a command trains anything."""
+"""Checks, plan and estimates of a command before it trains anything."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def job_of(*words):
     return resolve(parse(words), data, labels)
 
 
-def test_a_dry_run_says_what_is_to_be_done_and_does_nothing(words, capsys):
+def test_a_dry_run_prints_the_plan_and_trains_nothing(words, capsys):
     assert train(parse([*words, "--refinery", "resnet18", "--recipe", "quick"]), dry_run=True) == []
     out = capsys.readouterr().out
     # 48 images: 6 steps of 8 crops, and so 16 / 6 as many epochs as the recipe's 4.
@@ -62,7 +62,7 @@ def test_a_dry_run_says_what_is_to_be_done_and_does_nothing(words, capsys):
     assert not list(Path().iterdir())
 
 
-def test_what_fits_the_set_is_the_run_that_would_be_typed(words):
+def test_a_fitted_run_is_the_same_as_with_its_values_given(words):
     job = job_of(*words, "--recipe", "quick")
     typed = job_of(*words, "--recipe", "quick", "--batch", "8", "--epochs", "11")
     assert (job.batch, job.config.epochs, job.fit is None, typed.fit) == (8, 11, False, None)
@@ -70,7 +70,7 @@ def test_what_fits_the_set_is_the_run_that_would_be_typed(words):
     assert job.folder == typed.folder
 
 
-def test_a_measured_run_ends_with_the_bits_of_one_that_was_not(words, monkeypatch, capsys):
+def test_measuring_does_not_change_a_runs_bits(words, monkeypatch, capsys):
     """Dropout draws from the generators that the timed steps use too."""
     words = [*words, "--model", "torchvision:squeezenet1_1", "--batch", "16", "--epochs", "1"]
     (plain,) = train(parse([*words, "--out", "plain"]))
@@ -100,10 +100,10 @@ def test_a_measured_run_ends_with_the_bits_of_one_that_was_not(words, monkeypatc
         (["--runs", "/proc/runs"], r"/proc/runs: the run cannot be written there"),
         (["--out", "x" * 300], r"xxx: the run cannot be written there \(File name too long\)"),
         (["--labels.resolution", "8"], "resnet18: resolution=8 is too small"),
-        (["--replicas", "3", "--batch", "16"], "batch=16: is not divided by replicas=3"),
+        (["--replicas", "3", "--batch", "16"], "batch=16: is not a multiple of replicas=3"),
     ],
 )
-def test_the_students_faults_show_before_the_refinery_is_trained(words, options, says, monkeypatch, capsys):
+def test_errors_of_the_student_are_found_before_the_refinery_is_trained(words, options, says, monkeypatch, capsys):
     monkeypatch.setattr("train.checks.memory_of", lambda device: 24 << 30)
     Path("a file").touch()
     with pytest.raises((TrainError, ModelError), match=says) as ended:
@@ -112,12 +112,12 @@ def test_the_students_faults_show_before_the_refinery_is_trained(words, options,
     assert [path.name for path in Path().iterdir()] == ["a file"]
 
 
-def test_a_batch_of_one_trains_where_each_map_has_several_values(words):
+def test_a_batch_of_one_trains_if_each_map_has_several_values(words):
     (run,) = train(parse([*words, "--resolution", "64", "--batch", "1", "--epochs", "1"]))
     assert run.identity["batch"] == 1
 
 
-def test_batch_and_folder_are_looked_at_before_images_are_converted(tmp_path, monkeypatch):
+def test_batch_and_folder_are_checked_before_images_are_converted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_class_folders(tmp_path / "images" / "train", 2, 4)
     write_class_folders(tmp_path / "images" / "val", 2, 2, seed=7)
@@ -130,7 +130,7 @@ def test_batch_and_folder_are_looked_at_before_images_are_converted(tmp_path, mo
     assert not Path("converted").exists()
 
 
-def test_no_room_on_the_disk_is_told_beforehand(words, monkeypatch):
+def test_too_little_disk_space_is_reported_before_training(words, monkeypatch):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1 << 20))
     with pytest.raises(TrainError, match=r"runs/.*: 5.\d* MB are to be written there, and 1.05 MB are free; make room"):
@@ -169,7 +169,7 @@ def test_more_epochs_of_a_finished_run_are_explained(words, capsys):
         train(parse([*words, "--epochs", "2", "--out", "mine"]))
 
 
-def test_a_trial_is_no_refinery_of_a_longer_run_unless_it_is_named(words, capsys):
+def test_a_short_run_is_used_as_refinery_only_if_it_is_named(words, capsys):
     words = [*words, "--batch", "16"]
     (trial,) = train(parse([*words, "--model", "resnet18", "--epochs", "1"]))
     asked = [*words, "--refinery", "resnet18"]
@@ -186,10 +186,10 @@ def test_a_trial_is_no_refinery_of_a_longer_run_unless_it_is_named(words, capsys
         assert "plan    resnet18, the refinery" in out
     plan(*words, "--epochs", "2", "--refinery", str(trial.folder))
     assert "the refinery" not in capsys.readouterr().out
-    # As long is long enough, whatever else is typed for the student.
+    # An equal length is enough, whatever the student's other options.
     plan(*asked, "--epochs", "1", "--optimizer.lr", "0.01", "--seed", "4")
     assert f"refinery: {trial.folder}, top-1" in capsys.readouterr().out
-    # Of a run that does not say its recipe nothing is known.
+    # A run without a known recipe is not used.
     (trial.folder / "config.yaml").unlink()
     plan(*asked, "--epochs", "1", "--seed", "4")
     assert "plan    resnet18, the refinery" in capsys.readouterr().out
@@ -213,7 +213,7 @@ def test_a_chain_has_one_plan(words, capsys):
     assert re.search(r"^plan    mobilenet0.25 from resnet18: 1 epochs", out, re.MULTILINE)
 
 
-def test_a_plan_counts_what_is_still_to_be_done(words, monkeypatch, capsys):
+def test_a_plan_counts_only_the_remaining_steps(words, monkeypatch, capsys):
     words = [*words, "--batch", "16", "--epochs", "3"]
     with monkeypatch.context() as patch:
         stop_at(5, patch)
@@ -229,7 +229,7 @@ def test_a_plan_counts_what_is_still_to_be_done(words, monkeypatch, capsys):
     assert [each.folder for each in all_runs(Path("runs"))] == [run.folder]
 
 
-def test_what_is_left_follows_the_steps(words):
+def test_the_remaining_time_follows_the_steps(words):
     job = job_of(*words, "--batch", "16", "--epochs", "4", "--resolution", "64", "--resolution_from", "0.5")
     weights = [(side / 64) ** 2 for side in (32, 32, 48, 64)]
     assert [job.resolution_in(epoch) for epoch in range(4)] == [32, 32, 48, 64]
@@ -238,14 +238,14 @@ def test_what_is_left_follows_the_steps(words):
     assert steps_left(job, (4, 0)) == 0
     remaining = Remaining(job, cost=Cost(step=10.0, validation=5.0), later=100.0)
     assert remaining.seconds(0, 0) == pytest.approx(30 * sum(weights) + 20 + 100)
-    remaining.count_step(0, 1000.0)  # compiles, say
+    remaining.count_step(0, 1000.0)  # as if it compiled
     assert remaining.seconds(0, 0) == pytest.approx(30 * sum(weights) + 20 + 100)
     remaining.count_step(0, 1.0)
     remaining.count_validation(2.0)
     assert remaining.seconds(3, 1) == pytest.approx(2 * 4 + 2 + 100)
 
 
-def test_an_estimate_is_of_the_order_of_what_a_run_takes(words):
+def test_an_estimate_has_the_right_order_of_magnitude(words):
     job = job_of(*words, "--batch", "16", "--epochs", "3")
     cost = measured([job])
     (run,) = train(parse([*words, "--batch", "16", "--epochs", "3"]))
@@ -266,7 +266,7 @@ def test_durations_read_well(seconds, said):
     assert said_seconds(seconds) == said
 
 
-def test_the_words_of_the_saved_configuration_give_the_run_again(tmp_path, monkeypatch):
+def test_the_saved_configuration_gives_the_same_run(tmp_path, monkeypatch):
     """Of a set that is smaller than the recipe's batch."""
     monkeypatch.chdir(tmp_path)
     write_class_folders(tmp_path / "images", 2, 12)

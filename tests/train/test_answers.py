@@ -25,7 +25,7 @@ def loader(converted):
     return open_loader(converted.beton("val"), resolution=32, batch_size=8, decoder="ffcv", train=False)
 
 
-def test_in_one_pass_each_is_scored_as_alone(loader, monkeypatch):
+def test_networks_scored_in_one_pass_score_as_alone(loader, monkeypatch):
     passes = []
     epoch = loader.epoch
     monkeypatch.setattr(loader, "epoch", lambda number: passes.append(number) or epoch(number))
@@ -65,7 +65,7 @@ def test_one_graph_for_all_batches_of_all_validations(loader, monkeypatch, capsy
     assert not capsys.readouterr().out
 
 
-def test_where_it_cannot_be_compiled_a_line_says_so(loader, monkeypatch, capsys):
+def test_failed_compilation_prints_a_notice(loader, monkeypatch, capsys):
     def broken(graph, inputs):
         raise ValueError("no such kernel")
 

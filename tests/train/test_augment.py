@@ -1,4 +1,4 @@
-"""Augmentation: what the student sees, what the refinery sees, and what becomes of the labels."""
+"""Augmentation: the crops that student and refinery see, and their labels."""
 
 import copy
 from dataclasses import replace
@@ -42,7 +42,7 @@ def augment(config=ALL, epochs=10):
 
 
 def stepped(batch, labels, config=ALL, **where):
-    """The loss of a step, computed by it, and the student as it was before."""
+    """The loss of a step, and a copy of the student before it."""
     torch.manual_seed(0)
     network = models.build("mobilenet0.25", 3)
     before = copy.deepcopy(network).train()
@@ -53,14 +53,14 @@ def stepped(batch, labels, config=ALL, **where):
 
 
 def pictures(batch, config=ALL, epoch=0, step=0):
-    """The crops before any change, with other colours, and mixed, and what was drawn."""
+    """The original, coloured and mixed crops, and the draws."""
     maker = augment(config)
     draws = maker.draw(8, 32, epoch=epoch, step=step)
     coloured = maker.colour(batch.crops, draws)
     return {"plain": batch.crops, "coloured": coloured, "mixed": maker.mix(coloured, draws)}, draws
 
 
-def test_by_default_nothing_is_done_and_betas_are_the_papers():
+def test_by_default_nothing_is_augmented_and_betas_are_the_papers():
     config = AugmentConfig()
     assert not config.colours
     assert not config.mixes
@@ -82,13 +82,13 @@ def test_the_loss_is_the_weighted_sum_of_two(batch, labels):
     logits = student(Normalise(IMAGENET)(seen["mixed"]))
     targets = labels(batch).distribution(3)
     both = mixing.kept * targets + (1 - mixing.kept) * targets[torch.from_numpy(mixing.partners)]
-    # Losses of soft labels are of their logits, except for a constant of the labels: the same as of the mean label.
+    # Losses of soft labels are linear in the labels, except for a constant: the same as for the mean label.
     wanted = (torch.special.xlogy(targets, targets).sum(dim=1)).mean() + F.cross_entropy(logits, both)
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_crops_are_coloured_and_mixed_as_drawn(batch):
-    """Written out from the plan; and left as they are where nothing is asked for."""
+    """Recomputed from the plan; without augmentation they are unchanged."""
     for config in (AugmentConfig(cutmix=1.0), AugmentConfig(mixup=1.0)):
         seen, draws = pictures(batch, config, epoch=1, step=2)
         options = {"cutmix": config.cutmix, "mixup": config.mixup}
@@ -130,7 +130,7 @@ def test_central_crops_are_labelled_as_they_are(batch):
     assert Refinery(models.build("resnet18", 3), IMAGENET, sees="mixed", center=Pairing("center", 32)).sees == "plain"
 
 
-def test_every_form_of_targets_can_be_taken_apart():
+def test_every_form_of_targets_can_be_indexed():
     torch.manual_seed(0)
     logits, places, classes = torch.randn(5, 4), torch.tensor([3, 0, 3]), torch.tensor([[0, 2], [1, 3]])
     rows = classes[torch.tensor([0, 1, 0, 1, 1])]
@@ -162,8 +162,8 @@ def test_accuracy_counts_the_class_of_the_crops_own_image(batch):
 
 
 @pytest.mark.slow
-def test_what_is_drawn_is_no_number_of_the_graph(batch):
-    """Otherwise each step, or each epoch, would be compiled anew."""
+def test_draws_do_not_cause_recompilation(batch):
+    """Otherwise each step or epoch would be compiled again."""
     torch._dynamo.reset()
     compiler = CompileCounter()
     config = AugmentConfig(color_jitter=0.4, cutmix=0.5, mixup=0.4, unmixed=0.5)
@@ -223,7 +223,7 @@ def test_runs_with_every_kind_of_labels(run, converted, refinery, tmp_path, caps
         ),
     ],
 )
-def test_what_has_no_meaning(converted, words, says):
+def test_options_without_effect_are_refused(converted, words, says):
     with pytest.raises(TrainError, match=says):
         check([parse([*TINY, "--data", str(converted.folder), *words])])
 

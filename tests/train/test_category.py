@@ -1,4 +1,4 @@
-"""One label a class: by what a refinery sees, and by WordNet."""
+"""One label per class: from a refinery and from WordNet."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def hierarchies(draw):
 
 
 @given(hierarchies())
-def test_wu_palmer_is_that_of_a_graph_library(parents):
+def test_wu_palmer_agrees_with_a_graph_library(parents):
     graph = networkx.DiGraph([(parent, child) for child, several in parents.items() for parent in several])
     names = sorted(graph)
     if not names:
@@ -87,7 +87,7 @@ def test_the_thousand_classes_of_imagenet():
     assert all("cat" in str(names[classes[i]]).lower() for i in nearest)
 
 
-def test_a_class_looks_as_its_images_do(converted):
+def test_a_class_label_is_the_mean_of_its_images(converted):
     torch.manual_seed(0)
     network = models.build("resnet18", 3)
     refinery = Refinery(network, IMAGENET, bn="running")

@@ -1,4 +1,4 @@
-"""Chains of generations: who learns from whom, what is repeated, and the table at the end."""
+"""Chains of generations: refineries and students, finished runs, and the table at the end."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ MODELS = ["resnet18", "mobilenet0.25", "mobilenet0.25"]
 
 @pytest.fixture
 def words(run, converted):
-    """Those of tiny runs; `run` has chosen the folder."""
+    """Options of tiny runs, in the folder that `run` has chosen."""
     return [
         *("--resolution", "32", "--batch", "16", "--epochs", "1", "--device", "cpu", "--precision", "fp32"),
         *("--data", str(converted.folder)),
@@ -46,7 +46,7 @@ def test_each_generation_learns_from_the_one_before(words, capsys):
     assert (folder / "chain.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_finished_generations_are_not_repeated_and_a_stopped_one_goes_on(words, monkeypatch, capsys):
+def test_finished_generations_are_not_repeated_and_a_stopped_one_continues(words, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at(5, patch)  # three steps an epoch: in the second generation
         with pytest.raises(Interrupted):
@@ -69,7 +69,7 @@ def test_a_chain_may_start_from_a_refinery(words, run):
 
 
 @pytest.mark.slow
-def test_what_the_first_generation_learns_from_is_not_for_later_ones(words, tmp_path):
+def test_labels_of_the_first_generation_are_not_used_by_later_ones(words, tmp_path):
     (tmp_path / "is_a.txt").write_text("thing class0\nthing class1\nclass1 class2\n")
     for kind, option in (
         ("ground_truth", ["--labels.smoothing", "0.1"]),

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all."""
+"""Checkpoints exist completely or not at all."""
 
 import resource
 import signal
@@ -21,7 +21,7 @@ def test_round_trip(tmp_path):
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
-    """The limit on the size of a file stands for the disk: the write fails in the same place."""
+    """A limit on file size simulates a full disk: the write fails in the same place."""
     path = tmp_path / "last.pt"
     checkpoint.save(path, {"model": {}})
     before = path.read_bytes()
@@ -38,7 +38,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_a_write_that_fails_promises_no_checkpoint_before_where_there_is_none(tmp_path):
+def test_a_failed_first_write_does_not_mention_an_earlier_checkpoint(tmp_path):
     with pytest.raises(TrainError) as ended:
         checkpoint.save(tmp_path / "absent" / "last.pt", {"model": {}})
     assert str(ended.value).startswith(f"{tmp_path / 'absent' / 'last.pt'}: the checkpoint could not be written (")
@@ -81,11 +81,11 @@ def write(folder: Path, **steps: tuple[int, int] | None) -> None:
             checkpoint.save(path, state)
 
 
-def test_a_run_goes_on_from_its_last_or_the_furthest_that_is_whole(tmp_path):
+def test_a_run_continues_from_its_last_or_most_advanced_undamaged_checkpoint(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     assert checkpoint.position(tmp_path) == (0, 0)
     assert checkpoint.standing(tmp_path) == ((0, 0), None)
-    # The last one, even behind the others: it was put back by hand.
+    # The last one, even if the others are more advanced: the user may have restored it.
     write(tmp_path, last=(1, 2), before=(3, 0), best=(2, 0))
     assert checkpoint.latest(tmp_path)[0].name == "last.pt"
     assert checkpoint.standing(tmp_path) == ((1, 2), ["last"])
@@ -101,7 +101,7 @@ def test_a_run_goes_on_from_its_last_or_the_furthest_that_is_whole(tmp_path):
             ask(tmp_path)
 
 
-def test_one_save_back(tmp_path):
+def test_go_back_restores_the_previous_checkpoint(tmp_path):
     names = [checkpoint.LAST, checkpoint.BEFORE, checkpoint.BEST]
 
     def left() -> list[str]:
@@ -114,7 +114,7 @@ def test_one_save_back(tmp_path):
     assert checkpoint.go_back(tmp_path, (1, 2))
     assert left() == [checkpoint.LAST, checkpoint.BEST]
     assert checkpoint.position(tmp_path) == (1, 2)
-    # There is no other to go back to but the start.
+    # Only the start is left to go back to.
     assert not checkpoint.go_back(tmp_path, (1, 0))
     assert left() == [checkpoint.LAST, checkpoint.BEST]
     assert checkpoint.go_back(tmp_path, (0, 0))
@@ -124,7 +124,7 @@ def test_one_save_back(tmp_path):
     assert left() == [checkpoint.LAST, checkpoint.BEFORE]
 
 
-def test_generators_go_on_where_they_stood():
+def test_restored_generators_continue_their_sequence():
     states = checkpoint.generator_states(torch.device("cpu"))
     assert set(states) == {"cpu"}
     drawn = torch.rand(3)

@@ -1,4 +1,4 @@
-"""Digests of the code that a result depends on, and what results say of the machine and the command."""
+"""Digests of the code that a result depends on, and records of machine and command."""
 
 import sys
 from pathlib import Path
@@ -40,20 +40,20 @@ def double(x):
         (SOURCE.replace("raise ValueError", "ValueError"), True),
     ],
 )
-def test_a_digest_is_of_what_is_run(tmp_path, changed, differs):
+def test_a_digest_covers_only_what_affects_execution(tmp_path, changed, differs):
     for name, text in (("one.py", SOURCE), ("other.py", changed)):
         (tmp_path / name).write_text(text)
     assert (digest(tmp_path / "one.py") != digest(tmp_path / "other.py")) == differs
 
 
-def test_of_a_recipe_the_values_count(tmp_path):
+def test_the_digest_of_a_recipe_covers_its_values(tmp_path):
     for name, text in (("one", "epochs: 4\n"), ("same", "# Why.\nepochs:  4\n"), ("other", "epochs: 5\n")):
         (tmp_path / f"{name}.yaml").write_text(text)
     digests = {name: digest(tmp_path / f"{name}.yaml") for name in ("one", "same", "other")}
     assert digests["one"] == digests["same"] != digests["other"]
 
 
-def test_imports_are_followed_wherever_they_stand(tmp_path):
+def test_imports_are_followed_wherever_they_occur(tmp_path):
     files = {
         "room/__init__.py": "",
         "room/part.py": "from room.near import thing\n\ndef f():\n    import other.deep.far\n",
@@ -75,7 +75,7 @@ def test_imports_are_followed_wherever_they_stand(tmp_path):
     assert files_of("room.absent", tmp_path) == {}
 
 
-def test_what_is_opened_by_its_name_counts_too():
+def test_files_loaded_by_name_are_included():
     loaders, training = files_of("bench.loaders"), files_of("train.tables")
     assert {"data/decoders/dali.py", "data/decoders/ffcv.py", "data/plan.py", "bench/contenders.py"} <= set(loaders)
     assert {"train/recipes/quick.yaml", "train/loop.py", "models/mobilenet.py", "data/tiles.py"} <= set(training)
@@ -86,7 +86,7 @@ def test_what_is_opened_by_its_name_counts_too():
     assert "kernels/pool_labels.py" in files_of("bench.pooling")
 
 
-def test_the_code_of_training_is_every_byte_of_it(monkeypatch, tmp_path):
+def test_training_code_covers_every_byte(monkeypatch, tmp_path):
     (tmp_path / "train" / "recipes").mkdir(parents=True)
     monkeypatch.setattr("train.runs.code.ROOT", tmp_path)
     seen = set()
@@ -112,7 +112,7 @@ def test_an_environment_holds_what_a_result_needs(monkeypatch):
     assert found["cpu"]["model"]
     assert {"compiler", "system", "memory_bytes", "load_average"} <= set(found)
     assert found["threads"] == torch.get_num_threads()
-    # Where git has the code.
+    # If the code is in a git repository.
     assert found["commit"] is None or len(found["commit"]) == 40
     line, short = machine_line(found), machine_line(found, load=False)
     for text in (found["cpu"]["model"], found["versions"]["torch"], found["compiler"] or "no C++ compiler"):

@@ -1,4 +1,4 @@
-"""The commands as a user types them, end to end on a tiny set, and their one line for a bad input."""
+"""The commands as a user types them, end to end on a tiny set, and their single line for bad input."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Options, recipes and what is refused."""
+"""Options, recipes and refused values."""
 
 from dataclasses import replace
 
@@ -45,20 +45,20 @@ def test_other_data_take_the_papers_recipe():
     assert parse(["--data", "photos", "--pretrained", "w.pt"]).recipe == "fine-tune"
 
 
-def test_what_no_recipe_says_is_as_in_the_paper():
+def test_values_without_a_recipe_are_the_papers():
     config = configure({"data": "photos", "model": "resnet50"})
     assert replace(config, recipe=None) == Config(data="photos", model="resnet50")
 
 
-def test_a_batch_is_divided_by_its_replicas(capsys):
+def test_a_batch_must_be_a_multiple_of_its_replicas(capsys):
     for batch, replicas in ((16, 5), (6, 4), (7, 8)):
-        says = f"batch={batch}: is not divided by replicas={replicas}; take a multiple of it"
+        says = f"batch={batch}: is not a multiple of replicas={replicas}; take one"
         assert says in refusal(capsys, "--batch", str(batch), "--replicas", str(replicas))
     for batch, replicas in ((15, 5), (8, 8), (7, 1)):
         assert parse(["--batch", str(batch), "--replicas", str(replicas)]).replicas == replicas
 
 
-def test_the_papers_recipe_knows_its_networks():
+def test_the_papers_recipe_has_values_for_its_networks():
     assert parse(["--data", "x", "--model", "alexnet"]).optimizer.lr == 0.01
     mobilenet = parse(["--data", "x", "--model", "mobilenet0.5"])
     assert (mobilenet.batch, mobilenet.optimizer.lr, mobilenet.optimizer.lr_batch) == (512, 0.1, 512)
@@ -73,7 +73,7 @@ def test_relabels_recipes_are_the_papers():
     assert plain.augment == AugmentConfig(color_jitter=0.4, lighting=0.1)
     optimizer = cutmix.optimizer
     assert (optimizer.kind, optimizer.lr, optimizer.lr_batch, optimizer.weight_decay) == ("adamp", 0.002, 1024, 0.01)
-    # In all of the run but 5 of its 300 epochs.
+    # In all of the run except 5 of its 300 epochs.
     assert (cutmix.augment.cutmix, cutmix.augment.cutmix_beta, round(300 * cutmix.augment.unmixed)) == (1, 1, 5)
     assert replace(cutmix.augment, cutmix=0, unmixed=0) == plain.augment
     sides = {
@@ -125,7 +125,7 @@ def test_print_config_can_be_read_back(capsys, tmp_path):
     assert (config.model, config.optimizer.lr) == ("resnet18", 0.25)
 
 
-def test_what_is_refused(capsys, tmp_path):
+def test_bad_inputs_are_refused(capsys, tmp_path):
     assert "--modle" in refusal(capsys, "--modle", "alexnet")
     assert "optimizer.lrr" in refusal(capsys, "--optimizer.lrr", "1")
     assert "epochs" in refusal(capsys, "--epochs", "many")
@@ -186,7 +186,7 @@ def test_what_is_refused(capsys, tmp_path):
         ("threads", "0"),
     ],
 )
-def test_values_that_mean_nothing_are_refused(capsys, option, value):
+def test_invalid_values_are_refused(capsys, option, value):
     assert f"{option}={value}" in refusal(capsys, f"--{option}", value)
 
 
@@ -220,8 +220,8 @@ def test_crops_grow_from_a_share_of_the_resolution_to_all_of_it(epochs, share, l
     assert all(side % 16 == 0 or side == last for side in sides)
 
 
-def test_another_configuration_is_made_from_what_was_asked_for(tmp_path):
-    """What the recipe said of the one network does not stick to the other; what the user said does."""
+def test_another_configuration_is_made_from_the_given_options(tmp_path):
+    """The recipe's values for one network are not kept for another one; the user's are."""
     (tmp_path / "mine.yaml").write_text(
         "{batch: 16, epochs: 3, networks: {mobilenet: {batch: 8, optimizer: {lr: 0.5}}, resnet: {optimizer: {lr: 2}}}}"
     )
@@ -232,7 +232,7 @@ def test_another_configuration_is_made_from_what_was_asked_for(tmp_path):
     said = parse(["--recipe", str(tmp_path / "mine.yaml"), "--model", "mobilenet", "--batch", "8"])
     assert said.replace({"model": "resnet18"}).batch == 8
     assert config.replace({"labels.bn": "running"}).labels.bn == "running"
-    # The default recipe depends on what is asked for.
+    # The default recipe depends on the given options.
     assert [parse([]).replace(options).recipe for options in ({}, {"data": "x"}, {"pretrained": "w.pt"})] == [
         "quick",
         "label-refinery",
@@ -249,7 +249,7 @@ def test_a_configuration_made_without_a_recipe_keeps_all_its_values():
 REFINED = ["--refinery", "resnet18", "--labels.bn", "running", "--labels.per", "image", "--loss.kind", "hard"]
 
 
-def test_the_same_on_ground_truth_from_a_refinery_and_as_a_refinery():
+def test_variants_on_ground_truth_from_a_refinery_and_as_a_refinery():
     config = parse([*REFINED, "--pretrained", "w.pt", "--out", "here", "--seed", "3"])
     plain = config.on_ground_truth()
     assert (plain.refinery, plain.labels, plain.loss) == (None, Config().labels, Config().loss)
@@ -265,7 +265,7 @@ def test_the_same_on_ground_truth_from_a_refinery_and_as_a_refinery():
         labels.check(each)
 
 
-def test_a_recipe_may_say_other_things_of_refineries(tmp_path):
+def test_a_recipe_may_have_other_values_for_refineries(tmp_path):
     (tmp_path / "mine.yaml").write_text("{epochs: 3, refineries: {optimizer: {weight_decay: 0.5}}}")
     config = parse(["--recipe", str(tmp_path / "mine.yaml"), "--refinery", "resnet18"])
     assert config.optimizer.weight_decay == config.on_ground_truth().optimizer.weight_decay == 0
@@ -315,7 +315,7 @@ def test_options_and_words_are_the_same(options):
         ("{refineries: {epohcs: 3}}", r"unknown keys epohcs; did you mean --epochs\?"),
     ],
 )
-def test_wrong_recipes_are_refused_whether_or_not_the_section_counts(recipe, says, tmp_path):
+def test_wrong_recipes_are_refused_even_in_unused_sections(recipe, says, tmp_path):
     (tmp_path / "mine.yaml").write_text(recipe)
     with pytest.raises(TrainError, match=says):
         parse(["--recipe", str(tmp_path / "mine.yaml")])
@@ -328,7 +328,7 @@ def test_a_recipe_may_name_a_refinery_and_leave_sections_empty(tmp_path):
     assert config.as_refinery("resnet18", {}).refinery is None
 
 
-def test_a_group_of_which_nothing_is_given(tmp_path):
+def test_an_empty_group_of_options(tmp_path):
     (tmp_path / "mine.yaml").write_text("epochs: 3\ncrop:\n#  flip: false\n")
     assert parse(["--config", str(tmp_path / "mine.yaml")]).replace({"seed": 2}).epochs == 3
 
@@ -344,7 +344,7 @@ def test_files_that_hold_no_options_are_named(capsys, tmp_path):
 @pytest.mark.parametrize(
     "text", ["\x00", "epochs: 2001-99-99", "[" * 20_000, "epochs: !!python/object/apply:os.getpid []"]
 )
-def test_a_recipe_that_is_no_yaml_of_plain_values_is_refused(tmp_path, text):
+def test_a_recipe_that_is_not_yaml_of_plain_values_is_refused(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(TrainError, match="recipe.yaml: not YAML"):

@@ -55,7 +55,7 @@ def test_crops_and_both_labels(batch, texts):
         assert label.startswith(f"refinery: {NAMES[said]}"[:18])
         assert label.endswith(" 80 %")
         assert black == "black"
-        # Where they differ, it is seen.
+        # If they differ, the colour shows it.
         assert colour == ("firebrick" if number % 2 else "black")
 
 
@@ -81,6 +81,6 @@ def test_a_run_shows_the_crops_of_its_first_step(run, refinery, monkeypatch):
     first, targets = batches[0]
     wanted = labelled_crops(first, targets, ("class0", "class1", "class2"), labelled_by="refinery")
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), np.asarray(wanted))
-    # Showing them changes nothing.
+    # Showing them does not change the training.
     one, other = (torch.load(each.weights, weights_only=True)["model"] for each in (shown, plain))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,4 +1,4 @@
-"""What a device computes in, and the settings of the process."""
+"""Precision of a device, and the settings of the process."""
 
 import ctypes
 import json
@@ -27,14 +27,14 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 
 
-def test_what_a_device_has_no_units_for_is_replaced():
+def test_unsupported_precisions_are_replaced():
     assert precision_on(CPU, "fp32") == "fp32"
     assert precision_on(CPU, "tf32") == "fp32"
     assert precision_on(CPU, "fp16") == "fp32"
     assert precision_on(CPU, "bf16") == precision_on(CPU) in ("bf16", "fp32")
 
 
-def test_bf16_is_taken_where_there_are_units(bf16_units):
+def test_bf16_is_used_if_there_are_units(bf16_units):
     expected = "bf16" if bf16_units else "fp32"
     assert precision_on(CPU) == precision_on(CPU, "bf16") == precision_on(CPU, "auto") == expected
     assert precision_on(CPU, "fp32") == "fp32"
@@ -49,7 +49,7 @@ def test_autocast_types():
     ]
 
 
-def test_tf32_only_where_asked():
+def test_tf32_is_allowed_only_if_requested():
     try:
         for precision in ("tf32", "bf16", "fp32"):
             set_tf32_and_allocator(CPU, precision)
@@ -60,7 +60,7 @@ def test_tf32_only_where_asked():
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_algorithms_are_searched_for_on_a_gpu_unless_the_same_bits_are_asked_for(deterministic, monkeypatch):
+def test_deterministic_switches_off_the_search_for_algorithms(deterministic, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
         set_tf32_and_allocator(torch.device("cuda"), "bf16", deterministic=deterministic)
@@ -68,7 +68,7 @@ def test_algorithms_are_searched_for_on_a_gpu_unless_the_same_bits_are_asked_for
         assert torch.backends.cudnn.deterministic is deterministic
         assert torch.are_deterministic_algorithms_enabled() is deterministic
         assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
-        # A CPU keeps what it has.
+        # On a CPU nothing changes.
         set_tf32_and_allocator(CPU, "bf16", deterministic=not deterministic)
         assert torch.are_deterministic_algorithms_enabled() is deterministic
     finally:
@@ -77,11 +77,11 @@ def test_algorithms_are_searched_for_on_a_gpu_unless_the_same_bits_are_asked_for
         torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def test_what_has_no_deterministic_algorithm_is_named():
+def test_an_operator_without_deterministic_algorithm_is_named():
     torch.use_deterministic_algorithms(True)
     try:
         with pytest.raises(RuntimeError) as caught:
-            # One of the few on a CPU.
+            # One of the few such operators on a CPU.
             torch.zeros(4).put_(torch.tensor([1, 1]), torch.ones(2))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -90,8 +90,8 @@ def test_what_has_no_deterministic_algorithm_is_named():
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
-def test_memory_that_a_step_frees_is_used_again():
-    """Pages of a freed tensor are still there for the next: the system has to give none."""
+def test_memory_that_a_step_frees_is_reused():
+    """The pages of a freed tensor are reused for the next one, without page faults."""
     code = """
 import resource, sys, torch
 from train.device import set_tf32_and_allocator
@@ -111,8 +111,8 @@ print(faults() - before)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine whose GPU PyTorch cannot use, or none")
-def test_a_gpu_whose_driver_is_too_old_does_not_become_a_cpu(tmp_path, monkeypatch):
-    """On a machine of a GPU, files in the place of those that its driver shows."""
+def test_a_gpu_with_an_outdated_driver_is_not_replaced_by_the_cpu(tmp_path, monkeypatch):
+    """With files in place of those that the driver of a GPU shows."""
     (tmp_path / "nvidiactl").touch()
     (tmp_path / "version").write_text(
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021\nGCC version:  gcc 9\n"
@@ -126,14 +126,14 @@ def test_a_gpu_whose_driver_is_too_old_does_not_become_a_cpu(tmp_path, monkeypat
         with pytest.raises(TrainError, match=rf"^device={name}: .*driver 470\.57\.02.* or use device=cpu$"):
             device_named(name)
     assert device_named("cpu") == CPU
-    # Hidden from this process, it is not missed.
+    # A GPU that is hidden from this process is ignored.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert device_named("auto") == CPU
 
 
 @pytest.fixture
 def threads(monkeypatch):
-    """PyTorch's number of threads, which comes back after the test; OMP_NUM_THREADS is not set."""
+    """Restores PyTorch's number of threads after the test; unsets OMP_NUM_THREADS."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     yield
@@ -151,7 +151,7 @@ def threads(monkeypatch):
         (1, 2, 1, None, 1),
     ],
 )
-def test_threads_that_compute(threads, monkeypatch, torchs, processors, beside, asked, found):
+def test_number_of_computing_threads(threads, monkeypatch, torchs, processors, beside, asked, found):
     monkeypatch.setattr("train.device.processors", lambda: processors)
     monkeypatch.setattr("train.device.group", lambda: Group(world=beside, beside=beside))
     torch.set_num_threads(torchs)
@@ -159,7 +159,7 @@ def test_threads_that_compute(threads, monkeypatch, torchs, processors, beside, 
     assert torch.get_num_threads() == found
 
 
-def test_omp_num_threads_counts_unless_threads_are_asked_for(threads, monkeypatch):
+def test_omp_num_threads_applies_unless_threads_are_given(threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setattr("train.device.processors", lambda: 2)
     torch.set_num_threads(7)
@@ -184,7 +184,7 @@ def test_threads_below_one_are_refused():
     ],
 )
 def test_threads_of_commands_spin_for_a_moment_only(given, found):
-    """The variable must be there before PyTorch is loaded; the user's own counts."""
+    """The variable must be set before PyTorch is loaded; the user's own value is kept."""
     environment = {name: value for name, value in os.environ.items() if not name.endswith(("_POLICY", "_SPINCOUNT"))}
     environment |= {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": python_path()} | given
     done = subprocess.run(
@@ -194,7 +194,7 @@ def test_threads_of_commands_spin_for_a_moment_only(given, found):
     assert found in done.stderr
 
 
-def test_a_run_computes_with_the_threads_that_were_asked_for(run, threads):
+def test_a_run_computes_with_the_given_number_of_threads(run, threads):
     folder = run("--threads", "2", "--epochs", "1").folder
     (start,) = (json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines())
     assert start["threads"] == torch.get_num_threads() == 2

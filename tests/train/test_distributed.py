@@ -1,4 +1,4 @@
-"""Several processes: the same images, parts and weights for any number of them, and one end for all."""
+"""Several processes: the same images, parts and weights for any number of them, and a common end."""
 
 import copy
 import os
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("copies", [1, 2])
 def test_the_parts_of_a_step_are_the_same_for_any_number_of_devices(converted, copies):
     def parts(world):
-        """Of each step and part the images, their copies and their crops."""
+        """The images, copies and crops of each step and part."""
         options = {"resolution": 32, "batch_size": 8 // world, "seed": 3, "copies": copies, "world": world}
         loaders = [open_loader(converted.beton("train"), rank=rank, **options) for rank in range(world)]
         found = {}
@@ -66,8 +66,8 @@ def student():
 
 
 @pytest.mark.parametrize("how", ["sum", "tree"])
-def test_parts_have_statistics_of_their_own(converted, how):
-    """Written out: the mean of the gradients of 4 crops each; running statistics from the first part alone."""
+def test_each_part_has_its_own_batch_statistics(converted, how):
+    """Recomputed: the mean of the gradients of 4 crops each; running statistics of the first part only."""
     batch = next(open_loader(converted.beton("train"), resolution=32, batch_size=16).epoch(0))
     ours = student()
     plain = copy.deepcopy(ours.network).train()
@@ -94,7 +94,7 @@ def test_the_fixed_tree_is_a_sum(values):
     torch.testing.assert_close(found, torch.tensor([sum(values)], dtype=torch.float64))
 
 
-def test_gradients_travel_in_pieces_and_come_back_laid_out_as_they_were(monkeypatch):
+def test_gradients_keep_their_layout_when_exchanged_in_buckets(monkeypatch):
     monkeypatch.setattr("train.distributed._BUCKET", 100)
     gradients = [
         torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last),
@@ -134,7 +134,7 @@ with distributed.joined("cpu") as group:
 """
 
 
-def test_buckets_are_added_up_and_a_lost_process_ends_the_others_without_a_word():
+def test_buckets_are_summed_and_a_lost_process_ends_the_others_silently():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -191,7 +191,7 @@ def test_a_port_that_is_taken(monkeypatch):
             pass
 
 
-def test_restarts_need_a_store_of_their_own(monkeypatch):
+def test_restarts_without_a_separate_store_are_refused(monkeypatch):
     for name, value in {
         "WORLD_SIZE": "2",
         "TORCHELASTIC_MAX_RESTARTS": "1",
@@ -218,7 +218,7 @@ def test_restarts_need_a_store_of_their_own(monkeypatch):
     ],
 )
 def test_processes_that_differ(difference, says):
-    """One line, of the first process, and all end; so for what versions are and for what runs are made of."""
+    """The first process prints one line and all end, for different versions and for different data."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -249,7 +249,7 @@ exit_on_user_error(work)
     assert said == [f"error: {says}; it must be the same on all machines\n", ""]
 
 
-def test_replicas_are_part_of_who_a_run_is(converted):
+def test_replicas_are_part_of_a_runs_identity(converted):
     def identity(*words):
         config = parse([*TINY, "--data", str(converted.folder), *words])
         data, (labels,) = check([config])
@@ -260,7 +260,7 @@ def test_replicas_are_part_of_who_a_run_is(converted):
     assert identity("--replicas", "4")["replicas"] == 4
     assert identity("--replicas", "4") == identity("--replicas", "4", "--reduce", "tree")
     assert identity("--replicas", "4") != identity("--replicas", "4", "--reduce", "bf16")
-    with pytest.raises(TrainError, match="batch=16: is not divided by replicas=5"):
+    with pytest.raises(TrainError, match="batch=16: is not a multiple of replicas=5"):
         identity("--replicas", "5")
 
 
@@ -293,7 +293,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_weights_of_one(run, converted, tmp_path):
-    """Bit for bit where gradients are added in a fixed tree; students, mixing, refinery's statistics and all."""
+    """Bit for bit if gradients are added in a fixed tree; with several students, mixing and batch statistics."""
     words = ["--replicas", "4", "--reduce", "tree", "--augment.cutmix", "0.5", "--epochs", "1", "--copies", "2"]
     alone = run(*words, "--out", str(tmp_path / "one"))
     out = finished(start(converted.folder, *words, "--gpus", "2", "--out", str(tmp_path / "two")))
@@ -310,7 +310,7 @@ def test_two_processes_end_with_the_weights_of_one(run, converted, tmp_path):
 
 @pytest.mark.slow
 def test_any_number_of_devices(converted, tmp_path, run):
-    """Equal within the order of sums by default; the refinery is trained first, and several students learn at once."""
+    """Equal up to the order of sums by default; the refinery is trained first, several students together."""
     common = ["--replicas", "4", "--refinery", "resnet18", "--labels.bn", "batch", "--recipe", "quick"]
     found = {}
     for world in (1, 2, 4):
@@ -328,7 +328,7 @@ def test_any_number_of_devices(converted, tmp_path, run):
 
 
 @pytest.mark.slow
-def test_a_stop_is_everyones_and_another_number_goes_on(converted, tmp_path):
+def test_a_stop_ends_all_processes_and_another_number_continues(converted, tmp_path):
     words = ["--replicas", "4", "--reduce", "tree", "--epochs", "30"]
     finished(start(converted.folder, *words, "--out", str(tmp_path / "whole")))
     stopped = start(converted.folder, *words, "--gpus", "2", "--out", str(tmp_path / "parts"))
@@ -349,7 +349,7 @@ def test_a_stop_is_everyones_and_another_number_goes_on(converted, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machines", [1, 2])
-def test_one_that_is_killed_and_started_again_changes_nothing(run, converted, tmp_path, machines):
+def test_a_killed_and_restarted_process_changes_no_bits(run, converted, tmp_path, machines):
     """By --gpus with --max-restarts, and by torchrun's agents of two machines."""
     words = ["--replicas", "4", "--reduce", "tree", "--epochs", "20"]
     again = ["--max-restarts", "2"]
@@ -377,7 +377,7 @@ def test_one_that_is_killed_and_started_again_changes_nothing(run, converted, tm
 
 
 @pytest.mark.slow
-def test_one_that_is_killed_ends_all_in_one_line(converted, tmp_path):
+def test_a_killed_process_ends_all_with_one_line(converted, tmp_path):
     process = start(converted.folder, "--epochs", "500", "--gpus", "2", "--out", str(tmp_path / "run"))
     while not (tmp_path / "run" / "last.pt").is_file():
         time.sleep(0.1)
@@ -389,8 +389,8 @@ def test_one_that_is_killed_ends_all_in_one_line(converted, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_that_fails_says_why_and_all_end(converted, tmp_path):
-    """An image that one process alone reads is damaged; a loss that is not finite is everyone's."""
+def test_a_failing_process_prints_why_and_all_end(converted, tmp_path):
+    """A damaged image that only one process reads; and a loss that is not finite, which all processes see."""
     broken = tmp_path / "set"
     shutil.copytree(converted.folder, broken)
     beton = Beton(broken / "train.beton")

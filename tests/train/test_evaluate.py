@@ -30,7 +30,7 @@ NAME = "mobilenet0.25"
 
 
 def bare(path: Path, outputs: int = 1000) -> nn.Module:
-    """Writes a bare file of weights, with running statistics of its own; returns its network."""
+    """Writes a bare file of weights, with changed running statistics; returns its network."""
     torch.manual_seed(outputs)
     network = models.build(NAME, outputs)
     network(torch.randn(8, 3, 64, 64) * 2)
@@ -39,14 +39,14 @@ def bare(path: Path, outputs: int = 1000) -> nn.Module:
 
 
 def scores_of(checkpoint: str, data: Path, **options: Any) -> dict[str, Any]:
-    """What the command writes."""
+    """The results that the command writes."""
     evaluate(checkpoint, str(data), out="scores.json", device="cpu", **options)
     return json.loads(Path("scores.json").read_text())
 
 
 @torch.inference_mode()
 def logits_of(network: nn.Module, files: list[str], resolution: int = 64) -> torch.Tensor:
-    """What a network says of the central crops of image files, one by one."""
+    """A network's logits for the central crops of image files, one by one."""
     said = []
     for file in files:
         with Image.open(file) as image:
@@ -78,7 +78,7 @@ def test_a_network_of_all_classes_chooses_among_those_of_the_data(wordnet_folder
         assert top1 == pytest.approx(100 * right[source.val.labels == label].mean().item())
 
 
-def test_the_command_says_which_classes_count(wordnet_folder, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_which_classes_are_scored(wordnet_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     bare(tmp_path / "w.pytar")
     scores = scores_of(f"{NAME}:w.pytar", wordnet_folder, resolution=64)
@@ -88,7 +88,7 @@ def test_the_command_says_which_classes_count(wordnet_folder, tmp_path, monkeypa
 
 
 def test_a_network_of_some_classes_is_scored_on_the_images_of_these(tmp_path):
-    """Also where the data's other classes come between, and another class of the network is not in the data."""
+    """Also if the data's other classes are between them, and another class of the network is not in the data."""
     names = IDS[100:106]
     for number, name in enumerate(names):
         (tmp_path / "set" / name).mkdir(parents=True)
@@ -101,7 +101,7 @@ def test_a_network_of_some_classes_is_scored_on_the_images_of_these(tmp_path):
     scores = score(network, loader, IMAGENET, device=CPU, autocast=None, columns=class_columns(theirs, names))
     assert scores.images == 6
     assert [images for images, _ in scores.per_class] == [0, 3, 0, 0, 3, 0]
-    # Between the two classes that both know, for all images, though those of two classes are scored.
+    # Among the two common classes, for all images; only images of these two are scored.
     logits = logits_of(network, source.val.items)
     chosen = torch.where(logits[:, 0] > logits[:, 2], 4, 1)
     assert torch.equal(scores.predicted, chosen)
@@ -195,14 +195,14 @@ def test_multi_label_accuracy_is_reported(wordnet_folder, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     bare(tmp_path / "w.pytar")
     names = sorted(folder.name for folder in (wordnet_folder / "val").iterdir())
-    # Whatever it says of 000.jpg is right, and of 001.jpg wrong; the others are not known.
+    # Any answer is right for 000.jpg and wrong for 001.jpg; the other images are not judged.
     judged = {"000.JPEG": {"correct": names[:2], "unclear": names[2:]}, "001.JPEG": {"correct": [IDS[0]]}}
     Path("annotations.json").write_text(json.dumps({"initial_annots": judged, "problematic_images": {}}))
     scores = scores_of(f"{NAME}:w.pytar", wordnet_folder, resolution=64, multi_label="annotations.json")
     assert scores["multi_label"] == {"percent": 100, "images": 3, "left_out": 3}
 
 
-def test_what_cannot_be_scored_is_refused(wordnet_folder, image_folder, converted, tmp_path, monkeypatch):
+def test_unscorable_inputs_are_refused(wordnet_folder, image_folder, converted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bare(tmp_path / "w.pytar")
     bare(tmp_path / "three.pytar", 3)

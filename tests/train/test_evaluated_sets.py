@@ -1,4 +1,4 @@
-"""What a run is scored on: its own data, plain folders as a whole, and a file of results for each set."""
+"""The images that a run is scored on: its own data, or plain folders as a whole; and the files of results."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ def workplace(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def place(workplace, monkeypatch) -> Path:
-    """Into the folder, without what evaluations before have left beside the checkpoint. Gives the run's folder."""
+    """Changes to the folder and removes earlier results beside the checkpoint. Returns the run's folder."""
     root, folder = workplace
     monkeypatch.chdir(root)
     for file in folder.glob("evaluation-*"):
@@ -52,7 +52,7 @@ def scored(folder: Path, data: str | None = None, **options: Any) -> dict[str, A
     return json.loads(Path("scores.json").read_text())
 
 
-def test_without_data_the_runs_own(place, capsys):
+def test_without_data_the_runs_own_is_scored(place, capsys):
     scores = scored(place)
     assert (scores["data"], scores["split"], scores["images"]) == ("plain", "val", 4)
     assert scores["top1"] == json.loads((place / "result.json").read_text())["top1"]
@@ -62,8 +62,8 @@ def test_without_data_the_runs_own(place, capsys):
     assert "other images" not in out  # than when it was trained
 
 
-def test_images_of_the_run_are_never_scored_though_they_have_no_split(place, tmp_path, capsys):
-    """By whatever path they are named, unless all are asked for."""
+def test_training_images_of_a_set_without_splits_are_not_scored(place, tmp_path, capsys):
+    """Under any path, unless all are requested."""
     own = scored(place)
     (tmp_path / "link").symlink_to(Path("plain").resolve())
     shutil.copytree("plain", tmp_path / "copy")
@@ -74,7 +74,7 @@ def test_images_of_the_run_are_never_scored_though_they_have_no_split(place, tmp
     assert "plain has no split for validation: all of its 40 images are scored\n" in capsys.readouterr().out
 
 
-def test_a_copy_of_the_runs_archive_is_known(tmp_path):
+def test_a_copy_of_the_runs_archive_is_recognised(tmp_path):
     write_class_folders(tmp_path / "a", 2, 3)
     write_class_folders(tmp_path / "b", 2, 3, seed=50)
     own, other = (shutil.make_archive(str(tmp_path / name), "zip", tmp_path / name) for name in ("a", "b"))
@@ -89,7 +89,7 @@ def test_a_copy_of_the_runs_archive_is_known(tmp_path):
 
 def test_a_plain_test_folder_is_scored_whole(place, tmp_path, capsys):
     test = write_class_folders(tmp_path / "test", 2, 9, seed=500)
-    # One image of a class is held out of none.
+    # No image is held out of a class of one.
     shutil.rmtree(test / "class1")
     write_class_folders(tmp_path / "more", 2, 1, seed=900)
     shutil.move(tmp_path / "more" / "class1", test / "class1")
@@ -123,7 +123,7 @@ def test_rows_of_stored_images_name_their_files(place):
     assert 25 * sum(row["correct"] for row in rows) == scores["top1"]
 
 
-def test_results_of_different_sets_and_ways_lie_side_by_side(place, tmp_path):
+def test_results_of_different_sets_and_options_do_not_overwrite_each_other(place, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     tests = [str(write_class_folders(tmp_path / name / "test", 2, 3, seed=seed)) for name, seed in (("a", 1), ("b", 2))]
@@ -147,7 +147,7 @@ def test_results_of_different_sets_and_ways_lie_side_by_side(place, tmp_path):
     assert len(list(place.glob("evaluation-best-*"))) == 2
 
 
-def test_weights_of_the_same_stem_too(place, tmp_path, monkeypatch):
+def test_results_of_weights_with_the_same_stem_do_not_overwrite_each_other(place, tmp_path, monkeypatch):
     test = str(write_class_folders(tmp_path / "test", 2, 3))
     monkeypatch.chdir(tmp_path)
     state = models.build(NAME, 2).state_dict()
@@ -158,7 +158,7 @@ def test_weights_of_the_same_stem_too(place, tmp_path, monkeypatch):
     assert len(list(Path().glob("evaluation-w*.json"))) == 2
 
 
-def test_images_that_have_changed_since_are_noticed(workplace, tmp_path, monkeypatch, capsys):
+def test_changed_images_are_reported(workplace, tmp_path, monkeypatch, capsys):
     root, folder = workplace
     for name in ("plain", "runs"):
         shutil.copytree(root / name, tmp_path / name)
@@ -246,14 +246,14 @@ def test_bad_options_are_refused_before_anything_slow(place, tmp_path, monkeypat
             evaluate(run, device="cpu")
     finally:
         Path("elsewhere").rename("plain")
-    # One that was copied from its run's folder does not say on what it was trained.
+    # A checkpoint that was copied out of its run's folder does not name its data.
     shutil.copy(place / "last.pt", tmp_path / "copied.pt")
     with pytest.raises(TrainError, match=r"copied.pt: does not say what it was trained on; name validation"):
         evaluate(str(tmp_path / "copied.pt"), device="cpu")
     assert not [path for path in Path().iterdir() if path.name.startswith(".")]
 
 
-def test_a_result_that_cannot_lie_beside_the_checkpoint(place, monkeypatch):
+def test_a_result_that_cannot_be_written_beside_the_checkpoint(place, monkeypatch):
     def refuse(*where: Any) -> None:
         raise PermissionError(13, "Permission denied")
 

@@ -1,4 +1,4 @@
-"""Exported folders: that they say what the network says, without this project, and are refused where they don't."""
+"""Exported folders: they work without this project and agree with the network, or are refused."""
 
 import json
 import math
@@ -40,7 +40,7 @@ CHEAP: dict[str, Any] = {"device": "cpu", "decoder": "torchvision", "threads": 1
 
 
 def lively(name: str, classes: int = 3) -> nn.Module:
-    """A network that says something else of each crop, as trained ones do."""
+    """A network whose output differs from crop to crop, as that of trained ones does."""
     torch.manual_seed(1)
     network = models.build(name, classes)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def exported(weights, converted, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def again(weights, converted, exported, tmp_path, monkeypatch):
-    """Exports once more, with a file that is ready in place of the exporter's; `change` is done to it first."""
+    """Exports again, with an existing file in place of the exporter's, to which `change` is applied first."""
 
     def again(change=lambda model: None, **options: Any) -> Path:
         def write(path: Path, *_: Any, **__: Any) -> None:
@@ -106,11 +106,11 @@ def session_of(path: Path) -> onnxruntime.InferenceSession:
 
 
 def alone(folder: Path, photo: Image.Image) -> list[str]:
-    """What the lines of a model card print of a photo, in a process that knows nothing of this project."""
+    """The output of a model card's code for a photo, in a process without this project."""
     photo.save(folder / "photo.jpg", quality=95)
     (lines,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     check = "import importlib.util\nassert not importlib.util.find_spec('kernels')\n"
-    # Packages may lie there.
+    # Packages may be installed there.
     places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place and place != str(ROOT)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
     done = subprocess.run(
@@ -130,7 +130,7 @@ def said_of_photo(network: nn.Module, folder: Path, ratio: float = 1.0) -> tuple
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_onnx_says_what_pytorch_says_of_any_number_of_crops(weights, exported, count):
+def test_onnx_agrees_with_pytorch_for_any_number_of_crops(weights, exported, count):
     images = crops(count)
     (said,) = session_of(exported / "model.onnx").run(["probabilities"], {"images": images.numpy()})
     assert said.dtype == np.float32
@@ -139,7 +139,7 @@ def test_onnx_says_what_pytorch_says_of_any_number_of_crops(weights, exported, c
         assert np.ptp(said, axis=0).max() > 0.05  # crops matter
 
 
-def test_onnx_says_what_it_takes_and_what_its_classes_are(exported, converted):
+def test_onnx_metadata_describe_inputs_and_classes(exported, converted):
     session = session_of(exported / "model.onnx")
     (takes,), (gives,) = session.get_inputs(), session.get_outputs()
     assert (takes.name, takes.type, takes.shape[1:]) == ("images", "tensor(uint8)", [3, SIDE, SIDE])
@@ -148,13 +148,13 @@ def test_onnx_says_what_it_takes_and_what_its_classes_are(exported, converted):
     metadata = session.get_modelmeta().custom_metadata_map
     assert tuple(json.loads(metadata["class_names"])) == converted.class_names
     assert json.loads(metadata["resolution"]) == SIDE
-    # Neither paths nor code of the machine that wrote it.
+    # It contains neither paths nor code of the machine that wrote it.
     content = (exported / "model.onnx").read_bytes()
     assert b".py" not in content
     assert b"forward" not in content
 
 
-def test_the_lines_of_an_onnx_card_run_as_printed(weights, exported, converted, tmp_path):
+def test_the_code_of_an_onnx_card_runs_as_printed(weights, exported, converted, tmp_path):
     folder = shutil.copytree(exported, tmp_path / "elsewhere")
     name, probability = alone(folder, photograph(5, 90, 70))
     assert (name, float(probability)) == (
@@ -178,8 +178,8 @@ def _values(tensor: onnx.TensorProto) -> np.ndarray:
 
 
 @pytest.mark.parametrize("change", [_other_mean, _classes_in_another_order])
-def test_a_file_that_says_something_else_is_refused(again, change, tmp_path):
-    with pytest.raises(TrainError, match="^model.onnx says something else than the network in PyTorch"):
+def test_a_file_with_different_output_is_refused(again, change, tmp_path):
+    with pytest.raises(TrainError, match="^model.onnx differs from the network in PyTorch"):
         again(change)
     assert list(tmp_path.iterdir()) == []
 
@@ -215,7 +215,7 @@ def test_int8_that_loses_too_much_is_refused_unless_accepted(again, exported, mo
     assert "model-int8.onnx" in printed.splitlines()[-4]
 
 
-def test_what_int8_may_lose():
+def test_allowed_loss_of_int8():
     right = np.ones(1000, bool)
     for wrong, refused in [(10, False), (11, True)]:
         after = Marks(np.arange(1000) >= wrong, right)
@@ -223,14 +223,14 @@ def test_what_int8_may_lose():
             with pytest.raises(TrainError):
                 check_loss(Marks(right, right), after, accepted=False)
         check_loss(Marks(right, right), after, accepted=refused)
-    # Of few images, two standard errors are more than a point; pairs that agree add nothing to them.
+    # For few images, two standard errors are more than a point; images with equal answers add nothing to them.
     few = np.ones(50, bool)
     check_loss(Marks(few, few), Marks(np.arange(50) >= 3, few), accepted=False)
     with pytest.raises(TrainError):
         check_loss(Marks(few, few), Marks(np.arange(50) >= 5, few), accepted=False)
 
 
-def test_when_two_answers_are_equal():
+def test_tolerance_between_two_outputs():
     marks = Marks(np.ones(1, bool), np.ones(1, bool))
 
     def differs(theirs: list[float], ours: list[float], **binary: bool) -> bool:
@@ -276,7 +276,7 @@ def test_a_run_is_exported_beside_its_checkpoint_on_its_own_data(refinery, conve
     shutil.rmtree(folder)
 
 
-def test_the_lines_of_a_safetensors_card_run_as_printed(weights, converted, tmp_path):
+def test_the_code_of_a_safetensors_card_runs_as_printed(weights, converted, tmp_path):
     folder = tmp_path / "out"
     export(weights[0], "safetensors", data=str(converted.folder), out=str(folder), resolution=SIDE, **CHEAP)
     name, probability = alone(folder, photograph(6, 70, 80))
@@ -314,7 +314,7 @@ def test_every_network_is_built_without_this_project(name):
     }
 
 
-def test_the_binary_network_without_this_project_says_the_same():
+def test_the_binary_network_without_this_project_gives_the_same_output():
     code = standalone("resnet50-xnor", 3)
     space: dict[str, Any] = {}
     exec(code.source, space)
@@ -368,7 +368,7 @@ def test_bad_input_is_refused_at_once(weights, converted, wordnet_folder, refine
     assert (tmp_path / "foreign" / "thesis.txt").read_text() == "years of work"
 
 
-def test_runs_are_drawn_by_accuracy_and_milliseconds(refinery, tmp_path, monkeypatch, capsys):
+def test_the_figure_of_accuracy_and_milliseconds(refinery, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     table(str(refinery.parent), figure="a.svg")
     drawn = Path("a.svg").read_text()
@@ -435,7 +435,7 @@ def test_the_binary_network_as_onnx(converted, tmp_path):
     assert said.shape == (3, 3)
 
 
-def test_what_killed_exports_left_is_removed_and_nothing_else(tmp_path):
+def test_only_leftovers_of_killed_exports_are_removed(tmp_path):
     others = [".other.partial-abc", ".out.partial-b.partial-abc"]
     for name in (*others, ".out.partial-abc_12"):
         (tmp_path / name).mkdir()

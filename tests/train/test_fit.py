@@ -1,4 +1,4 @@
-"""The batch and the length that a set gets where none is asked for."""
+"""The default batch and length of a run for a set."""
 
 import pytest
 from hypothesis import given
@@ -34,15 +34,15 @@ def test_small_sets_take_smaller_batches_and_more_epochs(images, batch, epochs):
     assert line is None or (f"batches of {batch} in place of 256" in line and f"than {images} images" in line)
 
 
-def test_what_is_asked_for_stays(tmp_path):
+def test_given_values_are_not_fitted(tmp_path):
     assert (of(300, batch=256).batch, of(300, batch=256).epochs) == (256, 200)
     assert (of(20, epochs=3).batch, of(20, epochs=3).epochs) == (8, 3)
     assert fitted(Config(), 20, 1) == Config()
-    # A recipe of the user's own was written for the user's images.
+    # A user's own recipe is not adapted.
     own = tmp_path / "own.yaml"
     own.write_text("epochs: 3\nbatch: 16\n")
     assert (of(40, recipe=str(own)).batch, of(40, recipe=str(own)).epochs) == (16, 3)
-    # Stored labels are of so many epochs.
+    # Stored labels were made for the recipe's epochs.
     assert of(20, **{"labels.stored": "labels"}).epochs == 200
 
 
@@ -52,7 +52,7 @@ def test_what_is_asked_for_stays(tmp_path):
     st.integers(1, 3),
     st.sampled_from(["label-refinery", "quick", "fine-tune", "relabel"]),
 )
-def test_every_set_makes_steps_that_replicas_share_evenly(images, replicas, copies, recipe):
+def test_steps_of_every_set_divide_evenly_among_replicas(images, replicas, copies, recipe):
     asked = configure({"data": "photos", "recipe": recipe, "copies": copies})
     config = fitted(asked, images, replicas)
     steps = images // config.batch * copies
@@ -63,7 +63,7 @@ def test_every_set_makes_steps_that_replicas_share_evenly(images, replicas, copi
         return
     assert config.batch % replicas == 0
     assert config.batch // replicas >= min(2, asked.batch)
-    # All that a smaller batch and more epochs can do has been done.
+    # Otherwise the batch is as small as allowed.
     assert steps or images < 2 * replicas or config.batch // replicas < 4
     assert not steps or config.epochs * steps >= 16 * asked.epochs
     if steps < 16:

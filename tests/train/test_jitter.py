@@ -1,4 +1,4 @@
-"""Adversarial jitter: the gradient, whose it is, and what it leaves alone."""
+"""Adversarial jitter: its gradient, and what it does not change."""
 
 import copy
 from dataclasses import replace
@@ -37,13 +37,13 @@ def moved(batch, networks, *, eta=1.0, bn="running"):
     return with_jittered(batch, labels, student, Normalise(IMAGENET), eta=eta, autocast=None).crops
 
 
-def test_is_the_papers_equation(batch, networks):
-    """Written out: X' = X + eta dL/dX, L through both networks, X the normalised crop, each crop by itself."""
+def test_jitter_is_the_papers_equation(batch, networks):
+    """Recomputed: X' = X + eta dL/dX, L through both networks, X the normalised crop, crop by crop."""
     refinery, student = (copy.deepcopy(network) for network in networks)
     refinery.eval()
-    student.eval()  # running statistics, so that crops do not touch each other
+    student.eval()  # running statistics, so that crops do not affect each other
     labels = Refinery(refinery, IMAGENET, bn="running")
-    # The gradient of these networks is below 1e-3: at eta = 1 the rounding of X would hide what it is.
+    # The gradient of these networks is below 1e-3, which rounding of X would hide at eta = 1.
     eta = 1e4
     ours = with_jittered(batch, labels, student, Normalise(IMAGENET), eta=eta, autocast=None)
     for i in range(6):
@@ -53,7 +53,7 @@ def test_is_the_papers_equation(batch, networks):
         found = (Normalise(IMAGENET)(ours.crops[6 + i : 7 + i]) - x.detach()) / eta
         largest = x.grad.abs().max().item()
         torch.testing.assert_close(found, x.grad, rtol=0, atol=0.01 * largest)
-        # Not through the student alone.
+        # It is not the gradient through the student only.
         (own,) = torch.autograd.grad(-(log_p.detach().exp() * F.log_softmax(student(x), dim=1)).sum(), x)
         assert (found - own).abs().max() > 0.1 * largest
 
@@ -66,14 +66,14 @@ def test_clean_crops_come_first_and_nothing_else_changes(batch, networks):
     assert torch.equal(moved(batch, networks, eta=0.0)[6:], batch.crops.float())
     for name, value in networks[1].state_dict().items():
         assert torch.equal(value, before[name]), name
-    # The step that follows counts its statistics in.
+    # The statistics are updated only by the step that follows.
     norms = [module for module in networks[1].modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert norms
     assert all(norm.track_running_stats for norm in norms)
     assert all(parameter.grad is None for network in networks for parameter in network.parameters())
 
 
-def test_they_disagree_more_about_jittered_crops(batch, networks):
+def test_student_and_refinery_disagree_more_on_jittered_crops(batch, networks):
     refinery, student = networks
     labels = Refinery(refinery, IMAGENET, bn="running")
     crops = moved(batch, networks, eta=1e-3)
@@ -86,7 +86,7 @@ def test_they_disagree_more_about_jittered_crops(batch, networks):
 
 
 def test_a_step_with_jitter_learns_from_clean_and_jittered_crops(batch, networks):
-    """Its loss is of both, its accuracy of the clean ones alone."""
+    """Its loss covers both, its accuracy only the clean ones."""
     refinery, start = networks
     labels = Refinery(refinery, IMAGENET)
     networks_after = []

@@ -1,4 +1,4 @@
-"""A resolved run: which options are part of who it is, and what it asks of its loader."""
+"""A resolved run: which options are part of its identity, and how it opens its loader."""
 
 from dataclasses import asdict
 
@@ -8,7 +8,7 @@ from train.config import Config, configure
 from train.job import resolve
 from train.labels.ground_truth import GroundTruthLabels
 
-# Another value for every option; of those that decide the weights a run ends with, in the order of its configuration.
+# Another value for each option: first those that determine a run's final weights, in the order of its configuration.
 DECIDE = {
     "model": "resnet18",
     "data": None,  # another set: see below
@@ -47,7 +47,7 @@ DECIDE = {
     "augment.cutmix": 0.5,
     "augment.mixup": 0.5,
 }
-# Of these, one is part of it where another is given.
+# Options that are part of the identity only together with another one.
 WITH = {
     "augment.cutmix_beta": (2.0, {"augment.cutmix": 0.5}),
     "augment.mixup_beta": (2.0, {"augment.mixup": 0.5}),
@@ -55,7 +55,7 @@ WITH = {
     "augment.refinery_sees": ("plain", {"augment.mixup": 0.5}),
     "reduce": ("bf16", {"replicas": 2}),
 }
-# Where a run lies, and how fast it runs.
+# A run's folder and speed.
 LEAVE = {
     "recipe": "quick",
     "out": "here",
@@ -69,7 +69,7 @@ LEAVE = {
     "cuda_graphs": True,
     "deterministic": True,
 }
-# What the labels are, which have an identity of their own, and weights to start from, which have a digest.
+# Options of labels, which have their own identity, and initial weights, which have a digest.
 ELSEWHERE = {"refinery", "pretrained", "labels.bn", "labels.resolution", "labels.per", "labels.taxonomy"}
 ELSEWHERE |= {"labels.stored", "labels.pooled", "labels.cycle"}
 
@@ -85,7 +85,7 @@ def job(converted):
     return job
 
 
-def test_every_option_is_part_of_who_a_run_is_or_said_not_to_be():
+def test_every_option_is_listed_as_part_of_the_identity_or_not():
     def dotted(values, prefix=""):
         for name, value in values.items():
             yield from dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
@@ -94,21 +94,21 @@ def test_every_option_is_part_of_who_a_run_is_or_said_not_to_be():
 
 
 @pytest.mark.parametrize("option", [name for name, value in DECIDE.items() if value is not None])
-def test_what_decides_the_weights_makes_another_run(job, option):
+def test_options_that_determine_the_weights_change_the_identity(job, option):
     usual, other = job(), job(**{option: DECIDE[option]})
     assert other.identity != usual.identity
     assert other.folder != usual.folder
 
 
 @pytest.mark.parametrize("option", WITH)
-def test_what_decides_them_with_another_option(job, option):
+def test_options_that_determine_the_weights_only_with_another_one(job, option):
     value, needed = WITH[option]
     assert job(**needed, **{option: value}).identity != job(**needed).identity
     assert job(**{option: value}).identity == job().identity
 
 
 @pytest.mark.parametrize("option", LEAVE)
-def test_how_fast_it_runs_does_not(job, option):
+def test_options_of_speed_and_place_do_not_change_the_identity(job, option):
     usual = {"recipe": "label-refinery"} if option == "recipe" else {}
     given = {"optimizer.lr": 0.1, "optimizer.kind": "sgd", "schedule.kind": "step", "optimizer.weight_decay": 0.0}
     given |= {"optimizer.lr_batch": 256, "optimizer.momentum": 0.9, "schedule.warmup": 0.0, "optimizer.nesterov": False}
@@ -116,8 +116,8 @@ def test_how_fast_it_runs_does_not(job, option):
     assert job(**given, **{option: LEAVE[option]}).identity == job(**given, **usual).identity
 
 
-def test_it_asks_its_loader_for_copies_and_order(job):
-    """And for crops by its seed and its rule, of the size of the epoch."""
+def test_copies_and_order_are_passed_to_the_loader(job):
+    """And its seed, its crop rule and the resolution of the epoch."""
     usual = job(**{"crop.flip": False, "seed": 3})
     loader = usual.open_crops()
     assert (loader.steps, loader.copies, loader._order) == (3, 1, "random")

@@ -1,4 +1,4 @@
-"""The kinds of labels: which one a configuration asks for, what each says of itself, and what another one takes."""
+"""The kinds of labels: how options select one, their options, and what adding a kind takes."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from train.labels.source import Labels, LabelSource, Targets
         ({"labels.taxonomy": "is_a.txt", "loss.kind": "hard"}, "taxonomy"),
     ],
 )
-def test_which_is_asked_for(options, kind):
+def test_options_select_the_kind_of_labels(options, kind):
     config = configure(options)
     labels.check(config)
     assert labels.kind_of(config) is KINDS[kind]
@@ -38,13 +38,13 @@ def test_which_is_asked_for(options, kind):
         ({"refinery": "resnet18", "labels.resolution": 0}, "labels.resolution=0: must be at least 1"),
     ],
 )
-def test_what_has_no_meaning_together(options, says):
+def test_contradictory_options_are_refused(options, says):
     with pytest.raises(TrainError, match=f"^{says}"):
         labels.check(configure(options))
 
 
 def test_every_option_of_labels_belongs_to_a_kind():
-    """One that belonged to none would be taken without an effect."""
+    """An option that belonged to none would be accepted without an effect."""
     belonging = {option for kind in KINDS.values() for option in kind.options}
     config = configure({})
     for group in ("labels", "loss"):
@@ -61,7 +61,7 @@ class Uniform(LabelSource):
 
 @dataclass(frozen=True)
 class UniformLabels(Labels):
-    """Every class alike: a kind that only this test has, asked for by a taxonomy of this name."""
+    """All classes equally likely: a kind only for this test, selected by a taxonomy of this name."""
 
     options = ("labels.taxonomy",)
     elsewhere = "is for nobody"
@@ -93,13 +93,13 @@ class UniformLabels(Labels):
         return Uniform()
 
 
-def test_another_kind_is_a_class_and_an_entry(run, monkeypatch, capsys):
+def test_a_new_kind_needs_only_a_class_and_an_entry(run, monkeypatch, capsys):
     monkeypatch.setattr(labels, "KINDS", {"uniform": UniformLabels, **KINDS})
     finished = run("--labels.taxonomy", "uniform", "--epochs", "1")
     assert finished.identity["labels"] == {"kind": "uniform", "uniform": True}
     assert finished.identity["refinery"] is None
     assert "labels  the same for all" in capsys.readouterr().out
     assert labels.origin_of(finished.identity) == "no knowledge"
-    assert finished.metrics[0]["loss"] < 0.1  # the KL of a network that has just begun, and knows nothing either
+    assert finished.metrics[0]["loss"] < 0.1  # the KL of an untrained network, whose output is nearly uniform too
     with pytest.raises(TrainError, match="jitter is for a refinery's labels"):
         run("--labels.taxonomy", "uniform", "--jitter", "1")

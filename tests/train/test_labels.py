@@ -40,7 +40,7 @@ def test_ground_truth(batch):
     assert torch.equal(targets.classes(), batch.labels)
 
 
-def test_smoothing_is_pytorchs(batch):
+def test_smoothing_equals_pytorchs(batch):
     student = torch.randn(12, 3)
     smooth = GroundTruth(3, smoothing=0.1)(batch)
     torch.testing.assert_close(smooth.probabilities.sum(dim=1), torch.ones(12))
@@ -50,7 +50,7 @@ def test_smoothing_is_pytorchs(batch):
 
 
 def test_averaged_statistics_are_the_mean_over_batches(converted, network):
-    """Against each layer's own statistics of every batch, taken by hand; batches beyond the first 16 do not count."""
+    """Against each layer's statistics of every batch, computed in the test; only the first 16 batches are used."""
     loader = open_loader(converted.beton("train"), resolution=32, batch_size=12, decoder="ffcv")
     batches = [batch for epoch in range(6) for batch in loader.epoch(epoch)]
     assert len(batches) > 16
@@ -79,14 +79,14 @@ def test_averaged_statistics_are_the_mean_over_batches(converted, network):
         torch.testing.assert_close(
             refinery(batch).logits, reference(Normalise(IMAGENET)(batch.crops)), rtol=1e-3, atol=1e-4
         )
-    # They are folded, as running statistics are; and the network given keeps its own.
+    # They are folded, as running statistics are; the original network does not change.
     assert not any(isinstance(module, nn.BatchNorm2d) for module in refinery.network.modules())
     running = Refinery(network, IMAGENET, bn="running")(single).logits
     assert not torch.allclose(refinery(single).logits, running, atol=1e-2)
 
 
 def test_batch_statistics_are_those_of_the_batch(batch, network):
-    """The labels are those of the network in training mode; of its own weights and buffers nothing moves."""
+    """The labels are those of the network in training mode; its weights and buffers do not change."""
     before = copy.deepcopy(network.state_dict())
     refinery = Refinery(network, IMAGENET)
     ours = refinery(batch).logits
@@ -97,7 +97,7 @@ def test_batch_statistics_are_those_of_the_batch(batch, network):
         assert torch.equal(value, before[name]), name
 
 
-def test_running_statistics_by_name(batch, network):
+def test_running_statistics_are_folded(batch, network):
     refinery = Refinery(network, IMAGENET, bn="running")
     assert not any(isinstance(module, nn.BatchNorm2d) for module in refinery.modules())  # folded
     before = copy.deepcopy(refinery.state_dict())
@@ -108,8 +108,8 @@ def test_running_statistics_by_name(batch, network):
         assert torch.equal(value, before[name]), name
 
 
-def test_timm_normalisation_layers_too(batch):
-    """timm has batch normalisation layers of its own, with the activation inside."""
+def test_batch_statistics_of_timms_layers(batch):
+    """timm has its own batch normalisation layers, which include the activation."""
     torch.manual_seed(0)
     network = models.build("timm:mobilenetv3_small_050", 3)
     refinery = Refinery(network, IMAGENET)
@@ -123,7 +123,7 @@ def test_timm_normalisation_layers_too(batch):
 
 @pytest.mark.parametrize("bn", ["batch", "running"])
 def test_dropout_is_off(batch, bn):
-    """From the start, and when all that the training is made of is put in training mode."""
+    """At the start, and after the labels are put in training mode."""
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
     network = nn.Sequential(*layers, nn.Dropout(0.5), nn.Linear(32, 3))
     refinery = Refinery(network.train(), IMAGENET, bn=bn)
@@ -145,7 +145,7 @@ def test_a_batch_of_one_is_refused(converted, network):
     assert Refinery(network, IMAGENET, bn="running")(single).logits.shape == (1, 3)
 
 
-def test_at_a_lower_resolution_it_sees_the_crop_smaller(batch, network):
+def test_at_a_lower_resolution_crops_are_resized(batch, network):
     refinery = Refinery(network, IMAGENET, resolution=24)
     seen = []
     refinery.network.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -158,14 +158,14 @@ def test_at_a_lower_resolution_it_sees_the_crop_smaller(batch, network):
     assert (crops - Normalise(IMAGENET)(theirs)).abs().max() < 1 / 255 / 0.22
 
 
-def test_its_weights_are_stored_in_what_it_computes_in(batch, network):
+def test_weights_are_stored_in_the_dtype_of_autocast(batch, network):
     refinery = Refinery(network, IMAGENET, dtype=torch.bfloat16)
     stored = {name: value.dtype for name, value in refinery.network.named_parameters()}
     assert {dtype for name, dtype in stored.items() if "conv" in name or "fc" in name} == {torch.bfloat16}
     assert {dtype for name, dtype in stored.items() if "bn" in name} == {torch.float32}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, plain = refinery(batch).logits, Refinery(network, IMAGENET)(batch).logits
-    # Autocast itself would round the weights just so.
+    # Autocast would round the weights in the same way.
     assert torch.equal(ours, plain)
 
 
@@ -207,8 +207,8 @@ def test_the_label_of_the_image_is_that_of_its_central_crop(converted, network):
     torch.testing.assert_close(refinery(batch).logits, said[batch.indices], rtol=1e-4, atol=1e-4)
 
 
-def test_of_a_refinery_of_more_classes_the_datas_are_used(batch):
-    """Its label is what the network says given that the crop shows one of the data's classes."""
+def test_a_refinery_of_more_classes_chooses_among_the_datas(batch):
+    """Its label is the network's output given that the crop shows one of the data's classes."""
     torch.manual_seed(0)
     network = models.build("resnet18", 20)
     columns = [17, 3, 8]

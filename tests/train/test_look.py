@@ -1,4 +1,4 @@
-"""The page of a look: what it counts against an independent count, what it shows, its limits, and what is refused."""
+"""The page of `make look`: its numbers against an independent count, its contents, limits, and refused inputs."""
 
 import base64
 import io
@@ -82,7 +82,7 @@ def written(tmp_path):
 
 
 class Page(HTMLParser):
-    """What a browser would find."""
+    """The page as a browser parses it."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -151,7 +151,7 @@ def test_with_refinery_and_student_it_shows_their_labels_and_results(written, da
         *("Worst classes", "Confusion", "Worst mistakes", "Calibration"),
     ]
     check_alone_and_harmless(found)
-    # A run's page shows what it learned from, without being told.
+    # The page of a run shows its labels without further options.
     assert f"refinery resnet18 ({refinery.folder}/last.pt)" in found.words
     assert "refinery, image" in found.words
     assert "checkpoint, crop" in found.words
@@ -183,13 +183,13 @@ def test_published_weights_of_more_classes_label_crops_and_images(written, wordn
     assert {"tiger shark", "n01491361"} <= set(found.cells)
 
 
-def test_a_network_stands_for_its_finished_run(written, data, trained):
+def test_a_networks_name_selects_its_finished_run(written, data, trained):
     refinery, _ = trained
     found = written(data=str(data.folder), refinery="resnet18", runs=str(refinery.folder.parents[1]))
     assert f"refinery resnet18 ({refinery.folder}/last.pt)" in found.words
 
 
-def test_a_lost_refinery_is_said(written, trained, tmp_path, capsys):
+def test_a_lost_refinery_is_reported(written, trained, tmp_path, capsys):
     _, student = trained
     copy = Path(shutil.copytree(student.folder, tmp_path / "copy"))
     config = copy / "config.yaml"
@@ -229,7 +229,7 @@ def test_the_crops_are_those_of_the_first_step(data, trained):
 
 @pytest.mark.parametrize("refined", [False, True])
 def test_mixed_crops_have_the_labels_of_both(data, trained, refined):
-    """What the step learns from: the weighted labels of two images, or the refinery's of the mixture."""
+    """The labels that the step uses: the weighted labels of two images, or the refinery's of the mixture."""
     refinery, _ = trained
     given = {"data": str(data.folder), "augment.mixup": 1.0} | ({"refinery": str(refinery.folder)} if refined else {})
     config = configure(WORDS | given)
@@ -254,7 +254,7 @@ def test_mixed_crops_have_the_labels_of_both(data, trained, refined):
         assert dict(crop.said) == pytest.approx(dict(zip(HOSTILE, expected[row].tolist(), strict=True)), abs=1e-3)
 
 
-def test_answers_are_what_the_network_says_of_central_crops(data, trained):
+def test_answers_are_the_networks_output_for_central_crops(data, trained):
     known = load_trained(str(trained[0].folder))
     judge = Judge("it", known, range(3), 32, data.crop, "fp32")
     beton = Beton(data.beton("val"))
@@ -297,7 +297,7 @@ def test_confusion_and_accuracy_of_classes():
     assert sections.suspicious(answers_of([0, 1], [1, 1], 2, confidence=0.95)) == 1
 
 
-def test_calibration_of_a_network_that_is_as_right_as_confident():
+def test_calibration_of_a_calibrated_network():
     rng = np.random.default_rng(0)
     confidence = rng.uniform(0.2, 1, 60_000).astype(np.float32)
     right = rng.uniform(size=60_000) < confidence
@@ -324,8 +324,8 @@ def test_calibration_of_a_network_that_is_as_right_as_confident():
     assert (over.error, over.counts.tolist(), over.accuracy.tolist()) == (0.75, [4], [0.25])
 
 
-def test_confused_classes_stand_side_by_side():
-    """Groups that are confused among themselves, dealt out at random, come together again."""
+def test_confused_classes_are_adjacent():
+    """Groups of classes that are confused with each other become adjacent from a random order."""
     rng = np.random.default_rng(1)
     group = np.repeat(np.arange(20), 25)[rng.permutation(500)]
     shares = np.where(group[:, None] == group[None], 0.02, 0) + np.eye(500) * 0.5
@@ -337,8 +337,8 @@ def test_confused_classes_stand_side_by_side():
 
 
 @pytest.mark.parametrize("classes", [1, 2, 12, 40, 41, 500, 1500])
-def test_every_cell_of_a_matrix_is_seen(classes):
-    """A lone cell stays visible however many classes there are."""
+def test_every_cell_of_a_matrix_is_visible(classes):
+    """A single cell is visible for any number of classes."""
     shares = np.zeros((classes, classes), np.float32)
     empty, together = matrix.picture(shares, ["name"] * classes)
     shares[classes // 3, classes // 2] = 1
@@ -441,7 +441,7 @@ def test_learning_curves_show_the_validation_loss_where_there_is_one(trained, tm
 
 
 @pytest.mark.slow
-def test_scenes_tell_what_crops_show(tmp_path, monkeypatch):
+def test_scenes_show_the_truth_about_crops(tmp_path, monkeypatch):
     from data import scenes
 
     assert scenes.CLASS_NAMES
@@ -509,7 +509,7 @@ def test_bad_inputs_end_in_one_line_before_anything_slow(data, trained, refusal,
     assert not list(tmp_path.rglob("look.html"))
 
 
-def test_a_page_that_cannot_be_written_leaves_the_one_before(data, tmp_path, monkeypatch):
+def test_a_page_that_cannot_be_written_leaves_the_previous_one(data, tmp_path, monkeypatch):
     out = tmp_path / "look.html"
     out.write_text("the one before")
 

@@ -1,4 +1,4 @@
-"""Ground truth mixed into the loss, and classes that count alike whatever their number of images."""
+"""Options of the loss: a share of ground truth, and weights that balance classes."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def batch(converted):
 
 
 class Sparse(LabelSource):
-    """Labels of a file that keeps the likeliest class and what the others get."""
+    """Labels of a file that stores the likeliest class and the probability of the others."""
 
     def forward(self, batch):
         count = len(batch.labels)
@@ -68,12 +68,12 @@ def students(*names):
 
 
 def divergence(p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL from each row of p to what the logits say: float [B], in plain PyTorch."""
+    """KL from each row of p to the softmax of the logits: float [B], in plain PyTorch."""
     return (torch.special.xlogy(p, p) - p * logits.log_softmax(dim=1)).sum(dim=1)
 
 
 def check_step(batch, crops, labels, wanted, *, names=("mobilenet0.25", "resnet18"), **options):
-    """A step's loss, and how it moves the weights, are those of `wanted`, a function of a network's logits."""
+    """Checks that a step's loss and its update of the weights are those of `wanted`, a function of the logits."""
     trained = students(*names)
     before = [copy.deepcopy(student.network).train() for student in trained]
     Step(trained, labels, device=CPU, autocast=None, compiled=False, **options)(batch)
@@ -116,7 +116,7 @@ def test_the_refined_part_alone_has_the_temperature(batch):
 
 @pytest.mark.parametrize("sees", ["plain", "mixed"])
 def test_a_mixed_crop_has_the_labels_and_weights_of_both(batch, sees):
-    """Also where the refinery labels the mixture, which then has one soft label and two of its images."""
+    """Also if the refinery labels the mixture, which then has one soft label and two images' own labels."""
     augment = Augment(AugmentConfig(cutmix=1.0), seed=5, epochs=10, device=CPU)
     mixing = random_mixing(8, 32, seed=5, epoch=0, step=0, cutmix=1)
     assert 0 < mixing.kept < 1
@@ -152,7 +152,7 @@ def test_jittered_crops_have_the_class_of_their_image(batch):
     check_step(batch, both.crops, labels, wanted, names=["resnet18"], truth=0.4, weights=WEIGHTS, jitter=1.0)
 
 
-def test_it_is_compiled_into_the_same_graph(batch):
+def test_loss_options_are_compiled_into_the_same_graph(batch):
     torch._dynamo.reset()
     compiler = CompileCounter()
     augment = Augment(AugmentConfig(cutmix=0.5), seed=5, epochs=10, device=CPU)
@@ -177,7 +177,7 @@ def test_weights_have_a_mean_of_one_over_the_images(counts, power):
     )
 
 
-def test_weights_of_both_ends():
+def test_class_weights_at_both_ends():
     assert class_weights(np.array([10, 30]), 0).tolist() == [1, 1]
     assert class_weights(np.array([10, 30]), 1).tolist() == pytest.approx([2, 2 / 3])
 
@@ -188,7 +188,7 @@ def identity(converted, *words):
     return resolve(config, data, labels).identity
 
 
-def test_they_belong_to_the_identity_where_they_are_asked_for(converted, refinery):
+def test_loss_options_are_part_of_the_identity_only_if_given(converted, refinery):
     of = lambda *words: identity(converted, "--refinery", str(refinery), *words)  # noqa: E731
     plain = of()
     # Runs of earlier versions keep their folders.
@@ -215,7 +215,7 @@ def test_bad_values(converted, words, message):
 
 
 def test_a_refinery_by_name_is_trained_without_the_mixture(run, capsys):
-    """It learns from the ground truth already; the balance of classes is for both."""
+    """It learns from the ground truth already; the balance of classes applies to both."""
     words = ["--refinery", "mobilenet0.25", "--epochs", "1", "--loss.truth", "0.25", "--loss.balance", "1"]
     student = run(*words)
     loss = {"kind": "soft", "temperature": 1.0, "balance": 1.0}
@@ -229,7 +229,7 @@ def test_a_refinery_by_name_is_trained_without_the_mixture(run, capsys):
 
 
 def test_a_skewed_set_is_balanced(tmp_path, monkeypatch, capsys):
-    """What a run prints and learns from are the numbers of the images that are there."""
+    """The printed and used weights are those of the actual numbers of images."""
     monkeypatch.chdir(tmp_path)
     for part, counts in (("train", (24, 12, 4)), ("val", (2, 2, 2))):
         write_class_folders(Path("set") / part, 3, max(counts), seed=len(part))

@@ -58,7 +58,7 @@ def test_published_maps_take_four_and_a_half_kilobytes():
 
 
 def test_a_crops_label_is_the_map_pooled_over_its_box(make, converted, refinery):
-    """Computed again from the pictures, with RoIAlign on the dense map."""
+    """Recomputed from the images, with RoIAlign on the dense map."""
     store = make("maps")
     made = store.description
     assert (made.cells, made.k, made.resolution, made.shift) == (3, 3, 96, False)  # no class is left out
@@ -107,7 +107,7 @@ def resolve_online(converted, refinery, *words):
     return resolve(config, data, labels)
 
 
-def test_maps_train(run, make, refinery, capsys):
+def test_a_run_trains_on_maps(run, make, refinery, capsys):
     store = make("maps")
     out = capsys.readouterr().out
     assert "maps    maps of 3x3 cells, top 3, of " in out
@@ -120,7 +120,7 @@ def test_maps_train(run, make, refinery, capsys):
         assert origin_of(found.identity) == "resnet18, maps"
         assert found.identity["generation"] == 1
         assert found.identity["refinery"]["weights"] == load_trained(str(refinery)).digest
-    # Once more, nothing is made.
+    # The second time, nothing is made.
     before = (store.folder / "train.maps").stat().st_mtime_ns
     make("maps")
     assert (store.folder / "train.maps").stat().st_mtime_ns == before
@@ -137,12 +137,12 @@ def test_by_default_a_map_has_the_scale_of_validation_crops(make, converted, ref
 
 
 @pytest.mark.parametrize("offset", [0, -8, -100])
-def test_logits_that_are_left_out_are_0_on_average(make, converted, refinery, monkeypatch, offset):
-    """So that a label is near that of all logits, wherever these lie, as after training with binary cross-entropy."""
+def test_dropped_logits_are_0_on_average(make, converted, refinery, monkeypatch, offset):
+    """So that a label is close to that of all logits for any offset, as after training with binary cross-entropy."""
     monkeypatch.setattr("train.maps._KEPT", 2)
     state = torch.load(refinery / "last.pt")
     state["model"]["fc.bias"] += offset
-    # Cells that differ by more than what is allowed for below.
+    # Makes cells differ by more than the tolerance below.
     state["model"]["fc.weight"] *= 20
     torch.save(state, "last.pt")
     store = make("maps", "--refinery", "last.pt")
@@ -164,7 +164,7 @@ def test_logits_that_are_left_out_are_0_on_average(make, converted, refinery, mo
     torch.testing.assert_close(said, wanted, rtol=0, atol=0.002)
 
 
-def test_a_map_is_read_in_a_compiled_graph_and_one_at_a_time(make, converted):
+def test_maps_work_in_a_compiled_graph_and_in_batches_of_one(make, converted):
     source = Maps(make("maps"))
     rows = torch.from_numpy(source._store.rows(0)[:5].copy())
     for classes in (10, 300, 70000):
@@ -180,7 +180,7 @@ def test_a_map_is_read_in_a_compiled_graph_and_one_at_a_time(make, converted):
     torch.testing.assert_close(compiled(batch).probabilities, source(batch).probabilities)
 
 
-def test_logits_that_float16_does_not_hold_are_refused(make, refinery):
+def test_logits_out_of_the_range_of_float16_are_refused(make, refinery):
     state = torch.load(refinery / "last.pt")
     state["model"]["fc.weight"] *= 1e6
     torch.save(state, "last.pt")
@@ -201,11 +201,11 @@ def test_a_batch_of_one_and_folders_of_other_labels(make, refinery):
     [
         (["--loss.temperature", "2"], "loss.temperature=2: labels from maps are probabilities at temperature 1"),
         (["--labels.cycle", "2"], "labels.cycle=2: maps label the crops of any epoch"),
-        (["--labels.bn", "running"], "labels.bn has no meaning with labels.stored"),
+        (["--labels.bn", "running"], "labels.bn has no effect with labels.stored"),
         (["--refinery", "resnet50"], "REFINERY=resnet50: LABELS=.* were made by another one, resnet18 and not"),
     ],
 )
-def test_what_has_no_meaning_with_maps(run, make, words, says):
+def test_options_without_effect_on_maps_are_refused(run, make, words, says):
     store = make("maps")
     with pytest.raises(TrainError, match=says):
         run("--labels.stored", str(store.folder), *words)
@@ -235,12 +235,12 @@ def test_damaged_maps_are_named(run, make):
         ([], 0, "map_resolution=0: must be at least 1"),
     ],
 )
-def test_what_cannot_be_mapped(make, words, side, says):
+def test_inputs_that_cannot_be_mapped_are_refused(make, words, side, says):
     with pytest.raises(TrainError, match=says):
         make("maps", *words, side=side)
 
 
-def test_more_classes_than_are_pooled_are_refused(make, monkeypatch):
+def test_more_classes_than_can_be_pooled_are_refused(make, monkeypatch):
     monkeypatch.setattr("train.labels.maps.MOST_CLASSES", 2)
     with pytest.raises(TrainError, match="set: has 3 classes; maps are pooled of 2 at most"):
         make("maps")

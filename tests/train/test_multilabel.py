@@ -1,4 +1,4 @@
-"""ReaL and multi-label accuracy, against a few lines that say what they are."""
+"""ReaL and multi-label accuracy, against a few lines that define them."""
 
 import json
 import random
@@ -52,7 +52,7 @@ def test_real(guesses, real):
 
 
 def test_real_among_some_classes(guesses, real):
-    """A network of 5 classes: labels beyond these are dropped, and with them the images that have no others."""
+    """A network of 5 classes: other labels are dropped, and so are images without remaining labels."""
     labels = [set(several) & set(range(5)) for several in json.loads(real.read_text())]
     guesses = {number: (folder, guess % 5) for number, (folder, guess) in guesses.items()}
     right = [guess in labels[number - 1] for number, (_, guess) in guesses.items() if labels[number - 1]]

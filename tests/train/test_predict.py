@@ -1,4 +1,4 @@
-"""Predictions of many files: what is written, in which form, and that they are those of an evaluation."""
+"""Predictions of many files: their formats, and that they agree with an evaluation."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ def place(tmp_path, monkeypatch) -> Path:
     for seed, file in enumerate(("last", "best")):
         torch.manual_seed(seed)
         network = models.build(NAME, len(IDS))
-        # So that it says something else of each image.
+        # Makes its output differ from image to image.
         network(torch.randn(16, 3, SIDE, SIDE))
         *_, head = (module for module in network.modules() if isinstance(module, nn.Linear))
         with torch.no_grad():
@@ -54,7 +54,7 @@ def csv_rows(path: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_three_files_say_the_same(place):
+def test_the_three_formats_have_the_same_contents(place):
     for ending in ("csv", "json", "jsonl"):
         predict("run", "images", out=f"out.{ending}", device="cpu")
     objects = json.loads(Path("out.json").read_text())
@@ -85,7 +85,7 @@ def test_on_the_terminal_ids_and_words(place, capsys):
 
 
 def test_rows_are_those_of_an_evaluation(place, bf16_units):
-    """The very rows in the same batches; in others sums are taken in another order."""
+    """Exactly equal in the same batches; in others, sums have another order."""
     write = {"device": "cpu", "batch": 4}
     evaluate("run", "images", out="scores.json", predictions="evaluated.csv", **write)
     predict("run", "images", out="predicted.csv", **write)
@@ -121,7 +121,7 @@ def test_best_or_last(place, capsys):
     assert none == last != best == file
 
 
-def test_what_cannot_be_read_is_named_and_left_out(place, capsys):
+def test_unreadable_images_are_skipped_and_listed(place, capsys):
     (place / "images" / IDS[1] / "001.jpg").write_bytes(b"no image")
     (place / "images" / "caf\u00e9,\n\udcff.jpg").write_bytes((place / "images" / IDS[0] / "000.jpg").read_bytes())
     os.mkfifo(place / "pipe.jpg")
@@ -161,7 +161,7 @@ def test_bad_options_are_refused_before_the_network_is_loaded(place):
 
 
 def test_several_words_are_one_value():
-    """As a shell leaves them of a pattern without quotes."""
+    """As a shell expands a pattern without quotes."""
     words = ["--checkpoint", "c", "--images", "a b.jpg", "c.jpg", "--out", "o.csv"]
     assert words_of(words) == ["--checkpoint", "c", "--images", "'a b.jpg' c.jpg", "--out", "o.csv"]
     for alone in (["--images", "a b.jpg"], ["--images"], ["--images", "--out", "o.csv"], ["--checkpoint", "c"]):
@@ -174,8 +174,8 @@ def test_an_empty_list_of_rows_is_json():
     assert json.loads("".join(written)) == []
 
 
-def test_lines_come_at_once_and_a_reader_may_leave(place):
-    """Standard output holds nothing but rows; and a full disk there ends in one line too."""
+def test_output_is_immediate_and_a_closed_reader_is_no_error(place):
+    """Standard output contains only rows; if it is on a full disk, the command ends with one line."""
     environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     words = "--checkpoint run --images images/*/*.jpg --format jsonl --batch 1 --device cpu"
     typed = f"{sys.executable} -m train.predict {words}"

@@ -1,4 +1,4 @@
-"""A recorded step is the step: the same bits, whatever changes between one and the next; and nothing in it waits."""
+"""Recorded steps: the same bits as plain ones, whatever changes from step to step, without waiting for the device."""
 
 import copy
 import sys
@@ -79,7 +79,7 @@ def step_of(*, students: int = 1, kind: str = "sgd", ema: float = 0.9, autocast=
 
 
 def take(step: Step, numbers, sides=(16, 24)) -> None:
-    """Steps by these numbers, with another learning rate in each, on crops of two sizes in turns."""
+    """Runs steps with these numbers, with a different learning rate in each, on crops of alternating sizes."""
     for number in numbers:
         for student in step.students:
             student.set_rate(1 / number)
@@ -87,7 +87,7 @@ def take(step: Step, numbers, sides=(16, 24)) -> None:
 
 
 def state(step: Step) -> list[torch.Tensor]:
-    """All that a step writes to, and the generator of its dropout."""
+    """All tensors that a step writes to, and the generator of its dropout."""
     return [*(tensor.detach().clone() for tensor in step._written()), torch.get_rng_state()]
 
 
@@ -118,8 +118,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_recorded_steps_are_the_steps_bit_for_bit(case):
-    """Rates, shares of the average, crops, draws and dropout differ from step to step; scales are halved."""
+def test_recorded_steps_equal_plain_steps_bit_for_bit(case):
+    """Learning rates, shares of the average, crops, draws and dropout differ from step to step; scales are halved."""
     eager, recorded = (step_of(**CASES[case], **more) for more in ({}, {"cuda_graphs": True, "capture": capture}))
     states = []
     for step in (eager, recorded):
@@ -165,7 +165,7 @@ def test_paired_crops_and_labels_on_disk_are_inputs_too():
 
 
 def test_a_checkpoint_is_restored_into_the_tensors_that_the_graph_reads(monkeypatch):
-    """Also into students that were never recorded, and the other way round: it says nothing of graphs."""
+    """Also into students that were never recorded, and vice versa: it does not depend on graphs."""
     monkeypatch.setattr(Student, "_description", lambda self: {})
     for kind, autocast in (("sgd", torch.float16), ("adamw", None)):
         options = {"kind": kind, "autocast": autocast}
@@ -185,7 +185,7 @@ def test_a_checkpoint_is_restored_into_the_tensors_that_the_graph_reads(monkeypa
             ends.append(of_students(step))
         assert same(ends[0], ends[1])
         assert same(ends[0], ends[2])
-        # What a checkpoint holds of the optimizer is numbers and tensors, as before there were graphs.
+        # The optimizer's state in a checkpoint has the same numbers and tensors as without recording.
         assert saved[0]["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.05 / 5, rel=1e-15)
         assert not saved[0]["optimizer"]["param_groups"][0].get("capturable")
 
@@ -194,8 +194,8 @@ def test_a_checkpoint_is_restored_into_the_tensors_that_the_graph_reads(monkeypa
     ("case", "good"),
     [("sgd", 0), ("sgd", 1), ("scaler and adamw", 0), ("students", 0), ("replicas", 0), ("replicas", 2), ("tree", 1)],
 )
-def test_what_cannot_be_recorded_changes_nothing_says_why_and_runs_as_it_is(case, good, capsys):
-    """good: recordings before the one that fails."""
+def test_a_failed_recording_changes_nothing_and_steps_run_unrecorded(case, good, capsys):
+    """good: the number of recordings that succeed before one fails."""
     done = []
 
     def failing(function):
@@ -214,7 +214,7 @@ def test_what_cannot_be_recorded_changes_nothing_says_why_and_runs_as_it_is(case
     assert same(of_students(step), of_students(eager))
 
 
-def test_a_read_by_the_host_is_no_part_of_a_recording(capsys):
+def test_a_step_with_a_read_by_the_host_is_not_recorded(capsys):
     class Reading(GroundTruth):
         def forward(self, batch):
             assert batch.labels.sum().item() >= 0
@@ -234,7 +234,7 @@ def test_adamp_and_cpus_are_not_recorded(capsys):
     assert not capsys.readouterr().out
 
 
-def test_the_warm_up_leaves_weights_buffers_momentum_and_generators_as_they_were():
+def test_the_warm_up_restores_all_tensors_and_generators():
     for options in ({"kind": "adamw"}, {"autocast": torch.float16}, {"replicas": 2}):
         step = step_of(**options, cuda_graphs=True, capture=capture)
         take(step, range(1, 4))
@@ -259,12 +259,12 @@ def test_the_warm_up_leaves_weights_buffers_momentum_and_generators_as_they_were
         assert same(state(step), before)
 
 
-# ---- without a graph: nothing waits, and little lies outside what the compiler made
+# ---- without recording: nothing waits, and few operators are outside the compiled graphs
 
 
 @pytest.fixture(scope="module")
 def fused_optimizers_without_data():
-    """PyTorch 2.14 has no shapes-only version of these operators with a tensor for the rate; they return nothing."""
+    """Adds the fake version of these operators, which PyTorch 2.14 lacks for a tensor rate; they return nothing."""
     with torch.library._scoped_library("aten", "FRAGMENT") as library:
         for name in ("_fused_sgd_", "_fused_adamw_"):
             for overload in ("", ".tensor_lr"):
@@ -283,7 +283,7 @@ def test_no_step_reads_from_the_device(case, recorded, fused_optimizers_without_
         take(step, range(1, 3), sides=(16,))
 
 
-def test_a_read_from_the_device_would_be_seen():
+def test_the_check_detects_a_read_from_the_device():
     class Reading(GroundTruth):
         def forward(self, batch):
             return super().forward(batch) if bool(batch.labels.sum() >= 0) else None
@@ -294,7 +294,7 @@ def test_a_read_from_the_device_would_be_seen():
 
 
 class Outside(TorchDispatchMode):
-    """Counts the operators that run outside the compiled graphs and what the compiler puts around them."""
+    """Counts the operators that run outside the compiled graphs and the compiler's own wrappers."""
 
     def __init__(self):
         super().__init__()
@@ -305,7 +305,7 @@ class Outside(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        # Marks for a profiler are no work.
+        # Markers for profilers are not counted.
         if function.namespace != "profiler" and not any("_aot_autograd" in file for file in _files_of_callers()):
             self.found[str(function)] += 1
         return function(*args, **(kwargs or {}))
@@ -320,7 +320,7 @@ def _files_of_callers():
 
 @pytest.fixture
 def graphs_of_aot(monkeypatch):
-    """Forward and backward graphs are made as for Inductor, and then run as they are: kernels take minutes to build."""
+    """Traces forward and backward graphs as for Inductor, but runs them uncompiled: building kernels takes minutes."""
     backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), keep_inference_input_mutations=True)
     compile = torch.compile
     monkeypatch.setattr(

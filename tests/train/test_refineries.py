@@ -88,12 +88,12 @@ def test_a_refinery_that_lacks_classes_of_the_data_is_refused_with_both_counts(w
 @pytest.mark.parametrize(
     ("name", "words", "seen"),
     [
-        ("timm:vit_tiny_patch16_224", [], 224),  # takes nothing else
+        ("timm:vit_tiny_patch16_224", [], 224),  # accepts no other size
         ("timm:resnet10t", [], None),
         ("timm:resnet10t", ["--labels.resolution", "64"], 64),
     ],
 )
-def test_a_refinery_sees_what_the_student_sees_if_it_takes_that(name, words, seen, converted, tmp_path, capsys):
+def test_a_refinery_sees_the_students_resolution_if_it_accepts_it(name, words, seen, converted, tmp_path, capsys):
     network = models.build(name, 3)
     refinery = Trained(network, name, None, converted.class_names, models.normalisation(name), 224, 0.875)
     config = parse([*WORDS, "--data", str(converted.folder), "--refinery", "x:y", "--runs", str(tmp_path), *words])
@@ -105,7 +105,7 @@ def test_a_refinery_sees_what_the_student_sees_if_it_takes_that(name, words, see
     assert trainer.labels(batch).logits.shape == (16, 3)
 
 
-def test_a_size_that_the_refinery_does_not_take_is_refused(converted, tmp_path):
+def test_a_size_that_the_refinery_does_not_accept_is_refused(converted, tmp_path):
     name = "timm:vit_tiny_patch16_224"
     refinery = Trained(models.build(name, 3), name, None, converted.class_names, models.normalisation(name), 224)
     words = ["--data", str(converted.folder), "--refinery", "x:y", "--runs", str(tmp_path), "--labels.resolution", "96"]
@@ -126,7 +126,7 @@ def test_only_a_hubs_networks_start_from_its_weights(hub, converted):
 
 
 def test_an_images_label_is_of_the_grown_crop_however_short_the_run(converted, tmp_path):
-    """A run of two epochs ends before its crops have grown to all of the resolution."""
+    """A run of two epochs ends before its crops have reached the full resolution."""
     words = ["--data", str(converted.folder), "--refinery", f"{NAME}:{tmp_path / 'w.pt'}", "--runs", str(tmp_path)]
     words += ["--resolution", "64", "--resolution_from", "0.5", "--epochs", "2", "--labels.per", "image"]
     torch.save(models.build(NAME, 3).state_dict(), tmp_path / "w.pt")
@@ -137,7 +137,7 @@ def test_an_images_label_is_of_the_grown_crop_however_short_the_run(converted, t
 
 @pytest.mark.parametrize("options", [[], ["--labels.per", "image"], ["--labels.resolution", "48"]])
 def test_averaged_statistics_are_the_same_in_every_start_of_a_run(options, run, converted):
-    """They are of the run's data, not of the batch, and no state: the second trainer labels as the first."""
+    """They depend on the run's data only, not on a batch or a state: the second trainer labels like the first."""
     refinery = run("--epochs", "1")
     words = [*WORDS, "--data", str(converted.folder), "--refinery", str(refinery.folder), "--labels.bn", "averaged"]
     first, second = trainer_of([*words, *options]), trainer_of([*words, *options])

@@ -1,4 +1,4 @@
-"""Reports: their numbers against an independent count, the page and its pictures, and what is refused."""
+"""Reports: their numbers against an independent count, the page and its pictures, and refused inputs."""
 
 import base64
 import io
@@ -32,7 +32,7 @@ from train.runs import read_run
 from train.train import train
 
 CPU = Compute(torch.device("cpu"), "ffcv", 1, 16)
-# What a page has to escape, and what matplotlib would take for a formula.
+# Characters that a page has to escape, and that matplotlib would interpret as a formula.
 NAMES = ("a<b", "$5 & $6", 'the "third"')
 
 
@@ -48,7 +48,7 @@ def data(converted, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """A refinery and its student, finished; nothing may be changed in their folders but by reports."""
+    """A finished refinery and its student; only reports may change their folders."""
     root = tmp_path_factory.mktemp("runs")
     words = ["--resolution", "32", "--batch", "16", "--device", "cpu", "--data", str(data.folder), "--runs", str(root)]
     words += ["--precision", "fp32", "--recipe", "quick", "--model"]
@@ -78,14 +78,14 @@ def subject_of(run, data) -> Subject:
 
 
 def said_in_config(folder: Path, key: str, value: object) -> None:
-    """As if the run had been asked so."""
+    """Changes an option in the run's configuration."""
     path = folder / "config.yaml"
     kept = [line for line in path.read_text().splitlines() if not line.startswith(f"{key}:")]
     path.write_text("\n".join([*kept, f"{key}: {value}"]))
 
 
 def logits_of(run, crops: torch.Tensor, *, batch_statistics: bool = False) -> torch.Tensor:
-    """A run's network on crops uint8, by the plainest way."""
+    """The logits of a run's network for crops, uint8, in plain PyTorch."""
     known = load_trained(str(run.folder))
     with torch.no_grad():
         return known.network.train(batch_statistics)(Normalise(known.normalisation)(crops))
@@ -96,7 +96,7 @@ def training_loader(data, seed: int, **options):
 
 
 class Page(HTMLParser):
-    """What a browser would find: all tags with their attributes, and the text of cells and captions."""
+    """The page as a browser parses it: all tags with their attributes, and the text of cells and captions."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -122,7 +122,7 @@ class Page(HTMLParser):
                 self.texts[tag][-1] += data
 
 
-def test_accuracy_of_each_class_is_what_counting_gives(reported, trained, data):
+def test_accuracy_of_each_class_equals_a_plain_count(reported, trained, data):
     """Counted image by image, in another order and other batches."""
     splits = {
         "train": training_loader(data, 1000, batch_size=7, drop_last=False),
@@ -153,7 +153,7 @@ def test_accuracy_of_each_class_is_what_counting_gives(reported, trained, data):
 
 
 def test_a_run_in_bfloat16_is_counted_in_bfloat16(run, bf16_units, tmp_path):
-    """On a processor without units for it, as it can be there: the key of what is kept says which."""
+    """Emulated on a processor without units for it; the cache's key includes the precision."""
     finished = run("--precision", "auto", "--epochs", "1")
     report(str(finished.folder), out=str(tmp_path / "out"), images="7", device="cpu", threads=1)
     (kept,) = finished.folder.glob("accuracies-*.json")
@@ -191,7 +191,7 @@ def test_the_page_holds_all_figures_and_needs_nothing_else(reported, data):
     assert not page.open
 
 
-def test_the_page_says_what_was_counted(reported, trained):
+def test_the_page_describes_what_was_counted(reported, trained):
     page = Page((reported / "report.html").read_text())
     first, second = page.texts["td"][:9], page.texts["td"][9:]
     assert first[:3] == ["1", "resnet18", "ground truth"]
@@ -217,7 +217,7 @@ def test_the_page_says_what_was_counted(reported, trained):
     assert "3 training images, a random crop of each" in captions[6]
 
 
-def test_what_is_known_is_not_computed_again(reported, trained, data, tmp_path, capsys):
+def test_cached_accuracies_are_not_computed_again(reported, trained, data, tmp_path, capsys):
     subject = subject_of(trained[1], data)
     before = {path: path.read_bytes() for path in trained[1].folder.glob("accuracies-*")}
     (kept,) = before
@@ -265,7 +265,7 @@ def test_bins_of_classes(classes, sizes):
 
 @pytest.mark.parametrize("bn", ["batch", "running"])
 def test_labels_of_a_refinery_are_those_it_gives_in_training(trained, data, bn):
-    """All 48 crops of a copy as one batch, whose order does not matter for its statistics."""
+    """All 48 crops of a copy in one batch, whose statistics do not depend on their order."""
     refinery, student = trained
     subject = subject_of(replace(student, identity=student.identity | {"batch": 48}), data)
     labelling = analysis.Labelling(load_trained(str(refinery.folder)), "it", subject, bn=bn, resolution=None)
@@ -334,7 +334,7 @@ def test_imagenet_is_shown_in_words():
     )
 
 
-def test_a_report_lies_beside_its_runs_and_its_refinery_is_found_there(reported, copies, capsys):
+def test_a_report_is_written_beside_its_runs_and_finds_their_refinery(reported, copies, capsys):
     _, student = copies
     report(str(student), images="0", device="cpu", threads=1)
     (folder,) = student.parent.glob("report-*")
@@ -344,7 +344,7 @@ def test_a_report_lies_beside_its_runs_and_its_refinery_is_found_there(reported,
     assert f"{folder / 'report.html'}" in capsys.readouterr().out
 
 
-def test_other_images_and_a_lost_refinery_are_said(reported, copies, data, tmp_path):
+def test_other_images_and_a_lost_refinery_are_reported(reported, copies, data, tmp_path):
     refinery, student = copies
     shutil.rmtree(refinery)
     said_in_config(student, "refinery", refinery)
@@ -443,7 +443,7 @@ def axes_of(monkeypatch, tmp_path):
     return axes_of
 
 
-def test_figure_1_begins_at_0_and_joins_no_runs(axes_of):
+def test_figure_1_starts_at_0_and_has_no_lines(axes_of):
     values = {"training crops": [97.0, 100.0], "validation images": [95.0, 96.0]}
     axes = axes_of(figures.by_run, ["1 a", "2 b"], values)
     assert axes.get_xlim()[0] == 0
@@ -459,7 +459,7 @@ def test_figure_4_stays_within_0_and_100(axes_of, classes, points):
     bins = analysis.binned(Accuracies(train, val, val))
     axes = axes_of(figures.by_training_accuracy, ["1 a"], [bins])
     assert len(axes.lines[0].get_xdata()) == points
-    # Bars of bins alone, and within what an accuracy can be.
+    # Only bins have bars, within 0 and 100 %.
     bars = np.concatenate([line for drawn in axes.collections for line in drawn.get_segments()] or [np.zeros((0, 2))])
     assert (len(bars) > 0) == (classes > 20)
     assert ((bars >= 0) & (bars <= 100)).all()

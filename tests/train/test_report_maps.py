@@ -1,4 +1,4 @@
-"""Figures of label maps: what they show against what a run learns, how it is drawn, and what is refused."""
+"""Figures of label maps: labels as in training, drawing, and refused inputs."""
 
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ def described(converted, **others) -> Description:
 
 @pytest.fixture
 def cells() -> torch.Tensor:
-    """Logits of each image's cells; of each cell one is 0, and not kept."""
+    """Logits of each image's cells; one in each cell is 0, and not stored."""
     logits = torch.randn(48, 3, 3, 3, generator=torch.Generator().manual_seed(0)).abs() + 0.5
     logits = logits.half().float()
     return logits.scatter(1, logits.argmin(dim=1, keepdim=True), 0.0)
@@ -83,7 +83,7 @@ def test_labels_are_those_that_a_run_learns(converted, store, cells, tmp_path, m
     assert len(drawn[0][4]) == 5
 
 
-def test_figures_lie_beside_the_maps(converted, store, tmp_path, capsys):
+def test_figures_are_written_beside_the_maps(converted, store, tmp_path, capsys):
     show(str(store.folder), str(converted.folder))
     written = sorted((tmp_path / "maps-shown").iterdir())
     assert len(written) == 3  # an image of each class
@@ -118,7 +118,7 @@ def test_rare_classes_share_a_colour_and_small_cells_have_no_numbers():
     colours = figures._map(axes, cells, np.zeros((50, 50, 3), np.uint8))
     assert list(colours) == [8, 0, 1, 2, 3, -1]
     assert list(colours.values()) == list(figures._CLASS_COLOURS)
-    # Class 5, which has no colour of its own.
+    # Class 5, which shares the colour of the others.
     assert np.asarray(axes.images[0].get_array())[2, 0, :3] == pytest.approx(0xC0 / 255)
     assert len(axes.texts) == 9
     for height, width, numbers in [(50, 50, 225), (50, 10, 0), (5, 50, 0)]:
@@ -146,7 +146,7 @@ def test_boxes_and_names_of_a_figure(tmp_path, monkeypatch):
     ("height", "width", "side", "classes"), [(1, 1, 1, 2), (300, 60, 15, 1000), (30, 400, 3, 10), (90, 120, 1, 1)]
 )
 def test_any_image_and_map_can_be_drawn(tmp_path, height, width, side, classes):
-    """Also a gray one. The figure is as wide as any, and nothing in it is cut off."""
+    """Also gray images. The figure has the usual width, and nothing is cut off."""
     image = np.asarray(photograph(0, max(height, 8), max(width, 8)).convert("L").convert("RGB"))[:height, :width]
     cells = np.random.default_rng(0).dirichlet(np.ones(classes), (side, side)).astype(np.float32)
     boxes = np.concatenate([random_boxes([0], [[height, width]], seed=0, epoch=each)[0] for each in range(5)])

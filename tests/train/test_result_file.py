@@ -1,4 +1,4 @@
-"""Files of results: refused before the work, there as a whole or not at all."""
+"""Files of results: checked before the work, and written completely or not at all."""
 
 import resource
 import signal
@@ -15,7 +15,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_it_is_there_when_it_is_complete(tmp_path):
+def test_a_file_appears_only_when_it_is_complete(tmp_path):
     path = tmp_path / "new" / "result.json"
     with result_file(path, begins="{") as write:
         write('{"caf\u00e9 \udcff": ')
@@ -32,10 +32,10 @@ def fill(path: Path, text: str, ending: BaseException | None = None) -> None:
             raise ending
 
 
-def test_a_failure_leaves_the_one_before(tmp_path):
+def test_a_failure_leaves_the_previous_file(tmp_path):
     path = tmp_path / "result.json"
     path.write_text("{1}")
-    # Errors that are not of the file pass as they are.
+    # Errors of other causes are not changed.
     with pytest.raises(OSError, match="the network is gone"):
         fill(path, "{2", OSError("the network is gone"))
     with pytest.raises(KeyboardInterrupt):
@@ -45,8 +45,8 @@ def test_a_failure_leaves_the_one_before(tmp_path):
 
 
 @pytest.mark.parametrize("size", [2_000, 100_000])
-def test_a_full_disk_leaves_the_one_before(size, tmp_path):
-    """The limit on the size of a file stands for the disk; small files meet it only when they are written through."""
+def test_a_full_disk_leaves_the_previous_file(size, tmp_path):
+    """A limit on file size simulates a full disk; small files reach it only when buffers are flushed."""
     path = tmp_path / "result.json"
     path.write_text("{1}")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -62,7 +62,7 @@ def test_a_full_disk_leaves_the_one_before(size, tmp_path):
     assert names(tmp_path) == ["result.json"]
 
 
-def test_what_cannot_be_written_is_refused_at_once(tmp_path):
+def test_unwritable_files_are_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("a user's own")
     (tmp_path / "link").symlink_to("file")
     for path, says in [

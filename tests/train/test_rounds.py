@@ -1,4 +1,4 @@
-"""Labels and maps by several processes: the bytes of one, whatever their number, and one end for all."""
+"""Labels and maps by several processes: the same bytes for any number of them, and a common end."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ BATCH = ("--batch", "20")
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_batches_are_dealt_out_as_they_are(converted, refinery, world):
+def test_whole_batches_are_distributed(converted, refinery, world):
     words = [*TINY, *BATCH, "--copies", "2", "--data", str(converted.folder), "--refinery", str(refinery)]
     config = parse(words)
     data, (labels,) = check([config])
@@ -108,12 +108,12 @@ def test_any_number_of_processes_writes_the_bytes_of_one(asked, tmp_path, module
         store = open_store(tmp_path / world)
         assert store.description == open_store(tmp_path / "1").description
         for epoch in range(store.epochs):
-            assert store.rows(epoch).any(axis=1).all()  # the digest is theirs, and every row was written
+            assert store.rows(epoch).any(axis=1).all()  # the digest matches, and every row was written
 
 
 @pytest.mark.slow
-def test_machines_fill_files_of_their_own(asked, tmp_path):
-    """Two launchers, as on two machines: one file each, and what a killed one left behind is not counted."""
+def test_each_machine_fills_its_own_file(asked, tmp_path):
+    """Two launchers, as on two machines: one file each, without leftovers of a killed one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -143,7 +143,7 @@ def test_machines_fill_files_of_their_own(asked, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_that_is_killed_ends_all_and_finished_epochs_are_kept(asked, tmp_path):
+def test_a_killed_process_ends_all_and_finished_epochs_are_kept(asked, tmp_path):
     words = [*asked, "--out", str(tmp_path / "labels"), "--gpus", "2"]
     process = start("train.label", *words, "--epochs", "5000")
     while not (tmp_path / "labels" / "epoch-0001.labels").is_file():
@@ -162,7 +162,7 @@ def test_one_that_is_killed_ends_all_and_finished_epochs_are_kept(asked, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_stop_asked_of_one_is_everyones(asked, tmp_path):
+def test_a_stop_of_one_process_stops_all(asked, tmp_path):
     process = start("train.label", *asked, "--epochs", "5000", "--out", str(tmp_path / "labels"), "--gpus", "2")
     while not (tmp_path / "labels" / "epoch-0000.labels").is_file():
         time.sleep(0.1)
@@ -174,8 +174,8 @@ def test_a_stop_asked_of_one_is_everyones(asked, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_that_fails_says_why_and_all_end(asked, converted, tmp_path):
-    """An image that one process alone reads is damaged."""
+def test_a_failing_process_prints_why_and_all_end(asked, converted, tmp_path):
+    """A damaged image that only one process reads."""
     broken = tmp_path / "set"
     shutil.copytree(converted.folder, broken)
     data = bytearray((broken / "train.beton").read_bytes())
@@ -189,7 +189,7 @@ def test_one_that_fails_says_why_and_all_end(asked, converted, tmp_path):
         assert not [*tmp_path.glob(f"{out}/*.labels"), *tmp_path.glob(f"{out}/*.maps")]
 
 
-def test_a_lone_process_counts_all_its_crops(converted, refinery, capsys):
+def test_a_single_process_counts_all_crops(converted, refinery, capsys):
     config = parse([*TINY, *BATCH, "--data", str(converted.folder), "--refinery", str(refinery)])
     data, (labels,) = check([config])
     rows = np.zeros((48, 12), np.uint8)

@@ -1,4 +1,4 @@
-"""How the label of a crop is stored: what is kept, what is lost, and where its bits lie."""
+"""The storage of a crop's label: contents, rounding, and the layout of bits."""
 
 import math
 
@@ -11,13 +11,13 @@ from train.labels.rows import Exact, Packed, build_rows
 
 
 def dense(packed: Packed, rows: torch.Tensor, classes: int) -> torch.Tensor:
-    """The probability of every class that rows say, float64 [B, C]."""
+    """The probabilities of all classes that rows encode, float64 [B, C]."""
     kept, values, others = packed.targets(rows).sparse
     return others.double()[:, None].expand(-1, classes).scatter(1, kept, values.double())
 
 
 def unquantised(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """The likeliest k classes as they are, the others' probability spread evenly: float64 [B, C]."""
+    """The likeliest k classes unrounded, the others' probability spread evenly: float64 [B, C]."""
     p = logits.double().softmax(dim=1)
     classes = p.shape[1]
     kept = p.argsort(dim=1, descending=True, stable=True)[:, :k]
@@ -36,7 +36,7 @@ def test_exact_rows_give_back_every_bit(dtype):
     rows = exact.pack(logits)
     assert (rows.dtype, tuple(rows.shape)) == (torch.uint8, (5, exact.width)) == (torch.uint8, (5, 7 * dtype.itemsize))
     assert torch.equal(exact.targets(rows).logits, logits)
-    assert torch.equal(exact.pack(logits.t().contiguous().t()), rows)  # however they lie in memory
+    assert torch.equal(exact.pack(logits.t().contiguous().t()), rows)  # for any memory layout
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_bytes_of_a_packed_row(classes, k, width):
 
 
 def test_bits_of_a_packed_row():
-    """Read by hand: entries of 10 + 6 bits from the lowest bit on, the class above the code."""
+    """Decoded in the test: entries of 10 + 6 bits from the lowest bit on, the class above the code."""
     probabilities = torch.full((1, 1000), 0.1 / 997)
     probabilities[0, [700, 3, 999]] = torch.tensor([0.6, 0.2, 0.1])
     row = bytes(Packed(1000, 3).pack(probabilities.log())[0].tolist())
@@ -77,7 +77,7 @@ def test_bits_of_a_packed_row():
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 10_000),
 )
-def test_what_packed_rows_keep(classes, k, spread, dtype, seed):
+def test_packed_rows_keep_order_and_probabilities(classes, k, spread, dtype, seed):
     logits = (spread * torch.randn(64, classes, generator=torch.Generator().manual_seed(seed))).to(dtype)
     packed = Packed(classes, k)
     rows = packed.pack(logits)
@@ -92,13 +92,13 @@ def test_what_packed_rows_keep(classes, k, spread, dtype, seed):
     assert (others <= values[:, -1]).all()
     said = dense(packed, rows, classes)
     torch.testing.assert_close(said.sum(dim=1), torch.ones(64, dtype=torch.float64), rtol=0, atol=1e-6)
-    # Strictly ahead stays strictly ahead; equal stays equal.
+    # Strictly more likely stays strictly more likely; equal stays equal.
     top = logits.float().topk(2, dim=1).values
     ahead = top[:, 0] > top[:, 1]
     two = said.topk(2, dim=1).values
     assert torch.equal(two[:, 0] > two[:, 1], ahead) or k == 1
     assert (said.argmax(dim=1) == order[:, 0])[ahead].all()
-    # Half a step of each scale is what a label can lose.
+    # A label loses at most half a step of each scale.
     lost = divergence(unquantised(logits.float(), k), said)
     assert lost.max() < 0.006
     assert lost.mean() < 0.002
@@ -110,7 +110,7 @@ def test_what_packed_rows_keep(classes, k, spread, dtype, seed):
     [
         torch.zeros(1, 1000),  # all alike
         torch.zeros(1, 1000).index_fill(1, torch.tensor([999]), 1e-6),  # one a little ahead
-        torch.zeros(1, 1000).index_fill(1, torch.tensor([4]), 1e4),  # one alone
+        torch.zeros(1, 1000).index_fill(1, torch.tensor([4]), 1e4),  # only one
         torch.linspace(0, -1e4, 1000)[None],
     ],
     ids=["alike", "a little ahead", "alone", "far apart"],
@@ -138,6 +138,6 @@ def test_rows_are_read_in_a_compiled_graph():
     "described",
     [{"format": "zip"}, {"format": "packed"}, {"format": "packed", "k": 0}, {"format": "exact", "dtype": "int8"}],
 )
-def test_a_format_that_there_is_not(described):
+def test_an_unknown_format_is_refused(described):
     with pytest.raises(ValueError, match="rows with k="):
         build_rows(classes=10, **described)

@@ -1,4 +1,4 @@
-"""Runs: what is in their folders, that they are resumed with the same bits, not repeated and not mixed up."""
+"""Runs: the files in their folders; they resume with the same bits, and are neither repeated nor mixed up."""
 
 import json
 import os
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 PAIR = ["--model", "mobilenet0.25 resnet18", "--optimizer.lr", "0.01"]
 
 
-def test_what_a_run_leaves(run, bf16_units, capsys):
+def test_files_of_a_finished_run(run, bf16_units, capsys):
     finished = run("--precision", "auto")
     folder = finished.folder
     assert folder.parent == Path("runs") / "images0" or folder.parent.parent == Path("runs")
@@ -68,7 +68,7 @@ def test_what_a_run_leaves(run, bf16_units, capsys):
     assert result["epochs"] == 2
     assert result["seconds"] > 0
     assert list((folder / "tensorboard").iterdir())
-    # The configuration is whole: it gives the same run again.
+    # The configuration is complete: it gives the same run again.
     config = yaml.safe_load((folder / "config.yaml").read_text())
     precision = "bf16" if bf16_units else "fp32"
     assert (config["resolution"], config["crop"]["flip"], config["precision"]) == (32, True, precision)
@@ -85,7 +85,7 @@ def test_what_a_run_leaves(run, bf16_units, capsys):
 
 
 def test_the_validation_loss_is_recorded(run, converted, capsys):
-    """It is the mean cross entropy of the validation crops with the images' labels, whatever the labels in training."""
+    """The mean cross entropy of the validation crops with the images' labels, for any training labels."""
     folder = run("--labels.smoothing", "0.2", "--epochs", "1").folder
     (line,) = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     trained = load_trained(str(folder))
@@ -101,7 +101,7 @@ def test_the_validation_loss_is_recorded(run, converted, capsys):
 
 
 def test_a_validation_loss_that_is_not_finite_stays_json(run, monkeypatch, capsys):
-    """Statistics of batches may spoil the network that is scored while the one in training is sound."""
+    """In evaluation mode a network may overflow although it trains well with batch statistics."""
     original = loop.score_all
 
     def score_all(*arguments, **options):
@@ -131,7 +131,7 @@ def test_another_configuration_is_another_run(run):
         run(*words).folder for words in ([], ["--seed", "1"], ["--optimizer.lr", "0.01"], ["--crop.flip", "false"])
     }
     assert len(folders) == 4
-    # How fast it runs is no part of it.
+    # Options of speed are not part of it.
     assert run("--decoder", "torchvision", "--threads", "1").folder in folders
 
 
@@ -178,8 +178,8 @@ def test_resuming_equals_never_stopping_bit_for_bit(run, monkeypatch, capsys, st
     assert lines[0] == lines[1]
 
 
-def test_the_metrics_are_those_of_the_sums(run, monkeypatch, capsys):
-    """Also of several networks, each of which is named; and the bar of a continued epoch ends with all its images."""
+def test_metrics_are_computed_from_the_sums(run, monkeypatch, capsys):
+    """Also of several networks, which are named; the bar of a continued epoch ends with all its images."""
     sums = []
     original = Trainer.validate
 
@@ -207,7 +207,7 @@ def test_the_metrics_are_those_of_the_sums(run, monkeypatch, capsys):
 
 
 class Agreeing(Group):
-    """One of two processes, of which both say the same."""
+    """One of two processes that always agree."""
 
     def largest(self, values):
         self.asked = list(values)
@@ -215,7 +215,7 @@ class Agreeing(Group):
 
 
 def test_the_first_process_decides_when_to_save_and_to_look(converted, tmp_path):
-    """The others ask for nothing but a stop, and all of them only now and then."""
+    """The others only request stops, and processes exchange this only every few steps."""
     config = parse([*TINY, "--data", str(converted.folder), "--runs", str(tmp_path), "--save_minutes", "1"])
     data, (labels,) = check([config])
     trainer = Trainer([resolve(config, data, labels)])
@@ -231,7 +231,7 @@ def test_the_first_process_decides_when_to_save_and_to_look(converted, tmp_path)
             assert trainer._agreed(long, long, 0.125) == (False, False, False)
         trainer.progress.step = 3
         assert trainer._agreed(long, long, 0.125) == (False, saves, saves)
-        # By its own steps of an eighth of a second, the first asks every fourth.
+        # With steps of an eighth of a second, the first process asks for an exchange every fourth step.
         assert group.asked == ([False, True, True, 4] if saves else [False, 0, 0, 0])
 
 
@@ -240,13 +240,13 @@ DROPPING = ["--model", "torchvision:squeezenet1_1", "--copies", "2", "--order", 
 DROPPING += ["--optimizer.lr", "0.01"]
 
 
-def test_dropout_and_copies_resume_bit_for_bit_too(run, monkeypatch):
+def test_dropout_and_copies_resume_bit_for_bit(run, monkeypatch):
     whole = run(*DROPPING, "--out", "whole")
     with monkeypatch.context() as patch:
         stop_at(3, patch)
         with pytest.raises(Interrupted, match="after step 3 of 6"):
             run(*DROPPING, "--out", "parts")
-    torch.manual_seed(1)  # whatever else draws before it goes on
+    torch.manual_seed(1)  # something else uses the generator before it continues
     parts = run(*DROPPING, "--out", "parts")
     assert same_weights(whole.folder, parts.folder)
     without = run(*DROPPING, "--seed", "1").folder
@@ -254,7 +254,7 @@ def test_dropout_and_copies_resume_bit_for_bit_too(run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_new_process_goes_on_with_the_same_bits(run, converted, monkeypatch):
+def test_a_new_process_continues_with_the_same_bits(run, converted, monkeypatch):
     words = [*DROPPING, "--ema", "0.9", "--augment.cutmix", "0.5", "--refinery", str(run("--epochs", "1").folder)]
     whole = run(*words, "--out", "whole")
     with monkeypatch.context() as patch:
@@ -274,8 +274,8 @@ def test_a_new_process_goes_on_with_the_same_bits(run, converted, monkeypatch):
     assert same_weights(whole.folder, Path("parts"))
 
 
-def test_the_scale_of_a_float16_run_resumes_too(converted, tmp_path, monkeypatch):
-    """A CPU's runs take float32 in its place, unless they are made so."""
+def test_the_scale_of_a_float16_run_resumes(converted, tmp_path, monkeypatch):
+    """Simulated on a CPU, which would otherwise use float32 instead."""
     config = parse([*TINY, "--data", str(converted.folder), "--epochs", "1"])
     data, (labels,) = check([config])
     job = resolve(config, data, labels)
@@ -307,7 +307,7 @@ def test_the_scale_of_a_float16_run_resumes_too(converted, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("stopped", [None, 5])
 def test_best_pt_is_of_the_epoch_with_the_highest_accuracy(run, monkeypatch, stopped):
-    """Of equal ones the last; also where the run is continued in between."""
+    """The last of equal ones; also if the run is continued in between."""
     accuracies = [40.0, 60.0, 50.0, 60.0, 20.0]
     kept = []
     original = loop.score_all
@@ -333,8 +333,8 @@ def test_best_pt_is_of_the_epoch_with_the_highest_accuracy(run, monkeypatch, sto
         assert all(torch.equal(value, weights[name]) for name, value in state["model"].items())
 
 
-def test_another_decoder_on_the_way_is_said_and_recorded(run, monkeypatch, capsys):
-    """Where the last bits of the weights are not those of a run without a stop, nobody is told that they are."""
+def test_a_change_of_decoder_is_printed_and_recorded(run, monkeypatch, capsys):
+    """A notice says that the last bits of the weights may differ."""
     with monkeypatch.context() as patch:
         stop_at(2, patch)
         with pytest.raises(Interrupted):
@@ -349,7 +349,7 @@ def test_another_decoder_on_the_way_is_said_and_recorded(run, monkeypatch, capsy
 
 
 def test_a_kill_between_two_checkpoints_leaves_the_best(run, monkeypatch):
-    """Whichever of the epoch's two files is the only one written, the run ends with both."""
+    """Whichever of the epoch's two files was written before the kill, the run ends with both."""
     whole = run("--out", "whole", "--epochs", "1")
     original = checkpoint.save
 
@@ -372,7 +372,7 @@ def test_a_kill_between_two_checkpoints_leaves_the_best(run, monkeypatch):
 
 
 def test_a_student_starts_from_other_weights_and_crops_than_its_refinery(run, monkeypatch):
-    """Self-refinement learns from another network than it is itself; students of one refinery share their crops."""
+    """Also in self-refinement; students of one refinery share their crops."""
     first_batches, first_weights = [], []
     original = Step.__call__
 
@@ -393,13 +393,13 @@ def test_a_student_starts_from_other_weights_and_crops_than_its_refinery(run, mo
     assert not torch.equal(first_weights[0], first_weights[1])
     assert not torch.equal(first_weights[1], first_weights[3])
     assert len({each.crop_seed for each in (teacher, student, pupil)}) == 3
-    # Published weights are of no generation that is known.
+    # Published weights have no known generation.
     torch.save(torch.load(student.weights, weights_only=True)["model"], "bare.pt")
     assert run(*one, "--refinery", "mobilenet0.25:bare.pt").identity["generation"] == 1
 
 
 def as_written_before(folder: Path, *, before_tables: bool) -> None:
-    """Rewrites a run's identity as the version wrote it that knew neither kinds of labels nor generations."""
+    """Rewrites a run's identity as written by a version without kinds of labels and generations."""
     path = folder / "identity.json"
     identity = json.loads(path.read_text())
     del identity["generation"]
@@ -413,7 +413,7 @@ def as_written_before(folder: Path, *, before_tables: bool) -> None:
 
 @pytest.mark.parametrize("before_tables", [False, True])
 def test_runs_of_an_earlier_version_still_open(run, capsys, before_tables):
-    """They are listed, and serve as refineries; they are not taken for runs of this version, whose crops are others."""
+    """They are listed and can be refineries, but are not taken for runs of this version, whose crops differ."""
     teacher = run("--model", "resnet18", "--epochs", "1")
     student = run("--refinery", "resnet18", "--epochs", "1")
     for each in (teacher, student):
@@ -433,7 +433,7 @@ def test_runs_of_an_earlier_version_still_open(run, capsys, before_tables):
         run("--model", "resnet18", "--epochs", "1", "--out", str(teacher.folder))
 
 
-def test_an_average_and_growing_crops_resume_bit_for_bit_too(run, bf16_units, monkeypatch):
+def test_an_average_and_growing_crops_resume_bit_for_bit(run, bf16_units, monkeypatch):
     # As evaluate computes.
     words = ["--ema", "0.9", "--resolution_from", "0.67", "--resolution", "48", "--epochs", "4", "--precision", "auto"]
     whole = run(*words, "--out", "whole")
@@ -447,7 +447,7 @@ def test_an_average_and_growing_crops_resume_bit_for_bit_too(run, bf16_units, mo
     assert not torch.equal(state["model"]["classifier.weight"], state["trained"]["classifier.weight"])
     data = yaml.safe_load((whole.folder / "config.yaml").read_text())["data"]
     evaluate(str(whole.folder), data, out="scores.json", device="cpu")
-    # What is kept is what was scored.
+    # The saved network is the one that was scored.
     assert json.loads(Path("scores.json").read_text())["top1"] == whole.result["top1"]
 
 
@@ -494,7 +494,7 @@ def test_the_refinery_does_not_change_while_it_labels(run):
     assert teacher.read_bytes() == before
 
 
-def test_a_bare_file_of_weights_is_a_refinery_too(run, tmp_path):
+def test_a_bare_file_of_weights_can_be_a_refinery(run, tmp_path):
     state = torch.load(run("--model", "resnet18").folder / "last.pt", weights_only=True)["model"]
     torch.save(state, tmp_path / "bare.pytar")
     assert run("--refinery", f"resnet18:{tmp_path / 'bare.pytar'}").identity["refinery"]["network"] == "resnet18"
@@ -537,7 +537,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, m
     assert "kept" not in str(ended.value)
 
 
-def test_a_last_step_that_spoils_the_weights_is_not_kept(run, monkeypatch):
+def test_weights_that_are_not_finite_after_the_last_step_are_not_saved(run, monkeypatch):
     original = Step.__call__
     steps = 0
 
@@ -556,7 +556,7 @@ def test_a_last_step_that_spoils_the_weights_is_not_kept(run, monkeypatch):
     assert not Path("run/result.json").exists()
 
 
-def test_a_stop_after_the_last_validation_stops_what_would_follow(run, monkeypatch, capsys):
+def test_a_stop_after_the_last_validation_stops_the_rest_of_the_command(run, monkeypatch, capsys):
     original = Trainer.validate
 
     def validate(self):
@@ -565,7 +565,7 @@ def test_a_stop_after_the_last_validation_stops_what_would_follow(run, monkeypat
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "validate", validate)
-    with pytest.raises(Interrupted, match="stopped after a finished run; to go on, type again"):
+    with pytest.raises(Interrupted, match="stopped after a finished run; to continue, type again"):
         run("--refinery", "resnet18")
     (only,) = all_runs(Path("runs"))
     assert only.identity["model"] == "resnet18"
@@ -590,7 +590,7 @@ def test_several_networks_train_together_as_they_would_alone(run, capsys):
         alone = run(*words, "--model", name)
         assert alone.folder == folder
         assert same_weights(folder, folder.with_name(f"together-{folder.name}"))
-    # What has been trained alone is not trained again together.
+    # A network that was trained alone is not trained again together.
     assert [each.folder for each in run(*words)] == folders
 
 
@@ -611,7 +611,7 @@ def test_several_networks_are_resumed_together(run, monkeypatch, capsys):
         assert same_weights(each.folder, each.folder.with_name(f"whole-{each.folder.name}"))
 
 
-def test_one_that_was_begun_alone_goes_on_alone(run, monkeypatch, capsys):
+def test_a_network_that_was_started_alone_continues_alone(run, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at(2, patch)
         with pytest.raises(Interrupted):
@@ -624,7 +624,7 @@ def test_one_that_was_begun_alone_goes_on_alone(run, monkeypatch, capsys):
     assert out.count("finished: top-1") == 2
 
 
-def test_what_cannot_train_together_is_refused(run):
+def test_networks_that_cannot_train_together_are_refused(run):
     with pytest.raises(TrainError, match="name each network once"):
         run("--model", "resnet18 resnet18")
     with pytest.raises(TrainError, match="out=here: is the folder of one run"):
@@ -632,7 +632,7 @@ def test_what_cannot_train_together_is_refused(run):
 
 
 @pytest.mark.slow
-def test_thrifty_refineries_are_runs_of_their_own(run, capsys):
+def test_cheaper_refineries_give_other_runs(run, capsys):
     words = ["--refinery", str(run("--model", "resnet18", "--epochs", "1").folder)]
     options = ([], ["--labels.bn", "running"], ["--labels.resolution", "24"], ["--loss.kind", "l2"])
     assert len({run(*words, *option).folder for option in options}) == 4
@@ -643,8 +643,8 @@ def test_thrifty_refineries_are_runs_of_their_own(run, capsys):
 
 
 @pytest.mark.slow
-def test_too_little_memory_is_answered_with_a_batch_that_fits(run, monkeypatch):
-    """The allocator is PyTorch's own; a limit on it stands for a small machine."""
+def test_too_little_memory_names_a_batch_that_fits(run, monkeypatch):
+    """A limit on PyTorch's real allocator simulates a small machine."""
     original = Step.__call__
 
     def call(self, batch, *where):
@@ -656,7 +656,7 @@ def test_too_little_memory_is_answered_with_a_batch_that_fits(run, monkeypatch):
     says = r"batch=16: a step at 32 px does not fit in the \d+ GiB.*; --batch 4 fits"
     with pytest.raises(TrainError, match=says):
         run()
-    # A refinery that labels other crops than those trained on sees as many of them.
+    # A refinery that labels other crops than those trained on sees the same number of them.
     torch.manual_seed(0)
     network = models.build("resnet18", 3)
     torch.save(network.state_dict(), "refinery.pt")
@@ -694,7 +694,7 @@ def test_networks_of_other_batches_train_apart(run, tmp_path, capsys):
 
 
 def test_two_processes_do_not_train_one_run(run):
-    """A lock of another open file stands for another process: the system makes no difference."""
+    """A lock of another open file simulates another process: the system treats both the same."""
     folder = run("--epochs", "1").folder
     before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     (folder / "result.json").unlink()
@@ -712,8 +712,8 @@ def test_a_folder_with_another_run_is_refused(run):
         run("--out", "mine", "--seed", "3")
 
 
-def test_a_line_that_was_cut_short_is_written_again(run, monkeypatch, capsys):
-    """As a full disk leaves it, in what is kept for people; the checkpoint is whole."""
+def test_a_truncated_line_is_written_again(run, monkeypatch, capsys):
+    """As a full disk leaves it, in the metrics file; the checkpoint is complete."""
     with monkeypatch.context() as patch:
         stop_at(5, patch)
         with pytest.raises(Interrupted):
@@ -752,8 +752,8 @@ def test_table(run, capsys):
 
 
 @pytest.mark.slow
-def test_ablations_learn_something_else_each(run, tmp_path, capsys):
-    """Tables 3 to 7 of the paper: each has its options, ends, and comes to other weights from the same start."""
+def test_each_ablation_gives_other_weights(run, tmp_path, capsys):
+    """Tables 3 to 7 of the paper: each option runs to the end, and gives other weights from the same start."""
     refinery = run("--model", "resnet18", "--epochs", "1")
     words = ["--refinery", str(refinery.folder), "--epochs", "1"]
     is_a = tmp_path / "is_a.txt"

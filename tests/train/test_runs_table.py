@@ -1,4 +1,4 @@
-"""What `make runs` shows of runs, and what `make clean-runs` finds and removes."""
+"""The table of `make runs`, and the folders that `make clean-runs` finds and removes."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from train.train import train
 
 @pytest.fixture(scope="module")
 def made(converted, tmp_path_factory):
-    """Of one epoch each: a run, the same at another rate and seed, and one whose refinery was named by its folder."""
+    """Three runs of one epoch: one, one with another rate and seed, and one whose refinery is named by its folder."""
     root = tmp_path_factory.mktemp("runs")
     words = [*TINY, "--data", str(converted.folder), "--epochs", "1", "--runs", str(root)]
     (first,) = train(parse([*words, "--out", str(root / "first")]))
@@ -63,13 +63,13 @@ def rows_of(out: str) -> dict[str, str]:
     return {line.rpartition("/")[2]: line for line in out.splitlines() if " runs/" in line}
 
 
-def test_what_differs_is_named(runs, capsys):
+def test_differing_options_are_named(runs, capsys):
     table("runs")
     rows = rows_of(capsys.readouterr().out)
     assert list(rows) == ["first", "second", "student"]
     assert "  optimizer.lr=0.02  finished  " in rows["second"]
     assert re.search(r"  optimizer\.lr=0\.[0-9]+ +finished  ", rows["first"])
-    # The seed has a column of its own; the student is compared with no other.
+    # The seed has its own column; the student has no other run to be compared with.
     assert "seed" not in rows["second"] + rows["first"]
     assert "=" not in rows["student"]
     assert all(" label-refinery " in row for row in rows.values())
@@ -94,7 +94,7 @@ def test_differences_of_options_that_only_some_have(made):
     assert differences([one, two], ["a", "b"]) == ["", ""]
 
 
-def test_failed_starts_are_left_out_and_counted(runs, capsys):
+def test_failed_starts_are_omitted_and_counted(runs, capsys):
     failed_start(runs / "failed", runs / "first")
     stopped(runs / "stopped", runs / "first")
     table("runs")
@@ -120,7 +120,7 @@ def test_a_run_that_was_stopped_in_its_first_epoch_has_begun(run, monkeypatch):
     assert state_of(read_run(Path("run"))) == "stopped, epoch 0 of 2"
 
 
-def test_looking_at_a_lock_leaves_it(runs):
+def test_checking_a_lock_does_not_take_it(runs):
     assert not in_use(runs / "first")
     with locked(runs / "first"):
         assert in_use(runs / "first")
@@ -161,7 +161,7 @@ def test_cleaning_removes_what_it_listed_and_nothing_else(runs, capsys):
     assert set(runs.rglob("*")) == kept
     shutil.rmtree(runs / "first")
     clean("runs", stopped=True, yes=True)
-    # The student's refinery had these very weights, wherever they lie.
+    # The student's refinery had exactly these weights, wherever their file is.
     assert "kept: runs/student learned from it" in capsys.readouterr().out
     assert (runs / "stopped").is_dir()
     shutil.rmtree(runs / "student")
@@ -169,8 +169,8 @@ def test_cleaning_removes_what_it_listed_and_nothing_else(runs, capsys):
     assert {path.name for path in runs.iterdir()} == {"second"}
 
 
-def test_a_run_by_whose_folder_a_refinery_is_named_is_kept(runs, capsys):
-    """Also where its checkpoints have changed since, as those of a run that went on."""
+def test_a_run_that_is_named_as_a_refinery_is_kept(runs, capsys):
+    """Also if its checkpoints have changed since, as those of a continued run."""
     (runs / "first" / "result.json").unlink()
     for file in (runs / "first").glob("*.pt"):
         file.write_bytes(b"")
@@ -182,7 +182,7 @@ def test_a_run_by_whose_folder_a_refinery_is_named_is_kept(runs, capsys):
     assert "kept: runs/student learned from it" in capsys.readouterr().out
 
 
-def test_a_run_that_is_going_on_is_kept(runs, capsys):
+def test_a_run_in_progress_is_kept(runs, capsys):
     failed = failed_start(runs / "failed", runs / "first")
     with locked(failed):
         clean("runs", yes=True)
@@ -218,7 +218,7 @@ def test_damaged_runs_are_found(runs, capsys):
     assert not other.exists()
 
 
-def test_stored_labels_are_no_run(runs):
+def test_stored_labels_are_not_taken_for_a_run(runs):
     """They have locks too."""
     labels = runs / "labels"
     labels.mkdir()
@@ -228,7 +228,7 @@ def test_stored_labels_are_no_run(runs):
     assert labels.is_dir()
 
 
-def test_a_link_to_elsewhere_is_not_followed(runs, tmp_path):
+def test_links_are_not_followed(runs, tmp_path):
     """What it points to is not a run's to remove."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

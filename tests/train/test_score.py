@@ -1,4 +1,4 @@
-"""Scoring: what counts as right, of more classes than five."""
+"""Scoring, with more than five classes."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Counting(nn.Module):
-    """Finds class 0 the likeliest, then class 1 and so on, whatever it sees; of `classes` classes."""
+    """Predicts class 0 first, then class 1 and so on, for any input; of `classes` classes."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -47,7 +47,7 @@ def test_the_first_and_the_first_five_of_eight(loader):
     assert scores.loss == pytest.approx(sum((label + 1) * float(own[label]) for label in range(8)) / 36, rel=1e-6)
 
 
-def test_what_is_said_of_each_image(loader):
+def test_answers_for_each_image(loader):
     """Also of a network that lacks two of the classes, whose images are not scored."""
     chances = (-torch.arange(8.0)).softmax(dim=0)
     for columns in (None, [7, 6, 5, -1, 3, 2, 1, -1]):
@@ -60,7 +60,7 @@ def test_what_is_said_of_each_image(loader):
         assert torch.cat([each.indices for each in said]).unique().numel() == scores.images
         order = list(range(8)) if columns is None else [6, 5, 4, 2, 1, 0]
         assert all((each.likeliest == torch.tensor(order[:5])).all() for each in said)
-        # The network's outputs in the order of `order`, and among them the chances.
+        # The network's outputs in the order of `order`, and their probabilities.
         outputs = list(range(8)) if columns is None else [1, 2, 3, 5, 6, 7]
         among = chances[outputs] / chances[outputs].sum()
         for each in said:

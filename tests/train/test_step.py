@@ -1,4 +1,4 @@
-"""The step: what it computes, what it counts, and that it compiles into one graph, once."""
+"""The step: its computation, its sums, and its compilation into one graph, once."""
 
 import copy
 import functools
@@ -42,8 +42,8 @@ def refinery():
     return Refinery(models.build("resnet18", 3), IMAGENET)
 
 
-def test_is_the_plain_computation(loader):
-    """Written out with PyTorch alone, a step gives the same weights (later ones amplify the rounding of the first)."""
+def test_a_step_equals_the_plain_computation(loader):
+    """A step in plain PyTorch gives the same weights (later steps would amplify differences of rounding)."""
     labels = refinery()
     step = step_of(labels)
     student = copy.deepcopy(step.students[0].network).train()
@@ -89,8 +89,8 @@ def test_a_loss_that_is_not_finite_shows_in_the_sums(loader):
     assert not torch.isfinite(step.students[0].sums[LOSS])
 
 
-def test_two_students_learn_what_each_learns_alone(loader):
-    """They share the labels and nothing else; each sees the crops as it was made for."""
+def test_two_students_learn_the_same_as_each_alone(loader):
+    """They share only the labels; each sees crops with its own normalisation."""
     halves = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
     def students():
@@ -108,7 +108,7 @@ def test_two_students_learn_what_each_learns_alone(loader):
             assert torch.equal(ours, theirs)
 
 
-def test_a_student_sees_the_crops_as_it_was_made_for(loader):
+def test_each_student_has_its_own_normalisation(loader):
     halves = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     seen = []
     step = step_of(GroundTruth(3), students=[student_of(), student_of(normalisation=halves)])
@@ -159,7 +159,7 @@ def tiny_step(optimizer="sgd", **options):
 
 @pytest.fixture
 def new_memory_is_nan():
-    """Memory that PyTorch did not set holds NaN, rather than what happens to stand there."""
+    """Uninitialised memory holds NaN instead of arbitrary values."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -167,7 +167,7 @@ def new_memory_is_nan():
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "adamp"])
 def test_fp16_scales_the_loss_and_skips_what_overflows(loader, new_memory_is_nan, kind):
-    """A skipped step leaves nothing behind: the next one is the first step of a student that skipped none."""
+    """A skipped step has no effect: the next one equals the first step of a student that skipped none."""
     skipping, plain = (tiny_step(autocast=torch.float16, optimizer=kind) for _ in range(2))
     scaler = skipping.students[0].scaler
     scaler.update(2.0**30)  # gradients overflow
@@ -187,7 +187,7 @@ def test_fp16_scales_the_loss_and_skips_what_overflows(loader, new_memory_is_nan
 
 
 def test_compiled_bfloat16_agrees_with_eager_float32_over_50_steps(loader):
-    """Each ten steps' loss within 5 %, and what the networks say at the end within 5 % of its range."""
+    """The loss of every ten steps within 5 %, and the networks' final output within 5 % of its range."""
     steps = [tiny_step(), tiny_step(autocast=torch.bfloat16, compiled=True, strict=True)]
     losses: list[list[float]] = [[], []]
     batches = [batch for epoch in range(17) for batch in loader.epoch(epoch)][:50]
@@ -206,7 +206,7 @@ def test_compiled_bfloat16_agrees_with_eager_float32_over_50_steps(loader):
 
 @pytest.fixture
 def no_compiler():
-    """The C++ compiler is missing, which shows only when the first graph is built."""
+    """Simulates a missing C++ compiler, which fails only when the first graph is built."""
     from torch._inductor import config, cpp_builder
 
     def forget():
@@ -226,7 +226,7 @@ def same_weights(one: Step, other: Step) -> bool:
     return all(torch.equal(ours, theirs) for ours, theirs in zip(*states, strict=True))
 
 
-def test_a_failed_compilation_says_so_and_changes_nothing(loader, no_compiler, capsys):
+def test_a_failed_compilation_prints_a_notice_and_changes_nothing(loader, no_compiler, capsys):
     step, eager = tiny_step(compiled=True), tiny_step()
     for batch in loader.epoch(0):
         step(batch)
@@ -240,7 +240,7 @@ def test_a_failed_compilation_says_so_and_changes_nothing(loader, no_compiler, c
 
 @pytest.fixture
 def quick_compiler(monkeypatch):
-    """Dynamo makes the graphs and counts them, and PyTorch runs them as they are: building each takes seconds."""
+    """Dynamo traces and counts the graphs, and PyTorch runs them uncompiled: building each takes seconds."""
     compile = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda function, **_: compile(function, backend="eager", fullgraph=True, dynamic=False)
@@ -251,8 +251,8 @@ def quick_compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_a_failure_at_a_later_resolution_ends_as_kindly(converted, loader, quick_compiler, capsys):
-    """A graph too many is what fails here."""
+def test_a_failed_compilation_at_a_later_resolution(converted, loader, quick_compiler, capsys):
+    """Here by exceeding the limit of graphs."""
     first = next(iter(loader.epoch(0)))
     batches = [replace(first, crops=first.crops[:, :, :side, :side]) for side in (32, 24, 16)]
     step, eager = tiny_step(compiled=True), tiny_step()
@@ -270,7 +270,7 @@ def test_a_failure_at_a_later_resolution_ends_as_kindly(converted, loader, quick
 
 
 def test_trainings_of_one_process_do_not_share_a_limit_of_graphs(loader, quick_compiler, capsys):
-    """PyTorch counts the graphs of a function, which is the same in all trainings; each has as many as it needs."""
+    """PyTorch limits the graphs of a function, which all trainings share; each gets as many as it needs."""
     crops = next(iter(loader.epoch(0)))
     sides = (32, 40, 48, 56)
     for _ in range(2):
@@ -282,7 +282,7 @@ def test_trainings_of_one_process_do_not_share_a_limit_of_graphs(loader, quick_c
     assert not capsys.readouterr().out
 
 
-def test_too_little_memory_is_known(loader):
+def test_errors_of_too_little_memory_are_recognised(loader):
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**52)
     assert is_out_of_memory(caught.value)

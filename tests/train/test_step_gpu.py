@@ -63,7 +63,7 @@ def test_nothing_waits_for_the_device(converted, autocast):
     assert torch.isfinite(step.students[0].sums[LOSS])
 
 
-def test_too_large_a_batch_is_answered_with_one_that_fits(converted, tmp_path, monkeypatch):
+def test_too_large_a_batch_names_one_that_fits(converted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--data", str(converted.folder), "--model", "resnet18", "--resolution", "224", "--batch", "48"]
     words += ["--epochs", "1", "--device", "cuda", "--compile", "never"]
@@ -78,7 +78,7 @@ def test_too_large_a_batch_is_answered_with_one_that_fits(converted, tmp_path, m
 
 @pytest.mark.parametrize("format", ["exact", "packed"])
 def test_labels_are_stored_and_learned_from(converted, tmp_path, monkeypatch, format):
-    """Compiled; what is stored is what the refinery says, of every crop, and nothing waits for its rows."""
+    """Compiled; every crop's stored label is the refinery's, and nothing waits for rows."""
     monkeypatch.chdir(tmp_path)
     torch.save(models.build("resnet18", 3).state_dict(), "refinery.pt")
     words = ["--data", str(converted.folder), "--resolution", "64", "--batch", "16", "--epochs", "2"]

@@ -1,4 +1,4 @@
-"""A folder of stored labels: epochs that are whole or not there, and damage that is named."""
+"""A folder of stored labels: complete epochs, and damage that is reported by name."""
 
 import errno
 import fcntl
@@ -59,7 +59,7 @@ def filled(store: Store, epoch: int) -> np.ndarray:
     return wanted
 
 
-def test_what_is_written_is_read(store):
+def test_written_rows_are_read_back(store):
     wanted = [filled(store, epoch) for epoch in range(2)]
     again = open_store(store.folder)
     assert again.description.crop.scale == (0.08, 1.0)
@@ -82,7 +82,7 @@ def test_epochs_count_up_to_a_gap(store):
     assert store.epochs == 1
 
 
-def test_an_epoch_is_there_as_a_whole_or_not_at_all(store):
+def test_an_epoch_exists_completely_or_not_at_all(store):
 
     def fails() -> None:
         with store.writing(0) as rows:
@@ -98,7 +98,7 @@ def test_an_epoch_is_there_as_a_whole_or_not_at_all(store):
         assert rows is None  # it is finished
 
 
-def test_two_do_not_write_the_same_epoch(store):
+def test_two_processes_do_not_write_the_same_epoch(store):
     other = open_store(store.folder)
     with store.writing(0) as rows:
         with other.writing(0) as theirs:
@@ -109,7 +109,7 @@ def test_two_do_not_write_the_same_epoch(store):
     assert (other.rows(0) == 1).all()
 
 
-def test_what_a_killed_process_left_is_written_over(store):
+def test_leftovers_of_a_killed_process_are_overwritten(store):
     program = (
         "import os, signal, sys; from train.labels.store import open_store\n"
         f"with open_store({str(store.folder)!r}).writing(0) as rows:\n"
@@ -141,7 +141,7 @@ def test_a_full_disk_keeps_what_is_finished(store):
     assert len(os.listdir(store.folder)) == 2
 
 
-def test_what_epochs_take_is_asked_for_before(tmp_path, monkeypatch):
+def test_disk_space_for_epochs_is_checked_first(tmp_path, monkeypatch):
     images = 10**12
     huge = create_store(tmp_path / "huge", replace(DESCRIPTION, data=DESCRIPTION.data | {"images": images}))
     with pytest.raises(TrainError, match=r"OUT=.*huge: 3 epochs of labels take 120 TB, and .* are free; take another"):
@@ -154,7 +154,7 @@ def test_what_epochs_take_is_asked_for_before(tmp_path, monkeypatch):
     filled(store, 1)
     store.check_room(2)
     with store.writing(0):
-        store.check_room(3)  # what epoch 0 takes is no longer free
+        store.check_room(3)  # the space of epoch 0 is allocated already
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_damaged_rows_are_refused_by_name_and_written_again(store, harm, says):
     with pytest.raises(TrainError, match=rf"epoch-0000.labels: {says}.*label again with the same command"):
         store.rows(0)
     if says == "is damaged":
-        path.unlink()  # as it says
+        path.unlink()  # as the message says
     assert store.epochs == 0
     filled(store, 0)
     assert np.array_equal(store.rows(0), wanted)
@@ -217,7 +217,7 @@ def test_a_damaged_description_is_refused(store, harm, says):
         open_store(store.folder)
 
 
-def test_a_folder_in_which_writing_was_cut_short_is_taken(tmp_path):
+def test_a_folder_with_interrupted_writes_is_accepted(tmp_path):
     folder = tmp_path / "labels"
     folder.mkdir()
     (folder / ".labels.json.partial").write_text('{"ver')
@@ -226,7 +226,7 @@ def test_a_folder_in_which_writing_was_cut_short_is_taken(tmp_path):
 
 
 def test_finished_labels_need_not_be_writable(store):
-    """As on a disk that is read-only; root may write all the same, so the question itself is asked."""
+    """As on a read-only disk; os.access is replaced, since root may write anyway."""
     filled(store, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: False)
@@ -236,7 +236,7 @@ def test_finished_labels_need_not_be_writable(store):
 
 
 def test_a_file_that_its_writer_has_just_removed_is_not_written_to(store, monkeypatch):
-    """Between opening it and locking it, another process has given up or finished."""
+    """Between opening and locking it, another process has given up or finished."""
     original, calls = fcntl.flock, []
 
     def flock(file, how):
@@ -251,7 +251,7 @@ def test_a_file_that_its_writer_has_just_removed_is_not_written_to(store, monkey
     wanted = filled(store, 0)
     assert len(calls) == 2
     assert np.array_equal(store.rows(0), wanted)
-    # Finished meanwhile: its file was moved away.
+    # Finished in the meantime: its file was moved.
     calls.clear()
     other = open_store(store.folder)
 
@@ -269,7 +269,7 @@ def test_a_file_that_its_writer_has_just_removed_is_not_written_to(store, monkey
     assert len(os.listdir(store.folder)) == 3
 
 
-def test_a_disk_that_is_full_is_noticed_before_rows_are_written(store, monkeypatch):
+def test_a_full_disk_is_detected_before_rows_are_written(store, monkeypatch):
     """Writing to a mapped page of a full disk would end the process."""
 
     def full(file, start, size):
@@ -289,7 +289,7 @@ def test_epochs_written_at_the_same_time_are_all_described(store):
     assert store.epochs == 8
 
 
-def test_labels_of_other_things_are_not_added_to(store, tmp_path):
+def test_other_labels_in_the_folder_are_refused(store, tmp_path):
     filled(store, 0)
     assert create_store(store.folder, DESCRIPTION).epochs == 1
     other = replace(DESCRIPTION, refinery=DESCRIPTION.refinery | {"weights": "ef" * 32}, batch=32)
@@ -306,14 +306,14 @@ def test_labels_of_other_things_are_not_added_to(store, tmp_path):
         check_folder(tmp_path / ("a" * 300))
 
 
-def test_sizes_as_people_read_them():
+def test_sizes_in_readable_units():
     assert [in_units(size) for size in (0, 999, 1000, 999_999, 25_600_000, 3 * 10**15)] == [
         *("0 bytes", "999 bytes", "1 kB", "1 MB", "25.6 MB", "3 PB")
     ]
 
 
 def refusal(folder: Path, **changes) -> str:
-    """What opening the folder says with these changes to its description, under a checksum that is right."""
+    """The error of opening the folder with these changes to its description and a valid checksum."""
     path = folder / "labels.json"
     said = json.loads(path.read_text()) | changes
     said.pop("checksum")
@@ -352,7 +352,7 @@ def refusal(folder: Path, **changes) -> str:
         ("epochs", {"0": {"crc32": 1}}),
     ],
 )
-def test_the_description_of_others_is_checked_field_by_field(store, field, value):
+def test_each_field_of_a_description_is_checked(store, field, value):
     assert "labels.json: is damaged (" in refusal(store.folder, **{field: value})
 
 
@@ -378,7 +378,7 @@ MAPS = replace(
 @given(data=st.data())
 @pytest.mark.parametrize("description", [DESCRIPTION, MAPS], ids=["crops", "maps"])
 def test_fuzz_labels_json(tmp_path, description, data):
-    """With a checksum that is right, as others could write it: refused, or good for all that is asked of it."""
+    """With a valid checksum, as others could write it: refused, or usable."""
     damaged = data.draw(documents(as_written(description)) | bytes_of(json.dumps(as_written(description)).encode()))
     if isinstance(damaged, dict):
         damaged = json.dumps(damaged | {"checksum": key_of(damaged)}).encode()

@@ -1,4 +1,4 @@
-"""Labels made once and read in training: the same crops, the same labels, the same weights as with the refinery."""
+"""Stored labels in training: the same crops, labels and weights as with the refinery."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from train.runs.__main__ import table
 from train.step import Step
 
 EXACT = LabelOptions("exact")
-# 48 images in batches of 20: two steps an epoch, and 8 images that training leaves out.
+# 48 images in batches of 20: two steps per epoch, and 8 images that training drops.
 BATCH = ("--batch", "20")
 
 
@@ -74,12 +74,12 @@ def test_exact_labels_train_the_same_weights_as_the_refinery(run, make, refinery
     assert [line["loss"] for line in stored.metrics] == [line["loss"] for line in online.metrics]
     assert stored.identity["refinery"] == online.identity["refinery"]
     assert stored.crop_seed == online.crop_seed
-    # Students together, each as alone.
+    # Several students together get the same weights as each alone.
     several = run(*words, "--labels.stored", str(store.folder), *of_run, "--model", "mobilenet0.25 mobilenet0.5")
     assert_same_weights(several[0], online)
 
 
-def test_packed_labels_train(run, make, capsys):
+def test_a_run_trains_on_packed_labels(run, make, capsys):
     store = make("labels", LabelOptions(k=2))
     assert store.description.bytes_per_crop == 2
     capsys.readouterr()
@@ -93,7 +93,7 @@ def test_packed_labels_train(run, make, capsys):
 
 
 def test_every_crop_has_its_row(make, converted, refinery):
-    """Also those that training leaves out. With running statistics, a label is a function of its crop alone."""
+    """Also those that training drops. With running statistics, a label depends only on its crop."""
     store = make("labels", EXACT, "--copies", "2", "--labels.bn", "running", "--labels.resolution", "24")
     trained = load_trained(str(refinery))
     alone = Refinery(trained.network, trained.normalisation, bn="running", resolution=24)
@@ -133,7 +133,7 @@ def job_of(converted, refinery, *words: str):
     return resolve(config, data, labels)
 
 
-def test_the_seed_is_of_the_first_weights_alone(run, make):
+def test_the_seed_affects_only_the_first_weights(run, make):
     store = make("labels", EXACT, "--seed", "7")
     one, other = (run(*BATCH, "--labels.stored", str(store.folder), "--seed", seed) for seed in ("0", "1"))
     assert one.crop_seed == other.crop_seed == store.description.seed
@@ -141,7 +141,7 @@ def test_the_seed_is_of_the_first_weights_alone(run, make):
     assert any(not torch.equal(value, weights_of(other)[name]) for name, value in weights_of(one).items())
 
 
-def test_the_plan_of_the_labels_holds_where_nothing_else_is_asked(run, make, converted):
+def test_the_plan_of_the_labels_is_the_default(run, make, converted):
     store = make("labels", EXACT, "--crop.scale", "[0.3,0.6]", "--crop.flip", "false", "--resolution", "40")
     config = configure(
         {
@@ -168,7 +168,7 @@ def test_fewer_copies_than_stored(run, make, refinery):
         run(*BATCH, "--labels.stored", str(store.folder), "--copies", "3")
 
 
-def test_what_is_another_than_the_labels_were_made_with_is_noticed(run, make, capsys):
+def test_differences_from_how_the_labels_were_made_are_printed(run, make, capsys):
     store = make("labels", EXACT, "--resolution", "64")
     capsys.readouterr()
     words = ["--batch", "16", "--order", "quasi-random", "--resolution", "64", "--resolution_from", "0.5"]
@@ -186,17 +186,17 @@ def test_what_is_another_than_the_labels_were_made_with_is_noticed(run, make, ca
         assert "labels: made with the statistics of batches of 20 in random order" in capsys.readouterr().out
 
 
-def test_another_precision_is_noticed(run, make, monkeypatch, capsys):
+def test_another_precision_is_printed(run, make, monkeypatch, capsys):
     monkeypatch.setattr("train.device._has_bf16", lambda device: True)
     store = make("labels", LabelOptions(k=3), "--labels.bn", "running")
     capsys.readouterr()
     run("--batch", "16", "--precision", "bf16", "--labels.stored", str(store.folder))
     out = capsys.readouterr().out
     assert "labels: made in fp32; this run computes in bf16\n" in out
-    assert "batches of" not in out  # which does not matter to running statistics
+    assert "batches of" not in out  # running statistics do not depend on it
 
 
-def test_epochs_that_run_out(run, make, converted):
+def test_a_run_longer_than_the_stored_epochs(run, make, converted):
     store = make("labels")
     words = [*BATCH, "--labels.stored", str(store.folder), "--epochs", "3"]
     with pytest.raises(TrainError, match=r"epochs=3: LABELS=.* holds 2 epochs; label more .* --labels.cycle 2"):
@@ -212,7 +212,7 @@ def test_epochs_that_run_out(run, make, converted):
     data, (labels,) = check([config])
     job = resolve(config, data, labels)
     assert [job.plan_epoch(epoch) for epoch in range(3)] == [0, 1, 0]
-    # Labels that are added change neither this run nor one without a cycle.
+    # Additional labels change neither this run nor one without a cycle.
     make("labels", EXACT, "--epochs", "3")
     data, (later,) = check([config])
     assert resolve(config, data, later).identity == job.identity
@@ -223,7 +223,7 @@ def test_epochs_that_run_out(run, make, converted):
     assert torch.equal(first.labels_on_disk, third.labels_on_disk)
 
 
-def test_more_epochs_of_the_same_labels_are_another_epochs_work_alone(make):
+def test_only_additional_epochs_are_labelled(make):
     store = make("labels")
     before = {path.name: path.stat().st_mtime_ns for path in store.folder.glob("*.labels")}
     key = store.description.key
@@ -256,7 +256,7 @@ def test_a_stop_keeps_finished_epochs(make, monkeypatch, tmp_path):
     assert len(batches) == 5 + 3
 
 
-def test_an_epoch_that_another_process_writes_is_left_to_it(make, capsys):
+def test_an_epoch_that_another_process_writes_is_skipped(make, capsys):
     store = make("labels")
     shutil.copytree(store.folder, store.folder.with_name("whole"))
     for path in store.folder.glob("*.labels"):
@@ -282,8 +282,8 @@ def test_damage_ends_training_with_the_files_name(run, make):
     assert run(*BATCH, "--labels.stored", str(store.folder)).result["epochs"] == 2
 
 
-def test_too_little_memory_is_answered_with_a_batch_that_fits(run, make, monkeypatch):
-    """The labels of a smaller batch are as many as its crops."""
+def test_too_little_memory_names_a_batch_that_fits(run, make, monkeypatch):
+    """A smaller batch has correspondingly fewer labels."""
     store = make("labels", LabelOptions(k=2), "--epochs", "1")
     original = Step.__call__
 
@@ -302,9 +302,9 @@ def test_too_little_memory_is_answered_with_a_batch_that_fits(run, make, monkeyp
     ("words", "says"),
     [
         (["--jitter", "1", "--pretrained", "w.pt"], "jitter moves crops, and stored labels are of crops as planned"),
-        (["--labels.bn", "running"], "labels.bn has no meaning with labels.stored"),
-        (["--labels.smoothing", "0.1"], "labels.smoothing has no meaning with labels.stored"),
-        (["--labels.taxonomy", "is_a.txt"], "labels.taxonomy has no meaning with labels.stored"),
+        (["--labels.bn", "running"], "labels.bn has no effect with labels.stored"),
+        (["--labels.smoothing", "0.1"], "labels.smoothing has no effect with labels.stored"),
+        (["--labels.taxonomy", "is_a.txt"], "labels.taxonomy has no effect with labels.stored"),
         (["--loss.temperature", "2"], "loss.temperature=2: packed labels hold probabilities at temperature 1"),
         (["--crop.scale", "[0.5,1]"], r"crop.scale=\[0.5, 1.0\]: LABELS=.* are of crops with \[0.25, 1.0\]"),
         (["--crop.ratio", "[1,1]"], r"crop.ratio=\[1.0, 1.0\]: LABELS=.* are of crops with \[0.75, 1.33"),
@@ -317,7 +317,7 @@ def test_too_little_memory_is_answered_with_a_batch_that_fits(run, make, monkeyp
         (["--labels.stored", "nowhere"], "labels.json: cannot be read .*; is nowhere a folder of stored labels"),
     ],
 )
-def test_what_has_no_meaning_with_stored_labels(run, make, words, says):
+def test_options_without_effect_on_stored_labels_are_refused(run, make, words, says):
     store = make("labels", LabelOptions(k=2), "--epochs", "1")
     with pytest.raises(TrainError, match=says):
         run(*BATCH, "--epochs", "1", "--labels.stored", str(store.folder), *words)
@@ -368,13 +368,13 @@ def test_labels_of_other_images_are_refused_with_both_fingerprints(run, make, tm
         (LabelOptions(), ["--batch", "64"], "batch=64: .* has 48 images; take a smaller batch"),
     ],
 )
-def test_what_cannot_be_labelled(make, tmp_path, options, words, says):
+def test_inputs_that_cannot_be_labelled_are_refused(make, tmp_path, options, words, says):
     with pytest.raises(TrainError, match=says):
         make("labels", options, *words)
     assert not (tmp_path / "labels").exists()
 
 
-def test_some_labels_that_are_not_finite_spoil_their_epoch(make, tmp_path, monkeypatch):
+def test_labels_that_are_not_finite_discard_their_epoch(make, tmp_path, monkeypatch):
     original, batches = Labeller.logits, []
 
     def logits(self, batch):
@@ -418,14 +418,14 @@ def test_a_refinery_named_by_its_network_is_trained_for_as_long_as_its_recipe_sa
     assert read_run(identity.parent).result
 
 
-def test_a_stop_that_was_asked_for_before_leaves_the_rows_alone(converted, refinery):
+def test_a_stop_before_labelling_writes_no_rows(converted, refinery):
     labeller = Labeller(job_of(converted, refinery), EXACT)
     rows = np.zeros((48, 12), np.uint8)
     with pytest.raises(Interrupted):
         labeller.label_epoch(0, rows, Stop(requested=True), "labels")
 
 
-def test_reports_and_tables_know_runs_from_stored_labels(run, make, refinery, capsys):
+def test_reports_and_tables_of_runs_from_stored_labels(run, make, refinery, capsys):
     store = make("labels", LabelOptions(), "--epochs", "1")
     found = run(*BATCH, "--labels.stored", str(store.folder), "--epochs", "1")
     assert origin_of(found.identity) == "resnet18, stored"
@@ -448,7 +448,7 @@ def test_a_chain_begins_with_stored_labels(run, make, converted):
     assert [each.identity["generation"] for each in (first, second)] == [1, 2]
 
 
-def test_labels_without_an_epoch(run, make, converted):
+def test_labels_without_a_finished_epoch_are_refused(run, make, converted):
     store = make("labels", LabelOptions(), "--epochs", "1")
     (store.folder / "epoch-0000.labels").unlink()
     with pytest.raises(TrainError, match="no epoch is finished yet; label some with python -m train.label"):

@@ -1,4 +1,4 @@
-"""A network in training: its learning rate, its normalisation, its best epoch, and what its checkpoint holds."""
+"""A network in training: learning rate, normalisation, best epoch and checkpoint."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -53,14 +53,14 @@ def test_the_learning_rate_is_for_the_batch(job_of, kind):
 
 
 @pytest.mark.parametrize("model", ["mobilenet0.25", "timm:test_resnet"])
-def test_it_is_scored_on_crops_as_it_was_made_for(job_of, converted, model):
+def test_a_student_is_scored_with_its_own_normalisation(job_of, converted, model):
     job = job_of("--model", model)
     student = Student.of(job)
     assert student.normalisation == models.normalisation(model)
     loader = open_loader(converted.beton("val"), resolution=32, batch_size=15, train=False)
     batch = next(iter(loader.epoch(0)))
     with torch.no_grad():
-        # With statistics of no pictures, an untrained network says the same of all.
+        # With its initial statistics, an untrained network has the same output for all images.
         for module in student.network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
@@ -82,8 +82,8 @@ def test_the_best_epoch_is_one_as_good_as_any_before():
     assert found == [(True, 0), (True, 30), (True, 50), (False, 50), (True, 50), (False, 50), (True, 60)]
 
 
-def test_what_it_goes_on_from(job_of):
-    """Weights, average, momentum, scale of the loss, sums and the best accuracy, all of another student's."""
+def test_restore_continues_from_state(job_of):
+    """A new student takes over weights, average, momentum, loss scale, sums and best accuracy."""
 
     def made() -> Student:
         student = small(autocast=torch.float16, ema=0.5)
@@ -115,7 +115,7 @@ def test_what_it_goes_on_from(job_of):
         assert torch.equal(momentum, second.optimizer.state[other]["momentum_buffer"])
 
 
-def test_a_scale_is_kept_for_float16_alone(job_of):
+def test_only_float16_has_a_scale(job_of):
     job = job_of()
     assert Student.of(job).scaler is None
     half = Student.of(replace(job, config=replace(job.config, precision="fp16")))

@@ -1,4 +1,4 @@
-"""Runs survive: kills, full disks, damaged files and closed terminals cost at most what the last checkpoint lacks."""
+"""Kills, full disks, damaged files and closed terminals lose at most the work since the last checkpoint."""
 
 import errno
 import fcntl
@@ -39,7 +39,7 @@ TIMES = ("images_per_second_per_device", "waiting", "seconds")
 
 
 def content(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict], dict]:
-    """What a run came to, without times: weights, metrics, result."""
+    """The results of a run without times: weights, metrics, result."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
     without = [{key: value for key, value in each.items() if key not in TIMES} for each in (*lines, result)]
@@ -68,7 +68,7 @@ def stopped(run, monkeypatch):
 
 
 def of_earlier_version(folder: Path) -> None:
-    """Checkpoints of earlier versions hold neither identity nor metrics, and the one before was not kept."""
+    """Changes checkpoints to those of earlier versions: no identity, no metrics, no previous checkpoint."""
     (folder / "last.before.pt").unlink(missing_ok=True)
     for file in folder.glob("*.pt"):
         state = torch.load(file, weights_only=True)
@@ -76,11 +76,11 @@ def of_earlier_version(folder: Path) -> None:
         torch.save(state, file)
 
 
-# Each file is written beside, synced, renamed, and its folder synced.
+# Each file is written under a temporary name, synced and renamed, and its folder is synced.
 
 
-def test_each_file_takes_its_place_only_when_it_is_on_the_disk(run, monkeypatch):
-    """A kill does not show the order, because the system's cache outlives it; a power cut would."""
+def test_each_file_is_renamed_only_after_it_is_synced(run, monkeypatch):
+    """The order matters only for power failures: after a kill, the system's cache is still written."""
     calls = []
     real_fsync, real_replace = os.fsync, os.replace
 
@@ -114,14 +114,14 @@ def test_an_equal_identity_is_not_written_again(run, stopped):
 
 
 @pytest.mark.parametrize("name", ["identity.json", "metrics.jsonl", "last.pt", "result.json"])
-def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(run, name, capsys):
+def test_a_full_disk_ends_in_one_line_and_the_run_can_be_continued(run, name, capsys):
     """/dev/full refuses what is written to it, as a full disk does."""
     run("--out", "whole")
     full = Path("run") / f".{name}.partial"
     full.parent.mkdir()
     full.symlink_to("/dev/full")
     if name == "metrics.jsonl":
-        # Empty at first, which is no reason to write it.
+        # It exists and is empty.
         Path("run", name).touch()
     with pytest.raises(TrainError) as ended:
         run("--out", "run")
@@ -135,7 +135,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(run, name, capsy
     assert_same(Path("whole"), Path("run"))
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(run, stopped):
+def test_a_checkpoint_that_does_not_fit_leaves_the_previous_one(run, stopped):
     run("--out", "whole")
     (stopped / ".last.pt.partial").symlink_to("/dev/full")
     before = (stopped / "last.pt").read_bytes()
@@ -152,7 +152,7 @@ class Killed(BaseException):
 
 @pytest.mark.slow
 def test_a_kill_at_any_change_of_a_file_costs_nothing_that_was_saved(run, monkeypatch):
-    """Before each sync and each renaming of a run in turn, files beside their places are left as a kill leaves them."""
+    """A kill before each sync and each renaming of a run in turn, with the temporary files that it leaves."""
     words = ("--epochs", "2", "--save_minutes", "1e-9")
     run(*words, "--out", "whole")
     real = {name: getattr(os, name) for name in ("fsync", "replace", "link")}
@@ -194,7 +194,7 @@ def alike(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("saves", [2, *(pytest.param(saves, marks=pytest.mark.slow) for saves in (1, 3, 5))])
 def test_a_kill_between_the_checkpoints_of_two_networks_keeps_them_together(run, monkeypatch, capsys, saves):
-    """They share the random numbers of dropout: apart, each would draw others from then on."""
+    """They share the random numbers of dropout, which would differ if they continued separately."""
     names = "torchvision:squeezenet1_1 torchvision:mobilenet_v3_small"
     words = ("--model", names, "--save_minutes", "1e-9", "--optimizer.lr", "0.01")
     whole = run(*words, "--runs", "whole")
@@ -220,7 +220,7 @@ def test_a_kill_between_the_checkpoints_of_two_networks_keeps_them_together(run,
 
 @pytest.mark.slow
 def test_networks_that_did_not_train_together_lose_nothing(run, monkeypatch, capsys):
-    """One stands where the other's checkpoint before the last is, and goes on by itself all the same."""
+    """Even if one is at the position of the other's previous checkpoint, it continues by itself."""
     words = ("--save_minutes", "1e-9", "--optimizer.lr", "0.01")
     for model, step in (("mobilenet0.25", 3), ("resnet18", 2)):
         with monkeypatch.context() as patch:
@@ -374,7 +374,7 @@ def test_metrics_are_restored_from_the_checkpoint(run, monkeypatch, finished):
             assert [line["epoch"] for line in read_run(folder).metrics] == list(range(1, done + 1))
         run("--out", kind, *words)
         assert_same(Path("whole"), folder)
-        # A finished run's file, too, may be damaged: what reads it learns it from the checkpoint.
+        # If a finished run's file is damaged, metrics are read from the checkpoint.
         path.write_text("")
         assert len(read_run(folder).metrics) == 3
 
@@ -394,7 +394,7 @@ def test_a_result_without_metrics_says_so_in_one_line(run):
     table("run")
 
 
-# The best.
+# best.pt.
 
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])
@@ -422,7 +422,7 @@ def same(one, other) -> bool:
 
 @pytest.mark.parametrize("kind", ["bit", "zeros"])
 def test_damage_to_a_checkpoint_does_not_pass_silently(run, tmp_path, kind):
-    """Each damage is noticed, by training and by what reads networks alone, or lies where nothing is stored."""
+    """Each damage is detected, by training and by loading the network, or is in unused bytes."""
     path = run("--epochs", "1", "--out", "run").folder / "last.pt"
     whole, state = path.read_bytes(), checkpoint.load(path)
     damaged = tmp_path / "damaged.pt"
@@ -453,13 +453,13 @@ def test_damage_to_a_checkpoint_does_not_pass_silently(run, tmp_path, kind):
 
 
 def flip(path: Path) -> None:
-    """Damages a file within its tensors, where only a checksum shows it."""
+    """Damages a file within its tensors, where only a checksum detects it."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, stopped, capsys):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(run, stopped, capsys):
     run("--out", "whole")
     assert checkpoint.load(stopped / "last.before.pt")["progress"]["epoch"] == 1
     flip(stopped / "last.pt")
@@ -472,7 +472,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, stopped, capsys)
     assert_same(Path("whole"), stopped)
 
 
-def test_a_damaged_checkpoint_does_not_take_the_place_of_the_whole_one_before(run, stopped, monkeypatch):
+def test_a_damaged_checkpoint_does_not_replace_the_undamaged_previous_one(run, stopped, monkeypatch):
     flip(stopped / "last.pt")
     with monkeypatch.context() as patch:
         stop_at(2, patch)
@@ -482,7 +482,7 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_the_whole_one_before(ru
     assert positions == [0, 2]
 
 
-def test_where_the_one_before_is_damaged_too_the_best_serves(run, stopped, capsys):
+def test_if_the_previous_checkpoint_is_damaged_too_the_best_is_used(run, stopped, capsys):
     run("--out", "whole")
     flip(stopped / "last.pt")
     flip(stopped / "last.before.pt")
@@ -491,7 +491,7 @@ def test_where_the_one_before_is_damaged_too_the_best_serves(run, stopped, capsy
     assert_same(Path("whole"), stopped)
 
 
-def test_a_checkpoint_that_is_missing_is_the_one_before(run, stopped):
+def test_a_missing_checkpoint_falls_back_to_the_previous_one(run, stopped):
     """As a kill leaves it on a file system without hard links."""
     run("--out", "whole")
     (stopped / "last.pt").unlink()
@@ -570,7 +570,7 @@ def test_where_nothing_can_be_locked_a_notice_is_printed(tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_a_kill_gives_the_lock_back(tmp_path):
+def test_a_kill_releases_the_lock(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from train.runs.record import locked\n"
         "with locked(Path(sys.argv[1])):\n    print('locked', flush=True); time.sleep(600)"
@@ -585,7 +585,7 @@ def test_a_kill_gives_the_lock_back(tmp_path):
         pass
 
 
-def test_of_several_processes_the_first_alone_holds_the_lock(tmp_path, converted):
+def test_only_the_first_of_several_processes_holds_the_lock(tmp_path, converted):
     words = [*TINY, "--data", str(converted.folder)]
     records = [kind(tmp_path / "run", parse(words), {}) for kind in (Record, Silent, Silent)]
     with (
@@ -601,7 +601,7 @@ def test_of_several_processes_the_first_alone_holds_the_lock(tmp_path, converted
 # TensorBoard.
 
 
-def test_a_disk_without_room_for_plots_costs_the_plots_alone(run, capsys):
+def test_a_full_disk_for_plots_loses_only_the_plots(run, capsys):
     run("--out", "whole")
     Path("run").mkdir()
     Path("run/tensorboard").write_text("")
@@ -613,7 +613,7 @@ def test_a_disk_without_room_for_plots_costs_the_plots_alone(run, capsys):
     assert_same(Path("whole"), Path("run"))
 
 
-def test_a_disk_that_fills_up_costs_the_plots_alone(run, monkeypatch, capsys):
+def test_a_disk_that_fills_up_during_a_run_loses_only_the_plots(run, monkeypatch, capsys):
     """/dev/full takes the place of the file of plots after the first epoch."""
     original = Record.add
 
@@ -631,7 +631,7 @@ def test_a_disk_that_fills_up_costs_the_plots_alone(run, monkeypatch, capsys):
     assert "Traceback" not in out.err
 
 
-def test_plots_are_what_tensorboard_reads(run, stopped):
+def test_tensorboard_reads_the_plots(run, stopped):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run("--out", "run")
@@ -647,7 +647,7 @@ def test_plots_are_what_tensorboard_reads(run, stopped):
     assert [point.value for point in points] == pytest.approx([line["top1"] for line in metrics])
     losses = [point.value for point in events.Scalars("validation/loss")]
     assert losses == pytest.approx([line["val_loss"] for line in metrics])
-    # At the start of the run, and not again where it goes on.
+    # At the start of the run, but not when it continues.
     (picture,) = events.Images("train/crops")
     assert picture.step == 0
     assert Image.open(io.BytesIO(picture.encoded_image_string)).size == (picture.width, picture.height)
@@ -667,8 +667,8 @@ def test_plots_are_what_tensorboard_reads(run, stopped):
         ),
     ],
 )
-def test_a_stop_in_validation_is_heeded_within_a_batch(run, monkeypatch, number, epoch, words, capsys):
-    """Twelve steps an epoch; validation is four batches, for several networks as for one."""
+def test_a_stop_in_validation_takes_effect_within_a_batch(run, monkeypatch, number, epoch, words, capsys):
+    """Twelve steps per epoch; validation has four batches, also for several networks."""
     where = "--runs" if len(words) == 4 else "--out"
     run(*words, where, "whole", "--batch", "4")
     batches, original = 0, loop.score_all
@@ -717,7 +717,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_a_closed_terminal_saves_and_stops(converted, tmp_path):
-    """The terminal is real, and gone: what is written to it fails."""
+    """With a real terminal that is closed, so writing to it fails."""
     controller, terminal = os.openpty()
 
     def own_terminal():
@@ -748,7 +748,7 @@ def test_a_closed_terminal_saves_and_stops(converted, tmp_path):
 
 
 @pytest.mark.slow
-def test_nohup_outlives_the_terminal(converted, tmp_path):
+def test_a_run_under_nohup_continues_without_its_terminal(converted, tmp_path):
     with open(tmp_path / "log", "w") as log:
         process = start(
             converted.folder,
@@ -764,7 +764,7 @@ def test_nohup_outlives_the_terminal(converted, tmp_path):
     assert read_run(tmp_path / "run").result
 
 
-# How much time is lost, and gained.
+# Lost and saved time.
 
 
 def test_time_lost_is_bounded_by_an_option(run, monkeypatch):
@@ -786,11 +786,11 @@ def test_time_lost_is_bounded_by_an_option(run, monkeypatch):
             parse(["--save_minutes", wrong])
 
 
-def test_how_often_it_is_saved_is_no_part_of_a_run(run, stopped):
+def test_save_minutes_are_not_part_of_a_runs_identity(run, stopped):
     assert run("--out", "run", "--save_minutes", "5").result
 
 
-def test_going_on_decodes_nothing_that_was_seen(run, stopped, monkeypatch):
+def test_a_continued_run_does_not_decode_earlier_batches_again(run, stopped, monkeypatch):
     decoded, original = [], Job.open_crops
 
     def open_crops(self, *args, **options):

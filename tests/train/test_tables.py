@@ -63,7 +63,7 @@ def test_every_table(setting, tmp_path):
     assert [run.identity["seed"] for run in first] == [0, 1]
     assert second[0].identity["refinery"]["weights"] != second[1].identity["refinery"]["weights"]
     assert [run.identity["epochs"] for run in by_name["1", "generation 1, as long as all three"].runs] == [3]
-    # Two networks of two seeds, each refined and from ground truth.
+    # Two networks with two seeds, each refined and from ground truth.
     assert [len(row.runs) for row in rows if row.table == "2"] == [2, 2, 2, 2]
     jittered = by_name["3", "trained on with jitter"].runs[0].identity
     assert (jittered["jitter"], jittered["pretrained"] is None) == (1.0, False)
@@ -105,7 +105,7 @@ def test_a_table_and_the_json_beside_it_hold_what_its_runs_were_made_with(settin
     assert "a run of an earlier version, which did not record its machine" in markdown([row], setting, ["4"])
 
 
-def test_a_table_is_no_json(setting, tmp_path):
+def test_out_must_not_be_a_json_file(setting, tmp_path):
     with pytest.raises(TrainError, match=r"^OUT=.*tables\.json: is a table in Markdown"):
         make_tables(["4"], setting, tmp_path / "tables.json")
 
@@ -119,7 +119,7 @@ def test_the_table_of_stored_labels(setting, tmp_path):
         *("top 10 of 1 epochs, again and again", "mobilenet0.25, with the others", "mobilenet0.5, with the others"),
     ]
     by_name = {row.name: row.runs for row in rows}
-    # Of seed 0, whose crops were labelled, exact labels and the refinery's own are the same.
+    # With seed 0, whose crops were labelled, exact labels equal the refinery's own.
     losses = {name: [[line["loss"] for line in run.metrics] for run in runs] for name, runs in by_name.items()}
     assert losses["exact"][0] == losses["refinery"][0]
     assert losses["exact"][1] != losses["refinery"][1]
@@ -138,8 +138,8 @@ def test_the_table_of_statistics(setting, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_papers_at_length(setting, tmp_path, capsys):
-    """What is worth most comes first; a command that was stopped goes on where it was, seeds last."""
+def test_the_table_of_length(setting, tmp_path, capsys):
+    """The most important rows come first, further seeds last; a stopped command continues."""
     out = tmp_path / "tables.md"
     rows = make_tables(["length"], with_options(setting, seeds=1), out)
     first = [row.name for row in rows]
@@ -153,9 +153,9 @@ def test_the_papers_at_length(setting, tmp_path, capsys):
     by_name = {row.name: row for row in rows}
     of = {name: row.runs[0].identity for name, row in by_name.items()}
     assert of["mobilenet0.25, ground truth, 4 times as long"]["epochs"] == 4
-    # Generations have first weights and crops of their own.
+    # Generations have different first weights and crops.
     assert of["mobilenet0.25, generation 3"]["generation"] == 2
-    # Both learned in one pass of the refinery, with the crops of one seed.
+    # Both were trained together, on the crops of one seed.
     assert of["mobilenet0.25, refined"]["refinery"] == of["mobilenet0.5, refined"]["refinery"] != None  # noqa: E711
     assert of["mobilenet0.25, soft static"]["labels"]["per"] == "image"
     assert of["mobilenet0.25, hard dynamic"]["loss"]["kind"] == "hard"
@@ -211,13 +211,13 @@ def test_relabels_tables(setting, wordnet_folder, tmp_path, monkeypatch):
     text = (tmp_path / "tables.md").read_text()
     assert "| row | options | top-1 | ± | s.e. | top-5 | V2 | ReaL | train top-1 |" in text
     assert str(tmp_path) not in text
-    # As in the paper, CutMix has a recipe of its own.
+    # As in the paper, CutMix has its own recipe.
     paper = replace(setting, config=setting.config.replace({"recipe": "relabel"}))
     assert Tables(paper, lambda rows: None)._cutmix == {"recipe": "relabel-cutmix"}
 
 
 @pytest.mark.slow
-def test_what_is_there_is_not_made_again(setting, tmp_path, capsys):
+def test_finished_runs_are_not_repeated(setting, tmp_path, capsys):
     setting = with_options(setting, seeds=1)
     make_tables(["4"], setting, tmp_path / "tables.md")
     # Once more, nothing is trained.
@@ -227,8 +227,8 @@ def test_what_is_there_is_not_made_again(setting, tmp_path, capsys):
     assert (tmp_path / "again.md").read_text() == (tmp_path / "tables.md").read_text()
 
 
-def test_options_hold_for_refineries_too(setting, run, tmp_path):
-    """Also weights to start from, which a refinery that a run trains first does without."""
+def test_options_apply_to_refineries(setting, run, tmp_path):
+    """Also initial weights, which are not used for a refinery that a run trains first."""
     start = run("--model", "resnet18", "--epochs", "1")
     config = setting.config.replace({"pretrained": str(start.weights), "recipe": "quick"})
     tables = Tables(replace(with_options(setting, seeds=1, refinery_epochs=1), config=config), lambda rows: None)
@@ -239,7 +239,7 @@ def test_options_hold_for_refineries_too(setting, run, tmp_path):
 
 @pytest.mark.slow
 def test_students_of_other_batches_train_apart(setting, tmp_path, capsys):
-    """The paper's recipe gives MobileNets a batch of their own."""
+    """The paper's recipe has another batch size for MobileNets."""
     (tmp_path / "mine.yaml").write_text("{batch: 16, epochs: 1, networks: {mobilenet: {batch: 8}}}")
     words = ["--resolution", "32", "--device", "cpu", "--recipe", str(tmp_path / "mine.yaml")]
     setting = with_options(setting, students="mobilenet0.25 resnet18")
@@ -250,7 +250,7 @@ def test_students_of_other_batches_train_apart(setting, tmp_path, capsys):
     assert str(tmp_path) not in (tmp_path / "tables.md").read_text()
 
 
-def test_all_tables_but_one_can_do_without_a_taxonomy(setting, tmp_path, monkeypatch, capsys):
+def test_only_table_5_needs_a_taxonomy(setting, tmp_path, monkeypatch, capsys):
     made = []
     monkeypatch.setattr(
         "train.tables.command.make_tables", lambda wanted, setting, out: made.append((wanted, str(out)))

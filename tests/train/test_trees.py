@@ -1,4 +1,4 @@
-"""Label maps in the published layout: read as they were written, and refused by name where they are no such maps."""
+"""Label maps in the published layout: read as they were written, or refused by name."""
 
 import contextlib
 import errno
@@ -62,7 +62,7 @@ def read(converted, tree):
 
 
 @given(data=st.data())
-def test_a_map_that_is_written_is_read(tmp_path_factory, data):
+def test_a_written_map_is_read_back(tmp_path_factory, data):
     classes = data.draw(st.sampled_from([1, 2, 5, 256, 257, 1000, 65536]))
     kept, side = data.draw(st.integers(1, min(classes, 6))), data.draw(st.integers(1, 4))
     logits = data.draw(st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), min_size=4, max_size=4))
@@ -81,7 +81,7 @@ def test_a_map_that_is_written_is_read(tmp_path_factory, data):
     assert torch.equal(again[1][0], ids)
 
 
-def test_the_published_reader_finds_a_cell_where_it_lies(tmp_path):
+def test_the_published_reader_finds_each_cell_in_its_place(tmp_path):
     """It scatters the logits into a map of float32, [C, S, S]."""
     logits, ids = torch.zeros(3, 3, 2), torch.tensor([0, 1]).expand(3, 3, 2).clone()
     logits[0, 2] = torch.tensor([7.0, 5.0])  # in the first row and the last column
@@ -116,13 +116,13 @@ def test_imported_maps_are_those_of_the_tree(converted, tree, read, capsys):
     assert made.data == {"name": converted.name, "fingerprint": converted.fingerprint, "images": 48, "classes": 3}
 
 
-def test_a_crop_takes_its_label_from_where_it_lies(tree, read):
+def test_a_crops_label_is_from_its_place_in_the_map(tree, read):
     corner = torch.zeros(2, 2, 3, 3)
     corner[1] = torch.tensor([2, 0])[:, None, None]
     corner[0, 0, 0, 2] = 20  # class 2 in the first row and the last column
     torch.save(corner, tree / FIRST)
     store = read()
-    # Of 90 rows and 60 columns: that corner, and the one that it would be if columns came first.
+    # In 90 rows and 60 columns: that corner, and the corner that it would be if columns came first.
     boxes = torch.tensor([[0, 40, 30, 20], [60, 0, 30, 20]])
     rows = torch.from_numpy(store.rows(0)[[0, 0]])
     batch = SimpleNamespace(boxes=boxes, sizes=torch.tensor([[90, 60], [90, 60]]), labels_on_disk=rows)
@@ -224,7 +224,7 @@ def changed(index: object, value: float, dtype: torch.dtype = torch.float32) -> 
     ],
 )
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
-def test_files_that_are_no_maps_are_refused_by_name(tmp_path, contents, says):
+def test_files_that_are_not_maps_are_refused(tmp_path, contents, says):
     path = tmp_path / "map.pt"
     path.write_bytes(contents)
     with pytest.raises(TrainError, match=rf"^{path}: {says}") as refused:
@@ -250,7 +250,7 @@ def test_a_type_that_rounds_class_ids_is_refused(tmp_path):
         ),
     ],
 )
-def test_a_bad_last_map_leaves_none_and_the_same_command_begins_again(tree, read, harm, says):
+def test_a_bad_last_map_leaves_no_maps_and_the_command_can_be_repeated(tree, read, harm, says):
     last = tree / "class2" / "015.pt"
     whole = last.read_bytes()
     harm(last)
@@ -293,7 +293,7 @@ def test_a_stop_leaves_no_maps_and_no_tree(converted, read, monkeypatch):
     assert sorted(os.listdir()) == ["maps", "tree"]
 
 
-def test_maps_of_a_file_that_was_lost_are_imported_again_and_others_not(tree, read):
+def test_only_lost_maps_are_imported_again(tree, read):
     wanted = read().description
     with pytest.raises(TrainError, match="OUT=maps: holds finished maps already; give another folder"):
         read()
@@ -306,7 +306,7 @@ def test_maps_of_a_file_that_was_lost_are_imported_again_and_others_not(tree, re
     assert open_store("maps").epochs == 0
 
 
-def test_maps_that_another_process_imports_are_left_to_it(read, capsys):
+def test_maps_that_another_process_imports_are_skipped(read, capsys):
     store = read()
     Path("maps/train.maps").unlink()
     with store.writing(0):
@@ -361,7 +361,7 @@ def test_folders_that_cannot_hold_the_maps(read):
         read(out="others")
 
 
-def test_more_classes_than_are_pooled_are_refused(read, monkeypatch):
+def test_more_classes_than_can_be_pooled_are_refused(read, monkeypatch):
     monkeypatch.setattr("train.labels.maps.MOST_CLASSES", 2)
     with pytest.raises(TrainError, match="set: has 3 classes; maps are pooled of 2 at most"):
         read()
@@ -369,7 +369,7 @@ def test_more_classes_than_are_pooled_are_refused(read, monkeypatch):
     assert read().epochs == 1
 
 
-def test_a_disk_without_room(converted, read, monkeypatch):
+def test_too_little_disk_space_is_refused(converted, read, monkeypatch):
     read()
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2000))
     with pytest.raises(TrainError, match=r"the maps take 2.59 kB, and 2 kB are free; take another disk$"):
@@ -399,7 +399,7 @@ def test_sets_whose_images_have_no_names_or_share_them(converted, read, tmp_path
     assert not Path("new").exists()
 
 
-def test_what_cannot_be_exported(converted, read, tmp_path):
+def test_inputs_that_cannot_be_exported_are_refused(converted, read, tmp_path):
     read()
     data = str(converted.folder)
     for out in ("tree", "maps/labels.json"):

@@ -8,7 +8,7 @@ import torch
 from train.waiting import Waiting
 
 
-def test_on_a_cpu_it_is_the_time_of_fetching():
+def test_waiting_on_a_cpu_is_the_time_of_fetching():
     waiting = Waiting(torch.device("cpu"))
     for seconds in (0.05, 0.1):
         with waiting.measured():
@@ -19,8 +19,8 @@ def test_on_a_cpu_it_is_the_time_of_fetching():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_it_is_the_time_without_work():
-    """While the device is still busy with the step before, a host that fetches keeps nobody waiting."""
+def test_waiting_on_a_gpu_is_its_idle_time():
+    """Fetching while the device is still busy with the previous step does not count as waiting."""
     waiting, work = Waiting(torch.device("cuda")), torch.randn(4096, 4096, device="cuda")
 
     def step(products: int) -> float:

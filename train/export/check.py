@@ -118,7 +118,7 @@ def check_equal(difference: Difference, expected: Marks, found: Marks, *, binary
         allowed = f"{TOLERANCE:g}, and no first class where the best two lie further apart"
     if not equal:
         raise TrainError(
-            f"model.onnx says something else than the network in PyTorch and was not kept: on {len(found.first)} "
+            f"model.onnx differs from the network in PyTorch and was not kept: on {len(found.first)} "
             f"validation images {said}; allowed are {allowed}"
         )
     return said

@@ -71,7 +71,7 @@ class Exact(Rows):
 
 
 class Packed(Rows):
-    """The most likely k of `classes` classes, or all where there are fewer."""
+    """The most likely k of `classes` classes, or all if there are fewer."""
 
     # For each entry: the bytes that hold it, and how many bits of the first byte belong to the previous entry.
     bytes_of: Tensor

@@ -171,9 +171,9 @@ class Crops(Protocol):
 class Labels(ABC):
     """One kind of labels of a run: its options and their checks, its part of the run's identity, its description.
 
-    The class represents the kind, an object what `find` found. To add a kind, write its file with a subclass; add that
-    to KINDS in train/labels/__init__.py and its options, a dataclass, to the bases of LabelsConfig. Its methods take
-    these as `given`, and all other options as `config`.
+    The class represents the kind; an instance is the result of `find`. To add a kind, write its file with a subclass;
+    add that to KINDS in train/labels/__init__.py and its options, a dataclass, to the bases of LabelsConfig. Its
+    methods take these as `given`, and all other options as `config`.
 
     options: the options of Config that apply to this kind, by their dotted names. elsewhere: the message, after the
     option's name, if one of them is given with another kind.
@@ -217,7 +217,7 @@ class Labels(ABC):
 
     @property
     def plan(self) -> Plan | None:
-        """The crops that the labels were made for; None where any crop can be labelled."""
+        """The crops that the labels were made for; None if any crop can be labelled."""
         return None
 
     def check_data(self, data: ConvertedSet) -> None:

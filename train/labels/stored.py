@@ -41,9 +41,7 @@ class StoredLabels(LabelsFromStore):
             raise TrainError("jitter moves crops, and stored labels are of crops as planned; name a refinery instead")
         for option in config.changed:
             if option.startswith("labels.") and option not in cls.options:
-                raise TrainError(
-                    f"{option} has no meaning with labels.stored, which are taken as they were made; leave it out"
-                )
+                raise TrainError(f"{option} has no effect with labels.stored, which were made beforehand; leave it out")
 
     @classmethod
     def find(cls, given: StoredOptions, config: Asked, class_names: Sequence[str]) -> Labels:

@@ -128,7 +128,7 @@ def _finished(folders: str) -> list[Run]:
         if not run:
             raise TrainError(f"{name}: not the folder of a run (make runs lists them)")
         if not run.result:
-            raise TrainError(f"{name}: is not finished ({progress_of(run)}); type its command again to go on with it")
+            raise TrainError(f"{name}: is not finished ({progress_of(run)}); type its command again to continue it")
         if any(run.folder.resolve() == other.folder.resolve() for other in found):
             raise TrainError(f"{name}: is named twice")
         found.append(run)

@@ -10,14 +10,15 @@ from data.durable import reason, replacing, sync_folder
 from models.weights import CHECKPOINT_FORMAT, check_sums
 from train import TrainError
 
-# The checkpoint of the last step that was saved, the one before it, and that of the epoch with the highest top-1.
+# The last checkpoint, the one before it, and that of the epoch with the highest top-1.
 LAST, BEFORE, BEST = "last.pt", "last.before.pt", "best.pt"
 
 
 def save(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None:
-    """Writes a checkpoint so that `path` always holds a whole one: the old until the new is complete.
+    """Writes a checkpoint; `path` holds the previous one until the new one is complete.
 
-    keep: where the old one stays. Raises TrainError when it cannot be written (a full disk); the old one then stays.
+    keep: where the previous checkpoint is kept. Raises TrainError if the new one cannot be written (a full disk, for
+    example); `path` is then unchanged.
     """
     try:
         with replacing(path, keep=keep) as file:
@@ -28,15 +29,15 @@ def save(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None
 
 
 def load(path: Path, *, mapped: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint of ours; mapped: each tensor only when it is used.
+    """Reads the checkpoint of a run. mapped: map the file, so that tensors are read when they are used.
 
-    Raises TrainError where it is damaged, which its checksums show, or no checkpoint of a run.
+    Raises TrainError if it is damaged (its checksums are verified) or not a checkpoint of a run.
     """
     try:
         check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
-        # A damaged file raises anything: its bytes steer the unpickler.
+        # A damaged file may raise any error, since its bytes control the unpickler.
         why = reason(error, path) if isinstance(error, OSError) else "it is damaged or cut short"
         raise _unreadable(path, why) from None
     progress = state.get("progress") if isinstance(state, dict) and state.get("format") == CHECKPOINT_FORMAT else None
@@ -46,9 +47,10 @@ def load(path: Path, *, mapped: bool = False) -> dict[str, Any]:
 
 
 def latest(folder: Path, *, mapped: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint from which a run goes on, and its file; None where there is none. mapped: as in `load`.
+    """Returns the checkpoint to continue a run from, with its file; None if there is none. mapped: as in `load`.
 
-    That is last.pt or, where it is damaged, the one of the others that is furthest. Raises TrainError where all are.
+    This is last.pt or, if it is damaged or missing, the most advanced of the others. Raises TrainError if all are
+    damaged.
     """
     damage = None
     found: list[tuple[Path, dict[str, Any]]] = []
@@ -68,26 +70,27 @@ def latest(folder: Path, *, mapped: bool = False) -> tuple[Path, dict[str, Any]]
 
 
 def position(folder: Path) -> tuple[int, int]:
-    """Epochs done and steps done in the next one, of the run in a folder; (0, 0) where there is no checkpoint.
+    """Returns a run's finished epochs and finished steps in the next one; (0, 0) if there is no checkpoint.
 
-    Raises TrainError as `latest`.
+    Raises TrainError as `latest` does.
     """
-    # Mapped: tensors are read for their checksums alone.
+    # Mapped: tensors are read only for their checksums.
     found = latest(folder, mapped=True)
     return _position(found[1]) if found else (0, 0)
 
 
 def standing(folder: Path) -> tuple[tuple[int, int], list[str] | None]:
-    """As `position`, with the networks that trained together up to there; None where there is no checkpoint."""
+    """Returns `position`, and the names of the networks that trained together so far (None without a checkpoint)."""
     found = latest(folder, mapped=True)
-    # Those of earlier versions do not say it.
+    # Checkpoints of earlier versions do not name them.
     return (_position(found[1]), found[1].get("together", [])) if found else ((0, 0), None)
 
 
 def go_back(folder: Path, to: tuple[int, int]) -> bool:
-    """Takes a run one save back, if that is where it is to stand; to its start where it was saved once.
+    """Makes a run's previous checkpoint its last one if that is at position `to`; returns whether it was.
 
-    to: as `position` gives it. Returns whether it stands there now. Raises OSError.
+    If the run was saved only once, its start, (0, 0), counts as the previous checkpoint. to: as returned by `position`.
+    Raises OSError.
     """
     last, before, best = (folder / name for name in (LAST, BEFORE, BEST))
     if before.is_file():
@@ -100,7 +103,7 @@ def go_back(folder: Path, to: tuple[int, int]) -> bool:
     else:
         there = to == (0, 0)
         if there:
-            # In this order: alone, it would be taken for the last.
+            # In this order, since best.pt alone would be used as the last checkpoint.
             best.unlink(missing_ok=True)
             last.unlink(missing_ok=True)
     sync_folder(folder)
@@ -118,7 +121,7 @@ def _unreadable(path: Path, why: str) -> TrainError:
 
 
 def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """The random generators that networks draw from (dropout)."""
+    """Returns the states of the random generators that networks use (dropout): of the CPU, and of a GPU device."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -126,6 +129,7 @@ def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Restores the states that `generator_states` returned."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

@@ -43,7 +43,7 @@ def clean(folder: str = "runs", stopped: bool = False, yes: bool = False) -> Non
     used as its refinery or started from.
 
     Args:
-        folder: where runs lie
+        folder: the folder of all runs
         stopped: also those with a checkpoint or metrics: stopped runs, which could be continued, and damaged ones
         yes: remove what is listed as removable
     """

@@ -24,7 +24,7 @@ TITLES = {
     "relabel-labels": "ReLabel, kinds of labels, with and without CutMix",
     "stored": "Stored labels, of one refinery for students of all seeds",
     "statistics": "The refinery's batch normalisation: by the batch, by a few batches' average, by its own training",
-    "length": "The papers at length, in the order of what the runs are worth",
+    "length": "Main results of both papers, for long runs, the most important first",
 }
 # The rows of refineries, which do not belong to a table.
 REFINERIES = "refineries"
