@@ -143,7 +143,7 @@ def launch_backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: int) ->
             num_warps=WARPS_BACK,
         )
     # Added in one order, so that the bits are the same each time.
-    return of_x, sums.sum(0).t().reshape(weight.shape).to(weight.dtype)
+    return of_x, sums.sum(0).t().reshape(weight.shape).to(weight.dtype).contiguous()
 
 
 def _by_place(weight: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Folds batch normalisation with running statistics into the layers in front of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,19 +22,36 @@ def fold(network: nn.Module, resolution: int) -> int:
     """
     weight = next(network.parameters())
     probe = torch.randn(2, 3, resolution, resolution, generator=torch.Generator().manual_seed(0)).to(weight)
-    pairs, expected = _pairs(network, probe)
+    with _float32(probe.device):
+        pairs, expected = _pairs(network, probe)
     parents = {child: (parent, name) for parent in network.modules() for name, child in parent.named_children()}
     before = [(*parents[module], module) for pair in pairs for module in pair]
     for layer, norm in pairs:
         fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         _replace(*parents[layer], fuse(layer, norm))
         _replace(*parents[norm], nn.Identity())
+    with _float32(probe.device):
+        logits = network(probe)
     # This detects a layer whose output is used by more than its normalisation.
-    if (network(probe) - expected).abs().max() > _TOLERANCE * expected.abs().max():
+    if (logits - expected).abs().max() > _TOLERANCE * expected.abs().max():
         for parent, name, module in before:
             _replace(parent, name, module)
         return 0
     return len(pairs)
+
+
+@contextmanager
+def _float32(device: torch.device) -> Iterator[None]:
+    """Networks compute in float32, also within autocast and where TF32 is allowed: both round by more than the
+    tolerance."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def _pairs(network: nn.Module, probe: torch.Tensor) -> tuple[list[tuple[nn.Module, nn.Module]], torch.Tensor]:

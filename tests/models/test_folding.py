@@ -52,3 +52,9 @@ def test_what_others_take_too_is_not_folded():
     assert fold(network, 16) == 0
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_within_autocast_too():
+    network = trained(models.build("mobilenet0.25", 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fold(network, 64) == 27

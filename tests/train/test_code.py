@@ -16,6 +16,7 @@ import os
 
 def double(x):
     """Twice."""
+    print("doubling")
     if x is None:
         raise ValueError("a number is needed")
     return 2 * x  # a comment
@@ -29,6 +30,7 @@ def double(x):
         (SOURCE.replace('"""Twice."""', '"""Two times."""'), False),
         (SOURCE.replace('"""About."""\n', ""), False),
         (SOURCE.replace("a number is needed", "give a number"), False),
+        (SOURCE.replace("doubling", "twice the number"), False),
         (SOURCE.replace("2 * x ", "2*x ").replace("\n\n\n", "\n"), False),
         (SOURCE.replace("2 * x", "3 * x"), True),
         (SOURCE.replace("2 * x", "2 + x"), True),
@@ -38,6 +40,7 @@ def double(x):
         (SOURCE.replace("double", "twice"), True),
         (SOURCE.replace("ValueError", "TypeError"), True),
         (SOURCE.replace("raise ValueError", "ValueError"), True),
+        (SOURCE.replace("print", "log"), True),
     ],
 )
 def test_a_digest_covers_only_what_affects_execution(tmp_path, changed, differs):
