@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+from bench import BenchError
 from bench.chart import by_time
 from bench.compiler import CompilerNotes, compiler_note
 from bench.device_time import busy_seconds
@@ -143,12 +144,14 @@ class Stepping(_Batches):
             strict=True,
             cuda_graphs=cuda_graphs,
         )
-        self._batch = batch(settings)
+        self._batch, self._graphs = batch(settings), cuda_graphs
 
     def step(self) -> None:
         self._step(self._batch)
 
     def facts(self) -> dict[str, Any]:
+        if self._graphs and not self._step.recorded:
+            raise BenchError("the step could not be recorded as CUDA graphs")
         return super().facts() | ({"compiler": self._compiler.found()} if self._compiler else {})
 
 

@@ -22,7 +22,7 @@ from bench.record import figure
 from train import nvidia
 
 _SAMPLING_SECONDS = 0.05
-_OVER = "the time was over before its first turn"
+OVER = "the time was over before its first turn"
 
 
 class Work(NamedTuple):
@@ -177,6 +177,8 @@ class _Taking:
             watch.start()
         turn = self._answered(place, rate, _turn)
         watch.cancel()
+        if watch.ident:
+            watch.join()  # nvidia-smi may not have answered yet
         if turn:
             so_far.append(turn)
         self.bar.update()
@@ -192,7 +194,7 @@ class _Taking:
     def row(self, place: int) -> dict[str, Any]:
         row = self._contenders[place].row
         # Who was stopped after some turns has these.
-        if place in self._failures and not (self._failures[place] == _OVER and self._measured[place]):
+        if place in self._failures and not (self._failures[place] == OVER and self._measured[place]):
             return row | {"not_run": self._failures[place]}
         row = row | self._facts[place] | _summary(self._measured[place])
         for name in ("clock_mhz", "watts"):
@@ -218,7 +220,7 @@ class _Taking:
             return process.answer(min(left, PATIENCE))
         except CallFailed as error:
             over = self._deadline is not None and time.monotonic() >= self._deadline
-            self._failures[place] = _OVER if over else str(error)
+            self._failures[place] = OVER if over else str(error)
             process.close()
         return None
 

@@ -6,12 +6,15 @@ Not run on a GPU yet; tests record and replay the operators of a step instead of
 """
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from train import TrainError
+from train.failures import is_out_of_memory, reason
 from train.runs.checkpoint import generator_states, restore_generators
 
 # Runs a function while recording its work on the device; returns a function that replays it.
@@ -19,6 +22,9 @@ Capture = Callable[[Callable[[], None]], Callable[[], Any]]
 
 # Runs before a recording, for everything that happens only once: compilation, selection of algorithms, initialisation.
 _WARM_UP = 3
+
+# Replays that may be under way when the host starts another one.
+_AHEAD = 2
 
 
 class Recorder:
@@ -114,16 +120,37 @@ class _OwnStream:
 
 
 def cuda_graphs(device: torch.device) -> Capture:
-    """Returns a Capture that records CUDA graphs, which share one memory pool."""
+    """Returns a Capture that records CUDA graphs, which share one memory pool.
+
+    The host replays at most two graphs ahead of the device, since each batch that waits for its replay takes memory.
+    Raises TrainError if a recording fails: PyTorch's allocator and random generators then remain in recording mode, so
+    that steps cannot run unrecorded either.
+    """
     pool = None
+    replays: deque[torch.cuda.Event] = deque()
 
     def capture(function: Callable[[], None]) -> Callable[[], Any]:
         nonlocal pool
         pool = pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may decode and upload at the same time.
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            function()
-        return graph.replay
+        graph, present = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        try:
+            # Other threads may decode and upload at the same time.
+            with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                function()
+        except Exception as error:  # CUDA and libraries raise many kinds of errors
+            torch.cuda.set_stream(present)
+            smaller = "use a smaller batch or " if is_out_of_memory(error) else ""
+            raise TrainError(
+                f"cuda_graphs: the step cannot be recorded ({reason(error)}); {smaller}leave the option out"
+            ) from error
+
+        def replay() -> None:
+            if len(replays) == _AHEAD:
+                replays.popleft().synchronize()
+            graph.replay()
+            replays.append(torch.cuda.Event())
+            replays[-1].record(torch.cuda.current_stream(device))
+
+        return replay
 
     return capture

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from data.decoders import delivered
 from data.loader import CropBatch
 from data.plan import seed_of_part
 from kernels.normalise import Normalise
@@ -48,7 +49,8 @@ class Step:
     fails, a notice is printed and steps run uncompiled; with `strict`, TrainError is raised.
     cuda_graphs: the whole step, from crops to updated and averaged weights, is recorded as one CUDA graph per shape of
     crops, and replayed; with several replicas as one graph for a part and one for the update, and devices exchange
-    gradients between the two. If a step cannot be recorded, a notice with the reason is printed and steps run without.
+    gradients between the two. If a step cannot be recorded, a notice with the reason is printed and steps run without;
+    if CUDA itself rejects a recording, TrainError is raised.
     capture: how to record instead of CUDA graphs (train.recorded).
     replicas: number of parts of a step over all devices, each with its own batch statistics; running statistics are
     those of the first part.
@@ -128,6 +130,11 @@ class Step:
         if self._exchanges:
             total = [*self._group.reduce_gradients(parts or [self._filled(total or [])], how=self._reduce)]
         self._move(total or [])
+
+    @property
+    def recorded(self) -> bool:
+        """Whether steps are replayed, rather than run, from the first step of each shape on."""
+        return self._recorder is not None
 
     @property
     def _exchanges(self) -> bool:
@@ -229,7 +236,9 @@ class Step:
     def _replayed(self, recorder: Recorder, batch: CropBatch, epoch: int, step: int) -> bool:
         """Runs a step as a replay; if it cannot be recorded, prints a notice and returns False with nothing changed."""
         for student, numbers in zip(self.students, self._numbers, strict=True):
-            numbers.copy_(torch.tensor(student.numbers, dtype=numbers.dtype))
+            numbers.copy_(
+                delivered(torch.tensor(student.numbers, dtype=numbers.dtype), self._device), non_blocking=True
+            )
         try:
             if self._replicas == 1:
                 recorder.run("step", *self._recordable(self._whole, batch, self._draws(batch, epoch, step, 0)))

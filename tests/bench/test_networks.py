@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import models
-from bench import batches, networks, refinery_cost
+from bench import BenchError, batches, networks, refinery_cost
 from bench.__main__ import _FLAGS, _deadlines, _default_parts
 from bench.baseline import Baseline
 from bench.compiler import CompilerNotes
@@ -27,6 +27,7 @@ from bench.pooling import Pooling
 from bench.settings import resolve
 from bench.task import Task
 from bench.trace import trace
+from bench.turns import OVER
 from command import with_flags
 from data.sources import image_files
 from models.fused_resnet import FusedResNet
@@ -99,6 +100,13 @@ def test_a_pair_that_cannot_take_the_resolution_says_so(settings):
     pair = Pair("mobilenet0.25", "alexnet", settings)
     assert "alexnet: resolution=32 is too small" in pair.why_not()
     assert all(contender.not_run == pair.why_not() for contender in networks._contenders(pair))
+
+
+def test_a_step_that_was_not_recorded_is_not_measured_as_cuda_graphs(pair):
+    runner = Stepping(pair, networks=False, cuda_graphs=True)
+    runner.run()
+    with pytest.raises(BenchError, match="could not be recorded"):
+        runner.facts()
 
 
 @pytest.mark.parametrize("build", [RefineryForward, StudentPass, Optimizing])
@@ -405,7 +413,7 @@ def check_every_part(
     assert set(records) == set(parts)
     for record in records.values():
         assert record["environment"] == records["machine"]["environment"]
-        assert [row for row in record["rows"] if "not_run" in row] == []
+        assert [row for row in record["rows"] if row.get("not_run", OVER) != OVER] == []
     labels = [row for row in records["refinery_cost"]["rows"] if row["group"] == "labels"]
     assert labels[0]["agreement"] == 1
-    assert all(row["gain"] > 0 for row in records["refinery_cost"]["rows"])
+    assert all(row["gain"] > 0 for row in records["refinery_cost"]["rows"] if "not_run" not in row)

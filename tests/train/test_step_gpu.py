@@ -44,19 +44,22 @@ def test_compiled_agrees_with_eager(converted, cuda_graphs):
             for batch in loader.epoch(epoch):
                 step(batch)
         losses.append(step.students[0].sums[LOSS].item())
+    assert step.recorded == cuda_graphs
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
-def test_nothing_waits_for_the_device(converted, autocast):
+def test_nothing_waits_for_the_device(converted, autocast, cuda_graphs):
     loader = open_loader(converted.beton("train"), resolution=64, batch_size=16, device="cuda")
     batches = list(loader.epoch(0))
-    step = step_of(compiled=False, autocast=autocast)
-    step(batches[0])
+    step = step_of(compiled=False, autocast=autocast, cuda_graphs=cuda_graphs)
+    for batch in {batch.crops.shape: batch for batch in batches}.values():
+        step(batch)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for batch in batches[1:]:
+        for batch in batches:
             step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -65,13 +68,17 @@ def test_nothing_waits_for_the_device(converted, autocast):
 
 def test_too_large_a_batch_names_one_that_fits(converted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["--data", str(converted.folder), "--model", "resnet18", "--resolution", "224", "--batch", "48"]
+    words = ["--data", str(converted.folder), "--model", "resnet18", "--resolution", "224"]
     words += ["--epochs", "1", "--device", "cuda", "--compile", "never"]
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 1.5e9 / total))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    train(parse([*words, "--batch", "4"]))
+    most = 1.2 * torch.cuda.max_memory_reserved()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, most / torch.cuda.get_device_properties(0).total_memory))
     try:
         with pytest.raises(TrainError, match=r"batch=48: a step at 224 px does not fit in .*; --batch \d+ fits"):
-            train(parse(words))
+            train(parse([*words, "--batch", "48"]))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
