@@ -1,5 +1,5 @@
 # Each verb is one command; `make help` lists them. The first use sets up .venv (setup.sh).
-# Only variables typed on make's command line are used: the environment may have its own DATA or MODEL.
+# Only variables on make's command line are used, since the environment may define its own DATA or MODEL.
 
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DEFAULT_GOAL := help
@@ -63,7 +63,7 @@ takes.bench-compare := A B
 about.records       := the records behind the figures in README and docs, and which of their code has changed
 runs.records        := bench.records
 takes.records       := ARGS
-about.compare-labels := stored labels, maps, their refinery and the ground truth, on the same crops
+about.compare-labels := compare stored labels, maps, their refinery and the ground truth on the same crops
 runs.compare-labels := bench.compare_labels
 takes.compare-labels := LABELS REFINERY DATA MODEL EPOCHS RESOLUTION BATCH OUT ARGS
 about.kernels       := compile the GPU kernels, without a GPU, and show the registers they take
@@ -90,14 +90,14 @@ takes.kills         := ONLY KILLS SEED ARGS
 about.soak          := train for an hour in one process, changing storage and decoder, and check memory use
 runs.soak           := tests.soak
 takes.soak          := MINUTES ONLY OUT ARGS
-about.mutants       := plant small mistakes in a file, in a copy of the code: which does no test notice?
+about.mutants       := make small mistakes in a file, in a copy of the code, and list those that no test detects
 runs.mutants        := tests.mutants
 takes.mutants       := FILE SAMPLE SEED ARGS
 about.lint          := ruff
 about.types         := mypy
 about.format        := format the code with ruff
 about.setup         := make .venv from requirements.lock (every verb does this automatically, once)
-about.help          := this text
+about.help          := print this text
 
 commands := train label maps chain tables convert look evaluate predict export runs clean-runs report bench bench-compare records compare-labels kernels test test-all test-gpu gpu test-wheel kills soak mutants
 verbs := $(commands) lint types format setup help
@@ -116,7 +116,7 @@ typed := $(strip $(foreach v,$(.VARIABLES),$(if $(call is_typed,$v),$v)))
 
 unknown := $(filter-out $(variables),$(typed))
 ifneq ($(unknown),)
-  # The nearest names, where the system has a Python to find them.
+  # Suggests similar names if the system has a Python.
   close := import difflib, sys; print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 2))
   near := $(shell python3 -c "$(close)" '$(subst ','\'',$(firstword $(unknown)))' $(variables) 2>/dev/null)
   $(error unknown: $(unknown).$(if $(near), Did you mean $(subst $(space), or ,$(near))?) Known are $(variables))
@@ -136,10 +136,10 @@ ifneq ($(asked),)
   endif
 endif
 
-# A value as one word for the shell, whatever it contains; $(value ...) does not expand a $ in it.
+# A value as one shell word, whatever it contains; $(value ...) does not expand a $ in it.
 quoted = '$(subst ','\'',$(value $1))'
-# Variable $2 in the command of verb $1: raw words for ARGS; " VALUE" for an operand; " --option" for a flag that was not
-# typed as 0; otherwise " --option VALUE".
+# Variable $2 in the command of verb $1: raw words for ARGS; " VALUE" for an operand; " --option" for a flag that is not 0;
+# otherwise " --option VALUE".
 option = $(or $(option.$1.$2),--$(shell printf %s $2 | tr A-Z a-z))
 typed_option = $(if $(filter ARGS,$2), $(value ARGS),$(if $(filter $2,$(operands)), $(call quoted,$2),$(if $(filter \
     $2,$(flags)),$(if $(filter-out 0,$(value $2)), $(call option,$1,$2)), $(call option,$1,$2) $(call quoted,$2))))
@@ -148,7 +148,7 @@ typed_options = $(foreach v,$(takes.$1),$(if $(call is_typed,$v),$(call typed_op
 # Variables are passed to programs as options, not through their environment.
 unexport $(typed) MAKEFLAGS MFLAGS
 
-# The command as typed, for messages about how to continue; values are quoted where a shell requires it.
+# The command as typed, for messages on how to continue; values are quoted if a shell requires it.
 special := ' " $$ ` \ * ? ( ) [ ] { } < > | & ; ~ ! \#
 is_special = $(strip $(foreach c,$(special),$(findstring $c,$(subst $(space),?,$(value $1)))))
 as_typed = $(if $(call is_special,$1),$(quoted),$(value $1))
@@ -167,7 +167,7 @@ else
   ready := .venv/.ready
 endif
 
-# exec: signals reach the program itself instead of a shell
+# exec: signals reach the program directly instead of a shell
 run = @exec $(python) -m
 
 # ---- the verbs
@@ -231,7 +231,7 @@ help:
 
 setup:
 ifeq ($(ready),)
-	@echo "PYTHON was given: it is used as it is, and there is nothing to set up."
+	@echo "PYTHON was given: that interpreter is used without set-up."
 else
 	@bash setup.sh && echo ".venv is ready."
 endif

@@ -1,4 +1,4 @@
-"""Measures this machine, and this project against its limits and its peers.
+"""Measures this machine, and compares this project with the machine's limits and with other loaders.
 
 python -m bench --only loaders,loop
 make bench ONLY=loaders,loop
@@ -45,12 +45,12 @@ _PARTS = {
     "depthwise": depthwise.measure,
     "scale": measure_scale,
 }
-# Takes minutes, and 1.3 GB of disk: measured where it is asked for.
+# Takes minutes and 1.3 GB of disk: measured only if named.
 _ON_REQUEST = ("scale",)
-# Of interest on a GPU only.
+# Measured on a CPU only if named.
 _ON_GPU = ("batches", "depthwise")
-# With QUICK on a GPU: what is measured, the most valuable first, and each part's share of the minutes. Python loads its
-# libraries before, and charts are drawn after: 4 minutes in all.
+# With QUICK on a GPU: the parts that are measured, the most important first, and each part's share of the minutes.
+# Loading libraries before and drawing charts after add half a minute.
 _QUICK_ON_GPU = {"networks": 0.5, "loop": 0.3, "loaders": 0.2}
 _QUICK_MINUTES = 3.5
 _FLAGS = ("--quick", "--profile")
@@ -77,34 +77,34 @@ def run(
     minutes: float | None = None,
     out: str = "bench/results",
 ) -> None:
-    """Measures, prints tables, and writes them with charts and all figures to `out`.
+    """Measures, prints tables, and writes them to `out` with charts and all figures as JSON.
 
     Args:
-        only: the parts to measure, with commas between them: machine, loaders, cold, networks, loop, batches, devices,
-            refinery_cost, pooling, depthwise, scale (default: all of them except scale, which takes minutes; batches
-            and depthwise only on a GPU, devices only where there are several; quickly on a GPU: networks, loop and
-            loaders)
-        quick: all in small, within three minutes on two cores; on a GPU three pairs at the usual size in fewer turns,
-            with minutes=3.5; other options still count
-        profile: nothing is measured, but one step of the first pair traced, and its costliest operators shown
+        only: the parts to measure, separated by commas: machine, loaders, cold, networks, loop, batches, devices,
+            refinery_cost, pooling, depthwise, scale (default: all except scale, which takes minutes; batches and
+            depthwise only on a GPU, devices only if there are several; with quick on a GPU: networks, loop, loaders)
+        quick: measure small sizes, within three minutes on two cores; on a GPU three pairs at the usual size in fewer
+            turns, with minutes=3.5; other options still apply
+        profile: measure nothing; trace one step of the first pair and print its most expensive operators
         data: any folder of images, or a converted set (default: images drawn by code)
         resolution: side of a crop in pixels (default: 224)
-        batch: crops a batch (default: 256 on a GPU, 64 on a CPU)
-        epochs: timed turns of each contender, epochs of loaders and loops; work that is over in less than a second is
+        batch: crops per batch (default: 256 on a GPU, 64 on a CPU)
+        epochs: timed turns of each contender (epochs of loaders and loops); work that takes less than a second is
             repeated within a turn (default: 5)
-        threads: decoding threads, as in 4 or, for loaders, 1,2,4 (default: all processors; loaders also with 2)
-        crops: crops an epoch of a loader, about (default: 2048; cold: eight times as many); of more images, as many
-            are taken, and fewer are repeated
-        steps: steps an epoch of the training loop (default: 40 on a GPU, 4 on a CPU)
-        contenders: only the loaders of these names, with commas between them, or with such a text in their names
-        pairs: refineries and students, as in resnet50:mobilenet,resnet50:alexnet; networks takes all, the others the
-            first
-        refinery: a trained one, for refinery_cost: a run folder, or NAME:FILE; data is then its converted set
+        threads: decoding threads: 4, or for loaders also 1,2,4 (default: all processors; loaders also with 2)
+        crops: approximate number of crops in an epoch of a loader (default: 2048; cold: eight times as many); if there
+            are more images, this many are used; if fewer, they are repeated
+        steps: steps per epoch of the training loop (default: 40 on a GPU, 4 on a CPU)
+        contenders: measure only loaders with these names, or with one of these texts in their names, separated by
+            commas
+        pairs: refineries and students, such as resnet50:mobilenet,resnet50:alexnet; networks measures all, other parts
+            the first
+        refinery: a trained refinery, for refinery_cost: a run folder, or NAME:FILE; data is then its converted set
         device: where batches are delivered and networks run: auto, cpu or cuda
         gpus: for devices, how many train together (default: all GPUs of the machine); on a CPU, processes that share it
-        precision: of networks, as in training: auto, bf16, fp16, tf32 or fp32
-        compile: run networks compiled (default: on a GPU)
-        minutes: when measuring is to end; who had no turn by then is listed as not run
+        precision: precision of networks, as in training: auto, bf16, fp16, tf32 or fp32
+        compile: whether networks run compiled: always or never (default: always on a GPU, never on a CPU)
+        minutes: time limit for measuring; contenders without a turn by then are listed as not run
         out: the folder for the results
     """
     asked = [part.strip() for part in only.split(",")] if only else []
@@ -138,7 +138,7 @@ def run(
             raise BenchError(f"only=devices: {devices.why_not(settings)}")
         parts.remove("devices")
         if not profile:
-            print(f"devices: left out; it {devices.why_not(settings)}", flush=True)
+            print(f"devices: skipped; it {devices.why_not(settings)}", flush=True)
     with writing(Path(out)):
         found = environment(settings.device)
     if profile:
@@ -158,7 +158,7 @@ def _default_parts(settings: Settings) -> list[str]:
 
 
 def _deadlines(parts: Sequence[str], minutes: float) -> dict[str, float]:
-    """When each part is to end, of time.monotonic(); what one leaves over is the next one's."""
+    """Returns each part's deadline, in seconds of time.monotonic(); a part may use the time left by earlier ones."""
     shares = [_QUICK_ON_GPU.get(part, 1 / len(_QUICK_ON_GPU)) for part in parts]
     second = 60 * minutes / sum(shares)
     now = time.monotonic()

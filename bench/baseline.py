@@ -1,9 +1,9 @@
-"""What the loop is compared with: label refinery as its authors' code trained, written plainly.
+"""The baseline that the loop is compared with: the training of the Label Refinery authors' code, reimplemented.
 
-Pillow in the worker processes of a DataLoader, torchvision's transforms, float32 as PyTorch leaves it (on a GPU its
-convolutions in TF32, by the fastest of cuDNN's algorithms), eager, NCHW; a refinery in training mode, whose batch
-normalisation uses the batch and moves its running statistics, under no_grad; KL of softmax; SGD with momentum; the loss
-and the hits read after every batch.
+Pillow in the worker processes of a DataLoader; torchvision's transforms; float32 with PyTorch's defaults (on a GPU,
+convolutions in TF32, with cuDNN's fastest algorithms); eager; NCHW; a refinery in training mode under no_grad, whose
+batch normalisation uses batch statistics and updates its running statistics; KL divergence of softmax outputs; SGD with
+momentum; the loss and the number of correct predictions are read after every batch.
 """
 
 import time
@@ -20,7 +20,7 @@ from data.pixels import open_image
 
 
 class Baseline(Runner):
-    """Epochs of training a pair on image files; file i is of class i modulo CLASSES."""
+    """Trains a pair for one epoch per turn on image files; the class of file i is i modulo CLASSES."""
 
     def __init__(self, pair: Pair, files: list[str], workers: int):
         settings = pair.settings

@@ -1,4 +1,4 @@
-"""Images a second of the step in batches of several sizes, as it is compiled and replayed as CUDA graphs."""
+"""Measures images per second of the training step for several batch sizes, with and without CUDA graphs."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,7 +11,7 @@ from bench.record import Column, Record, Row, ran, step_columns
 from bench.settings import Settings
 from bench.turns import Contender, in_turns
 
-# Of what settings.batch says: on a GPU 128 to 1024.
+# Multiples of settings.batch: on a GPU 128 to 1024.
 _SIZES = (0.5, 1, 2, 4)
 _GRAPHS = ", CUDA graphs"
 
@@ -20,7 +20,7 @@ def measure(settings: Settings) -> Record:
     """Measures the step of the first pair at half, once, twice and four times the batch."""
     pair = Pair(*settings.pairs[0], settings)
     sizes = sorted({max(int(size * settings.batch), 1) for size in _SIZES})
-    # The usual one first: time may be short.
+    # The usual size first, in case the time limit ends the part early.
     first = sorted(sizes, key=lambda size: size != settings.batch)
     contenders = [
         *limits(pair),
@@ -28,16 +28,15 @@ def measure(settings: Settings) -> Record:
     ]
     title = f"batches, {pair}"
     rows = with_shares(in_turns(contenders, **settings.pace, apart=settings.on_gpu, title=title))
-    # Behind the limits, by their size.
+    # After the two limits, ordered by size.
     rows[2:] = sorted(rows[2:], key=lambda row: row["batch"])
     return Record(
         part="batches",
         settings=settings.of_networks | {"pair": [pair.refinery, pair.student], "batches": sizes},
         notes=[
-            f"Whole steps of {pair} on crops of {settings.resolution} px that lie on the device, "
-            f"{settings.computing}, random weights, and the same recorded and replayed as CUDA graphs. images/s of one "
-            f"device: median, lowest and highest of {settings.turns} turns of {settings.seconds:g} s or more, after an "
-            "untimed one each.",
+            f"Whole steps of {pair} on crops of {settings.resolution} px already on the device, {settings.computing}, "
+            "random weights, and the same steps recorded and replayed as CUDA graphs. images/s of one device: median, "
+            f"lowest and highest of {settings.turns} turns of {settings.seconds:g} s or more, after one untimed turn.",
             *limit_notes(settings),
             *gpu_notes(settings),
             *demand_note(ran(rows)),
@@ -63,7 +62,7 @@ def _contender(pair: Pair, size: int, *, cuda_graphs: bool) -> Contender:
 
 
 def _findings(rows: dict[str, Row], sizes: list[int]) -> list[str]:
-    """What CUDA graphs gain at each size."""
+    """Returns a note for each size about the gain from CUDA graphs."""
     notes = []
     for size in sizes:
         plain, graphs = rows.get(f"{size} crops"), rows.get(f"{size} crops{_GRAPHS}")

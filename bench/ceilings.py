@@ -1,7 +1,7 @@
-"""What our CPU path consists of, measured beside it: each part of its work alone, on the same threads.
+"""The stages of our CPU path, each measured alone on the same number of threads: decoding, resizing, copying.
 
-Their batches hold no pictures worth looking at; what counts is the time that the part takes. They go to a GPU as ours
-do, except those of decoding alone, which has nothing to deliver: one batch lies there already.
+Their batches hold no meaningful images; only the time of the stage matters. Batches are copied to a GPU as those of our
+loader, except for decoding alone, which yields one batch that is on the device from the start.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _CPU = torch.device("cpu")
 
 
 def _requests(task: Task, beton: Beton, copies: int, number: int) -> Iterator[Request]:
-    """The requests of the epoch's last batches, as our loader makes them."""
+    """Yields the requests of the epoch's last batches, as our loader makes them."""
     order = plan.epoch_order(beton.num_samples, seed=0, epoch=number)
     for indices in order[-task.batch * task.batches // copies :].reshape(-1, task.batch):
         sizes = beton.sizes[indices]
@@ -30,7 +30,7 @@ def _requests(task: Task, beton: Beton, copies: int, number: int) -> Iterator[Re
 
 
 class Decoding(Loader):
-    """Tiles cut and decoded to planes, and no crop made of them."""
+    """Cuts tiles and decodes them to planes, without making crops."""
 
     bytes_per_crop = 0.0
 
@@ -50,7 +50,7 @@ class Decoding(Loader):
 
 
 class _Filling(Loader):
-    """Crops that a fill of its own puts into batches, on threads, as our loader does it."""
+    """Fills batches on threads as our loader does; a subclass defines how, in `_fill`."""
 
     bytes_per_crop = 0.0
 
@@ -70,7 +70,7 @@ class _Filling(Loader):
 
 
 class Resizing(_Filling):
-    """Crops made of planes that lie ready, the same for every image."""
+    """Resizes crops from prepared planes, the same for every image."""
 
     def __init__(self, task: Task, *, copies: int):
         from numba import njit
@@ -117,7 +117,7 @@ class Resizing(_Filling):
 
 
 class Copying(_Filling):
-    """Finished crops copied into batches."""
+    """Copies finished crops into batches."""
 
     def __init__(self, task: Task, *, copies: int):
         super().__init__(task, copies=copies)

@@ -1,4 +1,4 @@
-"""Figures of parts whose rates are no bars: of loaders and files, and of what a step consists of."""
+"""Charts for parts where bars of rates would mislead: loaders by storage, and the parts of a step by time."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +11,9 @@ _MARKERS = "os^Dv<>P*X"
 
 
 def by_time(record: Record, found: dict[str, Any], path: Path) -> None:
-    """Bars of milliseconds a batch, of rows whose unit is images/s and that know their `batch`.
+    """Draws bars of milliseconds per batch into the file `path`, from rows in images/s that have a `batch`.
 
-    Parts of a step add up in time: as rates, what takes next to none would have the longest bars.
+    The times of a step's parts add up; as rates, the parts that take almost no time would have the longest bars.
     """
     rows = []
     for row in record.rows:
@@ -25,10 +25,10 @@ def by_time(record: Record, found: dict[str, Any], path: Path) -> None:
 
 
 def by_storage(record: Record, found: dict[str, Any], path: Path) -> None:
-    """A point for each row, on a logarithmic scale: the median, with whiskers from the lowest to the highest.
+    """Draws a point for each row into the file `path`, on a logarithmic scale: the median, with whiskers for the range.
 
-    Rows have `kind`, which gives the colour (ours, peer, or part: of what ours does, alone), `reads`, the heading
-    that they stand under, and `group`, which gives the marker.
+    Each row has `kind`, which sets the colour (ours, peer, or part: one stage of our loader alone), `reads`, the
+    heading above it, and `group`, which sets the marker.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

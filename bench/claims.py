@@ -1,17 +1,17 @@
-"""The figures in a Markdown text, and whether each one stands in the record that the text names for it.
+"""Finds the figures in a Markdown text and checks that each is in the record that the text names for it.
 
-A figure is a number with decimals, with the unit of a measurement, or in a cell of a table that holds nothing else.
-Comments, which readers do not see, say where the figures of the table or the text before them come from, back to the
-last comment or empty line:
+A figure is a number with decimals, a number with the unit of a measurement, or a number alone in a table's cell.
+HTML comments, which readers do not see, name the source of the figures in the table or text before them, back to the
+previous comment or empty line:
 
-    <!-- record: 2026-11-22-loaders-amd-epyc-2-cores -->            all figures of a table's row, or of a text, are in
-                                                                    this file of bench/results (.md), those of a row
-                                                                    together in one line
-    <!-- record: 2026-11-22-loaders-amd-epyc-2-cores: ours blocks -->   in its lines with these words
+    <!-- record: 2026-11-22-loaders-amd-epyc-2-cores -->            all figures are in this file of bench/results (.md);
+                                                                    those of one table row are together in one line
+    <!-- record: 2026-11-22-loaders-amd-epyc-2-cores: ours blocks -->   only lines with these words count
     <!-- record by cell: ... -->                                    the figures of each cell are together in one line
-    <!-- derived: 3.3 = 73.03 - 69.68; 0.7 = sqrt(69.68 * (100 - 69.68) / 3925) -->     computed from figures of these
-                                                                    records, and numbers of the text itself
-    <!-- no measurement: 57.93 63.55, the paper's -->               these are no results; without numbers, none is
+    <!-- derived: 3.3 = 73.03 - 69.68; 0.7 = sqrt(69.68 * (100 - 69.68) / 3925) -->     computed from figures of the
+                                                                    records named here, and numbers of the text itself
+    <!-- no measurement: 57.93 63.55, the paper's -->               these figures are not results of this project;
+                                                                    without numbers, none of the figures is
 """
 
 import ast
@@ -28,32 +28,32 @@ _UNIT = (
     r"(?:%|points?\b|times\b|nats\b|dB\b|[µmn]?s\b|min\b|minutes?\b|seconds?\b|hours?\b|bytes?\b|[kKMGT]i?B\b"
     r"|(?:images|crops|reads|steps)/s\b|[MGT]?FLOPS?\b)"
 )
-# "52 and 58 %", "0.4 to 0.6 s", "55, 71 and 61 %": all have the unit of the last.
+# "52 and 58 %", "0.4 to 0.6 s", "55, 71 and 61 %": the unit applies to all numbers.
 _WITH_UNIT = re.compile(rf"{_FREE}(?:(?:, | and | to | or | against | -> |–| / |/){_NUMBER})*[ -]?{_UNIT}|× ?{_NUMBER}")
 _ANY = re.compile(_FREE)
 _ALONE = re.compile(rf"[\s±×~(]*{_NUMBER}(?:(?:\s|[±×–/()%]|{_UNIT})+(?:{_NUMBER})?)*\s*")
 _VERSION = re.compile(r"(?:Python|PyTorch|Triton|NumPy|CUDA|FFCV|Apache|[Ww]andb|version) \d+(?:\.\d+)*")
 _COMMENT = re.compile(r"<!--(.*?)-->", re.DOTALL)
-# Code, where links lead, and tags.
+# Code, link targets and HTML tags.
 _NOT_READ = re.compile(r"`[^`\n]*`|\]\([^)]*\)|<[a-z/][^>]*>")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a comment says. kind: record, record by cell, derived, no measurement."""
+    """A comment. kind: record, record by cell, derived or no measurement. said: the text after the colon."""
 
     kind: str
     said: str
 
     @property
     def record(self) -> str:
-        """The name of the record, without its folder and suffix."""
+        """The name of the record, without folder and suffix."""
         return self.said.partition(":")[0].strip()
 
 
 @dataclass
 class Claim:
-    """A table or a text with its figures, a list for each row, or each cell, or one in all; first and last line."""
+    """A table or a text with the comments that apply to it. first, last: its line numbers in the file, from 1."""
 
     first: int
     last: int
@@ -65,10 +65,10 @@ class Claim:
 
     @property
     def groups(self) -> Iterator[tuple[int, list[str]]]:
-        """The line, and the figures that have to stand together in one of the record's lines, as they are written."""
+        """Yields (line number, figures as written); the figures of a group must be together in one line of a record."""
         by_cell = bool(self.named("record by cell"))
         lines = self.text.split("\n")
-        # The heads of a table say what is in its columns.
+        # Numbers in a table's header are not figures.
         rules = [number for number, line in enumerate(lines) if re.fullmatch(r"\s*\|[-:| ]+\|\s*", line)]
         prose = []
         for number, line in enumerate(lines):
@@ -82,14 +82,14 @@ class Claim:
                         yield self.first + number, group
             else:
                 prose.append("")
-        # In a text each figure stands for itself; one may be written on the line after its number.
+        # In a text each figure is a group; its unit may be on the next line.
         whole = "\n".join(prose)
         for found in _in_text(whole):
             yield self.first + whole[: found.start()].count("\n"), [found[0]]
 
 
 def claims(text: str) -> list[Claim]:
-    """The tables and texts of a Markdown file, each with the comments that belong to it."""
+    """Returns the tables and texts of a Markdown file, each with the comments that apply to it."""
     found: list[Claim] = []
     place = 0
     text = _without_code(text)
@@ -113,9 +113,9 @@ def claims(text: str) -> list[Claim]:
 
 
 def unrecorded(claim: Claim, lines_of: Callable[[str], list[str] | None]) -> list[tuple[int, str]]:
-    """The line and the reason of each figure of a claim that is in no record.
+    """Returns (line number, reason) for each figure of a claim that is in no record.
 
-    lines_of: the lines of the record of a name, or None where there is no such record.
+    lines_of: returns the lines of the record with this name, or None if there is no such record.
     """
     missing, lines = [], []
     for reference in claim.named("record", "record by cell"):
@@ -157,7 +157,7 @@ def _in_cell(text: str) -> list[str]:
 
 
 def _in_text(text: str) -> Iterator[re.Match[str]]:
-    """The figures of a text, in order."""
+    """Yields the figures of a text, in order."""
     text = _VERSION.sub(_blank, text)
     places: dict[int, re.Match[str]] = {}
     number = re.compile(_NUMBER)
@@ -172,7 +172,7 @@ def _in_text(text: str) -> Iterator[re.Match[str]]:
 
 
 def _stands(figure: str, numbers: Sequence[str]) -> bool:
-    """Whether one of the numbers is this figure, as it is rounded there."""
+    """Whether one of the numbers rounds to this figure."""
     return any(_rounds_to(value(number), figure) for number in numbers)
 
 
@@ -183,7 +183,7 @@ def _rounds_to(exact: float, figure: str) -> bool:
 
 
 def _not_derived(figure: str, formula: str, known: Sequence[Sequence[str]]) -> str:
-    """Why a figure is not what a formula gives; nothing where it is."""
+    """Returns why a formula does not give a figure, or ""."""
     for number in re.findall(_NUMBER, formula):
         if value(number) not in (1, 10, 100, 1000, 60) and not any(
             value(other) == value(number) for line in known for other in line
@@ -216,13 +216,13 @@ def _computed(node: ast.expr) -> float:
 
 
 def _without_code(text: str) -> str:
-    """The text with spaces in place of fenced and indented code."""
+    """Returns the text with fenced and indented code replaced by spaces."""
     text = re.sub(r"^ *```.*?^ *```$", _blank, text, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"(?<=\n)[ \t]*\n(?: {4}[^\n]*\n|[ \t]*\n)+", _blank, text)
 
 
 def _apart(line: str) -> str:
-    """A record's line in which a number is no part of a name."""
+    """Returns a record's line without names, since numbers in names are not figures."""
     return re.sub(r"[A-Za-z_][\w.]*", " ", line)
 
 
@@ -231,7 +231,7 @@ def _blank(found: re.Match[str]) -> str:
 
 
 def lines_in(folder: Path) -> Callable[[str], list[str] | None]:
-    """The lines of a record of a folder."""
+    """Returns a function that reads the lines of a record in `folder` by its name, or gives None if there is none."""
 
     def lines_of(name: str) -> list[str] | None:
         path = folder / f"{name}.md"

@@ -1,6 +1,6 @@
-"""Files larger than memory: crops a second from a file of which nothing is in the page cache, and from one that is.
+"""Measures crops per second from a file that is in the page cache, and from one that is not.
 
-A file much larger than memory is read as here with an empty cache, in every epoch.
+The latter stands for files much larger than memory, which are read from disk in every epoch.
 """
 
 import ctypes
@@ -31,13 +31,13 @@ from data.convert import Storage
 from data.decoders import Request, View, build_decoder
 
 _STORAGES = {"jpeg": images.JPEG, "blocks": images.BLOCKS}
-# Images of the file, in epochs of a loader: quasi-random order takes hundreds of megabytes at a time.
+# Number of images in the file, as a multiple of a loader's epoch: quasi-random order groups hundreds of megabytes.
 _EPOCHS = 8
-# Batches whose bytes are asked for before they are decoded.
+# Number of batches whose bytes are requested before they are decoded.
 _READ_AHEAD = 8
-# Of a file whose pages were to leave the cache; more means that they cannot.
+# Largest share of a file that may still be cached after eviction; above it, eviction is taken to be impossible.
 _MOST_CACHED = 0.05
-# Pages that are being read stay until they have arrived.
+# Pages with a pending read can be evicted only after it has completed.
 _TRIES = 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -45,9 +45,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Reading:
-    """How a file is read. order: random, quasi-random, or None for its bytes alone, in order. cold: nothing is cached.
+    """How a file is read.
 
-    ahead: the system is asked for the images of the batches to come.
+    order: random, quasi-random, or None to read all bytes in file order without decoding. cold: the file is evicted
+    from the page cache before each epoch. ahead: the images of the next batches are requested from the system.
     """
 
     storage: str
@@ -82,7 +83,7 @@ _COLD = [
 
 
 def measure(settings: Settings) -> Record:
-    """Measures our CPU path. Raises BenchError for images that cannot be used."""
+    """Measures our CPU path on cached and uncached files. Raises BenchError for images that cannot be used."""
     count = -(-settings.crops // settings.batch) * settings.batch * _EPOCHS
     threads = max(settings.threads)
     rows: list[dict[str, Any]] = []
@@ -92,7 +93,7 @@ def measure(settings: Settings) -> Record:
         paths = {kind: Path(folder) / f"{kind}.beton" for kind in _STORAGES}
         failures = {kind: _stored(path, files, _STORAGES[kind]) for kind, path in paths.items()}
         sizes = {kind: path.stat().st_size for kind, path in paths.items() if not failures[kind]}
-        # One after the other: pages that a warm one has mapped would never leave the cache.
+        # One group after the other: pages mapped by a warm contender could not be evicted.
         for title, readings in (("warm", _WARM), ("cold", _COLD)):
             contenders = [
                 Contender(
@@ -136,7 +137,7 @@ def measure(settings: Settings) -> Record:
 
 
 def _stored(path: Path, files: list[str], storage: Storage) -> str:
-    """Stores the files. Returns why that failed, or ""."""
+    """Writes the images of the files to `path`. Returns why that failed, or ""."""
     try:
         with Process() as process:
             process.call(images.write_converted, path, files, storage)
@@ -146,7 +147,7 @@ def _stored(path: Path, files: list[str], storage: Storage) -> str:
 
 
 def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows; cold ones relative to the warm one of their order (of_warm), and to not reading ahead (gained)."""
+    """Adds to cold rows their rate relative to the warm row of their order (of_warm) and to no read-ahead (gained)."""
 
     def key(row: dict[str, Any], cache: str, ahead: bool) -> tuple[str, str, str, bool]:
         return row["reads"], row["order"], cache, ahead
@@ -166,28 +167,28 @@ def _notes(settings: Settings, found: int, count: int, sizes: dict[str, int], th
     group = plan.PAGES_AT_ONCE * PAGE_SIZE
     stored = ", ".join(f"{kind} {size / 1e6:.0f} MB" for kind, size in sizes.items())
     notes = [
-        f"Random crops of {images.described(settings.data, found)} to {settings.resolution} px, uint8, in batches of "
-        f"{settings.batch}, by the ffcv path on {threads} threads. A file holds {count}, repeated where there are "
-        f"fewer: {stored}.",
-        f"Median, lowest and highest of {settings.turns} epochs of the whole file, in turns, after an untimed one "
-        "each, in which all checksums are compared.",
-        "cold: the file's pages leave the cache before each epoch (posix_fadvise DONTNEED); what disks and hosts keep "
-        "in caches of their own stays there. cached: the share of the file that is then in the cache; some of it is "
-        "never read. MB/s: of whole images, though a crop does not need all of one.",
-        f"read ahead: the system is asked for the images of {_READ_AHEAD} batches before they are decoded (WILLNEED); "
-        "gained: times the rate without. bytes alone: the file is read in order, and nothing decoded.",
+        f"Random crops of {images.described(settings.data, found)}, resized to {settings.resolution} px, uint8, in "
+        f"batches of {settings.batch}, by the ffcv decoder on {threads} threads. A file holds {count} images, repeated "
+        f"if there are fewer: {stored}.",
+        f"Median, lowest and highest of {settings.turns} epochs of the whole file, measured in turns, after one "
+        "untimed epoch, in which all checksums are compared.",
+        "cold: the file is evicted from the page cache before each epoch (posix_fadvise DONTNEED); caches of disks and "
+        "hosts are not cleared. cached: the share of the file that is then in the page cache; parts of a file are "
+        "never read. MB/s: counts whole images, although a crop needs only part of one.",
+        f"read ahead: the images of {_READ_AHEAD} batches are requested before they are decoded (WILLNEED). gained: "
+        "the ratio to the rate without. bytes alone: the file is read in order, without decoding.",
     ]
     small = [kind for kind, size in sizes.items() if size < 2 * group]
     if small:
         notes.append(
-            f"Quasi-random order takes {group / 1e6:.0f} MB at a time: of files of less than two such parts "
-            f"({', '.join(small)}) it is nearly the random one; `--crops` makes larger ones."
+            f"Quasi-random order reads groups of {group / 1e6:.0f} MB. Files of fewer than two groups "
+            f"({', '.join(small)}) are read almost as in random order; `--crops` makes larger files."
         )
     return notes
 
 
 class _Epochs(Runner):
-    """Epochs of a stored file, read in one way."""
+    """Reads a stored file in one way, an epoch per turn."""
 
     def __init__(self, reading: Reading, path: Path, resolution: int, batch: int, threads: int):
         torch.set_num_threads(1)
@@ -203,7 +204,7 @@ class _Epochs(Runner):
             max_batch=batch,
         )
         self._numbers = itertools.count()
-        # A thread of its own: the system may let a caller wait.
+        # A separate thread, since the call may block.
         self._asking = ThreadPoolExecutor(1)
 
     def run(self) -> Work:
@@ -220,7 +221,7 @@ class _Epochs(Runner):
         return Work(crops, untimed_seconds=untimed)
 
     def facts(self) -> dict[str, Any]:
-        """cached: the share of the file that is in memory before a turn. bytes_per_image: on average."""
+        """Returns cached, the share of the file in memory before a turn, and bytes_per_image, the mean encoded size."""
         if self._reading.cold:
             self._forget()
         return {"cached": cached_share(self._beton), "bytes_per_image": float(self._beton.lengths.mean())}
@@ -246,7 +247,7 @@ class _Epochs(Runner):
             os.posix_fadvise(self._file, start, length, os.POSIX_FADV_WILLNEED)
 
     def _read(self) -> int:
-        """The file's bytes, in order; returns its images."""
+        """Reads the file's bytes in order. Returns its number of images."""
         room = bytearray(PAGE_SIZE)
         os.lseek(self._file, 0, os.SEEK_SET)
         while os.readv(self._file, [room]):
@@ -254,8 +255,8 @@ class _Epochs(Runner):
         return self._beton.num_samples
 
     def _forget(self) -> None:
-        """The file's pages leave the cache. Raises BenchError where they stay."""
-        self._asking.submit(int).result()  # begun after all that was asked for
+        """Evicts the file from the page cache. Raises BenchError if its pages stay."""
+        self._asking.submit(int).result()  # waits for the requests submitted before
         share = 1.0
         for _ in range(_TRIES):
             self._unmap()
@@ -267,12 +268,12 @@ class _Epochs(Runner):
         raise BenchError(f"{100 * share:.0f} % of {self._beton.path} stay in memory: set TMPDIR to a folder on a disk")
 
     def _unmap(self) -> None:
-        """Gives back the pages that this process has mapped: only what nobody has mapped can leave the cache."""
+        """Unmaps the pages that this process has mapped: only unmapped pages can be evicted."""
         _call(_libc.madvise, *_mapping(self._beton), mmap.MADV_DONTNEED)
 
 
 def cached_share(beton: Beton) -> float:
-    """The share of the file's pages that are in memory, 0 to 1."""
+    """Returns the share of the file's pages that are in memory, 0 to 1."""
     address, length = _mapping(beton)
     found = np.zeros(-(-beton.bytes.size // mmap.PAGESIZE), np.uint8)
     _call(_libc.mincore, address, length, ctypes.c_void_p(found.ctypes.data))

@@ -1,4 +1,4 @@
-"""Two results of the same part side by side, row by row.
+"""Compares two results of the same part, row by row.
 
 python -m bench.compare before.json after.json
 make bench-compare A=before.json B=after.json
@@ -13,15 +13,15 @@ from bench import BenchError
 from bench.record import aligned, figure
 from command import exit_on_user_error
 
-# What a difference of figures may come from instead of the code.
+# Properties of the machine that may explain a difference instead of the code.
 _MACHINE = ("device", "gpus", "cpu", "versions")
 
 
 def compare(first: Path, second: Path) -> str:
-    """A table of the ratios of medians, second to first; differing machines, versions and settings above it.
+    """Returns a table of the ratios of medians, second to first, below a list of differing machines and settings.
 
-    Where the ranges of the turns of two rows overlap, their difference is called noise.
-    Raises BenchError for files that are no results, and for results of different parts.
+    A difference is marked "within noise" if the ranges of the two rows' turns overlap.
+    Raises BenchError for files that are not results, and for results of different parts.
     """
     one, other = _read(first), _read(second)
     if one["part"] != other["part"]:
@@ -48,7 +48,7 @@ def compare(first: Path, second: Path) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-        # What takes no time has no rate, and no place in a table of rates.
+        # Rows without a rate, such as differences between labels, are left out.
         found["rows"] = [row for row in found["rows"] if "unit" in row or "not_run" in row]
         for row in found["rows"]:
             if "not_run" not in row:
@@ -57,7 +57,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise BenchError(f"{path}: cannot be read ({error.strerror}); give a result's .json") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise BenchError(f"{path}: no result of this version of the bench; measure it again") from None
+        raise BenchError(f"{path}: is not a result of this version of the bench; measure it again") from None
     return found
 
 
@@ -66,8 +66,8 @@ def _key(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _differing(title: str, one: dict[str, Any], other: dict[str, Any], name: str) -> str:
-    """A line that says in what the two differ, or ""."""
-    # No GPUs are no difference to a record that says nothing of them.
+    """Returns a line that lists the differences between two entries, or ""."""
+    # An empty list of GPUs equals a missing one, as in older records.
     mine, theirs = one.get(name) or None, other.get(name) or None
     if mine == theirs:
         return ""
@@ -78,7 +78,7 @@ def _differing(title: str, one: dict[str, Any], other: dict[str, Any], name: str
 
 
 def _compared(one: dict[str, Any] | None, other: dict[str, Any] | None) -> list[str]:
-    """unit, both medians, their ratio, and whether the difference is within noise."""
+    """Returns the cells of a row: unit, both medians, their ratio, and whether the difference is within noise."""
     ran = [row if row and "not_run" not in row else None for row in (one, other)]
     unit = next((row["unit"] for row in ran if row), "")
     medians = [figure(row["rate"]["median"]) if row else "–" for row in ran]

@@ -1,6 +1,6 @@
-"""Compares kinds of labels on the same crops: what they say, how fast one trains from them, what they take.
+"""Compares kinds of labels on the same crops: how they differ, the speed of training from them, and their size.
 
-Labels of crops and maps of images, side by side; also by the size of the crops.
+Takes stored labels of crops and label maps of images; also compares them by the size of crops.
 
 python -m bench.compare_labels --refinery runs/images/resnet50-... --labels "labels/exact labels/top10" --data images/
 make compare-labels REFINERY=runs/images/resnet50-... LABELS="labels/exact labels/top10" DATA=images/
@@ -32,22 +32,22 @@ def run(
 ) -> None:
     """Compares stored labels and label maps with their refinery and with the ground truth, on the same crops.
 
-    Prints a table, and writes it with a chart and all figures to `out`. In turns, a student is trained from each kind
-    of labels, and the refinery labels an epoch's crops, by itself and into files.
+    Prints a table, and writes it to `out` with a chart and all figures. A student is trained from each kind of labels,
+    and the refinery labels an epoch's crops, alone and into files; all are measured in turns.
 
     Args:
         labels: folders of stored labels (python -m train.label) of one refinery and plan, and of its label maps (python
-            -m train.maps), with spaces between them; maps are compared on the crops of the stored labels, or where
-            there are none, on those of a student of the refinery, with its running statistics
-        refinery: the one that made them: a run folder, or NAME:FILE
-        data: what they are labels of: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette
+            -m train.maps), separated by spaces; maps are compared on the crops of the stored labels, or without stored
+            labels on those of a student of the refinery, with its running statistics
+        refinery: the refinery that made the labels: a run folder, or NAME:FILE
+        data: the labelled images: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette
         model: the student
-        crops: how many crops are compared, about; at most an epoch's
-        epochs: timed turns of each, epochs of the data
-        resolution: pixels a side of the crops, for maps alone; stored labels say theirs (default: what fits the data)
-        batch: crops in a step, for maps alone (default: 64)
+        crops: approximate number of crops that are compared; at most an epoch's
+        epochs: timed turns of each, in epochs of the data
+        resolution: side of a crop in pixels, for maps alone; stored labels set their own (default: what fits the data)
+        batch: crops per step, for maps alone (default: 64)
         device: auto, cpu, cuda or cuda:N
-        compile: auto, always or never: networks run compiled
+        compile: whether networks run compiled: auto, always or never
         out: the folder for the results
     """
     for name, value in {"crops": crops, "epochs": epochs}.items():

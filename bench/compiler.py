@@ -1,11 +1,11 @@
-"""What PyTorch's compiler left undone, by its own counters and log."""
+"""Collects what PyTorch's compiler could not do, from its counters and log."""
 
 import logging
 from typing import Any
 
 
 class CompilerNotes:
-    """Graph breaks, skipped CUDA graphs and log lines of PyTorch's compiler, from now on."""
+    """Collects graph breaks, skipped CUDA graphs and warnings of PyTorch's compiler from its construction on."""
 
     def __init__(self):
         self._said: list[str] = []
@@ -17,7 +17,7 @@ class CompilerNotes:
         graph.addHandler(handler)
 
     def found(self) -> dict[str, Any]:
-        """graph_breaks, cudagraph_skips: how many. said: lines, each once."""
+        """Returns graph_breaks and cudagraph_skips, counts, and said, the distinct first lines of log messages."""
         from torch._dynamo.utils import counters
 
         return {
@@ -39,8 +39,8 @@ class _Listener(logging.Handler):
 
 
 def compiler_note(found: dict[str, Any]) -> str:
-    said = f"; it said: {'; '.join(found['said'])}" if found["said"] else ""
+    said = f"; its messages: {'; '.join(found['said'])}" if found["said"] else ""
     return (
-        f"the compiler left {found['graph_breaks']} breaks in the step's graph and skipped CUDA graphs "
+        f"the compiler reported {found['graph_breaks']} breaks in the step's graph and skipped CUDA graphs "
         f"{found['cudagraph_skips']} times{said}."
     )

@@ -1,7 +1,7 @@
-"""Every loader that is measured, at its usual best practice, giving the same number of random crops of the same images.
+"""All loaders that are measured, each set up by its best practice; all yield the same number of random crops per epoch.
 
-A contender is built once in a process of its own, makes one epoch after the other, and is idle between them: it
-prepares no batches of the next epoch.
+Each contender runs in a separate process. It is built once, runs one epoch after the other, and is idle between them:
+it prepares no batches of the next epoch.
 """
 
 import os
@@ -21,9 +21,9 @@ from data.decoders import part_of, union
 from data.pixels import open_image
 from data.plan import CropRule
 
-# RandomResizedCrop's law, for those that do not have it as their default.
+# The parameters of torchvision's RandomResizedCrop, for loaders with other defaults.
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-# Batches that DALI works on at a time; its own default.
+# Batches that DALI prepares at a time; DALI's default.
 _DALI_AHEAD = 2
 
 
@@ -69,12 +69,12 @@ def _torchvision(task: Task) -> Loader:
     from torchvision.transforms import v2
 
     transform = v2.Compose([v2.RandomResizedCrop(task.resolution, antialias=True), v2.RandomHorizontalFlip()])
-    # decode_image hands JPEGs to decode_jpeg, and takes the few PNGs that every large set has.
+    # decode_image uses decode_jpeg for JPEGs, and also reads the few PNGs that large sets contain.
     return Workers(task, lambda path: transform(decode_image(path, ImageReadMode.RGB)))
 
 
 class Dali:
-    """DALI over image files: the crop is drawn and cut by the decoder (image_random_crop), nvJPEG on a GPU."""
+    """DALI on image files: its decoder draws and cuts the crops (image_random_crop), by nvJPEG on a GPU."""
 
     def __init__(self, task: Task):
         from nvidia.dali import fn
@@ -98,7 +98,7 @@ class Dali:
 
 
 class DaliSlice:
-    """DALI cutting our plan's boxes while it decodes (image_slice), from stored JPEGs: the peer of our DALI path."""
+    """DALI on stored JPEGs: its decoder cuts the boxes of our plan (image_slice). Comparable to our DALI decoder."""
 
     def __init__(self, task: Task):
         from nvidia.dali import fn, types
@@ -152,7 +152,7 @@ def _dali_resize(images, task: Task, flips):
 
 
 class DaliRun:
-    """Runs a pipeline for exactly the batches asked for; DALI's iterators would go on to fill their queues."""
+    """Runs a DALI pipeline for an exact number of batches; DALI's iterators would prepare batches of the next epoch."""
 
     def __init__(self, pipeline, device: str):
         self._pipeline = pipeline
@@ -164,17 +164,17 @@ class DaliRun:
         scheduled = 0
         for made in range(count):
             while scheduled < min(made + ahead, count):
-                # The very first call schedules as many batches as the queue holds, every later one a single batch.
+                # The first call schedules as many batches as the queue holds, each later call one batch.
                 self._pipeline.schedule_run()
                 scheduled += 1 if self._started else ahead
                 self._started = True
             (crops,) = self._pipeline.outputs(self._stream)
-            # DALI's dynamic executor frees the memory of a batch when nothing refers to it.
+            # DALI's dynamic executor frees a batch's memory when the last reference to it is gone.
             yield torch.from_dlpack(crops.as_tensor()).permute(0, 3, 1, 2)
 
 
 class Ffcv:
-    """Stock FFCV: its own loader and decoder, which decodes whole images, with the pages left to the system's cache."""
+    """Stock FFCV: its loader and decoder, which decodes whole images, with the page cache of the system (os_cache)."""
 
     def __init__(self, task: Task):
         from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
@@ -193,7 +193,7 @@ class Ffcv:
             num_workers=task.threads,
             os_cache=True,
             order=OrderOption.RANDOM,
-            # A set with labels has them read as well, to no measurable cost; here they are left out.
+            # Labels are not read; their cost is not measurable.
             pipelines={"image": [*image, ToTorchImage()], "label": None},
         )
         self.bytes_per_crop = float(Reader(str(task.beton)).alloc_table["size"].mean())
@@ -203,7 +203,7 @@ class Ffcv:
 
 
 class Ours:
-    """This project's loader. With `copies` crops an image, only the last of so many parts of its epoch is made."""
+    """This project's loader. With several crops per image, only the last 1/`copies` of its epoch's steps are run."""
 
     def __init__(self, task: Task, *, decoder: str = "auto", copies: int = 1):
         from data.loader import open_loader
@@ -229,7 +229,7 @@ class Ours:
 
 
 class OursOpened(Ours):
-    """The same, opened anew for every epoch, so that each is a first one, which compares all bytes with checksums."""
+    """Like Ours, but opened again for each epoch: every epoch is a first one, which verifies all checksums."""
 
     def epoch(self, number: int) -> Iterator[torch.Tensor]:
         self._loader = self._open()
@@ -241,7 +241,7 @@ def _mean_size(files: Iterable[str]) -> float:
 
 
 def _mean_part(beton: Beton, copies: int) -> float:
-    """Bytes that the crops of one epoch have read, for each: of the tiles, blocks or pixels around an image's crops."""
+    """Returns the mean bytes read per crop in one epoch: the tiles, blocks or pixels around an image's crops."""
     indices = np.arange(beton.num_samples)
     boxes = [plan.random_boxes(indices, beton.sizes, seed=0, epoch=0, copy=copy)[0] for copy in range(copies)]
     around = union(np.stack(boxes, axis=1))
@@ -256,10 +256,10 @@ def _part_size(beton: Beton, index: int, box: NDArray[np.int32]) -> int:
     return count * blocks.BLOCK_BYTES
 
 
-# The most crops of one image that a contender makes; an epoch's batches are a multiple of it.
+# The largest number of crops per image; an epoch's number of batches is a multiple of it.
 COPIES = 4
 
-# In the order of the table. `ffcv` is the one the others are compared with.
+# In the order of the table. All rates are compared with that of `ffcv`.
 REFERENCE = "ffcv"
 CONTENDERS = {
     "pillow": Entry(_pillow, "files", "DataLoader, Pillow"),
@@ -273,15 +273,15 @@ CONTENDERS = {
         f"ours {decoder}{' raw' if raw else ''}{f' x{copies}' if copies > 1 else ''}": Entry(
             partial(Ours, decoder=decoder, copies=copies),
             "converted raw" if raw else "converted",
-            f"open_loader, {copies} crops an image",
+            f"open_loader, {copies} crops per image",
         )
         for decoder in ("ffcv", "dali", "torchvision")
         for raw in (False, True)
         for copies in (1, COPIES)
     },
-    "ours blocks": Entry(Ours, "converted blocks", "open_loader, 1 crops an image"),
+    "ours blocks": Entry(Ours, "converted blocks", "open_loader, 1 crops per image"),
     f"ours blocks x{COPIES}": Entry(
-        partial(Ours, copies=COPIES), "converted blocks", f"open_loader, {COPIES} crops an image"
+        partial(Ours, copies=COPIES), "converted blocks", f"open_loader, {COPIES} crops per image"
     ),
     "ours blocks first epoch": Entry(OursOpened, "converted blocks", "open_loader, all checksums compared"),
     **{

@@ -1,4 +1,4 @@
-"""What a GPU does in a piece of work: its kernels and copies, and for how long it is busy, by PyTorch's profiler."""
+"""Finds a GPU's kernels and copies in the events of PyTorch's profiler, and the time in which the GPU was busy."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,9 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def on_device(events: Iterable[Any]) -> list[Any]:
-    """Of a profiler's events, or averages of them, the kernels and copies: each once, with the time that it took.
+    """Returns the kernels and copies among a profiler's events, or averages of events, each once.
 
-    The operators on the host that started them have the same device time again, and so have ranges that were named.
+    Operators on the host that launched them and named ranges include the same device time again and are left out.
     """
     return [event for event in events if _ran_there(event)]
 
@@ -21,7 +21,7 @@ def _ran_there(event: Any) -> bool:
 
 
 def busy_seconds(work: Callable[[], Any]) -> float | None:
-    """How long something ran on the GPU while the work was done; None where the profiler saw nothing of it."""
+    """Runs `work`. Returns the seconds in which the GPU was busy, or None if the profiler recorded nothing on it."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
@@ -32,7 +32,7 @@ def busy_seconds(work: Callable[[], Any]) -> float | None:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """The length that spans (start, end) cover together; what lies in several counts once."""
+    """Returns the total length that spans (start, end) cover; overlaps count once."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(end - max(start, reached), 0.0)

@@ -1,7 +1,8 @@
-"""Images a second of training on several devices: each alone, all at once but each for itself, and all together.
+"""Measures images per second of training on several devices: each alone, all at once independently, and all together.
 
-The training loop of bench.loop, in a process for each device. What the exchange of gradients costs is told by leaving
-it out, which needs no clocks within a step: the same processes on the same devices, each training a network of its own.
+Each device runs the training loop of bench.loop in a separate process. The cost of exchanging gradients is measured
+without timers within a step: by the difference to the same processes on the same devices without the exchange, each
+training a separate network.
 """
 
 import contextlib
@@ -34,11 +35,10 @@ APART, TOGETHER, TOGETHER_BF16 = "all at once, no exchange", "together", "togeth
 
 
 class Devices(Runner):
-    """Epochs of the training loop on some devices at once; over when the last of them is done.
+    """Runs epochs of the training loop on several devices at once; an epoch ends when the last device has finished.
 
-    numbers: of the devices, of all that the pair's settings have. reduce: how their gradients are added, each step
-    having a batch for each device; None: they are not, and each trains a network of its own. folder: of one set for all
-    or for each.
+    numbers: indices of the devices that are used, below settings.gpus. reduce: how gradients are added; each step has
+    one batch per device. None: no exchange, each device trains a separate network. folder: holds the converted set.
     """
 
     def __init__(self, pair: Pair, folder: Path, threads: int, numbers: Sequence[int], reduce: Reduce | None):
@@ -47,7 +47,7 @@ class Devices(Runner):
         config = replace(config, batch=config.batch * world, replicas=world, reduce=reduce or "sum")
         share_processors(pair.settings.gpus)
         port = _free_port()
-        # They end with this process.
+        # These processes end with this one.
         self._processes = [Process() for _ in numbers]
         for place, (number, process) in enumerate(zip(numbers, self._processes, strict=True)):
             its = replace(config, device=f"cuda:{number}" if config.device == "cuda" else config.device)
@@ -61,19 +61,19 @@ class Devices(Runner):
         return Work(sum(amounts), sum(waits) / len(waits))
 
     def facts(self) -> dict[str, Any]:
-        """The first one's; peak_device_memory_bytes, on a GPU: the largest of all."""
+        """Returns the first device's facts; on a GPU, peak_device_memory_bytes is the largest of all devices."""
         for process in self._processes:
             process.begin(_facts)
         found = answers(self._processes)
         peaks = [each["peak_device_memory_bytes"] for each in found if "peak_device_memory_bytes" in each]
-        # For an image of all, of which each device has its share.
+        # Per image of the whole group, of which each device trains on an equal share.
         busy = found[0].get("busy_seconds")
         shared = {"busy_seconds": busy / len(found)} if busy is not None else {}
         return found[0] | shared | ({"peak_device_memory_bytes": max(peaks)} if peaks else {})
 
 
 def _environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """What torchrun would tell a process."""
+    """Returns the environment variables that torchrun would set."""
     return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -90,7 +90,7 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-# ---- what runs in the process of a device
+# ---- functions that run in the process of a device
 
 _looping: Looping
 _membership = contextlib.ExitStack()
@@ -124,16 +124,16 @@ def _facts() -> dict[str, Any]:
 
 
 def why_not(settings: Settings) -> str:
-    """Why it cannot be measured, or ""."""
+    """Returns why the part cannot be measured, or ""."""
     if settings.gpus > 1:
         return ""
     if settings.device == "cuda" and torch.cuda.device_count() == 1:
-        return "needs several devices, and this machine has one GPU; GPUS=2 ARGS='--device cpu' takes processes instead"
+        return "needs several devices, and this machine has one GPU; GPUS=2 ARGS='--device cpu' uses processes instead"
     return "needs several devices; give GPUS=2 or more (on a CPU: processes)"
 
 
 def measure(settings: Settings) -> Record:
-    """Measures the first pair on settings.gpus devices, which must be several. Raises BenchError as images.find."""
+    """Measures the first pair on settings.gpus devices, at least 2. Raises BenchError as images.find."""
     pair = Pair(*settings.pairs[0], settings)
     threads = max(max(settings.threads) // settings.gpus, 1)
     count = settings.steps * settings.batch * settings.gpus
@@ -172,9 +172,9 @@ def measure(settings: Settings) -> Record:
 
 
 def _contenders(pair: Pair, files: list[str], folder: Path, threads: int) -> list[Contender]:
-    """Each device alone, all of them without exchange, and all together."""
+    """Returns contenders for each device alone, all without exchange, and all together."""
     numbers = list(range(pair.settings.gpus))
-    # So that an epoch has as many steps for all.
+    # An epoch has the same number of steps in all contenders.
     sets = {folder / "each": files[:: len(numbers)], folder / "all": files}
     failed = ""
     if not pair.why_not():
@@ -203,10 +203,10 @@ def _contenders(pair: Pair, files: list[str], folder: Path, threads: int) -> lis
 
 
 def add_efficiency(rows: list[Row]) -> None:
-    """Adds to rows of several devices what follows from the medians, where the rows that it needs ran.
+    """Adds `efficiency` and `exchange` to rows of several devices, if the rows that they are computed from ran.
 
-    efficiency: the rate over the sum of those of each device alone. exchange: the share of a step that is gone when
-    nothing is exchanged; below 0 where the machine's noise is larger.
+    efficiency: the rate divided by the sum of the rates of each device alone. exchange: the share of a step that is
+    saved without the exchange; noise can make it negative.
     """
     measured = ran(rows)
     rates = {name: row["rate"]["median"] for name, row in measured.items()}
@@ -227,17 +227,17 @@ def _notes(pair: Pair, count: int, threads: int, rows: list[Row]) -> list[str]:
     with torch.device("meta"):
         weights = sum(weight.numel() for weight in models.build(pair.student, CLASSES).parameters())
     return [
-        f"Training {pair.student} from {pair.refinery}, both of random weights, on random crops of "
-        f"{images.described(settings.data, count)} to {settings.resolution} px, from the page cache, in batches of "
-        f"{settings.batch} for each device (weak scaling), {settings.computing}, decoding threads each: {threads}. "
-        f"images/s of all devices of a row: median, lowest and highest of {settings.turns} epochs of {settings.steps} "
-        "steps, in turns, after an untimed one each.",
-        f"{on_cpu if settings.device == 'cpu' else ''}alone: while the other devices rest. {APART}: as many "
-        f"trainings at the same time, over when the last is done. {TOGETHER}: one training of all, whose {weights:,} "
-        f"gradients are added in each step, 4 bytes each (in {TOGETHER_BF16}: 2).",
-        "efficiency: the rate by that of all devices alone, added up. exchange: the share of a step that is gone when "
-        f"nothing is exchanged (1 - rate / rate of {APART}): packing, sending, adding up, and in each step waiting for "
-        "the slowest.",
+        f"Training {pair.student} from {pair.refinery}, both with random weights, on random crops of "
+        f"{images.described(settings.data, count)}, resized to {settings.resolution} px, from the page cache, in "
+        f"batches of {settings.batch} per device (weak scaling), {settings.computing}, decoding threads per device: "
+        f"{threads}. images/s of all devices of a row: median, lowest and highest of {settings.turns} epochs of "
+        f"{settings.steps} steps, measured in turns, after one untimed epoch.",
+        f"{on_cpu if settings.device == 'cpu' else ''}alone: the other devices are idle. {APART}: an independent "
+        f"training on each device at the same time, until the last one ends. {TOGETHER}: one training on all devices, "
+        f"whose {weights:,} gradients are added in each step, 4 bytes each (in {TOGETHER_BF16}: 2).",
+        "efficiency: the rate divided by the sum of the rates of each device alone. exchange: the share of a step that "
+        f"is saved without the exchange (1 - rate / rate of {APART}): packing, sending, adding, and waiting for the "
+        "slowest device in each step.",
         *_findings(rows),
     ]
 

@@ -1,4 +1,4 @@
-"""The images that loaders are measured on: found in a folder or drawn, and stored in the ways the loaders read."""
+"""The images that loaders are measured on: found in a folder or drawn by code, and stored in each loader's format."""
 
 import io
 import warnings
@@ -19,21 +19,21 @@ from data.decoders.prefetch import default_threads
 from data.sets import is_converted, open_set
 from data.sources import image_files
 
-# What stock FFCV is given is of the same sizes and quality.
+# Files for stock FFCV have the same sizes and quality.
 JPEG = Storage("jpeg", max_resolution=512, quality=90)
 RAW = Storage("raw", max_resolution=256)
 BLOCKS = Storage("blocks", max_resolution=512)
 
 _DRAWN = 300
-# Height and width in pixels, as often as they come in ImageNet: mostly 500 on the longer side, some larger.
+# Height and width in pixels, distributed as in ImageNet: mostly 500 on the longer side, some larger.
 _SIZES = [(375, 500)] * 8 + [(333, 500)] * 4 + [(500, 375)] * 3 + [(500, 333), (400, 500), (480, 640), (600, 800)]
 
 
 def find(data: str | None, folder: Path, *, most: int) -> list[str]:
-    """The image files below the folder `data`, or, without one, of a set that is drawn.
+    """Returns the paths of image files: those below the folder `data`, or drawn ones if `data` is None.
 
-    Of a converted set, and of the drawn one, `most` images at most are written into `folder`.
-    Raises BenchError where there are none.
+    Images of a converted set and drawn images are written into `folder`, at most `most` of them.
+    Raises BenchError if there are none.
     """
     if data is None:
         with ThreadPoolExecutor(default_threads()) as pool:
@@ -44,12 +44,12 @@ def find(data: str | None, folder: Path, *, most: int) -> list[str]:
         return _extracted(open_set(data).beton("train"), folder, most)
     files = image_files(data).files
     if not files:
-        raise BenchError(f"DATA={data}: no images in it or below")
+        raise BenchError(f"DATA={data}: no images in this folder or below it; give a folder of images")
     return files
 
 
 def described(data: str | None, count: int) -> str:
-    """`count` images of what find() found, in words."""
+    """Returns a description of `count` images of the source that find() used."""
     if data is None:
         return f"{count} drawn images of photographs' size and detail"
     return f"{count} images of {Path(data).resolve().name}"
@@ -58,7 +58,7 @@ def described(data: str | None, count: int) -> str:
 def _extracted(path: Path, folder: Path, most: int) -> list[str]:
     beton = Beton(path)
     if beton.raw.any() or beton.in_blocks:
-        raise BenchError(f"DATA={path.parent}: stores pixels or blocks, no image files; give a folder of images")
+        raise BenchError(f"DATA={path.parent}: stores pixels or blocks, not image files; give a folder of images")
     files = []
     for place in range(min(beton.num_samples, most)):
         index = place * beton.num_samples // min(beton.num_samples, most)
@@ -68,7 +68,7 @@ def _extracted(path: Path, folder: Path, most: int) -> list[str]:
 
 
 def spread(files: list[str], count: int) -> list[str]:
-    """`count` of the files, evenly spread: some are left out, or all repeated, copies side by side."""
+    """Returns `count` of the files, evenly spaced; if there are fewer, each is repeated, copies next to each other."""
     return [files[i * len(files) // count] for i in range(count)]
 
 
@@ -79,10 +79,10 @@ def _write_drawn(index: int, folder: Path) -> str:
 
 
 def draw(index: int) -> Image.Image:
-    """A picture with a photograph's spectrum, edges and noise, always the same for an index.
+    """Returns an image with a photograph's spectrum, edges and noise; deterministic for an index.
 
-    Over all indices the bytes a pixel of JPEGs are spread as those of ImageNet's photographs (mean 0.33 at 512 px,
-    quality 90): decoding time goes by them.
+    Over all indices, the JPEG bytes per pixel, which determine decoding time, are distributed as those of ImageNet's
+    photographs (mean 0.33 at 512 px, quality 90).
     """
     rng = np.random.default_rng(index)
     height, width = _SIZES[index % len(_SIZES)]
@@ -98,7 +98,7 @@ def draw(index: int) -> Image.Image:
 
 
 def _field(rng: np.random.Generator, height: int, width: int, falloff: float) -> np.ndarray:
-    """Noise whose amplitude falls as 1 / frequency^falloff: float32 [height, width], mean 0, deviation 1."""
+    """Returns noise with amplitude 1 / frequency^falloff: float32 [height, width], mean 0, standard deviation 1."""
     frequency = np.hypot(fft.fftfreq(height)[:, None], fft.rfftfreq(width)[None]).astype(np.float32)
     frequency[0, 0] = np.inf
     noise = rng.standard_normal((*frequency.shape, 2), dtype=np.float32).view(np.complex64)[..., 0]
@@ -118,7 +118,7 @@ def _edges(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def write_plain(path: Path, files: list[str]) -> None:
-    """A `.beton` of plain baseline 4:2:0 JPEGs, 512 px on the longer side, quality 90: what stock FFCV is given."""
+    """Writes a `.beton` of baseline 4:2:0 JPEGs, 512 px on the longer side, quality 90, for stock FFCV."""
 
     def plain(image: Image.Image) -> Encoded:
         image = pixels.upright_rgb(image)
@@ -131,25 +131,25 @@ def write_plain(path: Path, files: list[str]) -> None:
 
 
 def write_converted(path: Path, files: list[str], storage: Storage = JPEG) -> None:
-    """A `.beton` as data.convert stores images."""
+    """Writes a `.beton` as data.convert stores images."""
     in_blocks = storage.kind == "blocks"
     write_beton(path, _encoded(files, lambda image: encode(image, storage)), at_most=len(files), in_blocks=in_blocks)
 
 
 def write_raw(path: Path, files: list[str]) -> None:
-    """A `.beton` of raw pixels, 256 px on the longer side, by FFCV's own writer."""
+    """Writes a `.beton` of raw pixels, 256 px on the longer side, with FFCV's writer."""
     from ffcv.fields import RGBImageField
     from ffcv.writer import DatasetWriter
 
     for file in dict.fromkeys(files):
-        open_image(file)  # FFCV's writer waits forever where a worker meets a damaged one
-    # One worker: several would order the pages by chance.
+        open_image(file)  # raises for a damaged file, on which FFCV's writer would hang
+    # With several workers, the order of pages would be random.
     writer = DatasetWriter(str(path), {"image": RGBImageField("raw", max_resolution=RAW.max_resolution)}, num_workers=1)
     writer.from_indexed_dataset(_Pixels(files))
 
 
 class _Pixels:
-    """What FFCV's writer is given: one-field samples, uint8 [H, W, 3]. A repeated file is read once."""
+    """A dataset for FFCV's writer: samples of one field, uint8 [H, W, 3]. Consecutive repeats are read once."""
 
     def __init__(self, files: list[str]):
         self._files = files
@@ -166,7 +166,7 @@ class _Pixels:
 
 
 def _encoded(files: list[str], encode: Callable[[Image.Image], Encoded]) -> Iterator[Encoded]:
-    """Each file encoded, in order; a repeated one once."""
+    """Yields each file's encoded image, in order; consecutive repeats are encoded once."""
     runs = [(file, len(list(repeats))) for file, repeats in groupby(files)]
     with ThreadPoolExecutor(default_threads()) as pool:
         encoded = pool.map(lambda run: encode(open_image(run[0])), runs)
@@ -175,12 +175,12 @@ def _encoded(files: list[str], encode: Callable[[Image.Image], Encoded]) -> Iter
 
 
 def open_image(file: str) -> Image.Image:
-    """The file's image, loaded. Raises BenchError where it cannot be read."""
+    """Returns the file's decoded image. Raises BenchError if it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = pixels.open_image(file)
             image.load()
         return image
-    except Exception as error:  # Pillow's readers raise as many kinds as there are formats
+    except Exception as error:  # the types that Pillow's readers raise depend on the format
         raise BenchError(f"{file}: cannot be read ({error}); take it out of DATA") from None

@@ -1,4 +1,4 @@
-"""What kinds of labels say of the same crops, how fast one trains from them, and what they take."""
+"""Compares kinds of labels on the same crops: how they differ, the speed of training from them, and their size."""
 
 import itertools
 import math
@@ -28,21 +28,21 @@ from train.labels.store import Store, create_store, open_store
 from train.step import COMPILER_OPTIONS
 
 _GROUND_TRUTH, _REFINERY = "ground truth", "refinery"
-# Classes of confidence over which the calibration error is taken.
+# Bins of confidence for the calibration error.
 _BINS = 15
-# Of the image's area, in a crop.
+# Crops by their share of the image's area.
 _QUARTERS = ("up to 25 %", "25 to 50 %", "50 to 75 %", "over 75 %")
-# A turn lasts at least as long: several epochs, where they are short.
+# Minimum length of a turn, which runs several epochs if they are short.
 _SECONDS = 2.0
 
 
 def measure(folders: Sequence[str], refinery: str, options: dict[str, Any], *, crops: int, turns: int) -> Record:
     """Compares stored labels and label maps with the refinery that made them and with the ground truth.
 
-    options: of the runs that train from them (train.config.Config): data, model, device and so on; resolution and batch
-    where maps alone are compared. crops: how many are compared, about, and at most an epoch's. turns: timed ones of
-    each.
-    Raises BenchError, DataError, ModelError or TrainError for what cannot be compared.
+    options: options of the runs that train from them (train.config.Config): data, model, device and so on; resolution
+    and batch only if maps alone are compared. crops: approximate number of crops compared, at most an epoch's. turns:
+    number of timed turns of each contender.
+    Raises BenchError, DataError, ModelError or TrainError for folders that cannot be compared.
     """
     stores = _opened(folders)
     configs = _configs(stores, refinery, options)
@@ -53,10 +53,10 @@ def measure(folders: Sequence[str], refinery: str, options: dict[str, Any], *, c
         rows = _measured(names, configs, Path(folder), turns)
     set_tf32_and_allocator(jobs[0].device, jobs[0].config.precision)
     seed = _seed(stores, jobs[1])
-    said = [_said(job, seed, crops) for job in jobs]
-    for row, what, store in zip(rows, said, [None, None, *stores], strict=False):
-        row |= _differences(what, said[1]) | (_costs(store) if store else {})
-    rows += _by_size(names, said)
+    labels = [_crop_labels(job, seed, crops) for job in jobs]
+    for row, its, store in zip(rows, labels, [None, None, *stores], strict=False):
+        row |= _differences(its, labels[1]) | (_costs(store) if store else {})
+    rows += _by_size(names, labels)
     return Record(
         part="compare-labels",
         settings={
@@ -69,7 +69,7 @@ def measure(folders: Sequence[str], refinery: str, options: dict[str, Any], *, c
             "compiled": jobs[0].compiled,
             "turns": turns,
         },
-        notes=_notes(jobs[1], stores, options["model"], turns, len(said[0].distribution)),
+        notes=_notes(jobs[1], stores, options["model"], turns, len(labels[0].distribution)),
         rows=rows,
         identity=(Column("part", lambda row: row["group"]), Column("what", lambda row: row["name"])),
         figures=(
@@ -87,13 +87,18 @@ def measure(folders: Sequence[str], refinery: str, options: dict[str, Any], *, c
 
 
 def _opened(folders: Sequence[str]) -> list[Store]:
-    """Labels of crops first, then maps. Raises BenchError unless all are of one refinery and of the same crops."""
+    """Returns the opened stores: stored labels first, then maps.
+
+    Raises BenchError unless all were made by one refinery, and all stored labels for the same crops.
+    """
     if not folders:
-        raise BenchError("labels is empty: name folders of stored labels or maps, with spaces between them")
-    # A stable sort: each kind stays in the order in which it was named.
+        raise BenchError("labels is empty: name folders of stored labels or maps, separated by spaces")
+    # The sort is stable: within a kind, the order of the folders is kept.
     first, *others = stores = sorted(map(open_store, folders), key=lambda store: store.description.plan is None)
     if len({store.folder.name for store in stores}) < len(stores):
-        raise BenchError(f"labels={' '.join(folders)}: rows are called by their folders; give these other names")
+        raise BenchError(
+            f"labels={' '.join(folders)}: two folders have the same name, which names their rows; rename one"
+        )
     for store in others:
         found = differences(first.description, _as_compared(store, first))
         if found:
@@ -102,7 +107,7 @@ def _opened(folders: Sequence[str]) -> list[Store]:
 
 
 def _as_compared(store: Store, first: Store) -> Description:
-    """The description of a store, with that of the first one in all that may differ."""
+    """Returns the store's description, with the fields that may differ replaced by those of the first store."""
     made, others = store.description, first.description
     if made.plan is None:
         return replace(others, data=made.data, refinery=others.refinery | store.network)
@@ -110,11 +115,11 @@ def _as_compared(store: Store, first: Store) -> Description:
 
 
 def _configs(stores: Sequence[Store], refinery: str, options: dict[str, Any]) -> list[Config]:
-    """What trains from the ground truth, from the refinery and from each store, all on the same crops."""
+    """Returns configurations that train from the ground truth, the refinery and each store, on the same crops."""
     made = stores[0].description
     common = options | {
         "recipe": "quick",
-        # So many that none is the last.
+        # More than are ever run.
         "epochs": 1_000_000,
         "precision": made.precision,
     }
@@ -122,25 +127,27 @@ def _configs(stores: Sequence[Store], refinery: str, options: dict[str, Any]) ->
         for name in ("resolution", "batch"):
             if name in options:
                 raise BenchError(
-                    f"{name}={options[name]}: is for maps alone; {stores[0].folder} says {getattr(made, name)}; leave "
+                    f"{name}={options[name]}: is for maps alone; {stores[0].folder} has {getattr(made, name)}; leave "
                     "it out"
                 )
         common |= {"batch": made.batch, "order": made.order, "copies": made.copies, "resolution": made.resolution}
         common |= {f"crop.{name}": value for name, value in made.plan["crop"].items()}
-    # As the labels of crops were made; of maps, the resolution is that of whole images.
+    # As in the stored labels. The resolution of maps is that of whole images, so it is not used.
     as_made = {"labels.bn": made.refinery["bn"], "labels.resolution": made.plan and made.refinery["resolution"]}
     configs = [configure(common), configure(common | {"refinery": refinery} | as_made)]
     if needs_refinery(configs[1]):
-        raise BenchError(f"refinery={refinery}: name the run folder, or NETWORK:FILE, of the one that made the labels")
+        raise BenchError(
+            f"refinery={refinery}: name the run folder, or NETWORK:FILE, of the refinery that made the labels"
+        )
     for store in stores:
-        # Named beside the labels too, so that another one than theirs is refused.
+        # With the refinery given too, labels of another refinery are refused.
         stored = common | {"refinery": refinery, "labels.stored": str(store.folder)}
         configs.append(configure(stored | ({"labels.cycle": 1} if store.description.plan else {})))
     return configs
 
 
 def _seed(stores: Sequence[Store], online: Job) -> int:
-    """Of the crops that are compared: those of the stored labels, or where there are maps alone, those of a run."""
+    """Returns the seed of the compared crops: that of the stored labels, or with maps alone that of a training run."""
     made = stores[0].description
     return made.seed if made.plan else online.crop_seed
 
@@ -150,16 +157,16 @@ def _costs(store: Store) -> dict[str, Any]:
     return {"bytes_per_row": store.description.bytes_per_crop, "seconds_to_make": statistics.mean(seconds)}
 
 
-# ---- what the labels say
+# ---- differences between labels
 
 
 @dataclass(frozen=True)
-class Said:
-    """What labels say of some crops.
+class CropLabels:
+    """The labels of N crops, of C classes.
 
-    distribution: float32 [N, C]. likeliest: int64 [N]. images: the class of each crop's image, int64 [N]. areas: the
-    crop's share of its image, above 0 and up to 1, float64 [N]. shown: on `scenes` the class of what the crop shows,
-    -1 for nothing; elsewhere None.
+    distribution: float32 [N, C]. likeliest: the most likely class, int64 [N]. images: the class of each crop's image,
+    int64 [N]. areas: the crop's share of its image's area, above 0 and up to 1, float64 [N]. shown: for `scenes` the
+    class that the crop itself shows, or -1 if it shows none, int64 [N]; None for other data.
     """
 
     distribution: torch.Tensor
@@ -168,15 +175,15 @@ class Said:
     areas: torch.Tensor
     shown: torch.Tensor | None
 
-    def of(self, crops: torch.Tensor) -> "Said":
-        """What they say of some of the crops. crops: bool [N]."""
+    def of(self, crops: torch.Tensor) -> "CropLabels":
+        """Returns the labels of the selected crops. crops: bool [N]."""
         shown = None if self.shown is None else self.shown[crops]
-        return Said(self.distribution[crops], self.likeliest[crops], self.images[crops], self.areas[crops], shown)
+        return CropLabels(self.distribution[crops], self.likeliest[crops], self.images[crops], self.areas[crops], shown)
 
 
 @torch.no_grad()
-def _said(job: Job, seed: int, crops: int) -> Said:
-    """What the job's labels say of the first crops of an epoch of this seed."""
+def _crop_labels(job: Job, seed: int, crops: int) -> CropLabels:
+    """Returns the job's labels of the first `crops` crops, in whole batches, of epoch 0 with this seed."""
     source = on_device(job.labels.open(job), job.device)
     loader = replace(job, crop_seed=seed).open_crops(source)
     parts = []
@@ -189,58 +196,66 @@ def _said(job: Job, seed: int, crops: int) -> Said:
         parts.append((targets.distribution(loader.num_classes), targets.classes(), batch.labels, areas, truth))
     columns = zip(*parts, strict=True)
     distribution, likeliest, images, areas, shown = (torch.cat([part.cpu() for part in column]) for column in columns)
-    return Said(distribution, likeliest, images, areas, shown if _drawn(job) else None)
+    return CropLabels(distribution, likeliest, images, areas, shown if _drawn(job) else None)
 
 
 def _drawn(job: Job) -> bool:
-    """Whether the data are `scenes`, where the truth about every crop is known."""
+    """Whether the data are `scenes`, for which the class that each crop shows is known."""
     return job.data.source_fingerprint == scenes_fingerprint()
 
 
-def _differences(said: Said, refinery: Said) -> dict[str, Any]:
-    """crops: how many. agreement: how often the likeliest class is the refinery's. divergence: KL(refinery || said),
-    mean in nats, None where it is infinite. calibration_error: of the likeliest class's probability, against the
-    image's class (Guo et al. 2017, expected calibration error). correct: how often the likeliest class is what the crop
-    shows, of crops that show something; None where none does, and except on `scenes`.
+def _differences(labels: CropLabels, refinery: CropLabels) -> dict[str, Any]:
+    """Returns how labels differ from those of the refinery on the same crops.
+
+    crops: number of crops. agreement: the share of crops with the same most likely class. divergence: KL(refinery ||
+    labels), mean in nats, None if it is infinite. calibration_error: expected calibration error (Guo et al. 2017) of
+    the most likely class against the image's class. correct: the share of crops whose most likely class is the class
+    that the crop shows, among crops that show one; None if there are none, and for other data than `scenes`.
     """
-    q = said.distribution.double()
+    q = labels.distribution.double()
     p = refinery.distribution.double()
     divergence = torch.where(p > 0, p * (p / q).log(), 0.0).sum(dim=1).mean().item()
     correct = None
-    if said.shown is not None and (said.shown >= 0).any():
-        correct = (said.likeliest == said.shown)[said.shown >= 0].double().mean().item()
+    if labels.shown is not None and (labels.shown >= 0).any():
+        correct = (labels.likeliest == labels.shown)[labels.shown >= 0].double().mean().item()
     return {
         "crops": len(q),
-        "agreement": (said.likeliest == refinery.likeliest).double().mean().item(),
+        "agreement": (labels.likeliest == refinery.likeliest).double().mean().item(),
         "divergence": divergence if math.isfinite(divergence) else None,
-        "calibration_error": calibration_error(q.amax(dim=1), said.likeliest == said.images),
+        "calibration_error": calibration_error(q.amax(dim=1), labels.likeliest == labels.images),
         "correct": correct,
     }
 
 
-def _by_size(names: Sequence[str], said: Sequence[Said]) -> list[Row]:
-    """Rows of the differences in crops of each quarter of the image's area, where there are any. They have no rate."""
-    quarters = (4 * said[0].areas).ceil().long() - 1
+def _by_size(names: Sequence[str], labels: Sequence[CropLabels]) -> list[Row]:
+    """Returns rows of differences by the crops' share of the image's area, in quarters; they have no rate.
+
+    labels: of the same crops, with the refinery's at index 1.
+    """
+    quarters = (4 * labels[0].areas).ceil().long() - 1
     return [
         {"name": name, "group": f"crops of {_QUARTERS[quarter]}"}
-        | _differences(each.of(quarters == quarter), said[1].of(quarters == quarter))
+        | _differences(each.of(quarters == quarter), labels[1].of(quarters == quarter))
         for quarter in quarters.unique().tolist()
-        for name, each in zip(names, said, strict=True)
+        for name, each in zip(names, labels, strict=True)
     ]
 
 
 def calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
-    """The expected calibration error over 15 bins of equal width. confidence: 0 to 1, [N]. correct: bool [N]."""
+    """Returns the expected calibration error, 0 to 1, over 15 bins of equal width.
+
+    confidence: probability of the most likely class, 0 to 1, [N]. correct: bool [N].
+    """
     bins = (confidence * _BINS).long().clamp(max=_BINS - 1)
     gaps = torch.zeros(_BINS, dtype=torch.float64).index_add(0, bins, confidence.double() - correct.double())
     return gaps.abs().sum().item() / len(confidence)
 
 
-# ---- how fast
+# ---- speed
 
 
 def _measured(names: Sequence[str], configs: Sequence[Config], folder: Path, turns: int) -> list[Row]:
-    """Rows of training from each configuration's labels, and of labelling by that of the refinery."""
+    """Returns rows for training from each configuration's labels, and for labelling with the refinery."""
     batch = configs[0].batch
     training = [
         Contender(partial(Looping, config.replace({"runs": str(folder)})), _row("training", name, batch))
@@ -266,7 +281,7 @@ def _row(group: str, name: str, batch: int) -> Row:
 
 
 def _paired_ratio(row: Row, first: Row) -> dict[str, float]:
-    """Of the rates, turn by turn: median, lowest and highest."""
+    """Returns median, min and max of the ratios of two rows' rates, turn by turn."""
     rates = [[turn["amount"] / turn["seconds"] for turn in each["turns"]] for each in (row, first)]
     ratios = [ours / theirs for ours, theirs in zip(*rates, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
@@ -277,7 +292,7 @@ def _interval(ratio: dict[str, float]) -> str:
 
 
 class Forward(Runner):
-    """A refinery that labels a batch which lies ready, as often as an epoch has batches."""
+    """Labels a prepared batch with the refinery as often as an epoch has batches."""
 
     def __init__(self, config: Config):
         self._labeller = _labeller(config)
@@ -298,7 +313,7 @@ class Forward(Runner):
 
 
 class Storing(Runner):
-    """Epochs of packed labels, from images to files."""
+    """Labels an epoch per turn, from images to files of packed labels."""
 
     def __init__(self, config: Config, folder: Path):
         self._labeller = _labeller(config)
@@ -322,35 +337,37 @@ def _labeller(config: Config) -> Labeller:
 
 
 def _notes(job: Job, stores: Sequence[Store], model: str, turns: int, crops: int) -> list[str]:
-    """How to read the record. job: of the refinery."""
+    """Returns notes on how to read the record. job: that of the refinery."""
     made, smallest, largest = job.config, *(f"{100 * share:g}" for share in job.crop.scale)
     return [
         f"{crops} training crops of {job.data.name} at {job.resolution} px, {smallest} to {largest} % of the image's "
         f"area, in batches of {job.batch}, {made.precision}{', compiled' if job.compiled else ''}. images/s of one "
-        f"device: median, lowest and highest of {turns} turns of whole epochs, after an untimed one each. of the "
-        "first: the ratio to the first row of the part, turn by turn.",
-        f"training: epochs of {model} on each kind of labels. labelling: the refinery by itself on a batch that lies "
-        "ready, and train.label from images to files of packed labels. bytes: of a crop's label in one epoch, or of an "
-        "image's map for all. s to make: what it took then to label an epoch, or to make all maps.",
+        f"device: median, lowest and highest of {turns} turns of whole epochs, after one untimed turn. of the first: "
+        "the ratio to the first row of the part, turn by turn.",
+        f"training: epochs of {model} on each kind of labels. labelling: the refinery alone on a prepared batch, and "
+        "train.label from images to files of packed labels. bytes: the size of a crop's label in one epoch, or of an "
+        "image's map for all epochs. s to make: the seconds it took to label an epoch, or to make all maps.",
         *_statistics(made.labels.bn, stores),
-        "agrees: how often the likeliest class is the refinery's. KL: KL(refinery || labels), mean in nats; – where it "
-        "is infinite. ECE: expected calibration error against the image's class, 15 bins. correct: how often the "
-        "likeliest class is what the crop shows, where that is known. crops of ...: the same of crops of that share of "
-        "the image's area.",
+        "agrees: how often the most likely class is the refinery's. KL: KL(refinery || labels), mean in nats; – if it "
+        "is infinite. ECE: expected calibration error against the image's class, 15 bins. correct: how often the most "
+        "likely class is the class that the crop shows, if that is known. crops of ...: the same for crops with that "
+        "share of the image's area.",
     ]
 
 
 def _statistics(bn: str, stores: Sequence[Store]) -> list[str]:
-    """With which statistics the refinery labels, which decides how near maps can come to it; none without maps."""
+    """Returns a note on the batch statistics the refinery labels with, which limit how closely maps can agree with it.
+
+    Returns [] without maps.
+    """
     maps = [store.description for store in stores if store.description.plan is None]
     if not maps:
         return []
     kinds = ", ".join(f"{made.cells}x{made.cells} cells at {made.resolution} px" for made in maps)
     if len(maps) == len(stores):
-        said = "running statistics, which the maps were made with (Label Refinery takes the batch's)"
+        used = "running statistics, which the maps were made with (Label Refinery uses batch statistics)"
     elif bn == "running":
-        said = "running statistics, as in the stored labels and in maps"
+        used = "running statistics, as in the stored labels and in maps"
     else:
-        whose = "the batch's" if bn == "batch" else bn
-        said = f"{whose} statistics, as in the stored labels; the maps were made with running ones"
-    return [f"maps: {kinds}. The refinery labels the crops with {said}."]
+        used = f"{bn} statistics, as in the stored labels; the maps were made with running statistics"
+    return [f"maps: {kinds}. The refinery labels the crops with {used}."]

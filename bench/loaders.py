@@ -1,4 +1,4 @@
-"""Crops a second of the loaders, ours and others, on the same images, from the page cache."""
+"""Measures crops per second of our loader and of others on the same images, from the page cache."""
 
 import itertools
 import os
@@ -23,7 +23,7 @@ from bench.turns import Contender, Runner, Work, in_turns
 from data import DataError
 from data.beton import Beton
 
-# How the stored sets that contenders read are made, and what the table calls them.
+# The stored sets that contenders read: the function that writes each, and its name in the table.
 _STORED: dict[str, tuple[Callable[[Path, list[str]], None], str]] = {
     "plain": (images.write_plain, f"{images.JPEG.max_resolution} px, q{images.JPEG.quality}"),
     "converted": (images.write_converted, f"{images.JPEG.max_resolution} px, q{images.JPEG.quality}"),
@@ -35,9 +35,9 @@ _STORED: dict[str, tuple[Callable[[Path, list[str]], None], str]] = {
     "converted raw": (partial(images.write_converted, storage=images.RAW), f"{images.RAW.max_resolution} px, raw"),
 }
 
-# FFCV's own writer does it in one process, to keep the order: no measure of what conversion takes.
+# FFCV's writer runs with one worker here, to keep the order, so its time is not representative.
 _UNTIMED = {"raw"}
-# Images of ImageNet's training set, which conversion is counted for.
+# Number of images in ImageNet's training set, for which conversion time is given.
 _IMAGENET = 1_281_167
 
 _IDENTITY = (
@@ -58,10 +58,10 @@ _FIGURES = (
 
 @dataclass(frozen=True)
 class Stored:
-    """Images as contenders read them. path: None where these are the files themselves.
+    """Images as contenders read them. path: the stored set, or None for the original files.
 
-    bytes_per_image: encoded, on average. minutes: what conversion would take of as many as ImageNet has; None where
-    there is none, or where it was not timed.
+    bytes_per_image: mean encoded size. minutes: time that converting ImageNet's training set would take; None without
+    conversion, or if it was not timed.
     """
 
     path: Path | None
@@ -70,11 +70,11 @@ class Stored:
 
 
 def measure(settings: Settings) -> Record:
-    """Measures the loaders; those that cannot run here are reported with the reason.
+    """Measures the loaders; those that cannot run are reported with the reason.
 
     Raises BenchError for images and options that cannot be used.
     """
-    # A whole name means that one alone, though it be part of others.
+    # A complete name selects that loader alone, even if other names contain it.
     names = [
         name
         for name in CONTENDERS
@@ -82,9 +82,9 @@ def measure(settings: Settings) -> Record:
     ]
     if not names:
         asked = ",".join(settings.contenders)
-        raise BenchError(f"contenders={asked}: none has this in its name; there are {', '.join(CONTENDERS)}")
+        raise BenchError(f"contenders={asked}: no loader has this in its name; there are {', '.join(CONTENDERS)}")
     batch = settings.batch
-    # A multiple of the copies, so that no contender starts between the copies of an image.
+    # A multiple of COPIES, so that no contender starts between the copies of an image.
     batches = -(-settings.crops // (batch * COPIES)) * COPIES
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
@@ -121,7 +121,7 @@ def measure(settings: Settings) -> Record:
 def _contender(
     name: str, files: list[str], stored: Stored | str, batches: int, threads: int, settings: Settings
 ) -> Contender:
-    """stored: what it reads, or why that could not be made."""
+    """Returns the contender. stored: the images that it reads, or the reason why they could not be stored."""
     entry = CONTENDERS[name]
     row: dict[str, Any] = {
         "name": name,
@@ -145,7 +145,7 @@ def _contender(
 
 
 def _store(kinds: set[str], files: list[str], folder: Path) -> dict[str, Stored | str]:
-    """The images stored in these ways, or the reason why they could not be."""
+    """Stores the images in each format. Returns each stored set, or the reason why it could not be written."""
     sizes = [os.path.getsize(file) for file in files]
     stored: dict[str, Stored | str] = {"files": Stored(None, sum(sizes) / len(files), None)}
     for kind in sorted(kinds - {"files"}):
@@ -163,10 +163,10 @@ def _store(kinds: set[str], files: list[str], folder: Path) -> dict[str, Stored 
 
 
 def _write(write: Callable[[Path, list[str]], None], path: Path, files: list[str]) -> tuple[float, float]:
-    """Stores the files. Returns the seconds that converting one takes, on all cores, and its bytes, on average."""
+    """Stores the files. Returns the mean seconds to convert an image on all cores, and its mean size in bytes."""
     aside = path.with_name("aside.beton")
     distinct = list(dict.fromkeys(files))
-    write(aside, distinct[:1])  # for the libraries it loads and the code it compiles
+    write(aside, distinct[:1])  # loads libraries and compiles code before the timed call
     started = time.perf_counter()
     write(aside, distinct)
     seconds = time.perf_counter() - started
@@ -176,16 +176,16 @@ def _write(write: Callable[[Path, list[str]], None], path: Path, files: list[str
 
 
 def _bytes_per_image(path: Path, count: int) -> float:
-    """What an image takes, on average, in a file of so many."""
+    """Returns the mean size of an image in a file of `count` images."""
     try:
         return float(Beton(path).lengths.mean())
     except DataError:
-        # FFCV's own raw file has images and no labels, which is no set of ours; pages and all, it is as large.
+        # Beton does not read FFCV's raw file, which has no labels; take the file's size, with its index and padding.
         return path.stat().st_size / count
 
 
 def _figures(threads: tuple[int, ...]) -> tuple[Column, ...]:
-    """The columns of figures; of several numbers of threads also what the others gain over the fewest."""
+    """Returns the columns of figures; for several numbers of threads, with `scaling` over the smallest."""
     if len(threads) == 1:
         return _FIGURES
     scaling = optional("scaling", "times_fewest", lambda times: f"{times:.2f}")
@@ -198,9 +198,9 @@ def _reads(name: str) -> str:
 
 
 def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, each with its rate relative to others, where these were measured.
+    """Adds the ratios of each row's rate to others, if these were measured. Returns the rows.
 
-    times_ffcv: to stock FFCV's at the same number of threads. times_fewest: to its own with the fewest threads.
+    times_ffcv: to stock FFCV with the same number of threads. times_fewest: to the same loader with the fewest threads.
     """
     rates = {(row["name"], row["threads"]): row["rate"]["median"] for row in rows if "not_run" not in row}
     fewest = min(row["threads"] for row in rows)
@@ -213,22 +213,22 @@ def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _notes(settings: Settings, found: int, crops: int) -> list[str]:
     return [
-        f"Random crops of {images.described(settings.data, found)} to {settings.resolution} px, flipped at random, "
-        f"uint8, in batches of {settings.batch}.",
-        f"images/s: crops delivered a second; several crops of one image count each. Median, lowest and highest of "
-        f"{settings.turns} epochs of {crops} crops (several where they take less than {settings.seconds:g} s), "
-        "in turns, after an untimed one each; files in the page cache.",
-        "cores: processor time of the process and its workers by the clock's. memory: their peak in the untimed turn, "
-        "shared pages counted once, mapped files left out.",
-        "kB read: encoded bytes read for a crop. kB stored: of an image. convert min: minutes that storing ImageNet's "
-        f"{_IMAGENET:,} training images in this way would take, at the rate of these on all cores.",
-        "files: the originals. Peers that are missing here come with `pip install -e '.[peers]'`.",
-        *([f"scaling: of the rate, from {settings.threads[0]} threads on."] if len(settings.threads) > 1 else []),
+        f"Random crops of {images.described(settings.data, found)}, resized to {settings.resolution} px, flipped at "
+        f"random, uint8, in batches of {settings.batch}.",
+        f"images/s: crops delivered per second; several crops of one image count separately. Median, lowest and "
+        f"highest of {settings.turns} epochs of {crops} crops (several epochs if they take less than "
+        f"{settings.seconds:g} s), measured in turns, after one untimed turn; files in the page cache.",
+        "cores: processor time of the process and its workers divided by elapsed time. memory: their peak in the "
+        "untimed turn, with shared pages counted once and without mapped files.",
+        "kB read: encoded bytes read per crop. kB stored: encoded bytes per image. convert min: minutes that storing "
+        f"ImageNet's {_IMAGENET:,} training images would take on all cores, at the rate of these images.",
+        "files: the original files. Missing loaders of other projects come with `pip install -e '.[peers]'`.",
+        *([f"scaling: the ratio to the rate with {settings.threads[0]} threads."] if len(settings.threads) > 1 else []),
     ]
 
 
 def _shares_of_parts(rows: list[dict[str, Any]]) -> list[str]:
-    """How near our CPU path comes to its parts done one after the other, where these were measured."""
+    """Returns notes that compare our CPU path with decoding then resizing, if these were measured."""
     rates = {(row["name"], row["threads"]): row["rate"]["median"] for row in rows if "not_run" not in row}
     lines = []
     for threads in sorted({threads for _, threads in rates}):
@@ -239,17 +239,17 @@ def _shares_of_parts(rows: list[dict[str, Any]]) -> list[str]:
             if ours and decode and resize:
                 parts = 1 / (1 / decode + 1 / resize)
                 lines.append(
-                    f"ours ffcv{copies}, {threads} threads: {100 * ours / parts:.0f} % of {parts:.0f} images/s, which "
-                    "decoding and resizing make one after the other, each measured alone."
+                    f"ours ffcv{copies}, {threads} threads: {100 * ours / parts:.0f} % of {parts:.0f} images/s, the "
+                    "rate of decoding and resizing one after the other, each measured alone."
                 )
     return lines
 
 
 class _Epochs(Runner):
-    """A loader's epochs, one after the other."""
+    """Runs a loader's epochs, one per turn."""
 
     def __init__(self, name: str, task: Task):
-        # `threads` is to be all that decodes: PyTorch's own would come on top of it (importing FFCV does the same).
+        # PyTorch's threads would come on top of `threads` (importing FFCV does the same).
         torch.set_num_threads(1)
         self.device = task.device
         self._task = task
@@ -264,7 +264,7 @@ class _Epochs(Runner):
 
 
 def _consume(batches: Iterable[torch.Tensor], task: Task) -> int:
-    """Takes every batch, as training would, and counts its crops; a batch that is not as promised is an error."""
+    """Takes every batch, as training would. Returns the number of crops; raises BenchError for an unexpected batch."""
     crops = 0
     promised = (task.batch, 3, task.resolution, task.resolution)
     for batch in batches:

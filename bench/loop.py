@@ -1,6 +1,7 @@
-"""Images a second of the whole training loop, between the step that bounds it and the way it was once done.
+"""Measures images per second of the whole training loop, compared with its step alone and with the baseline.
 
-Images on disk to moved weights: the loop, the bare step on a batch of the same loop, and bench.baseline.
+The loop runs from images on disk to updated weights; the step alone, which is its upper limit, on one batch of the
+loop; the baseline is bench.baseline.
 """
 
 import itertools
@@ -36,9 +37,9 @@ BASELINE, STEP, LOOP = "baseline", "step", "loop"
 
 
 class Looping(Runner):
-    """Epochs of a train.loop.Trainer. config: of a run that is to have more epochs than there will be.
+    """Runs an epoch of a train.loop.Trainer per turn. config: a run with more epochs than are measured.
 
-    Of several processes that train together (train.distributed), each counts the images that it has trained on itself.
+    If several processes train together (train.distributed), each counts only the images that it has trained on itself.
     """
 
     def __init__(self, config: Config):
@@ -59,7 +60,7 @@ class Looping(Runner):
 
 
 class Stepping(Runner):
-    """As many steps as an epoch of the loop has, on its first batch, which lies ready."""
+    """Runs as many steps as an epoch of the loop has, all on the epoch's first batch."""
 
     def __init__(self, config: Config):
         self._trainer = trainer_of(config)
@@ -76,7 +77,7 @@ class Stepping(Runner):
 
 
 def _busy(runner: Runner) -> dict[str, Any]:
-    """busy_seconds: on a GPU, for how long something runs on it for an image."""
+    """Returns busy_seconds, the time per image in which the GPU is busy; {} on a CPU."""
     if runner.device == "cpu":
         return {}
     done: list[Work] = []
@@ -85,19 +86,19 @@ def _busy(runner: Runner) -> dict[str, Any]:
 
 
 def trainer_of(config: Config) -> Trainer:
-    """The trainer of a configuration whose refinery, if any, is there."""
+    """Returns the trainer of a configuration whose refinery, if any, exists."""
     data, (labels,) = check([config])
     return Trainer([resolve(config, data, labels)])
 
 
 def config_of(pair: Pair, folder: Path, threads: int) -> Config:
-    """Of a training on what write_inputs wrote into the folder."""
+    """Returns the configuration of a training on the files that write_inputs wrote into the folder."""
     settings = pair.settings
     return Config(
         model=pair.student,
         refinery=f"{pair.refinery}:{folder / 'refinery.pt'}",
         data=str(folder / "converted"),
-        # So many that none is the last.
+        # More than are ever run.
         epochs=1_000_000,
         batch=settings.batch,
         device=settings.device,
@@ -118,7 +119,7 @@ def _stepping(pair: Pair, folder: Path, threads: int) -> Stepping:
 
 
 def write_inputs(pair: Pair, files: list[str], folder: Path) -> float:
-    """Writes the converted set and the refinery's random weights; returns the seconds that converting took."""
+    """Writes the converted set and the refinery's random weights. Returns the seconds that conversion took."""
     torch.manual_seed(0)
     torch.save(models.build(pair.refinery, CLASSES).state_dict(), folder / "refinery.pt")
     labels = np.arange(len(files), dtype=np.int64) % CLASSES
@@ -126,7 +127,7 @@ def write_inputs(pair: Pair, files: list[str], folder: Path) -> float:
         name="bench",
         class_names=tuple(map(str, range(CLASSES))),
         train=Split(files, labels, images.open_image),
-        # Never read, but each device is to have one.
+        # Not read, but each device needs at least one image.
         val=Split(files[: pair.settings.gpus], labels[: pair.settings.gpus], images.open_image),
         fingerprint="",
         resolution=pair.settings.resolution,
@@ -160,14 +161,14 @@ def measure(settings: Settings) -> Record:
             "steps": settings.steps,
         },
         notes=[
-            f"Training {pair.student} from {pair.refinery}, both of random weights, on random crops of "
-            f"{images.described(settings.data, min(len(found), count))} to {settings.resolution} px, from the page "
-            f"cache, in batches of {settings.batch}. images/s of one device: median, lowest and highest of "
-            f"{settings.turns} epochs of {settings.steps} steps, in turns, after an untimed one each.",
+            f"Training {pair.student} from {pair.refinery}, both with random weights, on random crops of "
+            f"{images.described(settings.data, min(len(found), count))}, resized to {settings.resolution} px, from the "
+            f"page cache, in batches of {settings.batch}. images/s of one device: median, lowest and highest of "
+            f"{settings.turns} epochs of {settings.steps} steps, measured in turns, after one untimed turn.",
             f"loop: train.loop.Trainer on a converted set, {settings.computing}, {threads} decoding threads. step: its "
-            "step alone, on one batch that lies on the device. baseline: Pillow in a DataLoader with "
+            "step alone, on one batch already on the device. baseline: Pillow in a DataLoader with "
             f"{threads} workers, transforms, float32, eager, NCHW, the refinery in training mode (bench/baseline.py). "
-            "On a CPU loop and step keep freed memory (train/device.py); the baseline is as PyTorch comes.",
+            "On a CPU, loop and step keep freed memory (train/device.py); the baseline uses PyTorch's defaults.",
             *limit_notes(settings),
             *gpu_notes(settings),
             *_findings(rows),
@@ -201,7 +202,7 @@ def _contenders(pair: Pair, files: list[str], folder: Path, threads: int) -> lis
 
 
 def _findings(rows: list[Row]) -> list[str]:
-    """What follows from the rows: the loop against the step and the baseline, the limit, the compiler's."""
+    """Returns notes that compare the loop with the step, the baseline and the limits, and the compiler's messages."""
     measured = ran(rows)
     rates = {name: row["rate"]["median"] for name, row in measured.items()}
     notes = demand_note(measured)

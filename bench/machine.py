@@ -1,4 +1,4 @@
-"""What this machine can do at most: matrix products, copies of memory, decoding of one image on one core."""
+"""Measures the machine's limits: matrix products, memory copies, and decoding on one core."""
 
 import itertools
 import tempfile
@@ -18,7 +18,7 @@ from bench.turns import Contender, Runner, Work, in_turns
 from data.pixels import open_image
 from train.device import autocast_type, precision_on, set_tf32_and_allocator
 
-# Sides of the matrices, bytes of the copies, and how many come between two looks at the clock.
+# Sides of the matrices, bytes per copy, and the number of products or copies per piece of timed work.
 _SIDE = {"cpu": 2048, "cuda": 8192}
 _BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 _AT_ONCE = {"cpu": 1, "cuda": 50}
@@ -26,7 +26,7 @@ _IMAGES = 32
 
 
 class MatrixProduct(Runner):
-    """Products of two square matrices in a precision of train.device; `flops` operations count as one."""
+    """Multiplies two square matrices in a precision of train.device; the amount is operations divided by `flops`."""
 
     def __init__(self, device: str, precision: str, flops: float):
         self.device = device
@@ -44,9 +44,9 @@ class MatrixProduct(Runner):
 
 
 class Copy(Runner):
-    """Copies within the device's memory, whose bytes count twice, read and written; or to it from pinned memory.
+    """Copies within the device's memory, counting bytes read and bytes written; or to it from pinned host memory.
 
-    size_of_one: bytes that count as one.
+    size_of_one: the amount is bytes divided by this.
     """
 
     def __init__(self, device: str, *, from_host: bool, size_of_one: float = 1e9):
@@ -63,7 +63,7 @@ class Copy(Runner):
 
 
 class DecodeTiles(Runner):
-    """Of every image the tiles of a random crop, by our CPU path, to planes; no crop is made of them."""
+    """Decodes the tiles of one random crop per image to planes, by our CPU path, without making crops."""
 
     def __init__(self, files: list[str]):
         torch.set_num_threads(1)
@@ -81,7 +81,7 @@ class DecodeTiles(Runner):
 
 
 class DecodeWhole(Runner):
-    """Image files, decoded whole by Pillow."""
+    """Decodes whole image files with Pillow."""
 
     def __init__(self, files: list[str]):
         self._files = files
@@ -93,7 +93,7 @@ class DecodeWhole(Runner):
 
 
 def measure(settings: Settings) -> Record:
-    """Measures what bounds everything else. Raises BenchError for images that cannot be used."""
+    """Measures the machine's limits. Raises BenchError for images that cannot be used."""
     device = settings.device
     builds: dict[str, tuple[str, Callable[[], Runner]]] = {
         f"matrix product, {precision}": ("TFLOP/s", partial(MatrixProduct, device, precision, 1e12))
@@ -114,12 +114,12 @@ def measure(settings: Settings) -> Record:
         )
     side = _SIDE[device]
     notes = [
-        f"Median, lowest and highest of {settings.turns} turns of {settings.seconds:g} s or more, in turns, after an "
-        "untimed one each.",
-        f"matrix product: of two matrices of {side} x {side}. memory copy: bytes read and bytes written, both counted.",
-        f"decode: of {images.described(settings.data, min(len(found), _IMAGES))}, from the page cache. tiles: of each "
-        f"image, stored at {images.JPEG.max_resolution} px, quality {images.JPEG.quality}, the tiles of one random "
-        "crop, by the ffcv path, to planes. Pillow: the whole file, to RGB.",
+        f"Median, lowest and highest of {settings.turns} turns of {settings.seconds:g} s or more, taken alternately, "
+        "after one untimed turn.",
+        f"matrix product: two matrices of {side} x {side}. memory copy: counts bytes read and bytes written.",
+        f"decode: {images.described(settings.data, min(len(found), _IMAGES))}, from the page cache. tiles: the tiles "
+        f"of one random crop per image, stored at {images.JPEG.max_resolution} px, quality {images.JPEG.quality}, "
+        "decoded to planes by the ffcv decoder. Pillow: the whole file, decoded to RGB.",
     ]
     if device == "cpu" and precision_on(torch.device(device)) != "bf16":
         notes.append("This CPU has no bf16 units: bf16 is emulated.")

@@ -1,6 +1,6 @@
-"""Images a second of the networks of a step, each alone and all of them in the step of training.
+"""Measures images per second of the networks of a training step, each alone, and of the whole step.
 
-The crops lie ready on the device. Weights are random: the time does not depend on them.
+The crops are on the device before the measurement. Weights are random: the time does not depend on them.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.step import COMPILER_OPTIONS, Step
 from train.student import Student
 
-# Batches between two looks at the clock: a GPU works on while it is fed.
+# Batches per piece of timed work: on a GPU many, so that waiting for the end costs little.
 _AT_ONCE = {"cpu": 1, "cuda": 20}
 
 REFINERY, STUDENT = "refinery forward", "student forward and backward"
@@ -38,7 +38,7 @@ OPTIMIZER, BARE, STEP = "optimizer", "step without networks", "step"
 
 
 class _Batches(Runner):
-    """What the runners of a pair share: `step` for each batch."""
+    """Base class of a pair's runners: calls `step` once per batch."""
 
     def __init__(self, pair: Pair):
         self.pair = pair
@@ -56,14 +56,14 @@ class _Batches(Runner):
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """busy_seconds: on a GPU, for how long something runs on it for an image."""
+        """Returns busy_seconds, the time per image in which the GPU is busy; {} on a CPU."""
         if self.device == "cpu":
             return {}
         busy = busy_seconds(self.run)
         return {"busy_seconds": busy and busy / (_AT_ONCE[self.device] * self.settings.batch)}
 
     def _forward_of(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The network as train.step.Step runs it: under autocast, and compiled if asked for."""
+        """Returns the network as train.step.Step runs it: under autocast, and compiled if the settings say so."""
         device, autocast = torch.device(self.device), self.settings.autocast
 
         def forward(images: Tensor) -> Tensor:
@@ -79,7 +79,10 @@ class _Batches(Runner):
 
 
 class RefineryForward(_Batches):
-    """The refinery's network, from normalised images to logits. rewritten: what it is replaced by."""
+    """Runs the refinery's network, from normalised images to logits.
+
+    rewritten: replaces the network by one that computes the same.
+    """
 
     def __init__(self, pair: Pair, rewritten: Callable[[nn.Module], nn.Module] = lambda network: network):
         super().__init__(pair)
@@ -92,9 +95,9 @@ class RefineryForward(_Batches):
 
 
 class StudentPass(_Batches):
-    """The student's network, from normalised images to logits, and back from a gradient to those of the weights.
+    """Runs the student's network forward, from normalised images to logits, and backward to the weights' gradients.
 
-    rewritten: what it is replaced by, which computes the same.
+    rewritten: replaces the network by one that computes the same.
     """
 
     def __init__(self, pair: Pair, rewritten: Callable[[nn.Module], nn.Module] = lambda network: network):
@@ -110,7 +113,7 @@ class StudentPass(_Batches):
 
 
 class Optimizing(_Batches):
-    """The student's weights moved by gradients that lie ready."""
+    """Runs the optimizer on the student's weights with prepared gradients."""
 
     def __init__(self, pair: Pair):
         super().__init__(pair)
@@ -124,9 +127,10 @@ class Optimizing(_Batches):
 
 
 class Stepping(_Batches):
-    """train.step.Step on crops that lie ready; with `networks` false, on two that do next to nothing.
+    """Runs train.step.Step on prepared crops.
 
-    cuda_graphs: replayed as CUDA graphs.
+    networks: False replaces both networks by ones that do almost nothing. cuda_graphs: record and replay the step as a
+    CUDA graph.
     """
 
     def __init__(self, pair: Pair, *, networks: bool, cuda_graphs: bool = False):
@@ -156,7 +160,7 @@ class Stepping(_Batches):
 
 
 class _Nothing(nn.Module):
-    """In the place of a network: takes images, so that they must be made, and looks at one pixel of each."""
+    """Replaces a network: reads one pixel of each image, so that the images still have to be computed."""
 
     def __init__(self, resolution: int):
         super().__init__()
@@ -167,7 +171,7 @@ class _Nothing(nn.Module):
 
 
 def student_of(pair: Pair, network: nn.Module) -> Student:
-    """A student that trains as in the papers."""
+    """Returns a student with the papers' optimizer."""
     settings = pair.settings
     return Student(
         pair.student,
@@ -180,12 +184,12 @@ def student_of(pair: Pair, network: nn.Module) -> Student:
 
 
 def measure(settings: Settings) -> Record:
-    """Measures the networks of each pair; quickly on a GPU, their whole steps alone."""
+    """Measures the networks of each pair; with quick on a GPU only the whole steps."""
     pairs = [Pair(*names, settings) for names in settings.pairs]
     rows: list[Row] = []
     notes: list[str] = []
     if settings.quick and settings.on_gpu:
-        # Compiling takes most of the time, and is done for all of them at once.
+        # Compiling takes most of the time and runs for all pairs at once.
         contenders = [each for pair in pairs for each in (*limits(pair), _stepping(pair))]
         measured = in_turns(contenders, **settings.pace, **settings.arrangement, title="networks")
     else:
@@ -202,9 +206,9 @@ def measure(settings: Settings) -> Record:
         part="networks",
         settings=settings.of_networks | {"pairs": [list(names) for names in settings.pairs]},
         notes=[
-            f"Batches of {settings.batch} crops of {settings.resolution} px that lie on the device, "
+            f"Batches of {settings.batch} crops of {settings.resolution} px already on the device, "
             f"{settings.computing}, random weights. images/s of one device: median, lowest and highest of "
-            f"{settings.turns} turns of {settings.seconds:g} s or more, in turns, after an untimed one each.",
+            f"{settings.turns} turns of {settings.seconds:g} s or more, taken alternately, after one untimed turn.",
             *limit_notes(settings),
             *gpu_notes(settings),
             *notes,
@@ -217,13 +221,13 @@ def measure(settings: Settings) -> Record:
 
 
 def gpu_notes(settings: Settings) -> list[str]:
-    """What the columns of record.GPU_COLUMNS say."""
+    """Returns a note that explains record.GPU_COLUMNS; [] on a CPU."""
     if not settings.on_gpu:
         return []
     return [
-        "idle: of the time of a turn, the share in which nothing ran on the GPU: kernels and copies, whatever overlaps "
-        "once, are timed by PyTorch's profiler in a piece of work of its own. MHz, W: the GPU's clock and power in the "
-        "midst of the turns, by nvidia-smi."
+        "idle: the share of a turn in which nothing ran on the GPU; kernels and copies, with overlaps counted once, "
+        "are timed by PyTorch's profiler outside the turns. MHz, W: the GPU's clock and power in the middle of the "
+        "turns, from nvidia-smi."
     ]
 
 
@@ -246,7 +250,10 @@ def _contenders(pair: Pair) -> list[Contender]:
 
 
 def _by_own_kernels(pair: Pair) -> list[Contender]:
-    """The networks by kernels that run on a GPU alone, and in no training yet, where they take these networks."""
+    """Returns contenders with our own kernels, for networks that these support; [] on a CPU and in float32.
+
+    The kernels need a GPU and are not used in training yet.
+    """
     settings = pair.settings
     if not (settings.on_gpu and settings.autocast) or pair.why_not():
         return []
@@ -268,7 +275,7 @@ def _by_own_kernels(pair: Pair) -> list[Contender]:
 
 
 def _findings(title: str, rows: list[Row]) -> list[str]:
-    """What follows from the rows of a pair: the limit in figures, the time outside networks, the compiler's words."""
+    """Returns notes on a pair: its limits, the time of a step outside networks, and the compiler's messages."""
     measured = ran(rows)
     notes = [f"{title}: {note}" for note in demand_note(measured)]
     if all(name in measured for name in (REFINERY, STUDENT, OPTIMIZER, BARE, STEP)):
@@ -277,10 +284,10 @@ def _findings(title: str, rows: list[Row]) -> list[str]:
         alone = (seconds[OPTIMIZER] + seconds[BARE]) / step
         rest = 1 - (seconds[REFINERY] + seconds[STUDENT]) / step
         notes.append(
-            f"{title}: bookkeeping, neither network's forward or backward, takes {100 * alone:.1f} % of a step, "
-            f"measured alone (normalise, loss, metrics {1000 * seconds[BARE]:.3g} ms, optimizer "
-            f"{1000 * seconds[OPTIMIZER]:.3g} ms of {1000 * step:.4g} ms); what the step takes beyond the two networks "
-            f"measured alone is {100 * rest:.1f} %."
+            f"{title}: work outside the networks takes {100 * alone:.1f} % of a step, measured alone (normalise, loss, "
+            f"metrics {1000 * seconds[BARE]:.3g} ms, optimizer {1000 * seconds[OPTIMIZER]:.3g} ms of "
+            f"{1000 * step:.4g} ms); the step's time beyond that of the two networks measured alone is "
+            f"{100 * rest:.1f} %."
         )
     if STEP in measured and "compiler" in measured[STEP]:
         notes.append(f"{title}: {compiler_note(measured[STEP]['compiler'])}")

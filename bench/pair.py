@@ -1,4 +1,4 @@
-"""A refinery and a student as the bench runs them, and what they run on."""
+"""A refinery and a student as the bench runs them, and their input."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ CLASSES = 1000
 
 
 class Demand(NamedTuple):
-    """What an image asks of the device.
+    """The work per image.
 
-    flops: operations of its matrix products and convolutions (torch.utils.flop_counter). bytes: read and written in the
-    device's memory (bench.traffic), of a batch's weights its share.
+    flops: operations of matrix products and convolutions (torch.utils.flop_counter). bytes: bytes read and written in
+    the device's memory (bench.traffic), including an image's share of the bytes of weights.
     """
 
     flops: float
@@ -36,7 +36,7 @@ class Demand(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """A refinery and a student, by name, and how they are to run."""
+    """A refinery and a student, by name, and the settings that they run with."""
 
     refinery: str
     student: str
@@ -46,7 +46,7 @@ class Pair:
         return f"{self.refinery} → {self.student}"
 
     def why_not(self) -> str:
-        """Why the networks cannot take crops of this resolution, or ""."""
+        """Returns why the networks cannot take crops of this resolution, or ""."""
         try:
             for name in (self.refinery, self.student):
                 models.check_resolution(name, self.settings.resolution)
@@ -55,16 +55,16 @@ class Pair:
         return ""
 
     def demands(self) -> tuple["Demand", "Demand"]:
-        """What an image asks of the device: of the refinery's forward; of the student's forward and backward.
+        """Returns the work per image of the refinery's forward, and of the student's forward and backward.
 
-        Zeros where the networks cannot take the crops.
+        Both are zero if the networks cannot take the crops.
         """
         if self.why_not():
             return Demand(0.0, 0.0), Demand(0.0, 0.0)
         return self._demand(self.refinery, backward=False), self._demand(self.student, backward=True)
 
     def demand_of(self, rewritten: Callable[[nn.Module], nn.Module], *, student: bool) -> "Demand":
-        """What an image asks of the device with the student, or the refinery, replaced by what computes the same."""
+        """Returns the work per image of the student, or else of the refinery, after `rewritten` has replaced it."""
         return self._demand(self.student if student else self.refinery, backward=student, rewritten=rewritten)
 
     def _demand(
@@ -91,7 +91,7 @@ class Pair:
         return counter.get_total_flops() / images
 
     def contender(self, name: str, build: Callable[["Pair"], Runner], demand: "Demand | None" = None) -> Contender:
-        """One of the pair's; build takes the pair. demand: what an image asks of the device."""
+        """Returns a contender of this pair. build: is called with the pair. demand: the work per image."""
         row = {
             "name": name,
             "group": str(self),
@@ -104,13 +104,13 @@ class Pair:
 
 
 def crops(settings: Settings) -> Tensor:
-    """Random pixels: uint8 [batch, 3, resolution, resolution], channels-last, on the device."""
+    """Returns random pixels: uint8 [batch, 3, resolution, resolution], channels-last, on the device."""
     shape = (settings.batch, settings.resolution, settings.resolution, 3)
     return torch.randint(256, shape, dtype=torch.uint8, device=settings.device).permute(0, 3, 1, 2)
 
 
 def batch(settings: Settings) -> CropBatch:
-    """A batch that lies ready."""
+    """Returns a batch of random crops on the device."""
     ids = torch.arange(settings.batch, device=settings.device)
     boxes = torch.zeros(settings.batch, 4, dtype=torch.int32, device=settings.device)
     return CropBatch(
@@ -126,7 +126,7 @@ def batch(settings: Settings) -> CropBatch:
 
 
 def refinery(pair: Pair, network: nn.Module) -> Refinery:
-    """The network as label source, with batch statistics, on the device."""
+    """Returns the network as a label source with batch statistics, on the device."""
     dtype = pair.settings.autocast or torch.float32
     source = Refinery(network, models.normalisation(pair.refinery), dtype=dtype)
     return on_device(source, torch.device(pair.settings.device))

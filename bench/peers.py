@@ -1,6 +1,6 @@
-"""Decoders of other projects that are measured where they are installed (the extra `peers` in setup.cfg).
+"""Decoders of other projects, measured if they are installed (the extra `peers` in setup.cfg).
 
-All read the original files and cut the plan's boxes out of them. Those of a GPU have not been run on one yet.
+All read the original files and cut the boxes of our plan. The GPU decoders have not been run on a GPU yet.
 """
 
 from collections import deque
@@ -21,23 +21,23 @@ from data.decoders import BATCHES_AHEAD, Request, View, delivered
 from data.decoders.prefetch import Prefetcher
 from data.pixels import open_image
 
-# What a decoder on a GPU makes of a batch's files: their boxes, uint8 [3, height, width] each, on the device.
+# Decodes the boxes, int32 [n, 4], of n encoded files on a GPU: uint8 [3, height, width] each, on the device.
 DecodeBoxes = Callable[[list[bytes], NDArray[np.int32]], list[torch.Tensor]]
 
 
 class Files:
-    """The files of a task with the plan's boxes for them. sizes: int64 [n, 2], height and width in pixels."""
+    """The files of a task with the boxes of the plan. sizes: int64 [n, 2], height and width in pixels."""
 
     def __init__(self, task: Task):
         self.paths = task.files
-        # Read when the loader is built, which is not timed: a set of images is indexed once.
+        # Headers are read when the loader is built, which is not timed: a set is indexed once.
         headers = {path: _header(path) for path in dict.fromkeys(task.files)}
         self.sizes = np.array([headers[path][:2] for path in task.files])
         self.bytes_per_crop = float(np.mean([headers[path][2] for path in task.files]))
         self._task = task
 
     def requests(self, number: int) -> Iterator[Request]:
-        """The epoch's batches, one box of each image."""
+        """Yields the epoch's batches, with one box per image."""
         order = plan.epoch_order(len(self.paths), seed=0, epoch=number)
         for indices in order.reshape(-1, self._task.batch):
             boxes, flips = plan.random_boxes(indices, self.sizes[indices], seed=0, epoch=number)
@@ -45,13 +45,13 @@ class Files:
 
 
 def _header(path: str) -> tuple[int, int, int]:
-    """Height, width and bytes of an image file."""
+    """Returns height and width in pixels and the size in bytes of an image file."""
     with open_image(path) as image:
         return image.height, image.width, Path(path).stat().st_size
 
 
 class TorchCodec:
-    """TorchCodec on threads, whole images (it decodes nothing less), resized by torchvision's transforms v2."""
+    """TorchCodec on threads, which decodes whole images (it has no partial decoding); torchvision's v2 resize."""
 
     def __init__(self, task: Task):
         from torchcodec.decoders import decode_image
@@ -113,13 +113,13 @@ class Spdl:
             *(["hflip"] if flip else []),
             "format=pix_fmts=rgb24",
         ]
-        # Not decoded at 1/2 and less (FFmpeg's lowres): the filters are set up for the whole size, and would crash.
+        # FFmpeg's lowres is not used: the filters are configured for the full size and would crash.
         packets = self._io.demux_image(self._files.paths[index])
         return self._io.decode_packets(packets, filter_desc=",".join(steps))
 
 
 class OnGpu:
-    """A decoder of whole batches on the GPU, where boxes are resized by torchvision; threads read files ahead."""
+    """Decodes whole batches on the GPU and resizes boxes there with torchvision; threads read files ahead."""
 
     def __init__(self, task: Task, *, build: Callable[[Task], DecodeBoxes]):
         self._decode = build(task)
@@ -175,13 +175,13 @@ def _nvimagecodec(task: Task) -> DecodeBoxes:
 
 
 def _cut(image: torch.Tensor, box: NDArray[np.int32]) -> torch.Tensor:
-    """The box (top, left, height, width) of an image uint8 [3, H, W]."""
+    """Returns the box (top, left, height, width) of an image, uint8 [3, H, W], as a view."""
     top, left, height, width = box.tolist()
     return image[:, top : top + height, left : left + width]
 
 
 def _resized(box: torch.Tensor, flip: bool, side: int) -> torch.Tensor:
-    """A crop uint8 [3, side, side] from a box uint8 [3, h, w]."""
+    """Returns a crop, uint8 [3, side, side], resized from a box, uint8 [3, h, w]."""
     crop = F.resize(box, [side, side], antialias=True)
     return F.horizontal_flip(crop) if flip else crop
 

@@ -1,4 +1,4 @@
-"""The soft labels of crops from label maps (ReLabel): the sparse sum beside RoIAlign on the dense map."""
+"""Measures soft labels of crops from label maps (ReLabel): the sparse sum against RoIAlign on the dense map."""
 
 from functools import partial
 
@@ -9,13 +9,13 @@ from bench.settings import Settings
 from bench.turns import Contender, Runner, Work, in_turns
 from kernels.pool_labels import pool_labels, reference
 
-# As published: five of ImageNet's classes in each of 15 x 15 cells, batches of 256.
+# The paper's sizes: five of ImageNet's classes in each of 15 x 15 cells, batches of 256.
 _BATCH, _SIDE, _KEPT, _CLASSES = 256, 15, 5, 1000
 _SPARSE, _DENSE = "straight from the sparse map", "dense map, roi_align, softmax"
 
 
 class Pooling(Runner):
-    """The labels of one batch after the other."""
+    """Pools labels for one batch after the other."""
 
     def __init__(self, settings: Settings, dense: bool):
         self.device = settings.device
@@ -37,7 +37,7 @@ class Pooling(Runner):
 
 
 def measure(settings: Settings) -> Record:
-    """Measures both ways on maps and boxes drawn at random."""
+    """Measures both methods on random maps and boxes."""
     row: Row = {"group": "", "unit": "crops/s", "batch": _BATCH}
     contenders = [
         Contender(partial(Pooling, settings, dense), row | {"name": name})
@@ -50,10 +50,10 @@ def measure(settings: Settings) -> Record:
         part="pooling",
         settings={"batch": _BATCH, "turns": settings.turns, "device": settings.device},
         notes=[
-            f"Soft labels of {_BATCH} crops at a time, of {_CLASSES} classes, from maps of {_SIDE} x {_SIDE} cells "
+            f"Soft labels of batches of {_BATCH} crops, of {_CLASSES} classes, from maps of {_SIDE} x {_SIDE} cells "
             f"with {_KEPT} logits each, eager. crops/s of one device: median, lowest and highest of {settings.turns} "
-            f"turns of {settings.seconds:g} s or more, in turns, after an untimed one each. gain: over the dense way. "
-            "memory: of the process, some 400 MB of it the libraries'.",
+            f"turns of {settings.seconds:g} s or more, taken alternately, after one untimed turn. gain: the ratio to "
+            "the dense map's rate. memory: of the process, of which libraries take about 400 MB.",
         ],
         rows=rows,
         identity=(Column("what", lambda row: row["name"]),),

@@ -1,6 +1,6 @@
-"""Functions called in an interpreter of their own, and what a tree of processes uses.
+"""Calls functions in a separate interpreter, and measures the CPU time and memory of a tree of processes.
 
-Packages that set threads for the whole process (FFCV) or keep some of their own (DALI) must not meet in one.
+Packages that set threads for the whole process (FFCV) or keep their own (DALI) must not share a process.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from typing import Any
 from command import safe_path
 
 _TICKS = os.sysconf("SC_CLK_TCK")
-# Seconds without an answer after which a process counts as hanging.
+# Seconds without an answer after which a process is taken to hang.
 PATIENCE = 1200
 
 
 class CallFailed(Exception):
-    """A call in the other process failed: one line that says why."""
+    """A call in another process failed; the message is one line with the reason."""
 
 
 class Process:
-    """A fresh interpreter that runs one function after the other and is idle between them.
+    """A new interpreter that runs one function after the other and is idle between them.
 
-    It leads a session of its own: Ctrl-C does not reach it, and close() ends it with all its children, those with a
-    session of their own among them.
+    It leads a new session: Ctrl-C does not reach it, and close() kills it with all its descendants, including those in
+    other sessions.
     """
 
     def __init__(self):
@@ -54,17 +54,17 @@ class Process:
         self.close()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """function(*arguments) over there. Raises CallFailed if it raised, if the process died, or if it hangs."""
+        """Returns function(*arguments), called in the process. Raises CallFailed if it raises, dies or hangs."""
         self.begin(function, *arguments)
         return self.answer()
 
     def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Begins a call, whose answer() is to be asked for before the next one."""
-        with contextlib.suppress(OSError):  # of a dead process, as answer() will say
+        """Begins a call; answer() must be called before the next one."""
+        with contextlib.suppress(OSError):  # the process has died: answer() reports it
             self._connection.send((function, arguments))
 
     def answer(self, patience: float = PATIENCE) -> Any:
-        """What the call that was begun returns, once it does, in so many seconds. Raises CallFailed as call() does."""
+        """Waits for the call begun before, at most `patience` seconds. Returns its result, or raises as call()."""
         try:
             if not self._connection.poll(patience):
                 raise CallFailed(f"no answer within {patience:.0f} s")
@@ -93,13 +93,13 @@ class Process:
     def _last_words(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+        return next((line for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def answers(processes: Sequence[Process]) -> list[Any]:
-    """What the calls that were begun return, in the order of the processes.
+    """Waits for the calls begun in several processes. Returns their results in the order of the processes.
 
-    Raises CallFailed as soon as one fails: others may then wait for it in vain.
+    Raises CallFailed as soon as one fails, since others may wait for it forever.
     """
     found: dict[Connection, Any] = {}
     of = {process._connection: process for process in processes}
@@ -117,7 +117,7 @@ def _serve(connection: Connection) -> None:
     while True:
         try:
             function, arguments = connection.recv()
-        except EOFError:  # the asking process has ended
+        except EOFError:  # the calling process has ended
             return
         try:
             answer, failure = function(*arguments), ""
@@ -129,24 +129,24 @@ def _serve(connection: Connection) -> None:
 
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if "encountered:" in lines[:-1]:  # DALI puts the operator's place in front of the cause
+    if "encountered:" in lines[:-1]:  # DALI names the operator before the cause
         cause = lines[lines.index("encountered:") + 1]
     elif any(line.startswith(("Traceback", "Original Traceback")) for line in lines):
-        return lines[-1]  # the error of a DataLoader's worker, type and all
+        return lines[-1]  # an error in a DataLoader's worker, with its type
     else:
         cause = lines[0] if lines else ""
     return f"{type(error).__name__}: {cause}"
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process and its descendants so far, to 10 ms; of those already gone as well."""
+    """Returns the processor time of this process and its descendants so far, ended ones included, to 10 ms."""
     return sum(sum(map(int, _stat(pid)[11:15])) for pid in _tree(os.getpid())) / _TICKS
 
 
 def memory_bytes() -> int | None:
-    """Memory of this process and its descendants now: shared pages once, mapped files left out.
+    """Returns the memory in use by this process and its descendants, with shared pages once and without mapped files.
 
-    None where the system does not tell.
+    Returns None if the system does not report it.
     """
     total = 0
     for pid in _tree(os.getpid()):
@@ -174,7 +174,7 @@ def _tree(root: int) -> Iterator[int]:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name (which may hold anything): state, parent, ..."""
+    """Returns the fields of /proc/PID/stat after the name, which may contain spaces: state, parent, ..."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 

@@ -17,19 +17,19 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its head, and what it says of a row."""
+    """A column of a table: its header, and the text of a row's cell."""
 
     head: str
     cell: Callable[[Row], str]
 
 
 def figure(value: float) -> str:
-    """A number with three digits at least."""
+    """Formats a number with at least three significant digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def optional(head: str, key: str, say: Callable[[Any], str]) -> Column:
-    """A column of what only some rows know, or know as None."""
+    """Returns a column for `key`, with "–" in rows where it is missing or None."""
     return Column(head, lambda row: "–" if row.get(key) is None else say(row[key]))
 
 
@@ -40,10 +40,10 @@ def rate_columns(unit: str) -> tuple[Column, Column]:
     )
 
 
-# Of rows whose unit is images/s; batch: images a batch.
+# For rows in images/s that have `batch`, the images per batch.
 BATCH_TIME = Column("ms a batch", lambda row: figure(1000 * row["batch"] / row["rate"]["median"]))
 MEMORY = optional("memory MB", "peak_memory_bytes", lambda value: f"{value / 1e6:.0f}")
-# Of a GPU while it worked: the share of the time in which nothing ran on it, its clock, and what it drew.
+# Of a GPU during the turns: the share of time in which nothing ran on it, its clock, and its power.
 GPU_COLUMNS = (
     optional("idle", "idle", lambda share: f"{100 * share:.1f} %"),
     optional("MHz", "clock_mhz", lambda value: f"{value:.0f}"),
@@ -53,7 +53,7 @@ DEVICE_MEMORY = optional("GPU MB", "peak_device_memory_bytes", lambda value: f"{
 
 
 def step_columns(device: str, *more: Column) -> tuple[Column, ...]:
-    """The columns of rows that are steps, or parts of steps."""
+    """Returns the columns for rows that are steps, or parts of steps."""
     shares = [
         optional(head, key, lambda share: f"{100 * share:.0f} %")
         for head, key in (("of products", "share_of_flops"), ("of copies", "share_of_bytes"))
@@ -63,13 +63,13 @@ def step_columns(device: str, *more: Column) -> tuple[Column, ...]:
 
 
 def ran(rows: list[Row]) -> dict[str, Row]:
-    """The rows that ran, by name."""
+    """Returns the rows that ran, by name."""
     return {row["name"]: row for row in rows if "not_run" not in row}
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table of its own in a record: of the rows of one group. notes: how to read it."""
+    """A separate table in a record, for the rows of one group. notes: how to read it."""
 
     heading: str
     group: str
@@ -82,12 +82,12 @@ class Section:
 class Record:
     """The result of one part of the bench.
 
-    settings: what was asked for. notes: sentences that say how to read the table, and what follows from it.
-    rows: one a measurement, as in_turns gives them; `name` and `group` are its own in the part. Those of what takes no
-    time have neither `unit` nor `rate`.
-    identity, figures: columns of the table: what is known of every row, and what only of those that ran.
-    chart: draws the figure into a file; called as chart(record, found, path). Default: `bars`.
-    sections: several tables in place of the one, whose columns are then not used.
+    settings: the options it ran with. notes: sentences on how to read the table, and findings.
+    rows: one per measurement, as returned by in_turns; `name` and `group` together are unique in the part. Rows without
+    a time have neither `unit` nor `rate`.
+    identity, figures: columns of the table for every row, and columns only for rows that ran.
+    chart: draws the chart into a file, called as chart(record, found, path); default: `bars`.
+    sections: several tables instead of one; `identity` and `figures` are then not used.
     """
 
     part: str
@@ -101,11 +101,10 @@ class Record:
 
 
 def write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes DATE-PART-DEVICE.json, .md and .png into the folder and returns their paths; `found`: environment().
+    """Writes DATE-PART-DEVICE.json, .md and .png into the folder and returns their paths. found: environment().
 
-    The JSON holds the digests of the files that the part depends on, by which `make records` notices a change.
-
-    There is no .png of a part of which nothing was measured. Raises BenchError where they cannot be written.
+    The JSON contains digests of the files that the part depends on, from which `make records` detects changes.
+    No .png is written if nothing was measured. Raises BenchError if the folder cannot be written.
     """
     with writing(folder):
         return _write(record, found, folder)
@@ -113,7 +112,7 @@ def write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Makes the folder. Raises BenchError where that, or what is written in this context, fails."""
+    """Makes the folder; a context that turns OSErrors, also from the body, into a BenchError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
@@ -136,7 +135,7 @@ def _write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
     paths[1].write_text(f"# {record.part}\n\n{table(record, found)}")
     measured = ran(record.rows) if record.chart else any("rate" in row for row in record.rows)
     if not measured:
-        # One of an earlier start on this day would not fit the table.
+        # A chart of an earlier start on this day would not match the table.
         paths.pop().unlink(missing_ok=True)
         return paths
     (record.chart or bars)(record, found, paths[2])
@@ -144,13 +143,13 @@ def _write(record: Record, found: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def place(folder: Path, part: str, found: dict[str, Any]) -> Path:
-    """Where the files of a part lie, without their suffix."""
+    """Returns the path of a part's files without suffix."""
     device = re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", found["device"].lower())).strip("-")
     return folder / f"{found['date'][:10]}-{part}-{device}-{found['cpu']['cores']}-cores"
 
 
 def table(record: Record, found: dict[str, Any]) -> str:
-    """The record in Markdown: the notes, the machine, and a table that reads well as plain text too."""
+    """Returns the record in Markdown: notes, the machine, and a table that is also readable as plain text."""
     text = "\n".join([f"Made by `{found['command']}`.", "", *record.notes, "", machine_line(found), ""]) + "\n"
     if not record.sections:
         return text + _rows(record.rows, record.identity, record.figures)
@@ -179,7 +178,7 @@ def _rows(shown: list[Row], identity: tuple[Column, ...], figures: tuple[Column,
 
 
 def aligned(heads: list[str], rows: list[list[str]], *, left: int) -> str:
-    """A Markdown table whose first `left` columns are aligned to the left, the others to the right."""
+    """Returns a Markdown table with the first `left` columns aligned to the left and the others to the right."""
     widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
 
     def line(cells: list[str]) -> str:
@@ -194,14 +193,14 @@ def aligned(heads: list[str], rows: list[list[str]], *, left: int) -> str:
 
 
 def title(record: Record, found: dict[str, Any]) -> str:
-    """What stands above a figure."""
+    """Returns the title of a chart."""
     return f"{record.part}: {found['device']}, {found['cpu']['cores']} cores, {found['date'][:10]}"
 
 
 def bars(record: Record, found: dict[str, Any], path: Path) -> None:
-    """Horizontal bars, a colour for each group: the median, with whiskers from the lowest to the highest.
+    """Draws horizontal bars of medians into the file `path`, with whiskers for the range and a colour per group.
 
-    A name has as many bars as there are groups with a row of it.
+    Each name has one bar per group that contains it.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -247,7 +246,7 @@ def bars(record: Record, found: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_title(title(record, found), fontsize=10)
     if len(groups) > 1:
-        # Below the panels, where there is no bar.
+        # Below the panels, so that it covers no bar.
         handles = [Patch(color=f"C{number % 10}", label=group) for number, group in enumerate(groups)]
         sheet.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3), frameon=False)
     sheet.savefig(path, dpi=120)

@@ -1,10 +1,10 @@
-"""Which figures of the README and of docs/ rest on which records, and the code of which of these has changed since.
+"""Lists the records behind the figures of the README and docs/, and which of them were made by code that has changed.
 
 python -m bench.records
 make records
 
-Ends with status 2 where a figure has no record (see bench.claims for how a text names one). A record whose code has
-changed is no error: it is listed, with the command that makes it anew.
+Ends with status 2 if a figure has no record (bench.claims describes how a text names one). A record whose code has
+changed is not an error: it is listed with the command that measures it again.
 """
 
 import json
@@ -18,19 +18,19 @@ from bench.claims import claims, lines_in, unrecorded
 from command import run_command
 from train.runs.code import ROOT, digest
 
-# Of the files that differ, so many are named.
+# The number of differing files that are named.
 _NAMED = 4
 
 
 def run(root: str = str(ROOT)) -> None:
-    """Prints the records that figures of the README and docs/ rest on, those whose code has changed since first.
+    """Prints the records behind the figures of the README and docs/, beginning with those whose code has changed.
 
     Args:
-        root: a checkout
+        root: the root of a checkout
     """
     folder = Path(root, "bench", "results")
     if not Path(root, "README.md").is_file():
-        raise BenchError(f"root={root}: is no checkout of this project; give one")
+        raise BenchError(f"root={root}: is not a checkout of this project; give the root of one")
     places, missing = used(Path(root))
     states = {name: state(folder / f"{name}.json", Path(root)) for name in places}
     for name in sorted(places, key=lambda name: (states[name] == "holds", name)):
@@ -43,17 +43,17 @@ def run(root: str = str(ROOT)) -> None:
     print(f"{len(states)} records: {len(states) - stale - unknown} hold, {stale} changed since, {unknown} unknown")
     others = sorted({path.stem for path in folder.glob("*.md")} - set(places))
     if others:
-        print(f"no figure rests on: {', '.join(others)}")
+        print(f"not used by any figure: {', '.join(others)}")
     if missing:
         print(*missing, sep="\n")
         raise BenchError(
-            f"{len(missing)} figures have no record: name one in a comment after the text, measure it, or take them "
-            "out (bench/claims.py says how)"
+            f"{len(missing)} figures have no record: name one in a comment after the text, measure them, or remove "
+            "them (bench/claims.py describes the comments)"
         )
 
 
 def used(root: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """By the name of a record, the places (FILE:LINE) of what names it; and what is wrong with which place."""
+    """Returns the places (FILE:LINE) that name each record, by its name; and a line per figure without a record."""
     places: dict[str, list[str]] = defaultdict(list)
     missing = []
     lines_of = lines_in(root / "bench" / "results")
@@ -69,11 +69,11 @@ def used(root: Path) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def state(path: Path, root: Path) -> str:
-    """holds; changed since, with what; or unknown, with why."""
+    """Returns "holds", "changed since: FILES", or "unknown, REASON" for the record whose JSON is at `path`."""
     made = _read(path)
     files = made.get("files")
     if not files:
-        why = "some of its runs were made by other code than the rest" if "files" in made else "it holds no digests"
+        why = "its runs were made by different versions of the code" if "files" in made else "it has no digests"
         return f"unknown, {why}"
     differing = [name for name, found in files.items() if not (root / name).is_file() or digest(root / name) != found]
     if not differing:
@@ -83,11 +83,11 @@ def state(path: Path, root: Path) -> str:
 
 
 def command_of(folder: Path, name: str) -> str:
-    """What makes a record anew."""
+    """Returns the command that measures a record again."""
     made = _read(folder / f"{name}.json")
     typed = made.get("environment", {}).get("command")
-    said = re.search(r"^Made by `([^`]+)`", (folder / f"{name}.md").read_text(), re.MULTILINE)
-    return typed or made.get("again") or (said[1] if said else "its command was not recorded")
+    noted = re.search(r"^Made by `([^`]+)`", (folder / f"{name}.md").read_text(), re.MULTILINE)
+    return typed or made.get("again") or (noted[1] if noted else "its command was not recorded")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise BenchError(f"{path}: cannot be read ({error}); it is what a part of the bench wrote") from None
+        raise BenchError(f"{path}: cannot be read ({error}); restore it from git, or measure the part again") from None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What cheaper ways to run a refinery gain, and what they do to its labels.
+"""Measures the speed of cheaper ways to run a refinery, and how much they change its labels.
 
-For a trained refinery, on training crops of its data: averaged or running statistics in place of the batch's, fewer
-pixels, and several students from one pass.
+For a trained refinery, on training crops of its data: averaged or running statistics instead of batch statistics, lower
+resolutions, and several students from one pass.
 """
 
 import itertools
@@ -30,23 +30,23 @@ from train.device import computing_in, on_device, set_tf32_and_allocator
 from train.labels.refinery import Refinery
 from train.step import Step
 
-# Batch normalisation, and the share of the crops' side. The first is what the others are compared with.
+# Statistics of batch normalisation, and the share of the crops' side. The others are compared with the first.
 _OPTIONS = tuple((bn, share) for share in (1.0, 0.71, 0.5) for bn in ("batch", "averaged", "running"))
-# The batch's statistics by kernels that take part in the convolutions; on a GPU only, of networks that these take.
+# Batch statistics by kernels fused with the convolutions (models.fused_resnet); on a GPU, for networks they support.
 _FUSED = ("fused", 1.0)
 _STUDENTS = 3
 _AT_ONCE = {"cpu": 1, "cuda": 20}
 
 
 def _side(resolution: int, share: float) -> int:
-    """A share of a resolution; in steps of 8 px, unless it is all."""
+    """Returns the share of a resolution, rounded to 8 px if it is below 1."""
     return max(round(resolution * share / 8) * 8, 8) if share < 1 else resolution
 
 
 def _opened(settings: Settings) -> tuple[Trained, ConvertedSet, int]:
-    """The refinery, its data, and the resolution of the crops. Raises BenchError, DataError or ModelError."""
+    """Returns the refinery, its data, and the resolution of crops. Raises BenchError, DataError or ModelError."""
     if not settings.refinery:
-        raise BenchError("it needs a trained refinery: REFINERY=run folder or NAME:FILE, with DATA=its converted set")
+        raise BenchError("needs a trained refinery: REFINERY=run folder or NAME:FILE, with DATA=its converted set")
     data = find_set(settings.data or "scenes")
     if not isinstance(data, ConvertedSet):
         raise BenchError(f"DATA={settings.data or 'scenes'}: is not converted yet; make convert DATA=... OUT=...")
@@ -65,7 +65,7 @@ def _loader(settings: Settings, data: ConvertedSet, resolution: int) -> Loader:
 
 
 def _refinery(settings: Settings, trained: Trained, bn: str, resolution: int, loader: Loader) -> Refinery:
-    """The refinery at a resolution; what it averages is of another epoch than what it labels."""
+    """Returns the refinery at a resolution; averaged statistics are taken over another epoch than the labelled one."""
     device = torch.device(settings.device)
     with computing_in(settings.autocast, device):
         source = Refinery(
@@ -82,7 +82,7 @@ def _refinery(settings: Settings, trained: Trained, bn: str, resolution: int, lo
 
 
 class Labelling(Runner):
-    """A label source that labels a batch which lies ready."""
+    """Labels a prepared batch."""
 
     def __init__(self, settings: Settings, bn: str, share: float):
         self.device = settings.device
@@ -108,7 +108,7 @@ class Labelling(Runner):
 
 
 class Teaching(Runner):
-    """Several students, in one step or in one each; a crop counts once, however many learn from it."""
+    """Trains several students in one step, or in a step each; a crop counts once for all students."""
 
     def __init__(self, settings: Settings, together: bool):
         self.device = settings.device
@@ -141,7 +141,7 @@ class Teaching(Runner):
 
 
 def measure(settings: Settings) -> Record:
-    """Measures the options of the refinery that was named; without one, a row says so."""
+    """Measures the options of settings.refinery; if it cannot be opened, a row has the reason."""
     try:
         trained, data, resolution = _opened(settings)
         rows, notes = _rows(settings, trained, resolution), _notes(settings, trained, data, resolution)
@@ -185,7 +185,7 @@ def _rows(settings: Settings, trained: Trained, resolution: int) -> list[Row]:
     for members in (labelling, teaching):
         title = f"refinery cost, {members[0].row['group']}"
         found = in_turns(members, **settings.pace, apart=settings.on_gpu, title=title)
-        # The first of each is what the others are compared with.
+        # The others are compared with the first of each group.
         if "not_run" not in found[0]:
             for row in found:
                 if "not_run" not in row:
@@ -214,11 +214,11 @@ def _notes(settings: Settings, trained: Trained, data: ConvertedSet, resolution:
     return [
         f"{trained.name} on training crops of {data.name} at {resolution} px, in batches of {settings.batch}, "
         f"{settings.computing}. images/s of one device: median, lowest and highest of {settings.turns} turns of "
-        f"{settings.seconds:g} s or more, in turns, after an untimed one each. labels: the refinery's pass alone. "
-        "students: whole steps; a crop counts once.",
-        f"gain: over {reference}, and over a step each. agrees: how often the likeliest class is that of {reference}. "
-        f"KL: KL({reference} || option) of the labels, mean in nats. Both on "
-        f"{_label_batches(settings) * settings.batch} crops, or an epoch's if these are fewer.",
+        f"{settings.seconds:g} s or more, taken alternately, after one untimed turn. labels: the refinery's pass "
+        "alone. students: whole steps; a crop counts once.",
+        f"gain: the ratio to the rate of {reference}, or of a step each. agrees: how often the most likely class is "
+        f"that of {reference}. KL: KL({reference} || option) of the labels, mean in nats. Both on "
+        f"{_label_batches(settings) * settings.batch} crops, or on one epoch if it has fewer.",
     ]
 
 
@@ -226,11 +226,11 @@ def _label_batches(settings: Settings) -> int:
     return -(-settings.crops // settings.batch)
 
 
-# ---- what the options do to the labels, in one process
+# ---- differences of labels, computed in one process
 
 
 def _compare_labels(settings: Settings, rows: list[Row], options: list[tuple[str, float]]) -> None:
-    """Adds `agreement` and `divergence` to the rows of the options, in their order, that ran."""
+    """Adds `agreement` and `divergence` to the rows that ran. rows, options: in the same order."""
     with Process() as process:
         for row, option in zip(rows, options, strict=True):
             if "not_run" not in row:
@@ -247,7 +247,7 @@ _reference: list[torch.Tensor] = []
 
 @torch.inference_mode()
 def _differences(settings: Settings, bn: str, share: float) -> dict[str, float]:
-    """How the option's labels differ from those of the first call's: agreement 0 to 1, KL in nats."""
+    """Returns agreement, 0 to 1, and divergence, KL in nats, of the option's labels with those of the first call."""
     set_tf32_and_allocator(torch.device(settings.device), settings.precision)
     trained, data, resolution = _opened(settings)
     loader = _loader(settings, data, resolution)

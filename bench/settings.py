@@ -1,4 +1,4 @@
-"""What the parts of the bench are asked to do."""
+"""The settings of the bench's parts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,14 @@ from train.device import Precision, autocast_type, device_named, precision_on
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for, with what fits the device in place of what was left out.
+    """The options of the bench, with defaults that fit the device.
 
-    data: any folder of images or a converted set; None: images drawn by code. threads: of loaders, each count in turn.
-    turns: timed ones of each contender, of so many seconds at least. crops: an epoch of a loader. steps: an epoch of
-    the training loop. contenders: names of loaders, or parts of them. pairs: (refinery, student), names of networks.
-    refinery: a trained one. device: cpu or cuda. gpus: devices, or on a CPU processes, that train together.
-    compiled: networks run compiled. quick: all in small. deadline: of time.monotonic(), when measuring is to end.
+    data: a folder of images or a converted set; None for images drawn by code. threads: numbers of threads that loaders
+    are measured with, ascending. turns, seconds: number of timed turns of each contender, and the minimum length of
+    one. crops: per epoch of a loader. steps: per epoch of the training loop. contenders: names of loaders, or parts of
+    names. pairs: (refinery, student), names of networks. refinery: a trained refinery. device: cpu or cuda. gpus:
+    number of devices, or on a CPU processes, that train together. compiled: whether networks run compiled. quick:
+    whether sizes are small. deadline: end of measuring, in seconds of time.monotonic().
     """
 
     data: str | None
@@ -47,12 +48,12 @@ class Settings:
 
     @property
     def pace(self) -> dict[str, Any]:
-        """What bench.turns.in_turns is to be called with."""
+        """Keyword arguments for bench.turns.in_turns."""
         return {"turns": self.turns, "seconds": self.seconds, "on_gpu": self.on_gpu, "deadline": self.deadline}
 
     @property
     def arrangement(self) -> dict[str, bool]:
-        """The same for parts of several large contenders: on a GPU one at a time, or quickly all of them at once."""
+        """Further ones for parts with several large contenders: on a GPU one at a time, or with quick all at once."""
         return {"apart": self.on_gpu and not self.quick, "hurried": self.on_gpu and self.quick}
 
     @property
@@ -61,12 +62,12 @@ class Settings:
 
     @property
     def source(self) -> str | None:
-        """The name of `data`, which a record holds: where it lies is another machine's matter."""
+        """The name of `data` for a record, without the path, which depends on the machine."""
         return Path(self.data).resolve().name if self.data else None
 
     @property
     def of_networks(self) -> dict[str, Any]:
-        """What the record says of the settings of parts that run networks."""
+        """The settings in the record of a part that runs networks."""
         return {
             "resolution": self.resolution,
             "batch": self.batch,
@@ -78,11 +79,11 @@ class Settings:
 
     @property
     def computing(self) -> str:
-        """How networks run, in words."""
+        """A description of how networks run, such as "bf16, compiled"."""
         return f"{self.precision}, {'compiled' if self.compiled else 'eager'}"
 
 
-# What is measured unless asked otherwise: on a GPU, on a CPU, and of each where it is to be over in a few minutes.
+# Defaults on a GPU and on a CPU, and for each what `quick` changes.
 _ON_GPU: dict[str, Any] = {
     "resolution": 224,
     "batch": 256,
@@ -114,7 +115,10 @@ _QUICK_ON_GPU: dict[str, Any] = {
 def resolve(
     *, quick: bool, device: str, precision: Precision, data: str | None, refinery: str | None, **asked: Any
 ) -> Settings:
-    """The settings that these options mean; of `asked`, what is None was left out. Raises BenchError and others."""
+    """Returns the settings for these options. asked: other options, None for those that were not given.
+
+    Raises BenchError, ModelError or TrainError for values that cannot be used.
+    """
     where = device_named(device)
     fitting, small = (_ON_GPU, _QUICK_ON_GPU) if where.type == "cuda" else (_ON_CPU, _QUICK)
     values = fitting | (small if quick else {}) | {name: value for name, value in asked.items() if value is not None}
@@ -147,28 +151,28 @@ def resolve(
 def _thread_counts(words: str, most: int) -> set[int]:
     counts = [word.strip() for word in words.split(",")]
     if not all(count.isdecimal() and 1 <= int(count) <= most for count in counts):
-        raise BenchError(f"threads={words}: give 1 to {most}, the processors there are, or several with commas")
+        raise BenchError(f"threads={words}: give 1 to {most}, the number of processors, or several separated by commas")
     return {int(count) for count in counts}
 
 
 def _devices(asked: int | None, kind: str) -> int:
-    """As many as were asked for; of GPUs all, and one CPU, where nothing was asked."""
+    """Returns the number of devices that was asked for; by default all GPUs, or one CPU process."""
     most = torch.cuda.device_count() if kind == "cuda" else default_threads()
     if asked is not None and asked < 1:
         raise BenchError(f"gpus={asked}: give the number of devices, at least 1")
     if asked is not None and asked > most:
-        what = "CUDA devices" if kind == "cuda" else "processors for a process each"
+        what = "CUDA devices" if kind == "cuda" else "processors, and each process needs one"
         raise BenchError(f"gpus={asked}: this machine has {most} {what}")
     return asked or (most if kind == "cuda" else 1)
 
 
 def _pair(words: str) -> tuple[str, str]:
-    # timm:NAME and torchvision:NAME have a colon of their own.
+    # timm:NAME and torchvision:NAME contain a colon themselves.
     hub = next((f"{hub}:" for hub in models.HUBS if words.startswith(f"{hub}:")), "")
     refinery, _, student = words.removeprefix(hub).partition(":")
     names = f"{hub}{refinery}" if refinery else "", student
     if not all(names):
-        raise BenchError(f"pairs={words}: give REFINERY:STUDENT, two names of networks, as in resnet50:mobilenet")
+        raise BenchError(f"pairs={words}: give REFINERY:STUDENT, two names of networks, such as resnet50:mobilenet")
     for name in names:
-        models.normalisation(name)  # refuses an unknown name
+        models.normalisation(name)  # raises for an unknown name
     return names

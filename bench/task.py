@@ -1,4 +1,4 @@
-"""What a loader in the bench is asked to do, and what it is to the bench."""
+"""The interface between the bench and the loaders that it measures."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ import torch
 
 @dataclass(frozen=True)
 class Task:
-    """What every contender is to do.
+    """The work of a loader.
 
-    files: the image files, as many as an epoch has crops; some may be named several times. beton: the same images
-    stored as the contender reads them, or None where it reads the files. batches: full batches an epoch.
-    threads: decoding threads, or worker processes where a loader has these.
+    files: paths of image files, as many as an epoch has crops, with repeats. beton: the same images in the format that
+    the loader reads, or None if it reads the files. resolution: side of a crop in pixels. batch: crops per batch.
+    batches: full batches per epoch. threads: decoding threads, or worker processes. device: cpu or cuda.
     """
 
     files: list[str]
@@ -27,20 +27,21 @@ class Task:
 
 
 class Loader(Protocol):
-    """bytes_per_crop: encoded bytes that are read for a crop, on average."""
+    """A loader that is measured. bytes_per_crop: mean encoded bytes read per crop."""
 
     bytes_per_crop: float
 
     def epoch(self, number: int) -> Iterator[torch.Tensor]:
-        """task.batches batches, uint8 [batch, 3, resolution, resolution] on the device."""
+        """Yields task.batches batches, uint8 [batch, 3, resolution, resolution] on the device. number: from 0."""
         ...
 
 
 @dataclass(frozen=True)
 class Entry:
-    """build makes the loader. reads: `files`, or which of bench.images' stored sets. about: a few words for readers.
+    """An entry in the table of loaders.
 
-    needs_gpu: it cannot deliver to a CPU.
+    build: makes the loader. reads: `files`, or the name of a stored set (bench.loaders). about: a short description.
+    needs_gpu: whether it can only deliver to a GPU.
     """
 
     build: Callable[[Task], Loader]

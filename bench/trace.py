@@ -1,4 +1,4 @@
-"""One step of training under PyTorch's profiler: where its time goes, kernel by kernel."""
+"""Traces one training step with PyTorch's profiler and lists the kernels that take most of its time."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,13 +14,13 @@ from bench.record import aligned, place, writing
 from bench.settings import Settings
 
 _WARM_UP = 3
-_COSTLIEST = 10
+_SHOWN = 10
 
 
 def trace(settings: Settings, found: dict[str, Any], folder: Path) -> Path:
-    """Prints the costliest operators, or on a GPU kernels, of a step of the first pair, by their own time.
+    """Prints the operators, or on a GPU the kernels, that take most of the time of a step of the first pair.
 
-    Writes DATE-step-DEVICE.trace.json.gz, for chrome://tracing and ui.perfetto.dev, into the folder; returns its path.
+    Writes DATE-step-DEVICE.trace.json.gz, for ui.perfetto.dev and chrome://tracing, into the folder. Returns its path.
     """
     pair = Pair(*settings.pairs[0], settings)
     stepping = Stepping(pair, networks=True)
@@ -31,7 +31,7 @@ def trace(settings: Settings, found: dict[str, Any], folder: Path) -> Path:
         stepping.step()
         if on_gpu:
             torch.cuda.synchronize()
-    rows = costliest(profiler.key_averages(), on_gpu=on_gpu)
+    rows = most_expensive(profiler.key_averages(), on_gpu=on_gpu)
     print(f"A step of {pair}: {settings.batch} crops of {settings.resolution} px, {settings.computing}.")
     print(aligned(["kernel" if on_gpu else "operator", "calls", "ms", "share"], rows, left=1))
     stem = place(folder, "step", found)
@@ -41,10 +41,10 @@ def trace(settings: Settings, found: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def costliest(events: Iterable[Any], *, on_gpu: bool) -> list[list[str]]:
-    """Name, calls, milliseconds and share of the whole of the events that took longest themselves.
+def most_expensive(events: Iterable[Any], *, on_gpu: bool) -> list[list[str]]:
+    """Returns [name, calls, milliseconds, share of the total] for the events with the longest self time.
 
-    events: averages of the profiler's. on_gpu: those of the device alone, whose time their operators have once more.
+    events: the profiler's key_averages(). on_gpu: only kernels and copies, since operators include their time again.
     """
     name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     spent = sorted(
@@ -55,5 +55,5 @@ def costliest(events: Iterable[Any], *, on_gpu: bool) -> list[list[str]]:
     total = sum(time for time, _ in spent)
     return [
         [event.key.split("(")[0][:80], str(event.count), f"{time / 1000:.2f}", f"{100 * time / total:.1f} %"]
-        for time, event in spent[:_COSTLIEST]
+        for time, event in spent[:_SHOWN]
     ]

@@ -1,7 +1,7 @@
-"""The bytes that a network must move through the device's memory: what bounds a step wherever products are fast.
+"""Counts the bytes that a network moves through the device's memory, which limit a step if matrix products are fast.
 
-Counted on the graph of operations that PyTorch traces, forward and backward, under the rules of a compiler that fuses
-well (`_Passes`). Nothing is computed, so any device's figures can be had on any machine.
+They are counted on the graph of operations that PyTorch traces, forward and backward, assuming a compiler that fuses
+well (`_Passes`). Nothing is computed, so the count needs no particular device.
 """
 
 import operator
@@ -22,7 +22,7 @@ from kernels.normalise import Normalise
 
 aten = torch.ops.aten
 
-# What a pass over memory is for.
+# Purposes of passes over memory.
 PRODUCTS, STATISTICS, POINTWISE, ADDED, POOLING, OTHER = (
     "convolutions and products",
     "statistics",
@@ -38,9 +38,9 @@ _VIEWS = {
     *("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "t", "permute", "transpose", "expand", "as_strided"),
     *("detach", "alias", "slice", "select", "unbind", "split", "split_with_sizes", "flatten"),
 }
-# Pointwise to a compiler, which PyTorch's own tags leave out.
+# Pointwise for a compiler, but not tagged so by PyTorch.
 _POINTWISE = {"_to_copy", "copy", "clone", "lift_fresh_copy"}
-# Values that are made where they are used.
+# Operators whose values are computed where they are used.
 _MADE = {
     "full",
     "full_like",
@@ -53,7 +53,7 @@ _MADE = {
     "empty",
     "arange",
 }
-# Our own operators (kernels), each a pass of its own.
+# Our operators (kernels), each a separate pass.
 _OURS = {
     "product": PRODUCTS,
     "sum_product": PRODUCTS,
@@ -64,7 +64,7 @@ _OURS = {
     "depthwise_backward": PRODUCTS,
 }
 _OWN_PASSES = (PRODUCTS, POOLING, OTHER, STATISTICS, POINTWISE)
-# Batch normalisation and others, as the reductions and pointwise operations that it consists of.
+# Operators that are decomposed into reductions and pointwise operations, such as batch normalisation.
 _TAKEN_APART = (
     aten.native_batch_norm,
     aten._native_batch_norm_legit,
@@ -84,7 +84,7 @@ _TAKEN_APART = (
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes read and written in a step, by what for. images: of a batch."""
+    """Bytes read and written in a step, by purpose. images: number of images in the batch."""
 
     by_pass: dict[str, int]
     images: int
@@ -104,11 +104,12 @@ def traffic(
     classes: int = 1000,
     rewritten: Callable[[nn.Module], nn.Module] = lambda network: network,
 ) -> Traffic:
-    """What a network of models.build moves from uint8 crops to logits with batch statistics, and back to its gradients.
+    """Returns the bytes that a network of models.build moves from uint8 crops to logits, with batch statistics.
 
-    autocast: bfloat16, float16, or None for float32 throughout. rewritten: what the network is replaced by, which
-    computes the same, as models.fused_resnet.FusedResNet.
-    Left out, being small: labels, loss, metrics. Raises ModelError for a name that models.build does not know.
+    backward: also back to the gradients of its weights. batch: images per batch. resolution: side of a crop in pixels.
+    autocast: bfloat16, float16, or None for float32 throughout. rewritten: replaces the network by one that computes
+    the same, such as models.fused_resnet.FusedResNet.
+    Labels, loss and metrics are small and not counted. Raises ModelError for a name that models.build does not know.
     """
     network = models.build(name, classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = rewritten(network).train()
@@ -132,14 +133,14 @@ def traffic(
 
 
 class _Passes:
-    """A graph's operations as passes over memory, as a compiler makes them that fuses well.
+    """Groups a graph's operations into passes over memory, as a compiler that fuses well would.
 
-    - Products, convolutions, pooling, our own operators and all that is not known here read their inputs and write
-      their outputs.
-    - Pointwise operations are computed where their result is used, from what lies in memory. A result is itself written
-      where a product needs it, and where several passes use it and reading it costs them less than reading its inputs.
-    - Reductions read what their inputs are computed from, once for those of one size that have some of it in common and
-      do not wait for each other.
+    - Products, convolutions, pooling, our own operators and unknown operators read their inputs and write their
+      outputs.
+    - Pointwise operations are computed in the passes that use their results, from values in memory. A result is written
+      if a product needs it, or if several passes use it and reading it costs them less than reading its inputs.
+    - Reductions read the values in memory that their inputs are computed from. Reductions that share one of their
+      largest inputs and do not depend on each other are one pass.
     """
 
     def __init__(self, nodes: list[Node]):
@@ -148,18 +149,18 @@ class _Passes:
         self._outputs = {_plain(node) for node in nodes[-1].all_input_nodes}
         self._before = self._ancestors(nodes)
         self._gradient = next(node for node in nodes if node.op == "placeholder" and node.name.startswith("gradient"))
-        # What lies in memory of what a pointwise result, or a view of it, is computed from.
+        # The values in memory that a value is computed from, for a pointwise result or a view of one; else the value.
         self._read: dict[Node, frozenset[Node]] = {}
         self._choose_written(nodes)
 
     def counted(self) -> Counter[str]:
-        """Bytes by pass."""
+        """Returns the bytes by purpose."""
         found: Counter[str] = Counter()
         for node in self._nodes:
             kind, when = self._kinds[node], BACKWARD if self._is_before(self._gradient, node) else ""
             if kind == "pointwise" and self._read[node] == {node}:
                 largest, *others = sorted(map(_bytes, self._least(self._inputs(node))), reverse=True) or [0]
-                # Not of the vectors of channels, whose running statistics are sums too.
+                # Sums of vectors of channels are updates of running statistics, not residuals.
                 images = node.meta["val"].dim() > 1 and not when
                 added = sum(size for size in others if 2 * size > largest) if images else 0
                 found[POINTWISE + when] += largest + sum(others) - added + _bytes(node)
@@ -178,37 +179,37 @@ class _Passes:
         return +found
 
     def _read_again(self, node: Node) -> int:
-        """Bytes of the output's gradient, where one kernel makes the input's of it and another the weights'."""
+        """Returns the bytes of the output's gradient if a second kernel reads it, for the weights' gradient, else 0."""
         gradient, wanted = node.args[0], node.args[-1]
         assert isinstance(gradient, Node)
         assert isinstance(wanted, list | tuple)
         return sum(map(_bytes, self._read[gradient])) if all(wanted[:2]) else 0
 
     def _of_ours(self, node: Node) -> dict[str, int]:
-        """Bytes by pass of one of our operators, those of a residual apart from those of the product that adds it."""
+        """Returns the bytes of one of our operators by purpose; adding a residual counts separately."""
         name, x = _name(node), node.args[0]
         assert isinstance(x, Node)
         found = Counter({_OURS[name]: sum(map(_bytes, self._inputs(node))) + _bytes(node)})
         if name in ("normalise", "sum_product") and isinstance(node.args[2], Node):
-            # The other is read; the sum is what the product does not otherwise write.
+            # The residual is read, and sum_product also writes the sum.
             added = _bytes(node.args[2]) * (2 if name == "sum_product" else 1)
             found[_OURS[name]] -= added
             found[ADDED] += added
         outputs = node.meta["val"]
         if name == "product":
-            # Pixels that its stride leaves out are not read.
+            # Pixels that the stride skips are not read.
             given, taken = x.meta["val"][:, 0].numel(), outputs[0][:, 0].numel()
             found[PRODUCTS] -= _bytes(x) * (given - taken) // given
         if name in ("statistics", "product", "sum_product"):
             counted = x.meta["val"] if name == "statistics" else outputs[-2]
             block = batch_statistics.ROWS if name == "statistics" else product.ROWS
             _, groups = batch_statistics.division(counted[:, 0].numel(), block)
-            # Two float32 of each channel, of each group, are written and read again.
+            # Two float32 per channel and group are written and read again.
             found[STATISTICS] += 16 * groups * counted.shape[1]
         return found
 
     def _least(self, read: frozenset[Node]) -> frozenset[Node]:
-        """What a pass has to read: not what it can compute again from values that it reads anyway, as a ReLU's sign."""
+        """Returns the values that a pass must read, except those it can recompute from others, as a ReLU's sign."""
         for value in sorted(read, key=self._place.__getitem__, reverse=True):
             if self._kinds[value] == "pointwise":
                 others = (read - {value}) | self._inputs(value)
@@ -254,7 +255,7 @@ class _Passes:
         return frozenset(value for value in inputs if _bytes(value) == largest)
 
     def _reductions(self) -> list[list[Node]]:
-        """The reductions, those together that are done in one pass."""
+        """Returns the reductions, grouped into passes."""
         groups: list[list[Node]] = []
         for node in self._nodes:
             if self._kinds[node] != "reduction":
@@ -269,7 +270,7 @@ class _Passes:
         return groups
 
     def _ancestors(self, nodes: list[Node]) -> dict[Node, int]:
-        """Of each node the set of those that it is computed from, as bits of their places, its own among them."""
+        """Returns for each node the set of nodes that it depends on, itself included, as bits at their positions."""
         self._place = {node: place for place, node in enumerate(nodes)}
         found: dict[Node, int] = {}
         for node, place in self._place.items():
@@ -283,7 +284,11 @@ class _Passes:
 
 
 def _kind(node: Node) -> str:
-    """Of an operation: a pass, "reduction", "pointwise", "view", "item" of several results, or "made" from nothing."""
+    """Returns the kind of a node.
+
+    A purpose for operations that are separate passes, otherwise "reduction", "pointwise", "view", "item" (one of
+    several results), "made" (computed from nothing) or "input".
+    """
     if node.op != "call_function":
         return "input"
     if node.target is operator.getitem:
@@ -313,23 +318,23 @@ def _name(node: Node) -> str:
 
 
 def _is_ours(node: Node) -> bool:
-    """Whether it is one of _OURS."""
+    """Whether a node is one of _OURS."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target.namespace == "label_refinery" and _name(node) in _OURS
 
 
 def _plain(node: Node) -> Node:
-    """What a view is a view of."""
+    """Returns the value that a view is a view of, or the node itself."""
     while _kind(node) == "view":
         node = node.all_input_nodes[0]
     return node
 
 
 def _bytes(node: Node) -> int:
-    """The size of a value; of several results, of those that are used."""
+    """Returns the size of a value in bytes; for several results, of those that are used."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return sum(_bytes(user) for user in node.users if _kind(user) == "item" and user.users)
-    # Where a maximum lies in its window takes a byte, as compilers keep it.
+    # The position of a maximum in its window takes one byte, as compilers store it.
     size = 1 if value.dtype == torch.int64 and _kind(node) == "item" else value.element_size()
     return value.numel() * size

@@ -1,7 +1,7 @@
-"""Turn-taking: every contender is built in a process of its own; then all take turns in one run.
+"""Measures contenders in alternating turns, each in a separate process.
 
-So a machine whose speed drifts is unfair to none, and libraries that set threads for the whole process do not meet. One
-untimed turn each comes first.
+Alternating turns spread slow changes of the machine's speed evenly; separate processes keep libraries that set threads
+for the whole process apart. Each contender has one untimed turn first.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from bench.record import figure
 from train import nvidia
 
 _SAMPLING_SECONDS = 0.05
-OVER = "the time was over before its first turn"
+OVER = "the time limit ended before its first turn"
 
 
 class Work(NamedTuple):
-    """A piece of work. amount: how much was done, in the unit of the row. waited_seconds: of it, for data.
+    """A piece of work. amount: in the unit of the row, without "/s". waited_seconds: time spent waiting for data.
 
-    untimed_seconds: what of it was preparation that does not count.
+    untimed_seconds: time spent on preparation, which is subtracted.
     """
 
     amount: float
@@ -37,25 +37,26 @@ class Work(NamedTuple):
 
 
 class Runner:
-    """What works in a contender's process, and is idle between turns. `device`: cpu or cuda, what it works on."""
+    """Does the work in a contender's process; idle between turns. device: cpu or cuda."""
 
     device = "cpu"
 
     def run(self) -> Work:
-        """A piece of work, on a GPU long enough that waiting for its end costs nothing."""
+        """Does a piece of work; on a GPU long enough that synchronizing afterwards costs little."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """What its row says besides, after the untimed turn."""
+        """Returns further entries of its row; called after the untimed turn."""
         return {}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Who takes turns. build makes its Runner, over there: it must be picklable.
+    """A participant in a measurement. build: makes its Runner, in its process; must be picklable.
 
-    row: what its row says before anything is measured: `name`, `group` (of rows that belong together, "" where there is
-    one), `unit`, and more. not_run: why it cannot take part, or "". beside: it takes next to no memory.
+    row: entries of its row that are known before measuring: `name`, `group` (for rows that belong together, "" if there
+    is only one), `unit`, and others. not_run: why it cannot run, or "". beside: whether it needs so little memory that
+    it may be loaded together with others.
     """
 
     build: Callable[[], Runner]
@@ -66,9 +67,10 @@ class Contender:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn as the contender's process measured it.
+    """One turn, as measured in the contender's process.
 
-    cpu_seconds: of the process and its workers. idle_cpu_seconds: what they used while others had their turns before.
+    cpu_seconds: processor time of the process and its workers. idle_cpu_seconds: their processor time between the
+    previous turn and this one.
     """
 
     amount: float
@@ -89,18 +91,19 @@ def in_turns(
     hurried: bool = False,
     deadline: float | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each contender, in their order, after all have had `turns` timed turns.
+    """Measures contenders, with `turns` timed turns each, and returns a row for each, in their order.
 
-    seconds: a turn lasts at least as long; it is one piece of work, or several where they are short.
-    on_gpu: the GPU's clock and power are noted in each turn, where the driver knows them.
-    apart: only one contender is in memory at a time, besides those marked `beside`, which have their turns with each.
-    hurried: their untimed turns, in which most of the compiling is done, are all at once.
-    deadline: of time.monotonic(); who has had no turn by then did not run.
-    A row holds what the contender's `row` does, and either `not_run`, the reason, or: rate (median, min and max of the
-    turns, in units a second), cores (processor time by the clock's), waiting (share of the time), peak_memory_bytes (of
-    the untimed turn, on the host), peak_device_memory_bytes (PyTorch's, on a GPU), clock_mhz and watts (means of the
-    turns), idle (the share of the time in which nothing ran on the GPU, of runners that know their `busy_seconds`), the
-    turns and the runner's facts.
+    seconds: minimum length of a turn; a turn repeats pieces of work until then.
+    on_gpu: record the GPU's clock and power in each turn, if the driver reports them.
+    apart: load only one contender at a time, together with those marked `beside`, which have turns with each.
+    hurried: run all untimed turns, which do most of the compiling, at the same time.
+    deadline: end of measuring, in seconds of time.monotonic(); contenders without a turn by then are not run.
+
+    A row contains the contender's `row`, and either `not_run`, the reason, or: rate (median, min and max of the turns,
+    in units per second), cores (processor time divided by elapsed time), waiting (share of the time),
+    peak_memory_bytes (on the host, in the untimed turn), peak_device_memory_bytes (PyTorch's, on a GPU), clock_mhz and
+    watts (means of the turns), idle (share of the time in which nothing ran on the GPU, for runners whose facts have
+    `busy_seconds`), turns (each a Turn as a dict), and the runner's facts.
     """
     at_terminal = sys.stderr.isatty()
     beside = [place for place, contender in enumerate(contenders) if contender.beside]
@@ -116,7 +119,7 @@ def in_turns(
         taking.bar = stack.enter_context(
             tqdm(total=total, desc=title, unit=" turns", mininterval=interval, dynamic_ncols=True, leave=at_terminal)
         )
-        # All at once: much of it is reading libraries.
+        # All at once: most of the time is spent reading libraries.
         taking.start()
         for group in groups:
             taking.build([place for place in group if place not in taking.built], hurried=hurried)
@@ -128,7 +131,7 @@ def in_turns(
 
 
 class _Taking:
-    """Contenders, by their places, with the processes that they run in and what they have done so far."""
+    """The contenders, by their indices, with their processes and their results so far."""
 
     bar: tqdm
 
@@ -142,14 +145,14 @@ class _Taking:
         self.built: set[int] = set()
 
     def start(self) -> None:
-        """Begins the processes, which load what their contenders are made of, and take no memory on a GPU yet."""
+        """Starts the processes, which load the contenders' libraries but use no GPU memory yet."""
         for place, contender in enumerate(self._contenders):
             if place not in self._failures:
                 self._processes[place] = Process()
                 self._processes[place].begin(_load, contender.build)
 
     def build(self, places: Sequence[int], *, hurried: bool) -> None:
-        """Builds contenders, all at once, and gives each its untimed turn, all at once where it is hurried."""
+        """Builds contenders at the same time and runs their untimed turns, with `hurried` also at the same time."""
         self.built.update(places)
         for place in places:
             self._answered(place, "loading")
@@ -170,7 +173,7 @@ class _Taking:
         so_far = self._measured[place]
         unit = self._contenders[place].row["unit"]
         rate = f"{figure(so_far[-1].amount / so_far[-1].seconds)} {unit}" if so_far else "measuring"
-        # In the midst of the turn, when the clock has settled.
+        # In the middle of the turn, after the clock has settled.
         watch = threading.Timer(0.6 * self._seconds, lambda: self._states[place].append(nvidia.now()))
         watch.daemon = True
         if self._on_gpu and place not in self._failures:
@@ -193,7 +196,7 @@ class _Taking:
 
     def row(self, place: int) -> dict[str, Any]:
         row = self._contenders[place].row
-        # Who was stopped after some turns has these.
+        # A contender that was stopped after some turns keeps them.
         if place in self._failures and not (self._failures[place] == OVER and self._measured[place]):
             return row | {"not_run": self._failures[place]}
         row = row | self._facts[place] | _summary(self._measured[place])
@@ -205,9 +208,9 @@ class _Taking:
         return row
 
     def _answered(self, place: int, what: str, function: Callable | None = None) -> Any:
-        """What the contender's process answers to a call, or None where it has failed, now or before.
+        """Returns the result of a call in the contender's process, or None if it fails or has failed before.
 
-        function: takes the seconds of a turn; left out, the call has begun already.
+        function: called with the seconds of a turn; None if the call has begun already.
         """
         if place in self._failures:
             return None
@@ -236,14 +239,14 @@ def _summary(turns: list[Turn]) -> dict[str, Any]:
     }
 
 
-# ---- what runs in a contender's process, one contender each
+# ---- functions that run in a contender's process
 
 _runner: Runner
 _cpu_at_end: float
 
 
 def _load(build: Callable[[], Runner]) -> None:
-    """Has loaded, once it is called, the module that the contender comes from, and PyTorch with it."""
+    """Does nothing: unpickling its argument imports the contender's module, and PyTorch with it."""
 
 
 def _build(build: Callable[[], Runner]) -> None:
@@ -253,7 +256,7 @@ def _build(build: Callable[[], Runner]) -> None:
 
 
 def _warm_up(least: float) -> dict[str, Any]:
-    """A turn in which all is compiled and started that starts late; its peak memory, and the runner's facts."""
+    """Runs a turn, in which libraries start and code is compiled. Returns peak memory and the runner's facts."""
     peaks = [memory_bytes()]
     done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel and prints the registers and memory it takes; no GPU is needed.
+"""Compiles every Triton kernel and prints the registers and memory it uses; no GPU is needed.
 
 python -m kernels
 make kernels ARGS='--targets 80 90 120'
@@ -48,7 +48,7 @@ _TYPES = {
     "moments_ptr": "*fp32",
     "eps": "fp32",
 }
-# Multiples of 16 where it matters: sizes of activations, and channels.
+# Arguments that are multiples of 16 in practice: sizes of activations, and channels.
 _SIXTEENS = {"count", "channels", "inputs", "outputs"}
 
 
@@ -63,12 +63,12 @@ _TARGETS = (75, 80, 86, 89, 90, 100, 120)
 
 
 class KernelError(UserError):
-    """A kernel that does not compile, or a bad input to this room."""
+    """A kernel that does not compile, or a bad input to this command."""
 
 
 @dataclass
 class Version:
-    """A kernel with everything that is fixed at compile time."""
+    """A kernel with its compile-time constants and options."""
 
     kernel: Any
     shape: str
@@ -84,9 +84,9 @@ class Version:
 
 @dataclass
 class Usage:
-    """What a compiled kernel uses: registers and spilled bytes per thread, bytes of shared memory per program.
+    """Resources of a compiled kernel: registers and spilled bytes per thread, bytes of shared memory per program.
 
-    loops: instructions of each innermost loop, in order.
+    loops: number of instructions of each innermost loop, in order.
     """
 
     registers: int
@@ -96,7 +96,7 @@ class Usage:
 
 
 def versions() -> list[Version]:
-    """Every kernel: every kind at ImageNet's 1000 classes, the default kind also at few and at many classes."""
+    """Returns every kernel: all kinds with ImageNet's 1000 classes, the default kind also with few and many classes."""
     found: list[Version] = []
     for kernel in (refinery_loss._refinery_kernel, refinery_loss._sparse_kernel):
         for classes, kinds in ((10, ("soft",)), (1000, refinery_loss.KINDS), (21841, ("soft",))):
@@ -117,7 +117,7 @@ def versions() -> list[Version]:
 
 
 def _of_fused_refineries() -> list[Version]:
-    """Those of a batch-normalised network's forward, products at their widest."""
+    """Returns the kernels of a fused refinery's forward (models.fused_resnet), products at their widest."""
     sizes = {name: getattr(batch_statistics, name) for name in ("ROWS", "CHANNELS")}
     finished = {"GROUPS": batch_statistics.GROUPS, "CHANNELS": batch_statistics.FINISHED}
     found = [
@@ -136,14 +136,14 @@ def _of_fused_refineries() -> list[Version]:
 
 
 def compile_version(version: Version, target: int) -> Usage:
-    """Compiles for a compute capability (80: A100, 90: H100). Raises KernelError."""
+    """Compiles for a compute capability (80: A100, 90: H100). Raises KernelError if that fails."""
     names = version.kernel.arg_names
     source = ASTSource(
         version.kernel,
         {name: "constexpr" if name.isupper() else _TYPES.get(name, "i32") for name in names},
         version.constants,
-        # What Triton knows about the arguments at a launch: memory begins at multiples of 16 bytes, and sizes of
-        # activations, unlike numbers of classes, are multiples of 16 too.
+        # Properties that Triton would find at launch: memory begins at multiples of 16 bytes, and sizes of activations,
+        # unlike numbers of classes, are multiples of 16.
         {
             (at,): [["tt.divisibility", 16]]
             for at, name in enumerate(names)
@@ -171,7 +171,7 @@ def _dumped(file: str, what: str) -> str:
 
 
 def _innermost_loops(code: str) -> list[int]:
-    """Instructions of each innermost loop of more than one instruction, in a listing of machine code."""
+    """Returns the number of instructions of each innermost loop with more than one, from a listing of machine code."""
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
     instructions = [(int(address, 16), text) for address, text in found]
     backward = []
@@ -188,9 +188,9 @@ def _innermost_loops(code: str) -> list[int]:
 
 
 def crop_bound(usage: Usage) -> str:
-    """A lower bound of what a crop of block storage costs, and the rate that an H100's data sheet allows, as text."""
+    """Returns, as text, a lower bound of the cost of a crop from block storage and an upper bound of an H100's rate."""
     side, resolution = _BOX, _RESOLUTION
-    # One tile's loops over the source below it; each takes whole squares of pixels.
+    # Number of iterations of one tile's loops over the source pixels, each over ROWS x COLUMNS of them.
     step = side / resolution
     span = sample_blocks.TILE * step + 2 * max(step, 1)
     luma = math.ceil(span / sample_blocks.ROWS) * math.ceil(span / sample_blocks.COLUMNS)
@@ -217,11 +217,11 @@ def main() -> None:
         choices=_TARGETS,
         default=[80, 90],
         metavar="SM",
-        help=f"compute capabilities, of {', '.join(map(str, _TARGETS))} (default: 80 90)",
+        help=f"compute capabilities, from {', '.join(map(str, _TARGETS))} (default: 80 90)",
     )
     targets = parser.parse_args().targets
     if triton.knobs.runtime.interpret:
-        raise KernelError("TRITON_INTERPRET is set, which leaves nothing to compile: unset it")
+        raise KernelError("TRITON_INTERPRET is set, so kernels are not compiled: unset it")
     row = "{:<27} {:<6} {:<8} {:>9} {:>14} {:>13}"
     print(row.format("kernel", "target", "shape", "registers", "spilled bytes", "shared memory"))
     for version in versions():

@@ -1,11 +1,11 @@
-"""Batch normalisation by the batch's own statistics, forward only, in as few passes over memory as its parts allow.
+"""Batch normalisation with batch statistics, forward only, in few passes over memory.
 
-A layer's normalisation is kept as its *affine*, float32 [2, C]: what each channel is multiplied by, and what is added
-then. `statistics` reads a convolution's output once for it; `normalise` and `normalise_and_pool` apply it where the
-values are read next. Products (product.py) do both by themselves.
+A layer's normalisation is represented by its *affine*, float32 [2, C]: the scale and the shift of each channel.
+`statistics` reads a convolution's output once to compute it; `normalise` and `normalise_and_pool` apply it in the next
+pass over these values. Products (product.py) do both themselves.
 
-Activations are [B, C, H, W] in channels-last memory; on a GPU bfloat16 or float16. Sums are in float32, of distances
-from a mean: each tile's own, combined as by Chan et al. 1979, so that nothing is lost where a mean is far from 0.
+Activations are [B, C, H, W] in channels-last memory; on a GPU bfloat16 or float16. Sums are in float32, of squared
+distances to each tile's mean, combined as by Chan et al. 1979, so that means far from 0 cause no cancellation.
 
 The Triton versions have not yet been measured on a GPU.
 """
@@ -16,41 +16,41 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-# Parts into which the rows (pixels of the batch) of a tensor are divided, at most: each has moments of its own.
+# Maximum number of groups into which the rows (pixels of the batch) of a tensor are divided, each with its own moments.
 GROUPS = 256
-# Channels that a program combines the moments of.
+# Channels whose moments one program combines.
 FINISHED = 16
-# Rows and channels that a program takes at a time, and its warps.
+# Rows and channels that a program processes at a time, and its warps.
 ROWS, CHANNELS, WARPS = 64, 64, 4
 POOLED = 32
 
 
 def statistics(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The affine of a batch normalisation: float32 [2, C].
+    """Returns the affine of a batch normalisation: float32 [2, C].
 
-    x: what it normalises, [B, C, H, W]. weight, bias: its parameters, float32 [C].
+    x: its input, [B, C, H, W]. weight, bias: its parameters, float32 [C].
     """
     return _statistics(x, weight, bias, eps)
 
 
 def normalise(x: Tensor, affine: Tensor, other: Tensor | None = None, other_affine: Tensor | None = None) -> Tensor:
-    """relu(x normalised + other), in x's dtype, channels-last.
+    """Returns relu(normalised x + other) in x's dtype: [B, C, H, W], channels-last.
 
-    x: [B, C, H, W]. affine: its normalisation, float32 [2, C]. other: what a residual adds, as x, or nothing; by
-    other_affine normalised itself, or as it is.
+    x: [B, C, H, W]. affine: its normalisation, float32 [2, C]. other: the residual, shape and dtype of x, or None.
+    other_affine: the residual's normalisation, float32 [2, C], or None if it is added unchanged.
     """
     return _normalise(x, affine, other, other_affine)
 
 
 def normalise_and_pool(x: Tensor, affine: Tensor) -> Tensor:
-    """The maximum of relu(x normalised) in windows of 3 x 3 at a stride of 2, as at a ResNet's start.
+    """Returns the maximum of relu(normalised x) in windows of 3 x 3 with stride 2 and padding 1, as in a ResNet's stem.
 
-    x: [B, C, H, W]. Returns [B, C, (H + 1) // 2, (W + 1) // 2] in x's dtype, channels-last.
+    x: [B, C, H, W]. affine: float32 [2, C]. Returns [B, C, (H + 1) // 2, (W + 1) // 2] in x's dtype, channels-last.
     """
     return _normalise_and_pool(x, affine)
 
 
-# ---- what defines the operators
+# ---- the definitions of the operators
 
 
 @torch.library.custom_op("label_refinery::statistics", mutates_args=(), device_types="cpu")
@@ -98,12 +98,12 @@ def pooled_like(x: Tensor, affine: Tensor) -> Tensor:
     return output_like(x, x.shape[1], 2)
 
 
-# ---- their Triton versions: a pixel is a row of channels
+# ---- their Triton versions, in which a pixel is a row of channels
 
 
 @_statistics.register_kernel("cuda")
 def launch_statistics(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The Triton version of statistics' operator."""
+    """The Triton version of the operator of `statistics`."""
     x = packed(x)
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     each, groups = division(rows, ROWS)
@@ -116,7 +116,10 @@ def launch_statistics(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Te
 
 
 def finish(moments: Tensor, rows: int, each: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The affine of all rows, float32 [2, C], from the moments of groups of `each` rows, float32 [groups, 2, C]."""
+    """Returns the affine of all rows, float32 [2, C].
+
+    moments: mean and sum of squared distances to it for groups of `each` rows, float32 [groups, 2, C]. rows: in total.
+    """
     groups, _, channels = moments.shape
     affine = moments.new_empty(2, channels)
     with torch.cuda.device_of(moments):
@@ -137,7 +140,7 @@ def finish(moments: Tensor, rows: int, each: int, weight: Tensor, bias: Tensor, 
 
 @_normalise.register_kernel("cuda")
 def launch_normalise(x: Tensor, affine: Tensor, other: Tensor | None, other_affine: Tensor | None) -> Tensor:
-    """The Triton version of normalise's operator."""
+    """The Triton version of the operator of `normalise`."""
     x = packed(x)
     y = torch.empty_like(x)
     rows, channels = x.numel() // x.shape[1], x.shape[1]
@@ -160,7 +163,7 @@ def launch_normalise(x: Tensor, affine: Tensor, other: Tensor | None, other_affi
 
 @_normalise_and_pool.register_kernel("cuda")
 def launch_pool(x: Tensor, affine: Tensor) -> Tensor:
-    """The Triton version of normalise_and_pool's operator."""
+    """The Triton version of the operator of `normalise_and_pool`."""
     x = packed(x)
     y = pooled_like(x, affine)
     (images, channels, height, width), (out_height, out_width) = x.shape, y.shape[2:]
@@ -184,27 +187,27 @@ def launch_pool(x: Tensor, affine: Tensor) -> Tensor:
 
 
 def division(rows: int, block: int, groups: int = GROUPS) -> tuple[int, int]:
-    """How many rows each group has, whole blocks of them, and how many groups there are, at most `groups`."""
+    """Returns the number of rows per group, a multiple of `block`, and the number of groups, at most `groups`."""
     each = triton.cdiv(triton.cdiv(rows, block), groups) * block
     return each, triton.cdiv(rows, each)
 
 
 def packed(x: Tensor) -> Tensor:
-    """In channels-last memory. Raises ValueError for a dtype that the kernels do not take."""
+    """Returns x in channels-last memory. Raises ValueError for a dtype that the kernels do not support."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"{x.dtype}: the kernels of a fused refinery take bfloat16 and float16")
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def output_like(x: Tensor, channels: int, stride: int) -> Tensor:
-    """Memory for a convolution's or a pooling's output: [B, channels, ceil(H / stride), ceil(W / stride)]."""
+    """Returns an empty output of a convolution or pooling: [B, channels, ceil(H / stride), ceil(W / stride)]."""
     images, _, height, width = x.shape
     shape = (images, channels, (height - 1) // stride + 1, (width - 1) // stride + 1)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def kind(affine: Tensor | None, other: Tensor | None, other_affine: Tensor | None) -> str:
-    """What `activate` is to do with these."""
+    """Returns the KIND of `activate` for these arguments, or "plain" if nothing is normalised."""
     if affine is None:
         return "plain"
     if other is None:
@@ -214,9 +217,9 @@ def kind(affine: Tensor | None, other: Tensor | None, other_affine: Tensor | Non
 
 @triton.jit
 def activate(x, other, affine_ptr, other_affine_ptr, channel, channels, there, KIND: tl.constexpr):
-    """What a tile [M, C] becomes, in float32; channels beyond the last must be 0, and stay it.
+    """Returns a tile [M, C], normalised and activated, in float32; channels beyond the last must be 0 and stay 0.
 
-    KIND: "normalised": relu(x normalised); "added": relu(x normalised + other); "both": the other normalised too.
+    KIND: "normalised": relu(normalised x); "added": relu(normalised x + other); "both": other is normalised too.
     """
     scale = tl.load(affine_ptr + channel, mask=there, other=0.0)
     shift = tl.load(affine_ptr + channels + channel, mask=there, other=0.0)
@@ -233,9 +236,9 @@ def activate(x, other, affine_ptr, other_affine_ptr, channel, channels, there, K
 
 @triton.jit
 def add_rows(mean, squares, before, y, there, number):
-    """The mean of rows so far, and the sum of squared distances from it, with those of a tile more, by channel.
+    """Returns `mean` and `squares`, the sum of squared distances to it, per channel, updated with the rows of a tile.
 
-    before: how many rows so far. y: float32 [M, C], of which `there` [M] says which count, `number` in all.
+    before: number of rows so far. y: the tile, float32 [M, C]. there: which of its rows count, [M]. number: how many.
     """
     own = tl.sum(tl.where(there[:, None], y, 0.0), 0) / number
     gap = tl.where(there[:, None], y - own[None, :], 0.0)
@@ -280,7 +283,7 @@ def _finish_kernel(
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     group = tl.arange(0, GROUPS)
     there = channel < channels
-    # Rows of each group; beyond the last there is none.
+    # Number of rows in each group; 0 beyond the last group.
     number = tl.minimum(tl.maximum(rows - group * each, 0), each).to(tl.float32)[:, None]
     at = moments_ptr + group[:, None] * 2 * channels + channel[None, :]
     known = (number > 0) & there[None, :]
@@ -348,7 +351,7 @@ def _pool_kernel(
             at = ((image * height + y) * width + x)[:, None] * channels + channel[None, :]
             value = tl.load(x_ptr + at, mask=mask, other=0.0)
             value = activate(value, value, affine_ptr, affine_ptr, channel, channels, channel < channels, "normalised")
-            # No value is below 0, so that padding never wins. NaN stays.
+            # Values are at least 0, so padding never exceeds them. NaN is kept.
             best = tl.where(mask & ((value > best) | (value != value)), value, best)
     at = row[:, None].to(tl.int64) * channels + channel[None, :]
     tl.store(y_ptr + at, best, mask=there)

@@ -12,10 +12,11 @@ _DEVIATIONS = (0.2175, 0.0188, 0.0045)
 
 
 def change_colours(crops: Tensor, factors: Tensor, shifts: Tensor) -> Tensor:
-    """Crops with other brightness, contrast, saturation and lighting: float32 [B, 3, R, R] about 0..255, not clipped.
+    """Returns crops with changed brightness, contrast, saturation and lighting.
 
-    crops: 0..255, of any type, [B, 3, R, R]. factors: of brightness b, contrast c and saturation s, [B, 3]. shifts:
-    along each principal component of ImageNet's colours, in standard deviations, [B, 3].
+    crops: 0..255, any dtype, [B, 3, R, R]. factors: of brightness b, contrast c and saturation s, [B, 3]. shifts:
+    along each principal component of ImageNet's colours, in standard deviations, [B, 3]. Returns float32 [B, 3, R, R];
+    values are not clipped to 0..255.
 
     With g the gray value of a pixel and m the crop's mean gray value, saturation maps x to s x + (1 - s) g, contrast to
     c x + (1 - c) m, brightness to b x. Without clipping in between these commute: any order gives b (c (s x + (1 - s)

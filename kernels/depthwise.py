@@ -1,8 +1,8 @@
-"""Depthwise 3x3 convolutions, padded by 1, each tensor read from memory once: forward, and both gradients in one pass.
+"""Depthwise 3x3 convolutions with padding 1 that read each tensor once: forward, and both gradients in one pass.
 
 Activations are [B, C, H, W] in channels-last memory; on a GPU bfloat16 or float16. Products and sums are in float32.
-A pixel's neighbours are found in the caches. A program of backward takes pixels of the input: of the output's gradient
-at their nine neighbours it makes the input's gradient, and multiplied by the input the weights'.
+Neighbouring pixels are read from the caches. A program of the backward pass processes pixels of the input: from the
+output's gradient at their nine neighbours it computes the input's gradient, and with the input the weights' gradient.
 
 The Triton versions have not yet been measured on a GPU.
 """
@@ -15,15 +15,15 @@ from torch.nn import functional as F
 
 from kernels.batch_statistics import division, output_like, packed, wide
 
-# Pixels that a program takes at a time, forward and back, and channels at most.
+# Pixels that a program processes at a time, forward and backward, and the maximum number of channels.
 PIXELS, PIXELS_BACK, _CHANNELS = 32, 8, 64
 WARPS_BACK = 2
-# Programs of backward, at least; each sums gradients of weights of its own.
+# Minimum number of programs of the backward pass for large inputs; each sums gradients of weights separately.
 _PROGRAMS = 2048
 
 
 def depthwise(x: Tensor, weight: Tensor, *, stride: int = 1) -> Tensor:
-    """The convolution of each channel with its own 3x3 filter, padded by 1, in x's dtype and channels-last.
+    """Returns the convolution of each channel with its 3x3 filter, with padding 1, in x's dtype and channels-last.
 
     x: [B, C, H, W]. weight: [C, 1, 3, 3], any floating dtype; its gradient is in this dtype. stride: 1 or 2. Returns
     [B, C, ceil(H / stride), ceil(W / stride)]. Raises ValueError for other filters and strides.
@@ -36,7 +36,7 @@ def depthwise(x: Tensor, weight: Tensor, *, stride: int = 1) -> Tensor:
 
 
 def reference(x: Tensor, weight: Tensor, *, stride: int = 1) -> Tensor:
-    """What defines depthwise, in plain PyTorch: differentiable."""
+    """The definition of depthwise in plain PyTorch; differentiable."""
     return F.conv2d(wide(x), wide(weight), stride=stride, padding=1, groups=x.shape[1]).to(x.dtype)
 
 
@@ -52,7 +52,7 @@ def _(x: Tensor, weight: Tensor, stride: int) -> Tensor:
 
 @torch.library.custom_op("label_refinery::depthwise_backward", mutates_args=(), device_types="cpu")
 def _depthwise_backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """The gradients with respect to x and to the weight."""
+    """Returns the gradients with respect to x and to the weight."""
     of_x, of_weight, _ = torch.ops.aten.convolution_backward(
         wide(gradient),
         wide(x),
@@ -142,17 +142,17 @@ def launch_backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: int) ->
             CHANNELS=block,
             num_warps=WARPS_BACK,
         )
-    # Added in one order, so that the bits are the same each time.
+    # Added in a fixed order, so that results are deterministic.
     return of_x, sums.sum(0).t().reshape(weight.shape).to(weight.dtype).contiguous()
 
 
 def _by_place(weight: Tensor) -> Tensor:
-    """[9, C]: the channels of a place side by side, as activations have them."""
+    """Returns the weight as float32 [9, C], with channels contiguous as in activations."""
     return weight.reshape(-1, 9).t().float().contiguous()
 
 
 def tile(channels: int) -> int:
-    """Channels of a program."""
+    """Returns the number of channels per program."""
     return min(triton.next_power_of_2(channels), _CHANNELS)
 
 
@@ -175,7 +175,7 @@ def _depthwise_kernel(
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
     line, column = row // out_width % out_height * STRIDE - 1, row % out_width * STRIDE - 1
-    # Far places are those of the first image, so that those of a tile take 32 bits each.
+    # The 64-bit offset is that of the tile's first image, so that offsets within a tile fit into 32 bits.
     first = tl.program_id(0) * PIXELS // (out_width * out_height)
     image = row // (out_width * out_height) - first
     x_ptr += first.to(tl.int64) * height * width * channels
@@ -214,7 +214,7 @@ def _depthwise_backward_kernel(
     group = tl.program_id(1)
     start = group * each
     known = channel < channels
-    # Of each weight, summed over the pixels in the end.
+    # The gradient of each weight, per pixel; summed over the pixels at the end.
     a0 = tl.zeros((PIXELS, CHANNELS), dtype=tl.float32)
     a1, a2, b0, b1, b2, c0, c1, c2 = a0, a0, a0, a0, a0, a0, a0, a0
     for past in range(0, tl.minimum(each, rows - start), PIXELS):
@@ -223,9 +223,9 @@ def _depthwise_backward_kernel(
         at = tl.arange(0, PIXELS)[:, None] * channels + channel[None, :]
         begins = (start + past).to(tl.int64) * channels
         x = tl.load(x_ptr + begins + at, mask=mask, other=0.0).to(tl.float32)
-        # The pixel of the output whose filter's middle is here, at a stride of 1.
+        # With stride 1, the output pixel to which this input pixel contributes by the filter's first weight.
         line, column = row // width % height + 1, row % width + 1
-        # Far places are those of the first image, so that those of a tile take 32 bits each.
+        # The 64-bit offset is that of the tile's first image, so that offsets within a tile fit into 32 bits.
         first = (start + past) // (width * height)
         image = (row // (width * height) - first) * out_height
         places = gradient_ptr + first.to(tl.int64) * out_height * out_width * channels + channel[None, :]
@@ -317,7 +317,7 @@ def _filter_line(
     known,
     STRIDE: tl.constexpr,
 ):
-    """What the three weights of a filter's line add to the gradients of the input, and to their own."""
+    """Adds the contributions of the three weights of a filter's row to the input's and the weights' gradients."""
     of_x, left = _filter_tap(
         of_x, left, x, places, weights, image, line, column, out_height, out_width, channels, mask, known, STRIDE
     )

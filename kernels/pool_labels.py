@@ -1,9 +1,9 @@
-"""The soft label of a crop from the label map of its image (ReLabel: Yun et al. 2021, arXiv 2101.05022, section 3.1).
+"""Soft labels of crops from label maps of images (ReLabel: Yun et al. 2021, arXiv 2101.05022, section 3.1).
 
-A label map holds, for each of S x S cells of the image, the logits of the K most likely classes; all others are 0. The
-crop's box, in cells, pools it as RoIAlign does (He et al. 2017; 1x1, aligned=False, adaptive sampling). Its weights are
-the product of one vector for rows and one for columns, so only the sum over the S x S x K stored logits is computed,
-and never the dense map of S x S x C.
+A label map contains the logits of the K most likely classes for each of S x S cells of the image; all others are 0. It
+is pooled over the crop's box as by RoIAlign (He et al. 2017; 1x1, aligned=False, adaptive sampling). RoIAlign's weights
+are the product of a vector for rows and one for columns, so only the sum over the S x S x K stored logits is computed,
+without the dense map of S x S x C.
 
 The Triton version has not yet been measured on a GPU.
 """
@@ -22,12 +22,12 @@ ENTRIES = 16
 
 
 def pool_labels(logits: Tensor, ids: Tensor, boxes: Tensor, num_classes: int, *, kind: str = "logits") -> Tensor:
-    """The soft label of each crop: float32 [B, C], rows sum to 1.
+    """Returns the soft label of each crop: float32 [B, C], rows sum to 1.
 
-    logits: of the cells' most likely classes, float16 or float32 [B, S, S, K], rows of the image first. ids: of these
-    classes, any integer type [B, S, S, K], distinct within a cell, 0 to C - 1. boxes: float32 [B, 4], the crops' top,
-    left, bottom and right as shares of the image's height and width, 0 to 1. Flips do not change a label.
-    kind: logits pools logits and takes the softmax of the result (as published); probabilities pools each cell's
+    logits: logits of the cells' most likely classes, float16 or float32 [B, S, S, K], indexed by row first. ids: ids of
+    these classes, any integer dtype [B, S, S, K], distinct within a cell, 0 to C - 1. boxes: float32 [B, 4], the crops'
+    top, left, bottom and right as shares of the image's height and width, 0 to 1. Flips do not change a label.
+    kind: "logits" pools logits and takes the softmax of the result (as in the paper); "probabilities" pools each cell's
     softmax.
     Raises ValueError for other kinds and for shapes that do not match.
     """
@@ -39,7 +39,7 @@ def pool_labels(logits: Tensor, ids: Tensor, boxes: Tensor, num_classes: int, *,
     logits, ids = logits.float(), ids.flatten(1).long()
     if kind == "logits":
         return _sum_by_class((weights * logits).flatten(1), ids, num_classes).softmax(dim=1)
-    # A cell's softmax, with exp(0) for each absent class. The largest exponential is 1, as usual.
+    # A cell's softmax, with exp(0) for each absent class, scaled so that the largest exponential is 1.
     top = logits.amax(dim=3, keepdim=True)
     if kept < num_classes:
         top = top.clamp(min=0)
@@ -53,10 +53,11 @@ def pool_labels(logits: Tensor, ids: Tensor, boxes: Tensor, num_classes: int, *,
 
 
 def pooling_weights(starts: Tensor, ends: Tensor, side: int) -> Tensor:
-    """The weight of each of `side` cells along one axis: float32 [B, side].
+    """Returns the weight of each of `side` cells along one axis: float32 [B, side].
 
-    starts, ends: of the boxes, as shares of the image, [B]. RoIAlign takes lengths of at least one cell, ceil(length)
-    samples at equal distances, and interpolates between the two nearest cells; beyond the outer ones it uses these.
+    starts, ends: bounds of the boxes, as shares of the image, [B]. RoIAlign extends lengths to at least one cell, takes
+    ceil(length) equidistant samples, and interpolates between the two nearest cells, or uses the outermost cell beyond
+    the centres.
     """
     starts, ends = starts.float() * side - 0.5, ends.float() * side - 0.5
     lengths = (ends - starts).clamp(min=1)
@@ -65,7 +66,7 @@ def pooling_weights(starts: Tensor, ends: Tensor, side: int) -> Tensor:
     places = starts[:, None] + (number + 0.5) * (lengths / samples)[:, None]
     counts = (number < samples[:, None]) & (places >= -1) & (places <= side)
     places = places.clamp(0, side - 1)
-    # A cell's weight in a sample falls to 0 at its neighbours' centres.
+    # A cell's weight in a sample decreases to 0 at its neighbours' centres.
     shares = (1 - (places[:, :, None] - torch.arange(side, device=starts.device)).abs()).clamp(min=0)
     return (shares * counts[:, :, None]).sum(dim=1) / samples[:, None]
 
@@ -95,7 +96,7 @@ def _check(logits: Tensor, ids: Tensor, boxes: Tensor, kind: str) -> None:
 
 @torch.library.custom_op("label_refinery::sum_by_class", mutates_args=(), device_types="cpu")
 def _sum_by_class(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
-    """For each class the sum of its values: float32 [B, C]. values: float32 [B, N]. ids: int64 [B, N]."""
+    """Returns the sum of the values of each class: float32 [B, C]. values: float32 [B, N]. ids: int64 [B, N]."""
     return values.new_zeros(len(values), num_classes).scatter_add(1, ids, values)
 
 
@@ -106,7 +107,7 @@ def _(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
 
 @_sum_by_class.register_kernel("cuda")
 def launch(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
-    """The Triton version of the operator: deterministic, unlike one with atomic additions."""
+    """The Triton version of the operator; deterministic, without atomic additions."""
     sums = values.new_empty(len(values), num_classes)
     if sums.numel():
         block, warps = tile(num_classes)
@@ -125,7 +126,7 @@ def launch(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
 
 
 def tile(classes: int) -> tuple[int, int]:
-    """Block size and number of warps for a row of this many classes."""
+    """Returns block size and number of warps for a row of this many classes. Raises ValueError for too many."""
     if classes > MOST_CLASSES:
         raise ValueError(f"{classes} classes: the kernel holds a row in registers and takes at most {MOST_CLASSES}")
     block = triton.next_power_of_2(classes)

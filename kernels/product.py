@@ -1,12 +1,11 @@
-"""1x1 convolutions between batch normalisations, doing parts of these on the way.
+"""1x1 convolutions fused with parts of the batch normalisations before and after them.
 
-A normalisation by the batch's own statistics needs all of a convolution's output before any of it can be used, and so
-costs passes over memory of its own: one to read for statistics, one to read, normalise and write. A 1x1 convolution is
-a matrix product of pixels and filters, which can do both while its values are at hand: what it reads is normalised and
-activated as it comes in, with a residual added where there is one; the moments of what it writes are taken before it
-goes out.
+Batch statistics need all of a convolution's output before any of it can be normalised, which costs separate passes over
+memory: one to read for the statistics, one to read, normalise and write. A 1x1 convolution is a matrix product of
+pixels and filters, whose kernel can do both: it normalises and activates its input after loading it, adds a residual if
+there is one, and computes the moments of its output before storing it.
 
-Tensors, statistics: as in batch_statistics.py. The Triton version has not yet been measured on a GPU.
+Tensors and statistics are as in batch_statistics.py. The Triton version has not yet been measured on a GPU.
 """
 
 import torch
@@ -28,9 +27,9 @@ from kernels.batch_statistics import (
     wide,
 )
 
-# Rows (pixels) and inputs (channels) that a program takes at a time, its stages in flight, and its warps.
+# Rows (pixels) and input channels that a program processes at a time, its pipeline stages, and its warps.
 ROWS, INPUTS, STAGES, WARPS = 128, 32, 3, 8
-# Outputs (channels) of a program, at most.
+# Maximum number of output channels per program.
 _OUTPUTS = 128
 
 
@@ -44,14 +43,14 @@ def product(
     affine: Tensor | None = None,
     stride: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """(a 1x1 convolution's output [B, N, H / stride, W / stride], the affine of its batch's normalisation [2, N]).
+    """Returns a 1x1 convolution's output, [B, N, ceil(H / stride), ceil(W / stride)], and its affine, float32 [2, N].
 
-    x: [B, K, H, W]; with its affine [2, K] its values are normalised and activated first. filters: [N, K, 1, 1], x's
-    dtype. weight, bias: of the normalisation behind it, float32 [N]. Sizes that the stride does not divide are rounded
-    up. Raises ValueError for both an affine and a stride above 1.
+    x: [B, K, H, W]. filters: [N, K, 1, 1], x's dtype. weight, bias, eps: those of the batch normalisation after the
+    convolution, float32 [N]; the affine is that normalisation's. affine: float32 [2, K]; if given, x is normalised with
+    it and activated first. Raises ValueError for an affine together with a stride above 1.
     """
     if affine is not None and stride > 1:
-        raise ValueError(f"stride={stride}: a product with an affine takes all pixels")
+        raise ValueError(f"stride={stride}: must be 1 for a product with an affine")
     return _product(x, filters, weight, bias, eps, affine, stride)
 
 
@@ -65,14 +64,14 @@ def sum_product(
     bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(normalise(x, affine, other, other_affine), a 1x1 convolution of it, the affine of that one's batch).
+    """Returns normalise(x, affine, other, other_affine), a 1x1 convolution of it, and the affine of its output.
 
-    The sum is written, since it is what the next residual adds. Arguments: as normalise and product take them.
+    The first is needed as the next residual. Arguments are those of `normalise` and `product`.
     """
     return _sum_product(x, affine, other, other_affine, filters, weight, bias, eps)
 
 
-# ---- what defines the operators
+# ---- the definitions of the operators
 
 
 @torch.library.custom_op("label_refinery::product", mutates_args=(), device_types="cpu")
@@ -81,7 +80,7 @@ def _product(
 ) -> tuple[Tensor, Tensor]:
     if affine is not None:
         x = normalise(x, affine)
-    # Rounded once, as by the library on a GPU.
+    # Rounded once, as by cuDNN.
     y = F.conv2d(wide(x), wide(filters), stride=stride).to(x.dtype).contiguous(memory_format=torch.channels_last)
     return y, statistics(y, weight, bias, eps)
 
@@ -130,7 +129,7 @@ def _(
 def launch(
     x: Tensor, filters: Tensor, weight: Tensor, bias: Tensor, eps: float, affine: Tensor | None, stride: int
 ) -> tuple[Tensor, Tensor]:
-    """The Triton version of product's operator."""
+    """The Triton version of the operator of `product`."""
     _, *found = _launch(x, affine, None, None, filters, weight, bias, eps, stride)
     return found[0], found[1]
 
@@ -146,7 +145,7 @@ def launch_sum(
     bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The Triton version of sum_product's operator."""
+    """The Triton version of the operator of `sum_product`."""
     return _launch(x, affine, other, other_affine, filters, weight, bias, eps, 1)
 
 
@@ -161,7 +160,7 @@ def _launch(
     eps: float,
     stride: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(the sum, or x where there is none; the product; its affine)."""
+    """Returns the sum (x itself without a residual), the product, and the product's affine."""
     x, filters = packed(x), filters.contiguous()
     y = output_like(x, filters.shape[0], stride)
     total = x if other is None else torch.empty_like(x)
@@ -173,7 +172,7 @@ def _launch(
     moments = x.new_empty(groups, 2, outputs, dtype=torch.float32)
     block = tile(outputs)
     with torch.cuda.device_of(x):
-        # Programs that read the same rows run at the same time, so that all of them except one find these in the cache.
+        # Programs that read the same rows run at the same time, so that all except the first find them in the cache.
         _product_kernel[(triton.cdiv(outputs, block), groups)](
             x,
             weight if affine is None else affine,
@@ -203,7 +202,7 @@ def _launch(
 
 
 def tile(outputs: int) -> int:
-    """Outputs of a program."""
+    """Returns the number of output channels per program."""
     return min(max(triton.next_power_of_2(outputs), 16), _OUTPUTS)
 
 
@@ -240,7 +239,7 @@ def _product_kernel(
         first = start + past
         row = first + tl.arange(0, ROWS)
         there = row < rows
-        # Far places are those of whole tiles, so that those within one take 32 bits each.
+        # The 64-bit offset is that of the tile, so that offsets within it fit into 32 bits.
         begins, source = first.to(tl.int64), tl.arange(0, ROWS)
         if STRIDE > 1:
             line, column = row // out_width % out_height * STRIDE, row % out_width * STRIDE
@@ -268,7 +267,7 @@ def _product_kernel(
         rounded = y.to(y_ptr.dtype.element_ty)
         at = tl.arange(0, ROWS)[:, None] * outputs + output[None, :]
         tl.store(y_ptr + first.to(tl.int64) * outputs + at, rounded, mask=there[:, None] & (output < outputs)[None, :])
-        # Of what was written, so that it is these values whose mean becomes 0.
+        # Moments of the rounded values, so that exactly these are normalised to mean 0.
         number = tl.minimum(rows - first, ROWS).to(tl.float32)
         before = (first - start).to(tl.float32)
         mean, squares = add_rows(mean, squares, before, rounded.to(tl.float32), there, number)

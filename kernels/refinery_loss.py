@@ -1,12 +1,12 @@
-"""The loss of label refinery: the distance of the student's output from the label, for each crop.
+"""The loss of label refinery: the distance between the student's output and the label of each crop.
 
-One pass computes the loss and its gradient with respect to the student's logits, in their dtype: backward only scales
-it. The Triton version has not yet been measured on a GPU.
+One pass computes the loss and its gradient with respect to the student's logits, in their dtype; backward only scales
+this gradient. The Triton version has not yet been measured on a GPU.
 
 p is the label: softmax(refinery / T), or the probabilities of a label file. q is softmax(student / T).
 
     soft      KL(p || q) = sum p log(p / q)     Label Refinery, eq. 1; 0 where the student equals the label
-    hard      -log q[argmax p]                  the most likely class alone; the first if several are equal
+    hard      -log q[argmax p]                  only the most likely class; the first if several are equal
     reversed  KL(q || p) = sum q log(q / p)     Label Refinery, table 7
     l2        sum (p - q)^2                     Label Refinery, table 7, which does not define it further
 
@@ -32,7 +32,7 @@ _MOST_CLASSES = 65536
 
 
 def refinery_loss(student: Tensor, refinery: Tensor, *, kind: str = "soft", temperature: float = 1.0) -> Tensor:
-    """The loss of each crop to a refinery's output, float32 [B].
+    """Returns the loss of each crop with a refinery's output as label, float32 [B].
 
     student, refinery: logits [B, C], float32, bfloat16 or float16. kind: one of KINDS. The gradient also flows to the
     refinery's logits if they require one (adversarial jitter: Label Refinery, section 3.1).
@@ -47,11 +47,11 @@ def refinery_loss(student: Tensor, refinery: Tensor, *, kind: str = "soft", temp
 def sparse_loss(
     student: Tensor, classes: Tensor, values: Tensor, rest: Tensor, *, kind: str = "soft", temperature: float = 1.0
 ) -> Tensor:
-    """The loss of each crop to the probabilities of a few classes, float32 [B].
+    """Returns the loss of each crop with a label that stores the probabilities of K classes, float32 [B].
 
     student: logits [B, C], float32, bfloat16 or float16. classes: int64 [B, K], distinct in a row, 0 to C - 1. values:
-    their probabilities, [B, K]. rest: the probability of each of the other C - K classes, [B]. Labels are final: the
-    temperature applies to the student only, and they get no gradient. kind, raises: as refinery_loss.
+    their probabilities, [B, K]. rest: the probability of each of the other C - K classes, [B]. The temperature applies
+    only to the student, and labels get no gradient. kind, temperature and errors are as in refinery_loss.
     """
     _check(student, None, kind, temperature)
     if classes.shape != values.shape or classes.shape[:1] != student.shape[:1] or rest.shape != student.shape[:1]:
@@ -65,10 +65,10 @@ def sparse_loss(
 def probabilities_loss(
     student: Tensor, probabilities: Tensor, *, kind: str = "soft", temperature: float = 1.0
 ) -> Tensor:
-    """The loss of each crop to a probability of every class, float32 [B], in plain PyTorch.
+    """Returns the loss of each crop with a label of probabilities of all classes, float32 [B], in plain PyTorch.
 
-    student: logits [B, C]. probabilities: [B, C], rows sum to 1; final, as in sparse_loss. kind, raises: as
-    refinery_loss.
+    student: logits [B, C]. probabilities: [B, C], rows sum to 1; treated as in sparse_loss. kind, temperature and
+    errors are as in refinery_loss.
     """
     _check(student, probabilities, kind, temperature)
     p = _wide(probabilities)
@@ -89,7 +89,7 @@ def _check(student: Tensor, label: Tensor | None, kind: str, temperature: float)
 
 
 def reference(student: Tensor, refinery: Tensor, *, kind: str, temperature: float) -> Tensor:
-    """The definition of refinery_loss in plain PyTorch: differentiable in both. float64 stays float64, for checks."""
+    """The definition of refinery_loss in plain PyTorch; differentiable in both. Computes in float64 for float64."""
     log_p = F.log_softmax(_wide(refinery) / temperature, dim=1)
     return _divergence(student, log_p.exp(), log_p.clamp(min=_LOG_TINY), refinery, kind, temperature)
 
@@ -97,13 +97,13 @@ def reference(student: Tensor, refinery: Tensor, *, kind: str, temperature: floa
 def sparse_reference(
     student: Tensor, classes: Tensor, values: Tensor, rest: Tensor, *, kind: str, temperature: float
 ) -> Tensor:
-    """The definition of sparse_loss in plain PyTorch: differentiable in student, values and rest."""
+    """The definition of sparse_loss in plain PyTorch; differentiable in student, values and rest."""
     p = _dense(student, classes, values, rest)
     return _divergence(student, p, p.clamp(min=_TINY).log(), p, kind, temperature)
 
 
 def _divergence(student: Tensor, p: Tensor, log_p: Tensor, ranks: Tensor, kind: str, temperature: float) -> Tensor:
-    """ranks: ordered as p but without its rounding: equal only if classes are equally likely."""
+    """Returns the loss of each crop. ranks: values in the order of p without rounding, for an exact argmax."""
     log_q = F.log_softmax(_wide(student) / temperature, dim=1)
     if kind == "soft":
         loss = (p * (log_p - log_q)).sum(1)
@@ -124,7 +124,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---- the operators: (loss float32 [B], its gradient with respect to the student in the student's dtype [B, C])
+# ---- the operators, which return the loss, float32 [B], and its gradient, [B, C] in the student's dtype
 
 
 @torch.library.custom_op("label_refinery::refinery_loss", mutates_args=(), device_types="cpu")
@@ -195,7 +195,7 @@ _sparse_loss.register_autograd(_backward, setup_context=_keep)
 
 @_refinery_loss.register_kernel("cuda")
 def launch(student: Tensor, refinery: Tensor, kind: str, temperature: float) -> tuple[Tensor, Tensor]:
-    """The Triton version of refinery_loss's operator."""
+    """The Triton version of the operator of `refinery_loss`."""
     rows, columns = student.shape
     block, warps = tile(columns)
     student, refinery = _packed_rows(student), _packed_rows(refinery)
@@ -222,7 +222,7 @@ def launch(student: Tensor, refinery: Tensor, kind: str, temperature: float) -> 
 def launch_sparse(
     student: Tensor, classes: Tensor, values: Tensor, rest: Tensor, kind: str, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The Triton version of sparse_loss's operator."""
+    """The Triton version of the operator of `sparse_loss`."""
     rows, columns = student.shape
     block, warps = tile(columns)
     student = _packed_rows(student)
@@ -248,7 +248,7 @@ def launch_sparse(
 
 
 def tile(classes: int) -> tuple[int, int]:
-    """Block size and number of warps for a row of this many classes."""
+    """Returns block size and number of warps for a row of this many classes. Raises ValueError for too many."""
     if classes > _MOST_CLASSES:
         raise ValueError(f"{classes} classes: the kernels hold a row in registers and take at most {_MOST_CLASSES}")
     block = triton.next_power_of_2(classes)
@@ -344,7 +344,7 @@ def _compare(
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Loss and gradient of one row; beyond its columns p and q are 0."""
+    """Stores the loss and the gradient of one row; beyond its columns p and q are 0."""
     at = tl.arange(0, BLOCK)
     x = tl.load(student_ptr + at, mask=at < columns, other=float("-inf")).to(tl.float32) / temperature
     x -= tl.max(x, 0)

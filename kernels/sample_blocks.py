@@ -1,12 +1,12 @@
-"""Crops directly from block storage: blocks are expanded where the resize reads them, without intermediate results.
+"""Crops directly from block storage: blocks are decoded where the resize reads them, without intermediate results.
 
 An image is three planes of 4x4 blocks (data/blocks.py): Y, and Cb and Cr halved both ways. A crop is its box resized by
 the triangle filter (Pillow's BILINEAR), chroma by that filter after libjpeg's "fancy" upsampling, and then converted to
 RGB, as on the CPU (data/decoders/resize.py).
 
-A program computes a square of a crop: it loops over the squares of source pixels below it, expands each, and multiplies
-it by the filter's weights, which are zero elsewhere, along both axes. These are matrix products in float16, in which
-bytes are exact and weights have a relative error of at most 1/2048.
+A program computes a square tile of a crop: it loops over parts of the source pixels that the tile depends on, decodes
+each, and multiplies it by the filter's weights along both axes. These are matrix products in float16, in which bytes
+are exact and weights have a relative error of at most 1/2048.
 
 The Triton version has not yet been measured on a GPU.
 """
@@ -20,7 +20,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Pixels per side of the part of a crop that a program computes, and the rows and columns that it expands at a time.
+# Pixels per side of the tile that a program computes, and the rows and columns that it decodes at a time.
 # Weights of columns are recomputed for each ROWS rows, so ROWS is larger.
 TILE, ROWS, COLUMNS = 32, 64, 16
 WARPS = 4
@@ -29,13 +29,12 @@ WARPS = 4
 def sample_blocks(
     blocks: Tensor, offsets: Tensor, sizes: Tensor, boxes: Tensor, flips: Tensor, resolution: int
 ) -> Tensor:
-    """Crops of images in block storage: uint8 [B, 3, R, R], channels-last.
+    """Returns crops of images in block storage: uint8 [B, 3, R, R], channels-last.
 
-    blocks: int64 [N], each one block of 8 bytes, little-endian. offsets: int64 [B, 3], the index among them of the
-    first block of each plane, which need not be there itself: only the rows of blocks that `rows_read` returns are
-    read.
+    blocks: int64 [N], each a block of 8 bytes, little-endian. offsets: int64 [B, 3], the index of the first block of
+    each plane. It may be outside of `blocks`: only the rows of blocks given by `rows_read` are read.
     sizes: int32 [B, 2] (height, width) of the images in pixels. boxes: int32 [B, 4] (top, left, height, width) in
-    pixels, within the images. flips: bool [B], mirrored crops. All on one device.
+    pixels, within the images. flips: bool [B], True for mirrored crops. All are on one device.
     Raises ValueError for shapes that do not match; boxes and offsets are not checked.
     """
     count = len(offsets)
@@ -49,9 +48,10 @@ def sample_blocks(
 
 
 def rows_read(boxes: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows of blocks of Y, and of Cb and Cr, that crops are computed from: the first, and one more than the last.
+    """Returns the rows of blocks that crops are computed from: the first, and one more than the last.
 
-    boxes: int [n, 4] (top, left, height, width) in pixels. Returns two int64 [n, 2]; the plane may end earlier.
+    boxes: int [n, 4] (top, left, height, width) in pixels. Each result is int64 [n, 2], for Y, and for Cb and Cr; the
+    end may be beyond the plane's.
     """
     tops, bottoms = boxes[:, 0].astype(np.int64), (boxes[:, 0] + boxes[:, 2]).astype(np.int64)
     # For chroma, one sample more on either side.
@@ -60,12 +60,15 @@ def rows_read(boxes: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np
 
 
 def planes(blocks: Tensor, offsets: Sequence[int], height: int, width: int) -> list[Tensor]:
-    """Y float32 [height, width], Cb and Cr, halved and rounded up, of an image; see sample_blocks."""
+    """Decodes an image's planes. Returns Y, float32 [height, width], and Cb and Cr, of half the sizes, rounded up.
+
+    blocks, offsets: as in sample_blocks, for one image.
+    """
     made = []
     shapes = [(height, width)] + 2 * [((height + 1) // 2, (width + 1) // 2)]
     for offset, (rows, columns) in zip(offsets, shapes, strict=True):
         down, across = (rows + 3) // 4, (columns + 3) // 4
-        # Absent blocks have weight 0, whatever values are in their place.
+        # Blocks outside of `blocks` have weight 0, so any value may replace them.
         places = torch.arange(offset, offset + down * across, device=blocks.device).clamp(0, len(blocks) - 1)
         words = blocks[places].view(down, across)
         bits = torch.arange(16, 64, 3, device=words.device)
@@ -96,7 +99,7 @@ def reference(blocks: Tensor, offsets: Tensor, sizes: Tensor, boxes: Tensor, fli
 
 
 def _filter(size: int, start: int, length: int, resolution: int) -> Tensor:
-    """The triangle filter from a box within `size` pixels to the resolution: float64 [R, size]."""
+    """Returns the triangle filter from a box within `size` pixels to the resolution: float64 [R, size]."""
     step = length / resolution
     centers = start + (torch.arange(resolution, dtype=torch.float64) + 0.5) * step
     distances = (torch.arange(size) + 0.5 - centers[:, None]).abs()
@@ -106,7 +109,7 @@ def _filter(size: int, start: int, length: int, resolution: int) -> Tensor:
 
 
 def _doubling(size: int) -> Tensor:
-    """libjpeg's "fancy" upsampling to `size` pixels: 3/4 of the nearer sample and 1/4 of the farther, [size, half]."""
+    """Returns libjpeg's "fancy" upsampling to `size` pixels, 3/4 nearer + 1/4 farther sample: float64 [size, half]."""
     half = (size + 1) // 2
     pixels = torch.arange(size)
     near = pixels // 2
@@ -157,20 +160,20 @@ def _empty(blocks: Tensor, count: int, resolution: int) -> Tensor:
 
 @triton.jit
 def _triangle(pixel, centers, support, start, end):
-    """The unnormalised weight of a pixel for outputs with these centres; 0 outside of the box."""
+    """Returns the unnormalised weights of a pixel for outputs with these centres; 0 outside of the box."""
     weights = tl.maximum(1 - tl.abs(pixel.to(tl.float32) + 0.5 - centers) / support, 0)
     return tl.where((pixel >= start) & (pixel < end), weights, 0.0)
 
 
 @triton.jit
 def _weights(samples, centers, support, start, end, size, HALF: tl.constexpr):
-    """The unnormalised weights of a plane's samples; for a halved plane, those of the pixels that they expand to."""
+    """Returns the unnormalised weights of a plane's samples; for a halved plane, through the upsampled pixels."""
     if not HALF:
         return _triangle(samples, centers, support, start, end)
     first = samples * 2
     near = _triangle(first, centers, support, start, end) + _triangle(first + 1, centers, support, start, end)
     far = _triangle(first - 1, centers, support, start, end) + _triangle(first + 2, centers, support, start, end)
-    # Beyond the ends of a plane its last sample is repeated.
+    # Beyond the edges of a plane the outermost sample is repeated.
     far += tl.where(samples == 0, _triangle(samples, centers, support, start, end), 0.0)
     last = (size + 1) // 2 - 1
     far += tl.where(samples == last, _triangle(first + 1, centers, support, start, end), 0.0)
@@ -179,7 +182,7 @@ def _weights(samples, centers, support, start, end, size, HALF: tl.constexpr):
 
 @triton.jit
 def _span(centers, support, start, end, size, HALF: tl.constexpr):
-    """The first sample that outputs with these centres read, and one more than the last; see rows_read."""
+    """Returns the first sample that outputs with these centres read, and one more than the last; see rows_read."""
     first = tl.maximum((tl.min(centers, 0) - support).to(tl.int32) - 1, start)
     last = tl.minimum((tl.max(centers, 0) + support).to(tl.int32) + 2, end)
     if HALF:
@@ -193,7 +196,7 @@ def _plane(
     blocks_ptr, height, width, rows, columns, row_scale, column_scale, tall, wide, box,
     HALF: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a plane, resized: float32 [TILE, TILE]. rows, columns: its outputs' centres, in the image's pixels."""
+    """Returns a resized tile of a plane: float32 [TILE, TILE]. rows, columns: its outputs' centres in image pixels."""
     top, left, bottom, right = box
     across = (width + 3) // 4
     if HALF:
@@ -224,7 +227,7 @@ def _plane(
 
 @triton.jit
 def _totals(centers, support, start, end, CHUNK: tl.constexpr):
-    """1 over the sum of the weights of each output."""
+    """Returns the inverse of the sum of weights of each output."""
     first, last = _span(centers, support, start, end, end, False)
     total = tl.zeros_like(centers)
     for pixel in range(first, last, CHUNK):
@@ -250,7 +253,7 @@ def _sample_kernel(
     bottom, right, flip = top + tl.load(place + 4), left + tl.load(place + 5), tl.load(place + 6)
     y, x = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.program_id(2) * TILE + tl.arange(0, TILE)
     down, along = (bottom - top) / resolution, (right - left) / resolution
-    # Outputs beyond the crop read the same as the last ones, and are not written.
+    # Outputs beyond the crop are computed like the last ones, and are not written.
     rows = top + (tl.minimum(y, resolution - 1).to(tl.float32) + 0.5) * down
     columns = left + (tl.minimum(x, resolution - 1).to(tl.float32) + 0.5) * along
     tall, wide = tl.maximum(down, 1.0), tl.maximum(along, 1.0)

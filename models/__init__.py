@@ -1,10 +1,9 @@
-"""The networks, by name: the papers' own, and any of timm's or torchvision's as `timm:<name>`, `torchvision:<name>`.
+"""The networks, by name: those of the papers, and any of timm or torchvision as `timm:<name>`, `torchvision:<name>`.
 
     network = build("mobilenet0.5", num_classes=1000)
     network = build("timm:resnet50.a1_in1k", num_classes=1000, pretrained=True)
 
-Every network takes float [B, 3, R, R], normalised with its `normalisation`, and gives logits
-[B, num_classes].
+Every network takes float [B, 3, R, R], normalised with its `normalisation`, and returns logits [B, num_classes].
 """
 
 import difflib
@@ -26,7 +25,7 @@ from models.xnor import XnorResNet50
 
 
 class ModelError(UserError):
-    """A bad input to this room."""
+    """A bad input that concerns a network or its weights."""
 
 
 class _Network(NamedTuple):
@@ -40,7 +39,7 @@ _NETWORKS = {
     "mobilenet0.75": _Network(partial(MobileNet, width=0.75)),
     "mobilenet0.5": _Network(partial(MobileNet, width=0.5)),
     "mobilenet0.25": _Network(partial(MobileNet, width=0.25)),
-    # torchvision's own: their stride is in the 3x3, and their key names are those of most published files.
+    # torchvision's: their stride is in the 3x3 convolution, and most published files have their key names.
     # Blocks that start as identities learn faster (Goyal et al. 2017, section 5.1).
     "resnet18": _Network(partial(resnet18, zero_init_residual=True)),
     "resnet34": _Network(partial(resnet34, zero_init_residual=True)),
@@ -56,12 +55,12 @@ _IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def names() -> list[str]:
-    """The built-in networks; `build` also accepts `timm:<name>` and `torchvision:<name>` for each of their names."""
+    """Returns the names of the built-in networks; `build` also accepts `timm:<name>` and `torchvision:<name>`."""
     return list(_NETWORKS)
 
 
 def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module:
-    """A freshly initialised network in training mode, on the current default device.
+    """Returns a newly initialised network in training mode, on the current default device.
 
     name: one of `names()`, or `timm:<name>` or `torchvision:<name>`, with or without the tag of its weights
         (`timm:resnet18.a1_in1k`, `torchvision:resnet50.IMAGENET1K_V1`).
@@ -88,14 +87,14 @@ def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module
 
 
 def constructor(name: str) -> Callable[..., nn.Module]:
-    """The callable that builds a built-in network from num_classes: a class or function, or a partial of one."""
+    """Returns the callable that builds a built-in network from num_classes: a class, a function or a partial."""
     return _NETWORKS[name].build
 
 
 def check_resolution(name: str, resolution: int) -> None:
-    """Check that the network accepts square crops of `resolution` pixels per side and gives one logit per class.
+    """Checks that the network accepts crops of `resolution` pixels per side and returns one logit per class.
 
-    A hub's network is run on the meta device, without memory for weights or activations. Raises ModelError.
+    A hub's network is run on the meta device, without memory for weights or activations. Raises ModelError otherwise.
     """
     hub, plain = _found(name)
     if hub is None:
@@ -116,7 +115,7 @@ def check_resolution(name: str, resolution: int) -> None:
 
 
 def normalisation(name: str) -> Normalisation:
-    """The mean and the standard deviation of red, green and blue, in the range 0 to 1, that the network expects.
+    """Returns the mean and standard deviation of red, green and blue, for values in 0..1, that the network expects.
 
     ImageNet's for the built-in networks; for a hub's network those of its published weights. Raises ModelError
     for an unknown name.
@@ -126,7 +125,7 @@ def normalisation(name: str) -> Normalisation:
 
 
 def published(name: str) -> Published:
-    """What the published weights of a hub's network were made for. Raises ModelError for a built-in or unknown name."""
+    """Returns properties of a hub's published weights. Raises ModelError for a built-in or unknown network."""
     hub, plain = _found(name)
     if hub is None:
         raise ModelError(
@@ -136,7 +135,7 @@ def published(name: str) -> Published:
 
 
 def _found(name: str) -> tuple[Hub | None, str]:
-    """The hub of a network (None for a built-in one) and its name there. Raises ModelError for an unknown name."""
+    """Returns the hub of a network (None for a built-in one) and its name there. Raises ModelError if it is unknown."""
     if name in _NETWORKS:
         return None, name
     hub, colon, plain = name.partition(":")

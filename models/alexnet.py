@@ -1,4 +1,4 @@
-"""AlexNet as in the label refinery paper (arXiv 1805.02641): that of 2012, with batch normalisation.
+"""AlexNet as in the Label Refinery paper (arXiv 1805.02641): the 2012 network with batch normalisation.
 
 torchvision's AlexNet is the narrower one of "One weird trick" (arXiv 1404.5997).
 """
@@ -14,8 +14,8 @@ from models.initialise import initialise
 class AlexNet(nn.Module):
     """62,396,480 parameters at 1000 classes; float [B, 3, R, R], R >= 64, to logits [B, num_classes].
 
-    Module names are those of the paper's published files, as are the biases in front of the batch normalisation, which
-    cancels them.
+    Module names are those of the paper's published files. So are the biases before batch normalisation, which have no
+    effect.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -32,7 +32,7 @@ class AlexNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv5(self.conv4(self.conv3(self.conv2(self.conv1(x)))))
-        # 224 px gives 6x6 already. There the pool would change nothing, but its gradient on a GPU is not allowed by
+        # 224 px gives 6x6 already. The pool would then have no effect, but its gradient on a GPU is not allowed by
         # `torch.use_deterministic_algorithms`.
         if x.shape[-2:] != (6, 6):
             x = F.adaptive_avg_pool2d(x, 6)

@@ -1,4 +1,4 @@
-"""A network's classifier at every cell of its last feature map, instead of at their mean (ReLabel, section 3.1)."""
+"""Applies a network's classifier to every cell of its last feature map, not to their mean (ReLabel, section 3.1)."""
 
 from typing import Any
 
@@ -15,11 +15,12 @@ _LARGER = (64, 128, 256)
 
 
 class CellLogits(nn.Module):
-    """The logits of every cell: float [B, 3, R, R] to [B, C, S, S]; their mean over the cells is the network's output.
+    """Computes the logits of every cell: float [B, 3, R, R] to [B, C, S, S]. Their mean is the network's output.
 
-    network: one that averages its feature map and classifies the mean by a linear layer, or classifies every cell by a
-    convolution and averages the result; it runs in evaluation mode. resolution: pixels per side of an image that it
-    accepts. head: a description of the head that was found. Raises ModelError for any other network.
+    network: a network that averages its feature map and classifies the mean by a linear layer, or classifies every cell
+    by a convolution and averages the result; it runs in evaluation mode. name: its name, for errors. resolution: pixels
+    per side of an image that it accepts. The attribute `head` describes the head that was found. Raises ModelError for
+    other networks.
     """
 
     def __init__(self, network: nn.Module, name: str, resolution: int):
@@ -59,7 +60,10 @@ class CellLogits(nn.Module):
 
 @torch.inference_mode()
 def _found(network: nn.Module, resolution: int) -> tuple[nn.Module, nn.Linear | None] | None:
-    """The module whose output is averaged, and the linear layer after it (None: not needed); None if not found."""
+    """Returns the module whose output is averaged, and the linear layer after it or None.
+
+    Returns None if the network has no such head, or does not accept images of this size.
+    """
     made: list[tuple[nn.Module, Tensor]] = []
     linear: list[tuple[nn.Linear, Tensor, Tensor]] = []
 
@@ -75,7 +79,7 @@ def _found(network: nn.Module, resolution: int) -> tuple[nn.Module, nn.Linear | 
     try:
         logits = network(probe)
     except (RuntimeError, ValueError, AssertionError):
-        return None  # it does not accept images of this size
+        return None  # the network does not accept images of this size
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,7 +1,7 @@
 """The mapping from the classes of a set to a network's outputs.
 
-Classes are compared by name. For ImageNet's classes that is the WordNet id, so a network with all 1000 can label, or be
-scored on, a set of any of them.
+Classes are compared by name. ImageNet's classes are named by WordNet ids, so that a network with all 1000 classes can
+label, or be scored on, a set with any of them.
 """
 
 import re
@@ -14,7 +14,7 @@ _NUMBERS = frozenset(map(str, range(1000)))
 
 
 def by_id(class_names: Sequence[str]) -> tuple[str, ...]:
-    """The names; for folders numbered 0 to 999, as in ImageNetV2, the WordNet ids instead.
+    """Returns the names, or the WordNet ids for folders numbered 0 to 999, as in ImageNetV2.
 
     The numbers are ImageNet's class ids (sorted as text, 10 would come before 2).
     """
@@ -23,14 +23,14 @@ def by_id(class_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def are_imagenet(class_names: Sequence[str]) -> bool:
-    """Whether all are classes of ImageNet, in any of its editions."""
+    """Whether all are classes of any edition of ImageNet."""
     return all(map(_is_wordnet_id, by_id(class_names)))
 
 
 def readable(class_names: Sequence[str]) -> tuple[str, ...]:
-    """Readable class names: the usual words for those of ImageNet, the given names for all others.
+    """Returns readable class names: the usual words for ImageNet's classes, the given names for all others.
 
-    They are distinct: if two classes share the usual word, further words are added, or the WordNet id.
+    They are distinct: if two classes share the usual word, further synonyms are added, or the WordNet id.
     """
     ids = by_id(class_names)
     known = [synonyms(name) if _is_wordnet_id(name) else [] for name in ids]
@@ -45,16 +45,16 @@ def readable(class_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def class_columns(outputs: Sequence[str], class_names: Sequence[str]) -> list[int]:
-    """For each class, the index of the network's output for it; -1 for a class that the network lacks.
+    """Returns for each class the index of the network's output for it, or -1 if there is none.
 
-    outputs: the classes of the network's outputs, in their order.
+    outputs: the classes of the network's outputs, in order.
     """
     columns = {name: column for column, name in enumerate(by_id(outputs))}
     return [columns.get(name, -1) for name in by_id(class_names)]
 
 
 def lacking(columns: Sequence[int], class_names: Sequence[str]) -> str:
-    """Names the first few of the classes whose column is -1."""
+    """Returns the names of the first few classes whose column is -1, as text."""
     names = [name for name, column in zip(class_names, columns, strict=True) if column < 0]
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 

@@ -1,4 +1,4 @@
-"""Folds batch normalisation with running statistics into the layers in front of it."""
+"""Folds batch normalisation with running statistics into the layers before it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ _TOLERANCE = 1e-3
 
 @torch.no_grad()
 def fold(network: nn.Module, resolution: int) -> int:
-    """Folds each batch normalisation of a network in evaluation mode into the layer whose output it takes.
+    """Folds each batch normalisation of a network in evaluation mode into the layer before it.
 
     The network's output stays the same within rounding; the folded layers become identities. Layers are paired by data
     flow in a forward pass at `resolution` pixels per side. Returns how many were folded: 0, with the network unchanged,
@@ -55,7 +55,7 @@ def _float32(device: torch.device) -> Iterator[None]:
 
 
 def _pairs(network: nn.Module, probe: torch.Tensor) -> tuple[list[tuple[nn.Module, nn.Module]], torch.Tensor]:
-    """Pairs of a convolution or linear layer and the normalisation of its output, and the logits."""
+    """Returns pairs of a convolution or linear layer and the normalisation of its output, and the logits of `probe`."""
     made: dict[int, tuple[nn.Module, torch.Tensor]] = {}  # the output is kept, so that its id stays unique
     pairs = []
 

@@ -1,4 +1,4 @@
-"""A ResNet's forward with batch statistics, in fewer passes over memory: for refineries, which never train."""
+"""A ResNet's forward with batch statistics in fewer passes over memory, for refineries, which are not trained."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from models import ModelError
 
 
 class FusedResNet(nn.Module):
-    """What a torchvision ResNet of bottlenecks computes, its batch normalisation by the batch's own statistics.
+    """Computes the output of a torchvision ResNet of bottlenecks, with batch statistics in its batch normalisation.
 
-    Float [B, 3, R, R], B >= 2, to logits [B, num_classes]. Running statistics are neither used nor moved, and there are
-    no gradients. network: its weights are shared, not copied. On a GPU it has to compute in bfloat16 or float16.
-    add_in_product: a residual is added inside the product that reads the sum, and not in a pass of its own.
-    Raises ModelError for another network.
+    Float [B, 3, R, R], B >= 2, to logits [B, num_classes]. Running statistics are neither used nor updated, and there
+    are no gradients. On a GPU, activations must be bfloat16 or float16 (autocast).
+    network: its weights are shared, not copied. add_in_product: add residuals inside the product that reads the sum,
+    not in a separate pass. Raises ModelError for other networks.
     """
 
     def __init__(self, network: nn.Module, *, add_in_product: bool = True):
@@ -53,7 +53,7 @@ class FusedResNet(nn.Module):
 
 
 def is_fusable(network: nn.Module) -> bool:
-    """Whether FusedResNet takes a network."""
+    """Whether FusedResNet supports a network."""
     if not isinstance(network, ResNet):
         return False
     norms = [module for name, module in network.named_modules() if name.rpartition(".")[2].startswith("bn")]

@@ -1,4 +1,4 @@
-"""The networks that timm and torchvision publish: their names, their weights, and the inputs that these expect.
+"""The networks of timm and torchvision: their names, their published weights, and the inputs that these expect.
 
 A name may have the tag of its weights (`resnet50.a1_in1k`, `resnet50.IMAGENET1K_V1`); without one, the default weights
 are used.
@@ -26,9 +26,9 @@ _PATIENCE = 5
 
 @dataclass(frozen=True)
 class Published:
-    """What a network's published weights were made for.
+    """Properties of a network's published weights.
 
-    num_classes: of their classifier, 0 if they have none. normalisation: mean and std of their input.
+    num_classes: classes of their classifier, 0 if they have none. normalisation: mean and std of their input.
     resolution: pixels per side. center_ratio: side of the validation crop as a share of the image's shorter side.
     takes: the input sizes that the network accepts, as text.
     """
@@ -41,21 +41,21 @@ class Published:
 
 
 class Hub(ABC):
-    """A publisher of networks, with its own names for them."""
+    """A library of networks with published weights."""
 
     @abstractmethod
     def names(self) -> list[str]:
-        """All networks, with and without the tags of their weights."""
+        """Returns the names of all networks, with and without the tags of their weights."""
 
     @abstractmethod
     def build(self, name: str, num_classes: int) -> nn.Module:
-        """A freshly initialised network."""
+        """Returns a newly initialised network."""
 
     @abstractmethod
     def fetch(self, name: str, num_classes: int) -> nn.Module:
-        """The network with its published weights; a classifier for other classes keeps its initialisation.
+        """Returns the network with its published weights; a classifier for other classes keeps its initialisation.
 
-        If they cannot be fetched, raises the error of the library or of the connection.
+        Raises the error of the library or of the connection if the weights cannot be fetched.
         """
 
     @abstractmethod
@@ -80,14 +80,14 @@ class Timm(Hub):
         from huggingface_hub import constants
 
         # Without a connection the hub's client would retry for 45 seconds, twice if the weights are in its cache. In
-        # offline mode it looks there immediately.
+        # offline mode it uses the cache immediately.
         unreachable = connection_error(constants.ENDPOINT)
         before = constants.HF_HUB_OFFLINE
         constants.HF_HUB_OFFLINE = before or unreachable is not None
         try:
             return timm.create_model(name, num_classes=num_classes, pretrained=True)
         except Exception:
-            # The client's own message about offline mode would mislead.
+            # The client's message about offline mode would be misleading.
             if unreachable:
                 raise unreachable from None
             raise
@@ -124,7 +124,7 @@ class Torchvision(Hub):
     def names(self) -> list[str]:
         plain = torchvision_models.list_models(module=torchvision_models)
         tags = [(name, weights) for name in plain for weights in torchvision_models.get_model_weights(name)]
-        # Some weights are only of the convolutions.
+        # Some weights have no classifier.
         return plain + [f"{name}.{weights.name}" for name, weights in tags if weights.meta["categories"]]
 
     def build(self, name: str, num_classes: int) -> nn.Module:
@@ -132,7 +132,7 @@ class Torchvision(Hub):
         try:
             return torchvision_models.get_model(plain, num_classes=num_classes)
         except NotImplementedError:
-            # RegNets read values while they are built, and the meta device has none.
+            # RegNets read tensor values in their constructor, which the meta device does not have.
             device = torch.get_default_device()
             with torch.device("cpu"):
                 return torchvision_models.get_model(plain, num_classes=num_classes).to(device)
@@ -170,7 +170,7 @@ HUBS: dict[str, Hub] = {"timm": Timm(), "torchvision": Torchvision()}
 
 
 def connection_error(url: str) -> OSError | None:
-    """Why a server cannot be reached; None if it can, or if there is a proxy."""
+    """Returns why a server cannot be reached, or None if it can be, or if there is a proxy."""
     place = urlsplit(url)
     if getproxies().keys() & {place.scheme, "all"}:
         return None

@@ -1,4 +1,4 @@
-"""The classes of ImageNet, as networks trained on it order them, and their names in words."""
+"""The classes of ImageNet, in the order of networks' outputs, and their names in words."""
 
 from functools import cache
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 
 @cache
 def class_ids(outputs: int = 1000) -> tuple[str, ...] | None:
-    """The WordNet ids (`n01440764`, ...) of a published ImageNet classifier's outputs, in order.
+    """Returns the WordNet ids (`n01440764`, ...) of a published ImageNet classifier's outputs, in order.
 
-    Sorted for the 1000 classes of ILSVRC 2012; other numbers of outputs belong to editions of the larger ImageNet. None
-    if no edition has this many classes. The lists are timm's.
+    For 1000 outputs these are the classes of ILSVRC 2012, sorted; other numbers belong to editions of the larger
+    ImageNet. Returns None if no edition has this many classes. The lists are timm's.
     """
     if outputs < 1000:
         return None
@@ -21,7 +21,7 @@ def class_ids(outputs: int = 1000) -> tuple[str, ...] | None:
 
 
 def synonyms(wordnet_id: str) -> list[str]:
-    """The names of an ImageNet class (`cassette player`), the usual one first; empty if they are not known."""
+    """Returns the names of an ImageNet class (`cassette player`), the usual one first; [] if they are not known."""
     try:
         return _names_in_words().label_name_to_description(wordnet_id).split(", ")
     except KeyError:
@@ -30,7 +30,7 @@ def synonyms(wordnet_id: str) -> list[str]:
 
 @cache
 def _names_in_words() -> Any:
-    """timm's list of ImageNet's classes. Cached, because it first reads the words of all 21,000."""
+    """Returns timm's list of ImageNet's classes. Cached, because reading the names of all 21,000 takes time."""
     from timm.data import ImageNetInfo
 
     return ImageNetInfo()

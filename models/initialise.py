@@ -6,9 +6,9 @@ from torch import nn
 
 
 def initialise(network: nn.Module) -> None:
-    """Draw new weights in place, from the global generator, as torchvision does for its VGG and MobileNetV2.
+    """Draws new weights in place from the global generator, as torchvision does for its VGG and MobileNetV2.
 
-    Convolutions are normal with variance 2 / fan-out, linear layers normal with deviation 0.01, biases 0.
+    Convolutions are normal with variance 2 / fan-out, linear layers normal with standard deviation 0.01, biases 0.
     Batch normalisation keeps PyTorch's scale 1 and shift 0.
     """
     for module in network.modules():

@@ -1,4 +1,4 @@
-"""Depthwise 3x3 convolutions of a network by our own kernels."""
+"""Replaces the depthwise 3x3 convolutions of a network by our kernels."""
 
 from typing import TypeGuard
 
@@ -8,7 +8,7 @@ from kernels.depthwise import depthwise
 
 
 class OwnDepthwise(nn.Module):
-    """What a depthwise 3x3 convolution computes, in the dtype of its input (kernels.depthwise). Shares its weight."""
+    """Computes a depthwise 3x3 convolution with kernels.depthwise, in the input's dtype. Shares the layer's weight."""
 
     def __init__(self, layer: nn.Conv2d):
         super().__init__()
@@ -20,7 +20,7 @@ class OwnDepthwise(nn.Module):
 
 
 def with_own_depthwise(network: nn.Module) -> nn.Module:
-    """The network with each of its depthwise 3x3 convolutions replaced; its parameters and their names stay."""
+    """Replaces each depthwise 3x3 convolution of a network in place and returns it; its parameters' names stay."""
     for parent in list(network.modules()):
         for name, layer in parent.named_children():
             if is_depthwise(layer):
@@ -29,7 +29,7 @@ def with_own_depthwise(network: nn.Module) -> nn.Module:
 
 
 def has_depthwise(network: nn.Module) -> bool:
-    """Whether with_own_depthwise would replace any."""
+    """Whether with_own_depthwise would replace any layer."""
     return any(map(is_depthwise, network.modules()))
 
 

@@ -18,10 +18,10 @@ from models.classes import by_id, class_columns
 from models.imagenet import class_ids
 from models.weights import count_outputs, load_into, load_weights
 
-# The checkpoints of a run: the last one, and that of the epoch with the highest top-1.
+# The checkpoints of a run: of its last epoch, and of the epoch with the highest top-1 accuracy.
 Which = Literal["last", "best"]
 
-# Given in place of a file for the weights that a hub publishes.
+# Used in place of a file for a hub's published weights.
 _PRETRAINED = "pretrained"
 
 
@@ -29,10 +29,10 @@ _PRETRAINED = "pretrained"
 class Trained:
     """A network with its weights.
 
-    file: None for weights that a hub published. class_names: of its outputs, in order. resolution, center_ratio: pixels
-    per side it was trained at, and its validation crop; None if unknown. epoch: after how many epochs of its run it was
-    saved; None if unknown.
-    generation: 0 if it was trained on the ground truth, or if unknown; its refinery's + 1 otherwise.
+    file: None for a hub's published weights. class_names: classes of its outputs, in order. resolution: pixels per side
+    in its training; None if unknown. center_ratio: side of its validation crop as a share of the image's shorter side;
+    None if unknown. generation: 0 if it was trained on the ground truth, or if unknown; else its refinery's + 1. epoch:
+    number of finished epochs of its run when it was saved; None if unknown.
     """
 
     network: nn.Module
@@ -62,12 +62,12 @@ class Trained:
         return digest.hexdigest()
 
     def columns_of(self, class_names: Sequence[str]) -> list[int] | None:
-        """The output for each of these classes, or -1 for none; None if they are the network's own, in order."""
+        """Returns the index of the output for each class, or -1; None if the classes are the network's, in order."""
         return None if self.class_names == tuple(class_names) else class_columns(self.class_names, class_names)
 
     @torch.inference_mode()
     def failure_at(self, resolution: int) -> str | None:
-        """Why the network does not accept crops of this many pixels per side; None if it does."""
+        """Returns why the network does not accept crops of this many pixels per side, or None if it does."""
         if resolution == self.resolution:
             return None
         try:
@@ -86,16 +86,16 @@ class Trained:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Returns the SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_spec(spec: str) -> tuple[str | None, str | None]:
-    """A network's name and a file, either of which may be left out: NAME, NAME:FILE, or a run folder or file.
+    """Splits NAME, NAME:FILE, or the path of a run folder or file into a network's name and a path; one may be None.
 
-    `resnet50`, `timm:NAME`, `resnet50:weights.pt`, `timm:NAME:weights.pt`, `runs/scenes/resnet50-0123abcd`. In place of
-    a file, `pretrained` means the weights that a hub publishes: `timm:NAME:pretrained`, `torchvision:NAME:pretrained`.
+    For example `resnet50`, `timm:NAME`, `resnet50:weights.pt`, `timm:NAME:weights.pt`, `runs/scenes/resnet50-0123abcd`.
+    Instead of a file, `pretrained` means a hub's published weights, as in `timm:NAME:pretrained`.
     """
     hubs = tuple(f"{hub}:" for hub in models.HUBS)
     if spec in models.names() or (spec.startswith(hubs) and spec.count(":") == 1):
@@ -107,17 +107,17 @@ def parse_spec(spec: str) -> tuple[str | None, str | None]:
 
 
 def names_network_alone(spec: str) -> bool:
-    """Whether a network is named without its weights."""
+    """Whether a network is named without weights."""
     return parse_spec(spec)[1] is None
 
 
 def load_trained(spec: str, *, class_names: Sequence[str] | None = None, which: Which | None = None) -> Trained:
-    """Loads a run folder (its last.pt), a checkpoint file of ours, NAME:FILE, or NAME:pretrained.
+    """Loads a network from a run folder (its last.pt), a checkpoint file of ours, NAME:FILE, or NAME:pretrained.
 
-    which: for a run folder, the checkpoint of its last epoch (default) or of the one with the highest top-1.
-    class_names: those of the data. A bare file of weights does not name its classes: it is assumed to have these,
-    unless it has as many outputs as ImageNet has classes and these are some of ImageNet's, or not known; then it has
-    ImageNet's, in the order of all published networks.
+    which: for a run folder, the checkpoint of its last epoch (default) or of the one with the highest top-1 accuracy.
+    class_names: the classes of the data. A bare file of weights does not name its classes. It is assumed to have these,
+    unless it has as many outputs as ImageNet has classes and these are among ImageNet's, or not given; then it is
+    assumed to have ImageNet's, in the order of all published networks.
 
     Raises ModelError for a path that does not exist, for files that do not fit the network, for published weights that
     cannot be fetched, and for `which` with anything but a run folder.
@@ -179,7 +179,7 @@ def _published(name: str) -> Trained:
 
 
 def _classes_of_bare(outputs: int | None, class_names: Sequence[str] | None) -> tuple[str, ...]:
-    """The classes of a bare file of weights; empty if not known."""
+    """Returns the classes of a bare file of weights; empty if they are not known."""
     given = tuple(class_names or ())
     ours = by_id(given)
     # Numbered folders are in another order than the outputs of any ImageNet network.

@@ -4,7 +4,7 @@
     network = build("resnet50", num_classes=1000)
     load_into(network, weights, name="resnet50", strict_head=True)
 
-Files are only data: no code in them is ever run.
+No code in a file is ever run.
 """
 
 import argparse
@@ -32,8 +32,8 @@ class Weights:
     """The contents of a file of weights, on the CPU.
 
     state: tensors by their name in the plain network, without the prefixes of DataParallel and torch.compile. network:
-    its description for models.trained (name, class names, ...), from a checkpoint of ours; else None. epoch: the number
-    of finished epochs of a checkpoint of ours; None if unknown.
+    the description in a checkpoint of ours (name, class names, ..., see models.trained); else None. epoch: number of
+    finished epochs of a checkpoint of ours; None if unknown.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Weights:
 
 
 def load_weights(path: str | PathLike[str]) -> Weights:
-    """Read a checkpoint of ours, a state dict (bare, or under "state_dict" or "model"), or .safetensors.
+    """Reads a checkpoint of ours, a state dict (bare, or under "state_dict" or "model"), or .safetensors.
 
     Raises ModelError for a file that is missing, damaged, without weights, or that cannot be loaded without running
     code.
@@ -71,17 +71,17 @@ def load_weights(path: str | PathLike[str]) -> Weights:
 
 
 def count_outputs(weights: Weights, *, name: str) -> int | None:
-    """The number of classes that weights of the network `name` have; None if they have no head of its kind."""
+    """Returns the number of classes of weights of the network `name`; None if they do not have its classifier."""
     sizes = {weights.state[key].shape[0] for key in _head(name) if key in weights.state and weights.state[key].dim()}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def load_into(network: nn.Module, weights: Weights, *, name: str, strict_head: bool) -> list[str]:
-    """Copy weights into a network made by `build(name, ...)`, keeping its dtype and device.
+    """Copies weights into a network made by `build(name, ...)`, keeping its dtype and device.
 
-    strict_head: the head, i.e. every tensor whose shape depends on the number of classes, must fit like all others.
-        Without it, for fine-tuning, a head that is missing or has another number of classes is skipped, and the network
-        keeps its initialisation there.
+    strict_head: whether the head, i.e. every tensor whose shape depends on the number of classes, must fit like all
+        others. If False, for fine-tuning, a head that is missing or has another number of classes is skipped and keeps
+        its initialisation.
 
     Returns the names of the skipped tensors. Raises ModelError, with the network unchanged, for weights of
     another network, and for missing, unexpected and mis-shaped tensors.
@@ -94,7 +94,7 @@ def load_into(network: nn.Module, weights: Weights, *, name: str, strict_head: b
         )
 
     unexpected = [key for key in given if key not in own]
-    # PyTorch before 0.4.1, which wrote the papers' files, had no such counter; with a momentum it is unused.
+    # PyTorch before 0.4.1, which wrote the papers' files, had no such counter; it is unused if there is a momentum.
     missing = [key for key in own if key not in given and not key.endswith(".num_batches_tracked")]
     misshaped = [key for key in own if key in given and given[key].shape != own[key].shape]
     head = _head(name) if missing or misshaped else set()
@@ -120,9 +120,10 @@ def load_into(network: nn.Module, weights: Weights, *, name: str, strict_head: b
 
 
 def check_sums(path: Path) -> None:
-    """Raises zipfile.BadZipFile, or another error of reading, unless a file has the checksums that torch.save wrote.
+    """Verifies the checksums that torch.save wrote, which torch.load does not check.
 
-    torch.load does not check them. A file that is not a zip, as before PyTorch 1.6, has none and passes.
+    A file that is not a zip, as before PyTorch 1.6, has none and passes. Raises zipfile.BadZipFile, or another error of
+    reading, for a damaged file.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
@@ -144,7 +145,7 @@ def _read(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # A damaged file can raise anything from EOFError to KeyError: its bytes control the unpickler.
+        # A damaged file can raise almost any error, since its bytes control the unpickler.
         code = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
         if code:
             raise ModelError(
@@ -168,12 +169,12 @@ def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _architecture(name: str) -> str:
-    """The name without the tag of a hub's weights, which describes their training, not the architecture."""
+    """Returns the name without the tag of a hub's weights, which identifies their training, not the architecture."""
     return name.partition(".")[0] if ":" in name else name
 
 
 def _head(name: str) -> set[str]:
-    """The tensors whose shape depends on the number of classes, under any name."""
+    """Returns the keys of all tensors whose shape depends on the number of classes."""
     with torch.device("meta"):
         one, two = build(name, 1).state_dict(), build(name, 2).state_dict()
     return {key for key in one if one[key].shape != two[key].shape}

@@ -2,14 +2,15 @@
 
 The paper has no bottleneck blocks; this applies its order of layers to them:
 
-- Each inner convolution is BN -> sign -> binary convolution, with nothing after it. The paper's optional ReLU there
-  would only move the threshold of the next sign and block the gradient of half its inputs.
-- A block adds the shortcut to its third convolution and leaves the sum as it is, so that real values pass from block to
-  block and no sign blocks their gradient (He et al. 2016, arXiv 1603.05027).
-- Where a block changes the shape, its shortcut is a binary 1x1 convolution of the signs that its first one takes.
+- Each inner convolution is BN -> sign -> binary convolution, without a ReLU after it. The paper's optional ReLU would
+  only move the threshold of the next sign and block the gradient of half its inputs.
+- A block adds the shortcut to its third convolution's output without a further operation, so that real values pass from
+  block to block and no sign blocks their gradient (He et al. 2016, arXiv 1603.05027).
+- If a block changes the shape, its shortcut is a binary 1x1 convolution of the same signs as its first convolution's.
 - The first and the last layer are real: convolution -> BN -> ReLU -> max-pool, pooled before any sign; BN -> ReLU ->
   mean -> linear, as in the authors' AlexNet.
-- Inputs are signs alone, without the paper's factors K, which the authors' code leaves out too. Padding is 0.
+- Inputs of binary convolutions are signs, without the paper's factors K, which the authors' code also omits. Padding is
+  0.
 """
 
 from typing import Any
@@ -27,8 +28,8 @@ _STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
 class XnorResNet50(nn.Module):
     """25,549,480 parameters at 1000 classes; float [B, 3, R, R], R >= 32, to logits [B, num_classes].
 
-    Module names are those of torchvision's ResNet-50, plus `bn2` in front of the last ReLU. Batch normalisation in
-    front of a convolution, not after it, has that convolution's input channels.
+    Module names are those of torchvision's ResNet-50, plus `bn2` before the last ReLU. Batch normalisation is before a
+    convolution, not after it, and so has that convolution's input channels.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -81,18 +82,18 @@ class _Bottleneck(nn.Module):
 
 
 class _BinaryConv2d(nn.Conv2d):
-    """A convolution with `binary_weights` of its weights, which stay real; the input is not changed."""
+    """A convolution with `binary_weights` of its real weights; the input is not binarised."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, binary_weights(self.weight), self.bias)
 
 
 def binary_weights(weights: Tensor) -> Tensor:
-    """sign(W) × mean |W| of each filter, the closest scaled sign to W (section 3.1); sign(0) is +1.
+    """Returns sign(W) × mean |W| for each filter, the closest scaled sign to W (section 3.1); sign(0) is +1.
 
-    weights: float [out, in, h, w]; returns the same. The gradient passes unchanged, as if W itself were used, so that
-    learning rates of real networks work. The paper's (section 3.1) is that times 1/n + mean |W|, for n weights in a
-    filter, 7 to 60 times smaller at the start.
+    weights: float [out, in, h, w]; the result has the same shape and dtype. The gradient passes unchanged, as if W were
+    used, so that learning rates of real networks work. The paper's gradient (section 3.1) is this times 1/n + mean |W|
+    for n weights in a filter, 7 to 60 times smaller at the start.
     """
     return _BinaryWeights.apply(weights)
 

@@ -1,1 +1,1 @@
-"""Many devices and ImageNet's number of images, by simulation."""
+"""Simulates many devices and ImageNet's number of images."""

@@ -1,6 +1,6 @@
-"""What machines read of a shared file when all follow one common order: a simulation of orders, steps and page caches.
+"""Simulates what machines read from a shared file if all follow one common order: orders, steps and page caches.
 
-Nothing is read. Orders are the plan's; images lie in the file as data.beton places them.
+Nothing is read. Orders are those of data.plan; images are placed in the file as by data.beton.
 """
 
 from collections.abc import Iterator
@@ -15,18 +15,21 @@ from data import plan
 from data.beton import PAGE_SIZE
 
 GPUS = 8
-# What Linux reads around a byte of a mapped file that is not in its page cache.
+# Bytes that Linux reads around a byte of a mapped file that is not in the page cache.
 READ_AHEAD = 128 << 10
-# The page cache that a machine has for the set, as shares of the set.
+# Sizes of a machine's page cache, as shares of the set.
 CACHES = (0.1, 0.5)
 STEPS = 100
 
-# Not what the plan does.
+# An alternative that the plan does not use.
 IN_FILE_ORDER = ", steps dealt in file order"
 
 
 def placed(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where images of these lengths begin, in bytes from the first one, as data.beton.write_beton places them."""
+    """Returns the offsets of images from the first one, int64 [n] in bytes, as data.beton.write_beton places them.
+
+    lengths: int64 [n], bytes of the images.
+    """
     starts = np.empty_like(lengths)
     ends = lengths.cumsum()
     first, page = 0, 0
@@ -39,20 +42,22 @@ def placed(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def simulate(lengths: NDArray[np.int64], *, batch: int, machines: tuple[int, ...]) -> list[dict[str, Any]]:
-    """What one machine, and all of them, read in an epoch after the caches have filled.
+    """Returns what one machine, and all machines together, read in an epoch once the page caches are full.
 
-    lengths: int64 [n], bytes of the images. batch: images a step of each of a machine's GPUs.
-    Returns for each order and number of machines: pages_a_step, pages: different file pages that one machine touches in
-    a step, and in STEPS steps or an epoch that is shorter, of pages_of_file; pages_of_all_a_step: that all machines
-    together touch in a step. used: the share of the set that are one machine's images of an epoch. read: for each of
-    CACHES the bytes that all machines together read in an epoch, as multiples of the set.
+    lengths: int64 [n], bytes of the images. batch: images per step and GPU. machines: numbers of machines of GPUS GPUs.
+
+    A row for each order and number of machines has: pages_a_step and pages, the number of different file pages that one
+    machine uses in a step, and in `steps` steps (STEPS, or an epoch if it is shorter); pages_of_file, the pages of the
+    file; pages_of_all_a_step, the pages that all machines together use in a step; used, the share of the set's bytes
+    that are images of one machine's epoch; read, for each of CACHES the bytes that all machines together read in an
+    epoch, as multiples of the set.
     """
     starts = placed(lengths)
     pages = starts // PAGE_SIZE
     first_units, last_units = starts // READ_AHEAD, (starts + lengths - 1) // READ_AHEAD
     unit_count, set_bytes = int(last_units.max()) + 1, int(lengths.sum())
     rows = []
-    # After as many epochs, what a machine reads in them fills the largest cache that is simulated.
+    # So many that a machine's reads fill the largest simulated cache before the last epoch.
     epochs = {count: 2 + int(np.ceil(max(CACHES) * count)) for count in machines}
     bar = tqdm(total=2 * max(epochs.values()), desc="scale: orders", unit=" epochs", leave=False)
     for paged in (False, True):
@@ -97,10 +102,11 @@ def simulate(lengths: NDArray[np.int64], *, batch: int, machines: tuple[int, ...
 def steps_of_machine(
     order: NDArray[np.int64], *, machines: int, batch: int, in_file_order: bool
 ) -> Iterator[NDArray[np.int64]]:
-    """The images of each full step that the machine in the middle reads: int64 [GPUS * batch].
+    """Yields the images that the middle machine reads in each full step: int64 [GPUS * batch].
 
-    order: int64 [n], the common order, of which the ranks take turns; a machine's ranks follow each other.
-    in_file_order: not what the plan does: a step's images are sorted, and machine m gets the m-th part of them.
+    order: int64 [n], the common order, dealt to the ranks in turn; a machine's ranks are consecutive.
+    in_file_order: an alternative that the plan does not use: a step's images are sorted, and machine m gets the m-th
+    part of them.
     """
     world, of_machine = machines * GPUS, GPUS * batch
     machine = machines // 2
@@ -113,7 +119,7 @@ def steps_of_machine(
 
 
 class _Machine:
-    """What one machine asks of its page cache, epoch after epoch, and what it then has to read."""
+    """The reads of one machine, epoch by epoch, and its misses in the page cache."""
 
     def __init__(self, unit_count: int):
         self._unit_count = unit_count
@@ -124,13 +130,13 @@ class _Machine:
         self._epochs.append(units)
 
     def missed(self, share: float) -> int:
-        """Units of READ_AHEAD that the last epoch had to read, with a cache of this share of the set."""
+        """Returns the number of READ_AHEAD units that miss a cache of this share of the set in the last epoch."""
         before = sum(map(len, self._epochs[:-1]))
         return int(misses(np.concatenate(self._epochs), self._unit_count, int(share * self._unit_count), before))
 
 
 def _units(steps: list[NDArray[np.int64]], firsts: NDArray[np.int64], lasts: NDArray[np.int64]) -> NDArray[np.int32]:
-    """The units of READ_AHEAD that each step needs, each once a step, one step after the other."""
+    """Returns the units of READ_AHEAD that the steps need, in the order of the steps and once per step: int32 [m]."""
     found = []
     for step in steps:
         first, last = firsts[step], lasts[step]
@@ -141,8 +147,8 @@ def _units(steps: list[NDArray[np.int64]], firsts: NDArray[np.int64], lasts: NDA
 
 @njit(cache=True)
 def misses(units: NDArray[np.int32], unit_count: int, capacity: int, before: int) -> int:
-    """How many of the units asked for, from place `before` on, are not in a cache of the `capacity` last used ones."""
-    last_use = np.full(unit_count, -1, np.int64)  # of those in the cache
+    """Returns how many of units[before:] are not in a cache that keeps the `capacity` most recently used units."""
+    last_use = np.full(unit_count, -1, np.int64)  # index of the last use; -1 if not in the cache
     held, oldest, missed = 0, 0, 0
     for now in range(len(units)):
         unit = units[now]
@@ -151,7 +157,7 @@ def misses(units: NDArray[np.int32], unit_count: int, capacity: int, before: int
             missed += now >= before
         last_use[unit] = now
         while held > capacity:
-            # Uses in order of time; one that is not its unit's last says nothing.
+            # Uses are visited in order of time; only a unit's last use matters.
             if last_use[units[oldest]] == oldest:
                 last_use[units[oldest]] = -1
                 held -= 1

@@ -1,6 +1,6 @@
-"""512 ranks and ImageNet's number of images: order, coverage and start-up, and what a shared file system must deliver.
+"""Checks order and coverage for 512 ranks and ImageNet's number of images, and computes the load on a file system.
 
-Ranks are simulated, one after the other; the functions are those that run on them.
+Ranks are simulated one after the other, with the functions that run on real ranks. The start of one rank is measured.
 """
 
 import os
@@ -38,7 +38,11 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Scale:
-    """images: of the set. worlds: numbers of ranks, each a divisor of the last, the largest. batch: of its ranks."""
+    """The simulated sizes.
+
+    images: number of images in the set. worlds: numbers of ranks, each a divisor of the last, the largest. batch:
+    images per step of each rank if there are worlds[-1].
+    """
 
     images: int
     worlds: tuple[int, ...]
@@ -50,16 +54,16 @@ class Scale:
 
     @property
     def step(self) -> int:
-        """Images of a global step, the same for any number of ranks."""
+        """Images per global step, the same for any number of ranks."""
         return self.world * self.batch
 
 
-# Of ImageNet's number of images.
+# ImageNet's number of images.
 _FULL = Scale(1_281_167, (1, 8, 64, 512), 32)
 _QUICK = Scale(20_011, (1, 8, 64), 4)
 
 _Touched = Callable[[Beton, int, NDArray[np.int32]], NDArray[np.int64]]
-# What is read of a stored image, by storage and name; the first of each storage is what its first use takes.
+# What is read of a stored image, by storage and name; the first use of an image reads the whole image.
 _WAYS: dict[tuple[str, str], _Touched] = {
     ("jpeg", "whole image"): touched.whole,
     ("jpeg", "tiles of the crop"): touched.tiles_read,
@@ -71,7 +75,7 @@ _STORAGES = {"jpeg": images.JPEG, "blocks": images.BLOCKS}
 
 
 def measure(settings: Settings) -> Record:
-    """Checks, simulates and measures. Raises BenchError where ranks do not share out the images as they should."""
+    """Checks, simulates and measures. Raises BenchError if the ranks' images are not as they should be."""
     scale = _QUICK if settings.quick else _FULL
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
@@ -82,14 +86,14 @@ def measure(settings: Settings) -> Record:
             images.write_converted(folder / f"{kind}.beton", files, storage)
             stored[kind] = Beton(folder / f"{kind}.beton")
         reads = [row for kind, beton in stored.items() for row in _reads(kind, beton, settings.crops)]
-        # A set of as many images as ImageNet, made of these: sizes for the plan, lengths for the simulation.
+        # Sizes (for the plan) and lengths (for the simulation) of scale.images images, sampled from the stored ones.
         drawn = np.random.default_rng(_SEED).integers(0, len(files), scale.images)
         lengths, sizes = stored["jpeg"].lengths[drawn], stored["jpeg"].sizes[drawn]
         del stored
         planned = _plan(scale, sizes)
         started = _starts(settings, scale, folder)
     if started[-1]["steps"] != planned[-1]["steps"]:
-        raise BenchError(f"a loader makes {started[-1]['steps']} steps of an epoch, not {planned[-1]['steps']}")
+        raise BenchError(f"a loader has {started[-1]['steps']} steps per epoch instead of {planned[-1]['steps']}")
     machines = tuple(world // GPUS for world in scale.worlds if world >= GPUS)
     ordered = common_order.simulate(lengths, batch=scale.batch, machines=machines)
     return Record(
@@ -105,8 +109,8 @@ def measure(settings: Settings) -> Record:
             "device": settings.device,
         },
         notes=[
-            f"{scale.images:,} images, {scale.world} ranks with {scale.batch} images each a step, {scale.step:,} in "
-            f"all. Bytes are those of {images.described(settings.data, len(files))}, stored by data.convert.",
+            f"{scale.images:,} images, {scale.world} ranks with {scale.batch} images per step each, {scale.step:,} in "
+            f"total. Bytes are those of {images.described(settings.data, len(files))}, stored by data.convert.",
         ],
         rows=[*planned, *started, *reads, *_first_uses(scale, reads), *ordered],
         identity=(),
@@ -117,7 +121,7 @@ def measure(settings: Settings) -> Record:
 
 
 def _plan(scale: Scale, sizes: NDArray[np.int32]) -> list[Row]:
-    """The coverage by each number of ranks, checked, and what its plan costs a rank."""
+    """Checks the coverage for each number of ranks. Returns a row for each, with the cost of the plan for one rank."""
     order = partial(plan.epoch_order, scale.images, seed=_SEED, epoch=0)
     common = order()
     rows = []
@@ -147,28 +151,29 @@ def _plan(scale: Scale, sizes: NDArray[np.int32]) -> list[Row]:
 
 
 def check_coverage(n: int, common: NDArray[np.int64], parts: list[NDArray[np.int64]], step: int) -> int:
-    """Full steps of an epoch, once it is certain that the ranks' parts of it are as they should be.
+    """Checks the ranks' parts of an epoch. Returns its number of full steps.
 
-    n: images. common: int64 [n], the order of one rank alone. parts: of each rank. step: images of a global step.
-    Raises BenchError unless each image is in one part, once; all parts have as many full batches as one rank alone has
-    steps; and in each step the ranks together have the images that one rank alone has.
+    n: number of images. common: int64 [n], the order of a single rank. parts: each rank's order. step: images per
+    global step.
+    Raises BenchError unless each image is in one part, once; all parts have as many full batches as a single rank has
+    steps; and in each step all ranks together have the same images as a single rank.
     """
     world, batch = len(parts), step // len(parts)
     together = np.concatenate(parts)
     if len(together) != n or (np.bincount(together, minlength=n) != 1).any():
-        raise BenchError(f"{world} ranks: their parts do not hold each of {n} images once")
-    # The smallest part sets the steps of all, as in data.loader.
+        raise BenchError(f"{world} ranks: their parts do not contain each of {n} images once")
+    # The smallest part determines the number of steps, as in data.loader.
     steps = min(map(len, parts)) // batch
     if steps != n // step:
-        raise BenchError(f"{world} ranks: {steps} full steps; one rank alone has {n // step}")
+        raise BenchError(f"{world} ranks: {steps} full steps; a single rank has {n // step}")
     cut = np.stack([part[: steps * batch].reshape(steps, batch) for part in parts], axis=1).reshape(steps, step)
     if (np.sort(cut) != np.sort(common[: steps * step].reshape(steps, step))).any():
-        raise BenchError(f"{world} ranks: a step has other images than with one rank alone")
+        raise BenchError(f"{world} ranks: a step has other images than with a single rank")
     return steps
 
 
 def _boxes(part: NDArray[np.int64], sizes: NDArray[np.int32], batch: int, steps: int) -> None:
-    """The boxes of a rank's epoch, batch by batch, as data.loader draws them."""
+    """Draws the boxes of a rank's epoch, batch by batch, as data.loader does."""
     rule = CropRule()
     for at in range(0, steps * batch, batch):
         indices = part[at : at + batch]
@@ -176,7 +181,7 @@ def _boxes(part: NDArray[np.int64], sizes: NDArray[np.int32], batch: int, steps:
 
 
 def _cost(work: Callable[[], object], name: str) -> dict[str, Any]:
-    """Seconds, and bytes: at most while it works, and of what it returns."""
+    """Runs `work` twice. Returns its seconds, its peak bytes, and the bytes of its result, with `name` as prefix."""
     began = time.perf_counter()
     work()
     seconds = time.perf_counter() - began
@@ -191,7 +196,7 @@ def _cost(work: Callable[[], object], name: str) -> dict[str, Any]:
 
 
 def _starts(settings: Settings, scale: Scale, folder: Path) -> list[Row]:
-    """One rank's start, with all images and with an eighth of them; of all also where the file is in no cache."""
+    """Returns rows for one rank's start with an eighth of the images, and with all, cached and not cached."""
     tiny = tiles.encode(images.draw(0).resize((32, 32), Image.Resampling.BICUBIC), images.JPEG.quality)
     rows: list[Row] = []
     for count, caches in ((scale.images // 8, ("cached",)), (scale.images, ("cached", "not cached"))):
@@ -210,7 +215,7 @@ def _starts(settings: Settings, scale: Scale, folder: Path) -> list[Row]:
             resolution=settings.resolution,
             device=settings.device,
         )
-        _started(ask)  # whatever is compiled or cached once
+        _started(ask)  # compiles and fills caches
         for cache in caches:
             turns = [_started(ask, forget=path if cache == "not cached" else None) for _ in range(settings.turns)]
             rows.append(
@@ -238,7 +243,10 @@ def _counted(image: Encoded, bar: tqdm) -> Encoded:
 
 
 def _started(ask: Callable[[], dict[str, Any]], *, forget: Path | None = None) -> dict[str, Any]:
-    """A start in a fresh process. seconds: from nothing to the first batch. forget: a file that leaves the cache."""
+    """Starts a rank in a new process. Returns its result, with `seconds` from launch to first batch.
+
+    forget: a file to evict from the page cache before.
+    """
     if forget:
         with open(forget, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -252,7 +260,7 @@ def _started(ask: Callable[[], dict[str, Any]], *, forget: Path | None = None) -
 
 
 def _reads(kind: str, beton: Beton, crops: int) -> list[Row]:
-    """Mean bytes and reads of a crop of real images, in each of the storage's ways, by the plan's own boxes."""
+    """Returns rows with the mean bytes and reads per crop of real images, with the plan's boxes, for each of _WAYS."""
     ways = {name: read for (storage, name), read in _WAYS.items() if storage == kind}
     counted: dict[str, list[list[int]]] = {name: [] for name in ways}
     indices = np.arange(beton.num_samples)
@@ -274,7 +282,7 @@ def _reads(kind: str, beton: Beton, crops: int) -> list[Row]:
 
 
 def _counts(runs: NDArray[np.int64]) -> list[int]:
-    """Bytes of these runs; of the 4 KiB pages and of the units of READ_AHEAD that they lie in; runs of such pages."""
+    """Returns the bytes of the runs, of the 4 KiB pages and READ_AHEAD units that contain them, and the reads."""
     pages = touched.units(runs, 4096)
     return [
         int((runs[:, 1] - runs[:, 0]).sum()),
@@ -285,7 +293,7 @@ def _counts(runs: NDArray[np.int64]) -> list[int]:
 
 
 def _first_uses(scale: Scale, reads: list[Row]) -> list[Row]:
-    """What a crop takes over all epochs: the first time that a process uses an image, it compares all its bytes."""
+    """Returns rows with the mean bytes per crop over all epochs; an image's first use in a process reads all of it."""
     pages = {row["name"]: row["bytes_4k"] for row in reads}
     rows: list[Row] = []
     for storage, what in (("jpeg", "tiles of the crop"), ("blocks", "rows of blocks (GPU)")):
@@ -306,5 +314,5 @@ def _first_uses(scale: Scale, reads: list[Row]) -> list[Row]:
 
 
 def first_share(ranks: int, epochs: int) -> float:
-    """Of the images that a rank uses in so many epochs, the share that it has not used before, on average."""
+    """Returns the expected share of first uses among all uses of images by a rank in this many epochs."""
     return (1 - (1 - 1 / ranks) ** epochs) / (epochs / ranks)

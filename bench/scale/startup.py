@@ -1,4 +1,4 @@
-"""One rank's start, in a process of its own: a set is opened and the first batch delivered."""
+"""Measures one rank's start in a separate process, from opening a set to the first batch."""
 
 import time
 from pathlib import Path
@@ -8,18 +8,19 @@ from data.loader import open_loader
 
 
 def start(path: Path, *, rank: int, world: int, batch: int, resolution: int, device: str) -> dict[str, Any]:
-    """Seconds and bytes of a start; to be called once, in a fresh process.
+    """Returns the seconds and bytes of a start. Call it once, in a new process.
 
-    open_seconds: until the loader is there. batch_seconds: from then to the first batch. memory_before: of the process,
-    with all libraries; memory_peak: the most until then; memory_after: with the first batch. asked_bytes, disk_bytes:
-    what was read by calls in open_seconds, and what the system has fetched for the process until the first batch.
+    open_seconds: time to open the loader. batch_seconds: time from then to the first batch. memory_before: resident
+    memory of the process with all libraries; memory_peak: its peak up to the first batch; memory_after: with the first
+    batch. asked_bytes: bytes read by system calls during open_seconds. disk_bytes: bytes that the system has fetched
+    from disk up to the first batch. steps: steps per epoch.
     """
     before, read = _status(), _read()
     began = time.perf_counter()
     loader = open_loader(path, resolution=resolution, batch_size=batch, rank=rank, world=world, device=device)
     opened, asked = time.perf_counter(), _read()
     batches = loader.epoch(0)
-    # Its ids come to the host last: then the batch is there.
+    # Copying the indices to the host waits for the batch.
     crops = len(next(batches).indices.tolist())
     ended = time.perf_counter()
     after = _status()
@@ -37,7 +38,7 @@ def start(path: Path, *, rank: int, world: int, batch: int, resolution: int, dev
 
 
 def _status() -> dict[str, int]:
-    """What the system says of this process's memory, in bytes."""
+    """Returns the memory entries of /proc/self/status, in bytes."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {words[0].rstrip(":"): int(words[1]) << 10 for words in lines if words[-1] == "kB"}
 

@@ -1,4 +1,4 @@
-"""The tables and the figure of bench.scale."""
+"""The tables and the chart of bench.scale."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from bench.record import Column, Record, Section, figure, title
 from bench.scale.common_order import CACHES, GPUS, READ_AHEAD
 from data.beton import PAGE_SIZE
 
-# Crops a second of one GPU, and how many epochs of them: assumptions, not measured here.
+# Crops per second of one GPU, and the number of epochs: assumptions, not measured.
 RATES = (1000, 2500, 5000, 10000)
 RATE = 5000
 EPOCHS = 90
@@ -38,7 +38,7 @@ def _in_sum(ranks: int) -> Column:
 
 
 def sections(*, worlds: tuple[int, ...], batch: int, turns: int) -> tuple[Section, ...]:
-    """The tables. worlds: numbers of ranks. batch: images a step of each of the most ranks. turns: starts."""
+    """Returns the tables. worlds: numbers of ranks. batch: images per step and rank of worlds[-1]. turns: of starts."""
     ranks = Column("ranks", lambda row: str(row["ranks"]))
     storage = Column("storage", lambda row: row["storage"])
     computed = "Computed from measured bytes; not measured on a file system."
@@ -58,11 +58,11 @@ def sections(*, worlds: tuple[int, ...], batch: int, turns: int) -> tuple[Sectio
                 _mega("boxes peak MB", "boxes_peak_bytes"),
             ),
             (
-                "Checked with the order of each single rank: each image is in one rank's part, once; all ranks have as "
-                "many full batches as there are steps; in each step the ranks together have the images that one rank "
-                "alone has.",
-                "left out: images of the last step, which is not full; others in each epoch. order: one rank's, of one "
-                "epoch. boxes: of its crops in one epoch, batch by batch.",
+                "Checked with the order of every rank: each image is in one rank's part, once; all ranks have as many "
+                "full batches as there are steps; in each step all ranks together have the same images as a single "
+                "rank.",
+                "left out: images of the incomplete last step; different ones in each epoch. order: one rank's order "
+                "of one epoch. boxes: the boxes of its crops in one epoch, batch by batch.",
             ),
         ),
         Section(
@@ -84,12 +84,11 @@ def sections(*, worlds: tuple[int, ...], batch: int, turns: int) -> tuple[Sectio
                 ),
             ),
             (
-                f"Measured: rank 7 of {worlds[-1]}, in a fresh process, medians of {turns} starts. s to first batch: "
-                "from nothing, with the interpreter and all imports. open: the loader is made. batch: the first one "
-                "arrives. read: by calls while the loader is made; from disk: until the first batch, "
-                "with what the system reads around it. MB: resident "
-                "memory of the process; peak B an image: what it grows by. The images are JPEGs of 32 px, so that "
-                "decoding hardly counts.",
+                f"Measured: rank 7 of {worlds[-1]}, in a new process, medians of {turns} starts. s to first batch: "
+                "from launch, including the interpreter and all imports. open: opening the loader. batch: from then to "
+                "the first batch. read: by system calls while the loader is opened; from disk: up to the first batch, "
+                "including read-ahead. MB: resident memory of the process; peak B an image: its growth per image. The "
+                "images are JPEGs of 32 px, so that decoding takes almost no time.",
             ),
         ),
         Section(
@@ -111,11 +110,10 @@ def sections(*, worlds: tuple[int, ...], batch: int, turns: int) -> tuple[Sectio
             ),
             (
                 computed,
-                "kB: mean of all crops, by the plan's boxes. 4 KiB pages are what the page cache holds; "
-                f"{READ_AHEAD >> 10} KiB is what Linux reads around a byte that is not cached. reads: runs of "
-                "neighbouring 4 KiB pages.",
-                f"MB/s: of one rank, in 4 KiB pages, at so many images a second, which are assumptions; GB/s: of all "
-                f"ranks at {RATE}. No page is in a cache.",
+                "kB: mean over all crops, with the plan's boxes. The page cache holds pages of 4 KiB; Linux reads "
+                f"{READ_AHEAD >> 10} KiB around a byte that is not cached. reads: runs of adjacent 4 KiB pages.",
+                "MB/s: of one rank, in 4 KiB pages, at this many images per second, which is an assumption; GB/s: of "
+                f"all ranks at {RATE} images per second. No page is cached.",
             ),
         ),
         Section(
@@ -130,8 +128,8 @@ def sections(*, worlds: tuple[int, ...], batch: int, turns: int) -> tuple[Sectio
             ),
             (
                 computed,
-                "The first time that a process uses an image, it compares the checksum of all its bytes, and so reads "
-                f"the whole image; later the tiles or the rows of blocks alone. Means over {EPOCHS} epochs.",
+                "The first time that a process uses an image, it verifies the image's checksum and so reads the whole "
+                f"image; later only the tiles or the rows of blocks. Means over {EPOCHS} epochs.",
             ),
         ),
         Section(
@@ -148,23 +146,23 @@ def sections(*, worlds: tuple[int, ...], batch: int, turns: int) -> tuple[Sectio
                 *map(_sets_read, CACHES),
             ),
             (
-                f"Simulated; not measured on a file system. Machines of {GPUS} GPUs with {batch} images a step "
+                f"Simulated; not measured on a file system. Machines of {GPUS} GPUs with {batch} images per step "
                 f"each, whole images of the JPEG storage, pages of {PAGE_SIZE >> 20} MiB.",
-                "pages: different ones that one machine touches in a step, that all machines together touch in a step, "
-                "and that one machine touches in so many steps. used: the share of the set's bytes that are the images "
-                "of one machine's epoch. sets read: what all machines together read from the file system in an epoch, "
-                f"as multiples of the set, in units of {READ_AHEAD >> 10} KiB, once the page cache of each machine, "
-                "which holds so much of the set, is full.",
-                "steps dealt in file order: not what the plan does; what it would bring if a step's images were sorted "
-                "and each machine got its part of them in turn. It then keeps to about the same part of the file in "
-                "each step, which its page cache can hold.",
+                "pages: the number of different pages that one machine uses in a step, that all machines together use "
+                "in a step, and that one machine uses in the given number of steps. used: the share of the set's bytes "
+                "that are images of one machine's epoch. sets read: what all machines together read from the file "
+                f"system in an epoch, as multiples of the set, in units of {READ_AHEAD >> 10} KiB, once each machine's "
+                "page cache, which holds the given share of the set, is full.",
+                "steps dealt in file order: an alternative that the plan does not use, in which a step's images are "
+                "sorted and each machine gets its part of them in turn. A machine then uses about the same part of the "
+                "file in each step, which its page cache can hold.",
             ),
         ),
     )
 
 
 def draw(record: Record, found: dict[str, Any], path: Path) -> None:
-    """What a shared file system must deliver in sum, over the number of ranks."""
+    """Draws the total rate that a shared file system must deliver, over the number of ranks, into the file `path`."""
     from matplotlib.figure import Figure
 
     ranks = [row["ranks"] for row in record.rows if row["group"] == "plan" and row["ranks"] > 1]

@@ -1,6 +1,7 @@
-"""Which bytes of a stored file a crop is made from, found without making it.
+"""Finds the bytes of a stored file that a crop is made from, without making the crop.
 
-All return int64 [k, 2], where runs of neighbouring bytes begin and end in the file, in order. Of JPEGs, headers count.
+The functions on crops return int64 [k, 2], the begin and end offsets of contiguous runs in the file, in order. They
+take a `box` (top, left, height, width) of image `index` in pixels. Headers of JPEGs are included.
 """
 
 import numpy as np
@@ -13,13 +14,13 @@ from kernels.sample_blocks import rows_read
 
 
 def whole(beton: Beton, index: int, box: NDArray[np.integer]) -> NDArray[np.int64]:
-    """All bytes of the image: what a full decode reads, and the comparison with its checksum before its first use."""
+    """Returns all bytes of the image, which a full decode reads, and also verifying its checksum at the first use."""
     start = beton.starts[index]
     return np.array([[start, start + beton.lengths[index]]])
 
 
 def tiles_read(beton: Beton, index: int, box: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The headers of a JPEG and the tiles that a box (top, left, height, width) needs; all of one without tiles."""
+    """Returns the headers of a JPEG and the tiles that the box needs; the whole JPEG if it has no tiles."""
     stored = beton.encoded(index)
     found = tiles.layout(stored)
     top, left, height, width = map(int, box)
@@ -37,7 +38,7 @@ def tiles_read(beton: Beton, index: int, box: NDArray[np.integer]) -> NDArray[np
 
 
 def blocks_read(beton: Beton, index: int, box: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The blocks that the CPU path expands for a box: part of each row of blocks, in three planes."""
+    """Returns the blocks that the CPU path decodes for a box: part of each row of blocks, in three planes."""
     height, width = map(int, beton.sizes[index])
     part = around(height, width, *map(int, box))
     runs = []
@@ -49,10 +50,10 @@ def blocks_read(beton: Beton, index: int, box: NDArray[np.integer]) -> NDArray[n
 
 
 def rows_of_blocks_read(beton: Beton, index: int, box: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The rows of blocks that are gathered for a GPU, of a set that does not fit into its memory."""
+    """Returns the rows of blocks that are gathered for a GPU if the set does not fit into its memory."""
     height, width = map(int, beton.sizes[index])
     firsts, lasts = (found[0] for found in rows_read(np.asarray(box)[None]))
-    of_plane = (0, 1, 1)  # luma, and the two of chroma, which are alike
+    of_plane = (0, 1, 1)  # luma, and twice chroma
     runs = [
         (start + columns * firsts[kind], start + columns * min(lasts[kind], rows))
         for kind, (start, columns, rows) in zip(of_plane, _planes(height, width), strict=True)
@@ -61,17 +62,17 @@ def rows_of_blocks_read(beton: Beton, index: int, box: NDArray[np.integer]) -> N
 
 
 def units(runs: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """The units of `size` bytes of the file that these runs lie in, each once, in order: int64 [m]."""
+    """Returns the indices of the units of `size` bytes that contain these runs, sorted and distinct: int64 [m]."""
     return np.unique(np.concatenate([np.arange(first // size, (end - 1) // size + 1) for first, end in runs]))
 
 
 def reads(found: NDArray[np.int64]) -> int:
-    """How many runs of neighbours these units are: so many reads at least."""
+    """Returns the number of runs of adjacent units, which is the smallest number of reads."""
     return 1 + int((np.diff(found) > 1).sum())
 
 
 def _planes(height: int, width: int) -> list[tuple[int, int, int]]:
-    """Of Y, Cb and Cr where their blocks begin, how many make a row, and how many rows there are."""
+    """Returns for Y, Cb and Cr the index of the first block, the blocks per row, and the number of rows."""
     luma = across(width), across(height)
     chroma = across((width + 1) // 2), across((height + 1) // 2)
     second = luma[0] * luma[1]

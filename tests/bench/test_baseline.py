@@ -1,4 +1,4 @@
-"""What the loop is compared with: it must train, and on what the refinery says of its crops."""
+"""The baseline that the loop is compared with trains on the refinery's labels of its crops."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from data.sources import image_files
 
 @pytest.fixture
 def baseline(image_folder):
-    """Of eight images in batches of four."""
+    """A baseline on eight images in batches of four."""
     settings = resolve(
         quick=True,
         device="cpu",
@@ -34,9 +34,9 @@ def baseline(image_folder):
     return Baseline(Pair(*settings.pairs[0], settings), files, workers=1)
 
 
-def test_it_learns_what_the_refinery_says(baseline):
+def test_the_student_approaches_the_refinery(baseline):
     refinery, student = baseline._refinery, baseline._student
-    # An untrained refinery says the same of all classes, more or less, and so does the student.
+    # An untrained refinery and student both predict nearly uniform distributions.
     with torch.no_grad():
         refinery.fc.bias += torch.randn(len(refinery.fc.bias), generator=torch.Generator().manual_seed(0)) * 3
     baseline._optimizer.param_groups[0]["lr"] = 0.05
@@ -45,8 +45,8 @@ def test_it_learns_what_the_refinery_says(baseline):
 
     def divergence() -> float:
         with torch.no_grad():
-            said = refinery(crops).softmax(dim=1)
-            return F.kl_div(student(crops).log_softmax(dim=1), said, reduction="batchmean").item()
+            labels = refinery(crops).softmax(dim=1)
+            return F.kl_div(student(crops).log_softmax(dim=1), labels, reduction="batchmean").item()
 
     before = divergence()
     for _ in range(12):

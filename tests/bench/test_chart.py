@@ -1,4 +1,4 @@
-"""The figure of loaders."""
+"""The chart of loaders."""
 
 import pytest
 from matplotlib.figure import Figure
@@ -15,7 +15,7 @@ def row(name: str, kind: str, reads: str, median: float, threads: int) -> dict:
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """by_storage of some rows: what stands in the figure."""
+    """A function that draws rows with by_storage and returns the figure."""
 
     def draw(rows: list[dict]) -> Figure:
         sheets: list[Figure] = []
@@ -26,7 +26,7 @@ def drawn(monkeypatch, tmp_path):
     return draw
 
 
-def test_rows_stand_below_what_they_read_in_the_colour_of_their_kind(drawn):
+def test_rows_are_grouped_by_storage_and_coloured_by_kind(drawn):
     rows = [
         row("pillow", "peer", "files", 300, 1),
         row("ours", "ours", "blocks", 6000, 1),
@@ -61,5 +61,5 @@ def test_rows_stand_below_what_they_read_in_the_colour_of_their_kind(drawn):
     assert [text.get_text() for text in legend.get_texts()] == ["ours", "peer", "part", "1 threads", "2 threads"]
 
 
-def test_a_figure_of_no_rows_is_empty(drawn):
+def test_a_figure_without_rows_is_empty(drawn):
     assert drawn([]).axes[0].lines[:] == []

@@ -1,4 +1,4 @@
-"""Files that are in no cache: what is forgotten, what is asked for ahead, and the table's ratios."""
+"""Uncached files: eviction from the page cache, read-ahead, and the table's ratios."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def epochs(path, **reading) -> _Epochs:
 
 
 @pytest.mark.slow
-def test_a_cold_epoch_begins_with_nothing_in_memory_and_a_warm_one_with_all_that_it_reads(path):
+def test_a_cold_epoch_starts_uncached_and_a_warm_one_cached(path):
     beton = Beton(path)
     warm = epochs(path, order="random", cold=False)
     assert warm.run().amount == 40
@@ -43,36 +43,36 @@ def test_a_cold_epoch_begins_with_nothing_in_memory_and_a_warm_one_with_all_that
         runner = epochs(path, order=order, cold=True, ahead=order == "random")
         try:
             work = runner.run()
-        except BenchError as error:  # a folder in memory
+        except BenchError as error:  # a file system in memory
             assert "set TMPDIR" in str(error)
             pytest.skip("the temporary folder is not on a disk")
         assert work.amount == 40
         assert work.untimed_seconds > 0
-        # What the system reads beyond the images' own pages is its own affair.
+        # The system may read more than the images' pages.
         assert cached_share(beton) > 0.1 * everything
         assert runner.facts()["cached"] < 0.05
 
 
-def test_pages_that_do_not_leave_the_cache_are_an_error(path, monkeypatch):
+def test_pages_that_stay_cached_are_an_error(path, monkeypatch):
     monkeypatch.setattr(os, "posix_fadvise", lambda *_: None)
     np.sum(Beton(path).bytes)
     with pytest.raises(BenchError, match="stay in memory: set TMPDIR"):
         epochs(path, order="random", cold=True).run()
 
 
-def test_every_image_is_asked_for_once_and_before_its_batch(path, monkeypatch):
+def test_every_image_is_requested_once_and_before_its_batch(path, monkeypatch):
     monkeypatch.setattr(cold, "_READ_AHEAD", 2)
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: asked.append((start, length)))
     beton = Beton(path)
-    told = []
+    counts = []
     wanted = []
     runner = epochs(path, order="quasi-random", cold=False, ahead=True)
     for request in runner._requests(0):
-        runner._asking.submit(int).result()  # after what was submitted before
-        told.append(len(asked))
+        runner._asking.submit(int).result()  # waits for earlier requests
+        counts.append(len(asked))
         wanted += list(zip(beton.starts[request.indices], beton.lengths[request.indices], strict=True))
-    assert told == [16, 24, 32, 40, 40]
+    assert counts == [16, 24, 32, 40, 40]
     assert asked == wanted
     assert len(set(asked)) == 40
     del asked[:]
@@ -80,7 +80,7 @@ def test_every_image_is_asked_for_once_and_before_its_batch(path, monkeypatch):
     assert asked == []
 
 
-def test_cold_rows_are_compared_with_warm_ones_and_with_not_reading_ahead():
+def test_cold_rows_are_compared_with_warm_rows_and_with_no_read_ahead():
     def row(reading: Reading, rate: float) -> dict:
         return reading.row | {"rate": {"median": rate}}
 
@@ -105,5 +105,5 @@ def test_the_part_runs_end_to_end(tmp_path):
     assert len(record["rows"]) == 14
     assert record["settings"]["crops"] == 128
     assert all(row["cached"] > 0.2 for row in record["rows"][:4])
-    # The other rows may say that the temporary folder is in memory.
+    # The other rows are not run if the temporary folder is in memory.
     assert all(row["cached"] < 0.05 and row["rate"] for row in record["rows"][4:] if "not_run" not in row)

@@ -1,4 +1,4 @@
-"""Two results side by side."""
+"""The comparison of two results."""
 
 import copy
 import json
@@ -33,14 +33,14 @@ def written(tmp_path: Path, name: str, **changes) -> Path:
 
 
 def lines_of(text: str) -> dict[str, list[str]]:
-    """The cells of the table's rows, by name."""
+    """Returns the cells of the table's rows, by name."""
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
     ]
     return {row[0]: row[1:] for row in cells}
 
 
-def test_rows_are_joined_by_name_and_noise_is_called_so(tmp_path):
+def test_rows_are_joined_by_name_and_noise_is_marked(tmp_path):
     rows = [row("step", 150, 180, 190), row("loop", 105, 112, 120), row("limit", 1, 2, 3)]
     text = compare(written(tmp_path, "a"), written(tmp_path, "b", rows=rows))
     found = lines_of(text)
@@ -51,14 +51,14 @@ def test_rows_are_joined_by_name_and_noise_is_called_so(tmp_path):
     assert "DIFFERENT" not in text.upper()
 
 
-def test_rows_of_what_takes_no_time_are_left_out(tmp_path):
+def test_rows_without_a_rate_are_left_out(tmp_path):
     rows = [row("step", 1, 2, 3), {"name": "agreement", "group": "", "share": 0.25}]
     text = compare(written(tmp_path, "a", rows=rows), written(tmp_path, "b", rows=rows))
     assert "step" in lines_of(text)
     assert "agreement" not in text
 
 
-def test_rows_of_a_group_are_their_own(tmp_path):
+def test_rows_of_the_same_name_are_joined_by_group(tmp_path):
     rows = [row("step", 1, 2, 3, group="a"), row("step", 10, 20, 30, group="b")]
     other = [row("step", 10, 10, 30, group="b"), row("step", 1, 1, 3, group="a")]
     text = compare(written(tmp_path, "a", rows=rows), written(tmp_path, "b", rows=other))
@@ -66,7 +66,7 @@ def test_rows_of_a_group_are_their_own(tmp_path):
     assert lines_of(text)["b"] == ["step", "images/s", "20", "10", "0.500", "within noise"]
 
 
-def test_other_machines_versions_and_settings_are_said_loudly(tmp_path):
+def test_different_machines_versions_and_settings_are_reported(tmp_path):
     environment = copy.deepcopy(RESULT["environment"])
     environment["device"] = "another"
     environment["versions"]["torch"] = "2.14"
@@ -89,19 +89,19 @@ def test_other_machines_versions_and_settings_are_said_loudly(tmp_path):
     ("content", "says"),
     [
         (json.dumps(RESULT | {"part": "loaders"}), "is of part loop and .* of loaders; compare results of one part"),
-        ('{"part": "loop"}', "no result of this version"),
-        ("[]", "no result of this version"),
-        ("\x89PNG", "no result of this version"),
+        ('{"part": "loop"}', "is not a result of this version"),
+        ("[]", "is not a result of this version"),
+        ("\x89PNG", "is not a result of this version"),
         (None, "cannot be read"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, content, says):
+def test_files_that_cannot_be_compared_end_in_one_line(tmp_path, content, says):
     other = tmp_path / "other.json"
     if content is not None:
         other.write_text(content)
-    with pytest.raises(BenchError, match=says) as told:
+    with pytest.raises(BenchError, match=says) as raised:
         compare(written(tmp_path, "a"), other)
-    assert len(str(told.value).splitlines()) == 1
+    assert len(str(raised.value).splitlines()) == 1
 
 
 def test_the_command_takes_two_files(tmp_path):

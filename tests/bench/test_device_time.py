@@ -1,4 +1,4 @@
-"""What a profiler's events say of a GPU, and what its driver says: on a machine without one, by hand."""
+"""GPU time from a profiler's events, and values from the driver; without a GPU, events and driver are made up."""
 
 import os
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from torch.autograd.profiler_util import FunctionEventAvg
 
 from bench.device_time import busy_seconds, covered
 from bench.record import table
-from bench.trace import costliest
+from bench.trace import most_expensive
 from tests.bench.test_record import RECORD
 from train import nvidia
 
@@ -24,7 +24,7 @@ def average(key: str, device: DeviceType, on_device: float, on_host: float = 0, 
 
 
 def test_time_on_the_device_counts_once():
-    """Operators on the host have the time of their kernels again, and ranges with a name that of all in them."""
+    """Operators on the host include the time of their kernels, and named ranges that of all kernels in them."""
     events = [
         average("aten::mm", DeviceType.CPU, 3000, 500),
         average("gemm(float*, int)", DeviceType.CUDA, 3000),
@@ -32,11 +32,11 @@ def test_time_on_the_device_counts_once():
         average("relu", DeviceType.CUDA, 1000),
         average("Optimizer.step", DeviceType.CUDA, 4000, is_user_annotation=True),
     ]
-    assert costliest(events, on_gpu=True) == [["gemm", "2", "3.00", "75.0 %"], ["relu", "2", "1.00", "25.0 %"]]
-    assert costliest(events[::2], on_gpu=False)[0] == ["aten::relu", "2", "0.70", "58.3 %"]
+    assert most_expensive(events, on_gpu=True) == [["gemm", "2", "3.00", "75.0 %"], ["relu", "2", "1.00", "25.0 %"]]
+    assert most_expensive(events[::2], on_gpu=False)[0] == ["aten::relu", "2", "0.70", "58.3 %"]
 
 
-def test_what_overlaps_is_covered_once():
+def test_overlapping_spans_count_once():
     assert covered([]) == 0
     assert covered([(5, 6), (0, 2), (1, 3), (1.5, 2)]) == 4
     assert covered([(0, 10), (1, 2), (9, 11)]) == 11
@@ -44,7 +44,7 @@ def test_what_overlaps_is_covered_once():
 
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
-    """Puts a program that prints a text in the place of nvidia-smi; its words lie in the file asked."""
+    """Replaces nvidia-smi by a program that prints a text and writes its arguments to the file `asked`."""
 
     def say(text: str) -> None:
         script = tmp_path / "nvidia-smi"
@@ -55,7 +55,7 @@ def driver(tmp_path, monkeypatch):
     return say
 
 
-def test_the_driver_is_asked_and_its_gaps_are_gaps(driver, tmp_path):
+def test_values_that_the_driver_does_not_report_are_missing(driver, tmp_path):
     driver("580.159.03, NVIDIA H200, 143771, 700.00, 1980, 3201\n580.159.03, NVIDIA H200, 143771, [N/A], 1980, 3201")
     one, other = nvidia.gpus()
     assert one == {
@@ -75,8 +75,8 @@ def test_the_driver_is_asked_and_its_gaps_are_gaps(driver, tmp_path):
     assert (nvidia.gpus(), nvidia.now()) == ([], {})
 
 
-def test_only_gpus_that_may_be_used_are_asked_about(tmp_path, monkeypatch):
-    """And all of them where the driver knows them by other names."""
+def test_only_visible_gpus_are_queried(tmp_path, monkeypatch):
+    """All GPUs are queried if the driver does not know the visible ones by these identifiers."""
     script = tmp_path / "nvidia-smi"
     answers = "*--id=GPU-1a,GPU-2b*) echo 1000, 500;; *--id*) exit 6;; *) echo 9, 9;;"
     script.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')

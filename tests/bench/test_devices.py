@@ -1,4 +1,4 @@
-"""Several devices: real groups of processes on the CPU, bad inputs, and what follows from the rates."""
+"""Several devices: real groups of processes on the CPU, bad inputs, and efficiency from the rates."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def test_efficiency_and_exchange_follow_from_the_rates():
     ]
 
 
-def test_what_did_not_run_is_compared_with_nothing():
+def test_rows_that_did_not_run_are_not_compared():
     rows = rows_of(100.0, None, 140.0, 105.0, None)
     add_efficiency(rows)
     assert not any("efficiency" in each for each in rows)
@@ -75,25 +75,25 @@ def test_what_did_not_run_is_compared_with_nothing():
         ({"gpus": 1}, "only=devices: needs several devices; give GPUS=2"),
     ],
 )
-def test_wrong_numbers_of_devices_end_in_a_line(asked, says, tmp_path):
+def test_wrong_numbers_of_devices_end_in_one_line(asked, says, tmp_path):
     with pytest.raises(BenchError, match=says) as raised:
         run(only="machine,devices", device="cpu", quick=True, out=str(tmp_path / "out"), **asked)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_of_all_parts_says_that_it_leaves_devices_out(tmp_path, capsys, monkeypatch):
+def test_a_run_of_all_parts_reports_that_it_skips_devices(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("bench.__main__._PARTS", {"devices": devices.measure})
     run(device="cpu", quick=True, out=str(tmp_path / "out"))
-    said = "devices: left out; it needs several devices; give GPUS=2 or more (on a CPU: processes)\n"
-    assert capsys.readouterr().out == said
+    expected = "devices: skipped; it needs several devices; give GPUS=2 or more (on a CPU: processes)\n"
+    assert capsys.readouterr().out == expected
 
 
 @TWO
 @pytest.mark.slow
 @pytest.mark.parametrize("reduce", [None, "bf16"])
-def test_devices_train_each_for_itself_or_together(reduce, converted, tmp_path):
-    """Devices of a group see different crops: only the exchange makes them end with the same weights."""
+def test_devices_train_independently_or_together(reduce, converted, tmp_path):
+    """Devices of a group see different crops, so that only the exchange can give them the same weights."""
     settings = settings_of(gpus=2)
     pair = Pair(*settings.pairs[0], settings)
     write_inputs(pair, images.find(str(converted.folder), tmp_path, most=24 if reduce else 12), tmp_path)
@@ -105,7 +105,7 @@ def test_devices_train_each_for_itself_or_together(reduce, converted, tmp_path):
 
 
 def _trained(pair, folder, reduce):
-    """Images of an epoch on two devices, and how each trained, with a digest of its weights."""
+    """Returns the images of an epoch on two devices, and _ended() of each."""
     group = Devices(pair, folder, 1, [0, 1], reduce)
     amount = group.run().amount
     for process in group._processes:
@@ -123,7 +123,7 @@ def _ended():
 
 @TWO
 @pytest.mark.slow
-def test_one_that_is_lost_ends_the_others_call(converted, tmp_path):
+def test_a_lost_process_ends_the_calls_of_the_others(converted, tmp_path):
     settings = settings_of(gpus=2)
     pair = Pair(*settings.pairs[0], settings)
     write_inputs(pair, images.find(str(converted.folder), tmp_path, most=24), tmp_path)
@@ -158,7 +158,7 @@ def test_two_processes_are_measured_end_to_end(converted, tmp_path):
     rows = {each["name"]: each for each in record["rows"]}
     assert list(rows) == ["device 0 alone", "device 1 alone", APART, TOGETHER, TOGETHER_BF16]
     assert all("not_run" not in each for each in rows.values()), rows
-    # An epoch has as many steps for all: 3 of 4 images a device.
+    # An epoch has the same number of steps in all rows: 3, of 4 images per device.
     assert [each["turns"][0]["amount"] % (12 * each["devices"]) for each in rows.values()] == [0] * 5
     assert [each["batch"] for each in rows.values()] == [4, 4, 8, 8, 8]
     rates = {name: each["rate"]["median"] for name, each in rows.items()}

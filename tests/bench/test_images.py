@@ -20,7 +20,7 @@ def bytes_per_pixel(image: Image.Image, quality: int, subsampling: str) -> float
     return len(buffer.getvalue()) / (image.width * image.height)
 
 
-def test_drawn_images_are_the_same_every_time_and_all_different():
+def test_drawn_images_are_deterministic_and_all_different():
     first, again = (np.asarray(images.draw(3)) for _ in range(2))
     assert np.array_equal(first, again)
     other = np.asarray(images.draw(3 + 19))  # of the same size
@@ -75,7 +75,7 @@ def test_a_converted_set_gives_its_images_as_files(converted, tmp_path):
 
 
 @pytest.mark.parametrize("write", [images.write_plain, images.write_converted])
-def test_a_damaged_image_is_named(write, tmp_path):
+def test_a_damaged_image_is_named_in_the_error(write, tmp_path):
     file = tmp_path / "cut.jpg"
     photograph(0, 60, 60).save(file)
     file.write_bytes(file.read_bytes()[:500])

@@ -1,4 +1,4 @@
-"""Kinds of labels side by side: what they say of the same crops, and how fast one trains from them."""
+"""The comparison of kinds of labels on the same crops: their differences, and the speed of training from them."""
 
 import json
 import math
@@ -12,12 +12,12 @@ import torch
 from bench import BenchError
 from bench.compare_labels import run
 from bench.labels import (
-    Said,
+    CropLabels,
     _by_size,
     _configs,
+    _crop_labels,
     _differences,
     _opened,
-    _said,
     _seed,
     _statistics,
     calibration_error,
@@ -53,34 +53,34 @@ def opened(place: Path, *names: str) -> list[Store]:
 
 
 def jobs_of(place: Path, stores: list[Store], options: dict[str, Any]) -> list[Job]:
-    """Of the runs on the ground truth, the refinery and each store."""
+    """Returns the jobs of runs on the ground truth, the refinery and each store."""
     configs = _configs(stores, str(place / "refinery"), options)
     data, kinds = check(configs)
     return [resolve(config, data, its) for config, its in zip(configs, kinds, strict=True)]
 
 
-def test_what_labels_say_of_the_same_crops(place, converted):
+def test_differences_of_labels_of_the_same_crops(place, converted):
     stores = opened(place, "maps", "exact", "top2", "top1")
     assert [store.folder.name for store in stores] == ["exact", "top2", "top1", "maps"]
     options = {"data": str(converted.folder), "model": "mobilenet0.25", "device": "cpu"}
     jobs = jobs_of(place, stores, options)
     made = stores[0].description
     assert {_seed(stores, job) for job in jobs} == {made.seed}
-    said = [_said(job, made.seed, crops=20) for job in jobs]
-    assert [tuple(each.distribution.shape) for each in said] == [(32, 3)] * 6  # whole batches
-    assert all(torch.equal(each.images, said[0].images) for each in said)
+    labels = [_crop_labels(job, made.seed, crops=20) for job in jobs]
+    assert [tuple(each.distribution.shape) for each in labels] == [(32, 3)] * 6  # whole batches
+    assert all(torch.equal(each.images, labels[0].images) for each in labels)
     beton = Beton(converted.beton("train"))
     seen = epoch_order(48, seed=made.seed, epoch=0)[:32]
     boxes, _ = made.crop.training(seen, beton.sizes[seen], seed=made.seed, epoch=0)
-    for each in said:
+    for each in labels:
         assert each.areas.tolist() == (boxes[:, 2:].prod(1) / beton.sizes[seen].prod(1)).tolist()
-    truth, refinery, exact, top2, top1, maps = (_differences(each, said[1]) for each in said)
+    truth, refinery, exact, top2, top1, maps = (_differences(each, labels[1]) for each in labels)
     assert truth["divergence"] is None
     assert truth["agreement"] < 1
     assert truth["calibration_error"] == 0
     assert refinery == exact
     assert (exact["agreement"], exact["divergence"]) == (1, 0)
-    assert 0 < top2["divergence"] < 0.006  # two of three classes are all three
+    assert 0 < top2["divergence"] < 0.006  # with three classes, two determine the third
     assert top1["divergence"] > top2["divergence"]
     assert top2["agreement"] == top1["agreement"] == 1
     assert top2["correct"] is None
@@ -89,7 +89,7 @@ def test_what_labels_say_of_the_same_crops(place, converted):
 
 
 def test_maps_alone_are_compared_on_the_crops_of_a_run(place, converted, monkeypatch):
-    """With the statistics that they were made with; only what is timed is left out here."""
+    """They are compared with the statistics that they were made with. The timed part is replaced here."""
     timed = []
     monkeypatch.setattr("bench.labels._measured", lambda names, configs, *rest: timed.extend(configs) or [{}, {}, {}])
     options = {"data": str(converted.folder), "model": "mobilenet0.25", "device": "cpu", "resolution": 40, "batch": 12}
@@ -109,7 +109,7 @@ def test_maps_alone_are_compared_on_the_crops_of_a_run(place, converted, monkeyp
     stores = opened(place, "maps")
     job = jobs_of(place, stores, options)[1]
     assert _seed(stores, job) == seed_of_generation(0, 1)
-    areas = _said(job, seed_of_generation(0, 1), crops=40).areas
+    areas = _crop_labels(job, seed_of_generation(0, 1), crops=40).areas
     assert sum(row["crops"] for row in by_size if row["name"] == "refinery") == 48
     (small,) = (row for row in by_size if row["name"] == "maps" and row["group"] == "crops of 25 to 50 %")
     assert small["crops"] == ((areas > 0.25) & (areas <= 0.5)).sum() > 0
@@ -118,38 +118,39 @@ def test_maps_alone_are_compared_on_the_crops_of_a_run(place, converted, monkeyp
 @pytest.mark.parametrize(
     ("folders", "bn", "says"),
     [
-        ("maps", "running", "running statistics, which the maps were made with (Label Refinery takes the batch's"),
-        ("exact maps", "batch", "the batch's statistics, as in the stored labels; the maps were made with running"),
+        ("maps", "running", "running statistics, which the maps were made with (Label Refinery uses batch statistics"),
+        ("exact maps", "batch", "batch statistics, as in the stored labels; the maps were made with running"),
         ("exact maps", "averaged", "averaged statistics, as in the stored labels; the maps were made with running"),
         ("exact maps", "running", "running statistics, as in the stored labels and in maps."),
     ],
 )
-def test_it_is_said_with_which_statistics_the_refinery_labels(place, folders, bn, says):
+def test_a_note_names_the_statistics_of_the_refinery(place, folders, bn, says):
     stores = opened(place, *folders.split())
     assert says in _statistics(bn, stores)[0]
     assert _statistics(bn, [store for store in stores if store.description.plan]) == []
 
 
-def test_the_truth_about_crops_counts_those_that_show_something():
-    said = Said(
+def test_correct_counts_only_crops_that_show_a_class():
+    labels = CropLabels(
         torch.eye(3)[[0, 1, 2, 0]],
         torch.tensor([0, 1, 2, 0]),
         torch.zeros(4),
         torch.ones(4),
         torch.tensor([0, -1, 1, 0]),
     )
-    assert _differences(said, said)["correct"] == pytest.approx(2 / 3)
-    nothing = said.of(said.shown < 0)
+    assert _differences(labels, labels)["correct"] == pytest.approx(2 / 3)
+    nothing = labels.of(labels.shown < 0)
     assert _differences(nothing, nothing)["correct"] is None
 
 
 def test_differences_by_the_size_of_crops():
-    """The edges belong to the smaller crops; crops of 25 to 50 % there are none."""
+    """Upper bounds belong to a range; there are no crops of 25 to 50 % here."""
     areas = torch.tensor([0.08, 0.51, 0.25, 0.75, 1.0, 0.76], dtype=torch.float64)
     classes, others = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([0, 1, 0, 1, 0, 2])
     sure = 0.8 * torch.eye(3) + 0.1
-    said = [Said(sure[each], each, classes, areas, torch.tensor([0, 0, 0, 0, 0, -1])) for each in (others, classes)]
-    rows = {(row["group"], row["name"]): row for row in _by_size(["maps", "refinery"], said)}
+    shown = torch.tensor([0, 0, 0, 0, 0, -1])
+    labels = [CropLabels(sure[each], each, classes, areas, shown) for each in (others, classes)]
+    rows = {(row["group"], row["name"]): row for row in _by_size(["maps", "refinery"], labels)}
     found = [rows[f"crops of {size}", "maps"] for size in ("up to 25 %", "50 to 75 %", "over 75 %")]
     assert len(rows) == 6
     assert [row["crops"] for row in found] == [2, 2, 2]
@@ -186,14 +187,14 @@ def test_labels_that_cannot_be_compared(place, converted):
     ]:
         with pytest.raises(BenchError, match=f"{other}: cannot be compared with .*{first} .{says}"):
             opened(place, first, other)
-    # Maps of other sizes can.
+    # Maps of other sizes can be compared.
     larger = CellRows(maps.data["classes"], maps.k, 4).width
     create_store(place / "larger", replace(maps, resolution=128, cells=4, batch=8, bytes_per_crop=larger))
     assert len(opened(place, "maps", "larger", "exact")) == 3
     for name in ("resolution", "batch"):
-        with pytest.raises(BenchError, match=f"{name}=8: is for maps alone; .*exact says (32|16); leave it out"):
+        with pytest.raises(BenchError, match=f"{name}=8: is for maps alone; .*exact has (32|16); leave it out"):
             _configs(stores, str(place / "refinery"), {"data": str(converted.folder), name: 8})
-    with pytest.raises(BenchError, match="give these other names"):
+    with pytest.raises(BenchError, match="two folders have the same name"):
         _opened([str(place / "exact"), str(place / "exact")])
     with pytest.raises(BenchError, match="refinery=resnet18: name the run folder"):
         _configs(stores, "resnet18", {"data": str(converted.folder)})

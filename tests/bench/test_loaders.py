@@ -1,4 +1,4 @@
-"""The bench of loaders, end to end on a few small images, and what it refuses."""
+"""The bench of loaders, end to end on a few small images, and its errors."""
 
 import json
 import statistics
@@ -37,7 +37,7 @@ def bench(*words: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A dozen JPEGs in one folder and the next below it."""
+    """Twelve JPEGs in a folder and a subfolder."""
     (tmp_path / "images" / "more").mkdir(parents=True)
     for i in range(12):
         photograph(i, 60 + i, 90).save(tmp_path / "images" / ("more" if i % 2 else "") / f"{i}.jpg")
@@ -46,9 +46,9 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_the_record_is_consistent_and_a_failing_contender_does_not_end_it(folder, tmp_path):
-    # torchvision reads no BMP; Pillow, which makes the converted set, does.
+    # torchvision does not read BMP; Pillow, which makes the converted set, does.
     photograph(12, 60, 90).save(folder / "12.bmp")
-    # Nor does TorchCodec, which may not even be installed; the other one needs a GPU.
+    # TorchCodec does not read it either, or is not installed; "torchcodec cuda" needs a GPU.
     refused = "torchvision,torchcodec,torchcodec cuda"
     out, names = tmp_path / "results", f"{refused},ours torchvision,ours torchvision x4"
     done = bench("--data", str(folder), "--threads", "1", "--contenders", names, "--out", str(out))
@@ -98,7 +98,7 @@ def test_the_record_is_consistent_and_a_failing_contender_does_not_end_it(folder
     assert Image.open(chart).width > 500
 
 
-def test_our_rate_is_compared_with_that_of_decoding_and_resizing_one_after_the_other():
+def test_our_rate_is_compared_with_decoding_and_resizing_alone():
     def row(name: str, rate: float, threads: int = 2) -> dict:
         return {"name": name, "threads": threads, "rate": {"median": rate}}
 
@@ -156,7 +156,7 @@ def test_the_tiles_of_images_are_decoded_alone(folder):
 
 
 @pytest.mark.slow
-def test_the_limit_is_measured_and_our_share_of_it_is_told(folder, tmp_path):
+def test_the_parts_are_measured_and_our_share_of_their_rate_is_printed(folder, tmp_path):
     names = "decode alone,decode alone x4,resize alone,ours ffcv"
     done = bench("--data", str(folder), "--threads", "1", "--contenders", names, "--out", str(tmp_path / "results"))
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json"))
@@ -183,9 +183,9 @@ def test_every_contender_runs(folder, tmp_path):
     ("words", "says"),
     [
         (["--only", "loader"], "only=loader: unknown; there are machine, loaders,"),
-        (["--only", "loaders", "--data", "{empty}"], "no images in it or below"),
+        (["--only", "loaders", "--data", "{empty}"], "no images in this folder or below it"),
         (["--only", "loaders", "--data", "{empty}/missing"], "no such folder"),
-        (["--only", "loaders", "--contenders", "webdataset"], "contenders=webdataset: none has this in its name"),
+        (["--only", "loaders", "--contenders", "webdataset"], "contenders=webdataset: no loader has this in its name"),
         (["--pairs", "resnet50"], "pairs=resnet50: give REFINERY:STUDENT"),
         (["--pairs", "resnet50:mobilnet"], "unknown network 'mobilnet'"),
         (["--threads", "4096"], "threads=4096: give 1 to"),
@@ -195,11 +195,11 @@ def test_every_contender_runs(folder, tmp_path):
         (["--minutes", "0"], "minutes=0: must be above 0"),
     ],
 )
-def test_slips_are_refused_in_one_line(words, says, tmp_path, capsys):
+def test_wrong_options_end_in_one_line(words, says, tmp_path, capsys):
     words = [word.format(empty=tmp_path) for word in words]
     with pytest.raises(SystemExit) as ended:
         run_command(run, prog="python -m bench", words=words)
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert says in told
-    assert len(told.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert says in printed
+    assert len(printed.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The parts that run networks: small pairs, for real, and what is made of their rates."""
+"""The parts that run networks: small pairs that run for real, and the notes computed from their rates."""
 
 import gzip
 import json
@@ -64,7 +64,7 @@ def pair(settings):
 
 @pytest.fixture
 def trained(settings, converted, tmp_path):
-    """The settings with a refinery of random weights for the converted set."""
+    """Settings with a refinery of random weights for the converted set."""
     torch.manual_seed(0)
     file = tmp_path / "refinery.pt"
     torch.save(models.build("mobilenet0.25", 3).state_dict(), file)
@@ -72,11 +72,11 @@ def trained(settings, converted, tmp_path):
 
 
 def bench(*words: str, out: Path, timeout: int = 280) -> dict[str, dict]:
-    """Runs the command, small; returns each part's record."""
+    """Runs the command with small sizes. Returns each part's record."""
     done = subprocess.run(
         [sys.executable, "-m", "bench", "--quick", *WORDS, *words, "--out", str(out)],
         cwd=ROOT,
-        # Networks this small spend their time waiting for a second thread.
+        # Networks this small would spend most of the time synchronizing with a second thread.
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -91,12 +91,12 @@ def test_operations_are_counted_as_published(settings):
     pair = Pair("resnet18", "resnet18", replace(settings, resolution=224))
     forward, training = (demand.flops for demand in pair.demands())
     assert forward == pytest.approx(2 * 1.814e9, rel=0.01)  # multiply-adds of torchvision's documentation
-    # Backward does it twice more, except for the gradient with respect to the image.
+    # Backward takes twice as many operations, without the gradient with respect to the image.
     stem = 2 * 64 * 3 * 7 * 7 * 112 * 112
     assert training == pytest.approx(3 * forward - stem, rel=1e-3)
 
 
-def test_a_pair_that_cannot_take_the_resolution_says_so(settings):
+def test_a_pair_that_cannot_take_the_resolution_is_not_run(settings):
     pair = Pair("mobilenet0.25", "alexnet", settings)
     assert "alexnet: resolution=32 is too small" in pair.why_not()
     assert all(contender.not_run == pair.why_not() for contender in networks._contenders(pair))
@@ -110,11 +110,11 @@ def test_a_step_that_was_not_recorded_is_not_measured_as_cuda_graphs(pair):
 
 
 @pytest.mark.parametrize("build", [RefineryForward, StudentPass, Optimizing])
-def test_parts_of_a_step_work_a_batch_at_a_time(pair, build):
+def test_parts_of_a_step_run_one_batch_at_a_time(pair, build):
     assert build(pair).run().amount == 4
 
 
-def test_own_kernels_are_measured_on_a_gpu_where_they_take_the_network(settings):
+def test_own_kernels_are_measured_on_a_gpu_if_they_support_the_network(settings):
     def rows(refinery: str, student: str, **changed) -> dict[str, dict]:
         pair = Pair(refinery, student, replace(settings, **({"device": "cuda", "precision": "bf16"} | changed)))
         return {contender.row["name"]: contender.row for contender in networks._by_own_kernels(pair)}
@@ -131,15 +131,15 @@ def test_own_kernels_are_measured_on_a_gpu_where_they_take_the_network(settings)
     assert not rows("resnet18", "resnet18")
 
 
-def test_a_student_by_own_kernels_is_what_they_are_defined_by(pair):
+def test_a_student_with_own_kernels_runs_by_their_definition_on_a_cpu(pair):
     own = StudentPass(pair, rewritten=with_own_depthwise)
     assert has_depthwise(models.build(pair.student, 10))
     assert not has_depthwise(own._network)
     assert own.run().amount == 4
 
 
-def test_a_fused_refinery_labels_alike(settings, converted, tmp_path, monkeypatch):
-    """What its kernels are defined by; in float32, which leaves no rounding to speak of."""
+def test_a_fused_refinery_gives_the_same_labels(settings, converted, tmp_path, monkeypatch):
+    """On a CPU, by the PyTorch code that defines its kernels; in float32, so that rounding is negligible."""
     torch.manual_seed(0)
     file = tmp_path / "refinery.pt"
     torch.save(models.build("resnet50", 3).state_dict(), file)
@@ -149,7 +149,7 @@ def test_a_fused_refinery_labels_alike(settings, converted, tmp_path, monkeypatc
     assert refinery_cost._differences(asked, *refinery_cost._FUSED)["divergence"] == pytest.approx(0, abs=1e-6)
     labelling = refinery_cost.Labelling(asked, *refinery_cost._FUSED)
     assert isinstance(labelling._labels.network, FusedResNet)
-    # It is offered on a GPU only.
+    # It is measured on a GPU only.
     trained = refinery_cost._opened(asked)[0]
     assert refinery_cost._FUSED in refinery_cost._options(replace(asked, device="cuda", precision="bf16"), trained)
     assert refinery_cost._FUSED not in refinery_cost._options(asked, trained)
@@ -166,7 +166,7 @@ def test_a_step_trains_on_its_batch(pair, real):
     assert moved.count(True) > len(moved) / 2
 
 
-def test_shares_and_bookkeeping_follow_from_the_rates():
+def test_shares_of_limits_and_of_work_outside_networks():
     def row(name: str, rate: float, flops: float | None, size: float | None) -> dict:
         return {"name": name, "batch": 10, "flops": flops, "bytes": size, "rate": {"median": rate}}
 
@@ -192,16 +192,16 @@ def test_shares_and_bookkeeping_follow_from_the_rates():
         STEP: pytest.approx(37.5 / 150),
     }
     (note,) = demand_note({row["name"]: row for row in rows[:2]})
-    assert "3 GFLOP and 300 MB an image" in note
+    assert "3 GFLOP and 300 MB per image" in note
     assert "3 TFLOP/s, for 1000 images/s, and copies 150 GB/s, for 500 images/s: at most 500 images/s" in note
-    limit, bookkeeping = networks._findings("a → b", rows)
+    limit, rest = networks._findings("a → b", rows)
     assert limit == f"a → b: {note}"
     # A step of 80 ms: refinery 20, student 50; optimizer 1, normalise, loss and metrics 2.
-    assert "takes 3.8 % of a step, measured alone" in bookkeeping
-    assert bookkeeping.endswith("beyond the two networks measured alone is 12.5 %.")
+    assert "takes 3.8 % of a step, measured alone" in rest
+    assert rest.endswith("beyond that of the two networks measured alone is 12.5 %.")
 
 
-def test_the_compiler_is_listened_to():
+def test_messages_of_the_compiler_are_collected():
     notes = CompilerNotes()
     log = logging.getLogger("torch._inductor.graph")
     log.debug("Skipped layout opt because only a few conv")
@@ -212,7 +212,7 @@ def test_the_compiler_is_listened_to():
 
 
 @pytest.mark.slow
-def test_a_compiled_step_says_what_was_skipped(settings):
+def test_a_compiled_step_reports_graph_breaks(settings):
     stepping = Stepping(Pair(*settings.pairs[0], replace(settings, compiled=True)), networks=True)
     assert stepping.run().amount == 4
     assert stepping.facts()["compiler"]["graph_breaks"] == 0
@@ -220,7 +220,7 @@ def test_a_compiled_step_says_what_was_skipped(settings):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Settings as on a machine with a GPU, which may lie."""
+    """A function that returns settings as on a machine with a GPU, which need not exist."""
     monkeypatch.setattr("bench.settings.device_named", lambda name: torch.device("cuda"))
     monkeypatch.setattr("bench.settings.precision_on", lambda device, asked: "bf16")
     monkeypatch.setattr("bench.settings.torch.cuda.device_count", lambda: 1)
@@ -233,7 +233,7 @@ def on_gpu(monkeypatch):
     return of
 
 
-def test_a_quick_bench_of_a_gpu_is_the_usual_one_in_less_time(on_gpu):
+def test_a_quick_bench_on_a_gpu_has_the_usual_sizes(on_gpu):
     quick, usual = on_gpu(), on_gpu(quick=False)
     for each in (quick, usual):
         assert (each.resolution, each.batch, each.compiled, each.precision) == (224, 256, True, "bf16")
@@ -254,8 +254,8 @@ def test_each_part_has_its_share_of_the_time():
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_quickly_on_a_gpu_only_whole_steps_are_measured(on_gpu):
-    """What can be seen of it without a GPU: who would have run."""
+def test_a_quick_bench_on_a_gpu_measures_only_whole_steps(on_gpu):
+    """Without a GPU, checks only the names of the contenders, none of which can run."""
     settings = replace(on_gpu(pairs="mobilenet0.25:mobilenet0.25,resnet18:mobilenet0.25", resolution=32), batch=4)
     record = networks.measure(settings)
     assert [row["name"] for row in record.rows] == [PRODUCTS, COPIES, STEP] * 2
@@ -277,11 +277,11 @@ def test_batches_of_several_sizes_are_measured(tmp_path):
     assert all(rows[f"{size} crops, CUDA graphs"]["not_run"] == "needs a GPU" for size in (2, 4, 8, 16))
     for size in (2, 4, 8, 16):
         assert rows[f"{size} crops"]["turns"][0]["amount"] % size == 0
-    # Fewer images share the weights' bytes.
+    # With fewer images, each has a larger share of the weights' bytes.
     assert rows["2 crops"]["bytes"] > rows["16 crops"]["bytes"]
 
 
-def test_what_cuda_graphs_gain():
+def test_the_gain_from_cuda_graphs():
     def row(rate: float) -> dict:
         return {"rate": {"median": rate}}
 
@@ -296,7 +296,7 @@ def test_the_baseline_trains_as_the_original_did(pair, image_folder):
     running = [buffer.clone() for buffer in baseline._refinery.buffers()]
     weights = [weight.clone() for weight in baseline._refinery.parameters()]
     work = baseline.run()
-    assert work.amount == 8  # full batches alone
+    assert work.amount == 8  # full batches only
     assert work.waited_seconds > 0
     assert any(not torch.equal(new, old) for new, old in zip(baseline._student.parameters(), before, strict=True))
     assert all(torch.equal(new, old) for new, old in zip(baseline._refinery.parameters(), weights, strict=True))
@@ -326,23 +326,23 @@ def test_students_learn_together_or_each_alone(trained):
 
 
 def test_labels_are_pooled_in_two_ways(settings):
-    """Both of the same maps."""
-    said = []
+    """Both give the same labels for the same maps."""
+    labels = []
     for dense in (True, False):
         pooling = Pooling(settings, dense)
         assert pooling.run().amount % 256 == 0
-        said.append(pooling._pool(*pooling._map, 1000))
-    torch.testing.assert_close(said[0], said[1], rtol=1e-4, atol=1e-6)
+        labels.append(pooling._pool(*pooling._map, 1000))
+    torch.testing.assert_close(labels[0], labels[1], rtol=1e-4, atol=1e-6)
 
 
-def test_the_cost_of_a_refinery_without_a_refinery_says_what_is_missing(settings, tmp_path):
+def test_refinery_cost_without_a_refinery_names_what_is_missing(settings, tmp_path):
     (row,) = refinery_cost.measure(settings).rows
     assert "REFINERY=" in row["not_run"]
     (row,) = refinery_cost.measure(replace(settings, refinery=str(tmp_path), data=str(tmp_path))).rows
     assert str(tmp_path) in row["not_run"]
 
 
-def test_a_profile_is_a_trace_and_its_costliest_operators(settings, tmp_path, capsys):
+def test_a_profile_is_a_trace_and_a_table_of_operators(settings, tmp_path, capsys):
     path = trace(settings, environment("cpu"), tmp_path)
     assert path.name.endswith(".trace.json.gz")
     with gzip.open(path) as file:

@@ -1,4 +1,4 @@
-"""Peers from other projects: the boxes that they cut, and the pixels that come out."""
+"""Decoders of other projects: the boxes that they cut, and the pixels of the crops."""
 
 import io
 
@@ -26,7 +26,7 @@ def task(tmp_path):
 
 
 def expected(task: Task, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """The epoch's images, int64 [n], and their crops by Pillow, uint8 [n, 3, SIDE, SIDE]."""
+    """Returns the epoch's order of images, int64 [n], and their crops by Pillow, uint8 [n, 3, SIDE, SIDE]."""
     crops = []
     order = plan.epoch_order(len(task.files), seed=0, epoch=number)
     for index in order:
@@ -39,7 +39,7 @@ def expected(task: Task, number: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.stack(crops)
 
 
-def test_all_files_come_with_the_boxes_of_the_plan(task):
+def test_requests_contain_all_files_with_the_boxes_of_the_plan(task):
     files = Files(task)
     assert files.sizes.tolist() == [[60 + 9 * (i // 2), 90 - 7 * (i // 2)] for i in range(8)]
     requests = list(files.requests(3))
@@ -83,5 +83,5 @@ def test_spdl_gives_the_crops_of_the_plan_in_any_order(task):
     assert made.shape == crops.shape
     differences = np.array([[abs(crop - other).mean() for other in made] for crop in crops.astype(int)])
     assert sorted(differences.argmin(axis=1)) == list(range(len(crops)))
-    # FFmpeg's chroma is cut at whole pixels of its own, twice as large as the image's: less than 0.5 on photographs.
+    # FFmpeg cuts chroma at whole chroma pixels, which are twice as large; on photographs the difference is below 0.5.
     assert differences.min(axis=1).max() < 10

@@ -1,4 +1,4 @@
-"""Interpreters of their own, and what a tree of processes uses."""
+"""Calls in separate interpreters, and the CPU time and memory of a tree of processes."""
 
 import math
 import mmap
@@ -15,14 +15,14 @@ from bench.process import CallFailed, Process, answers, cpu_seconds, memory_byte
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is alive: neither gone nor waiting to be reaped."""
+    """Whether a process is alive, that is, neither gone nor a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def test_calls_run_elsewhere_one_after_the_other():
+def test_calls_run_in_another_process_one_after_the_other():
     with Process() as process:
         pids = {process.call(os.getpid) for _ in range(3)}
         assert len(pids) == 1
@@ -30,7 +30,7 @@ def test_calls_run_elsewhere_one_after_the_other():
         assert process.call(math.gcd, 12, 18) == 6
 
 
-def test_a_failed_call_says_why_and_the_process_goes_on():
+def test_a_failed_call_gives_the_reason_and_the_process_continues():
     with Process() as process:
         with pytest.raises(CallFailed, match="ValueError: math domain error"):
             process.call(math.log, -1.0)
@@ -52,7 +52,7 @@ def test_close_ends_the_children_too():
     assert not runs(child)
 
 
-def test_of_several_calls_the_first_failure_counts_at_once():
+def test_the_first_failure_of_several_calls_is_raised_immediately():
     with Process() as slow, Process() as fast:
         slow.begin(time.sleep, 60)
         fast.begin(int, "no number")
@@ -72,7 +72,7 @@ def _nested() -> int:
     return _kept.call(os.getpid)
 
 
-def test_close_ends_processes_of_the_process_too():
+def test_close_ends_nested_processes_too():
     with Process() as process:
         child = process.call(_nested)
         assert runs(child)
@@ -97,14 +97,14 @@ def test_memory_counts_what_is_used_but_not_mapped_files(tmp_path):
     file.write_bytes(bytes(64 << 20))
     before = memory_bytes()
     if before is None:
-        pytest.skip("this system does not tell the memory of a process by kind")
+        pytest.skip("this system does not report the memory of a process by kind")
     mapped = np.memmap(file, dtype=np.uint8, mode="r")
     assert not mapped.any()
     after_mapping = memory_bytes()
     assert after_mapping is not None
     assert after_mapping - before < 32 << 20
-    # Much more than what other threads of the process may free meanwhile; and from the system, since a new array may be
-    # given memory that tests before this one have freed, which is still the process's.
+    # Much more than other threads of the process may free meanwhile; and a new mapping, since a new array may reuse
+    # memory that earlier tests have freed.
     used = np.frombuffer(mmap.mmap(-1, 256 << 20), dtype=np.uint8)
     used[:] = 1
     after_use = memory_bytes()

@@ -39,7 +39,7 @@ RECORD = Record(
 )
 
 
-def test_the_table_reads_well_as_text():
+def test_the_table_is_readable_as_text():
     text = table(RECORD, environment("cpu"))
     assert re.match(r"Made by `[^`]*(pytest|make test|\.ci/run)[^`]*`\.\n\nWhat it is\.\n\n", text)
     assert "torch 2" in text
@@ -54,7 +54,7 @@ def test_the_table_reads_well_as_text():
     )
 
 
-def test_rows_of_what_takes_no_time(tmp_path):
+def test_rows_without_a_time(tmp_path):
     rows = [ran("step", "a", 1000.4), {"name": "step", "group": "b", "share": 0.25}]
     figures = (*rate_columns("images/s"), optional("share", "share", lambda x: f"{100 * x:.0f} %"))
     record = Record("networks", {}, [], rows, RECORD.identity, figures)
@@ -85,8 +85,8 @@ def test_a_part_that_did_not_run_is_written_without_a_chart(tmp_path):
         assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
-def test_bars_stand_beside_their_names(monkeypatch, tmp_path):
-    """Those that only one group has as well as those that two have."""
+def test_bars_are_aligned_with_their_names(monkeypatch, tmp_path):
+    """For names in one group and names in two groups."""
     rows = [ran("step", "a", 1000.0), ran("step", "b", 500.0), ran("optimizer", "b", 80.0), RECORD.rows[2]]
     sheets: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: sheets.append(self))
@@ -98,7 +98,7 @@ def test_bars_stand_beside_their_names(monkeypatch, tmp_path):
         places = [bar.get_y() + bar.get_height() / 2 for bar in axes.patches]
         assert places == pytest.approx([-0.2, 0.2, 1])
     assert [bar.get_width() for bar in rates.patches] == pytest.approx([1000, 500, 80])
-    # Batches of 10: what is fast takes little time.
+    # Milliseconds per batch of 10 images.
     assert [bar.get_width() for bar in times.patches] == pytest.approx([10, 20, 125])
     assert {text.get_text() for text in times.texts} == {"10", "20", "125"}
     assert times.get_xlabel().startswith("ms a batch")

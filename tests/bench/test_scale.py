@@ -1,4 +1,4 @@
-"""Many ranks: coverage, the bytes that crops are made from, the simulated caches, and the part end to end."""
+"""Many ranks: coverage, the bytes that crops are made from, simulated caches, and the part end to end."""
 
 import json
 from collections import OrderedDict
@@ -30,15 +30,15 @@ def test_the_plan_passes_the_check(n, world, batch):
     assert check_coverage(n, common, parts_of(n, world), world * batch) == n // (world * batch)
 
 
-def test_the_check_finds_what_is_wrong():
+def test_the_check_finds_wrong_parts():
     common, parts = plan.epoch_order(100, seed=3, epoch=0), parts_of(100, 4)
     twice = [parts[0], parts[0], *parts[2:]]
-    with pytest.raises(BenchError, match="do not hold each of 100 images once"):
+    with pytest.raises(BenchError, match="do not contain each of 100 images once"):
         check_coverage(100, common, twice, 8)
-    with pytest.raises(BenchError, match="do not hold each of 100 images once"):
+    with pytest.raises(BenchError, match="do not contain each of 100 images once"):
         check_coverage(100, common, [*parts[:3], parts[3][:-1]], 8)
     uneven = [np.concatenate([parts[0], parts[1][-3:]]), parts[1][:-3], *parts[2:]]
-    with pytest.raises(BenchError, match="11 full steps; one rank alone has 12"):
+    with pytest.raises(BenchError, match="11 full steps; a single rank has 12"):
         check_coverage(100, common, uneven, 8)
     shards = list(common.reshape(4, 25))
     with pytest.raises(BenchError, match="a step has other images"):
@@ -47,7 +47,7 @@ def test_the_check_finds_what_is_wrong():
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """Files of both storages: six images, of which the last is too small for tiles."""
+    """Files of both storages with six images, the last too small for tiles."""
     folder = tmp_path_factory.mktemp("touched")
     files = [str(folder / f"{i}.png") for i in range(6)]
     for i, file in enumerate(files):
@@ -68,13 +68,13 @@ def crops(beton: Beton, name: str, boxes: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize(("storage", "name"), list(_WAYS))
 def test_a_crop_is_made_from_the_bytes_that_are_counted(stored, tmp_path, storage, name):
-    """All others may be overwritten: the same crops come out."""
+    """Overwriting all other bytes does not change the crops."""
     beton = Beton(stored[storage])
     decoder = "blocks" if "GPU" in name else "ffcv"
     for epoch in range(4):
         boxes, _ = plan.random_boxes(np.arange(6), beton.sizes, seed=1, epoch=epoch)
         spoilt = bytearray(stored[storage].read_bytes())
-        spoilt[spoilt.index(b"label-refinery 1")] = 0  # checksums would find it
+        spoilt[spoilt.index(b"label-refinery 1")] = 0  # disables checksums
         for index, box in enumerate(boxes):
             runs = _WAYS[storage, name](beton, index, box)
             assert (runs[:, 0] < runs[:, 1]).all()
@@ -85,7 +85,7 @@ def test_a_crop_is_made_from_the_bytes_that_are_counted(stored, tmp_path, storag
             kept = np.zeros(end - start, bool)
             for first, last in runs - start:
                 kept[first:last] = True
-            # The lengths of tiles that are not read are in the headers; what they lead to is not looked at.
+            # The headers contain the lengths of tiles that are not read.
             data = np.where(kept, beton.bytes[start:end], 255 - beton.bytes[start:end])
             spoilt[start:end] = data.astype(np.uint8).tobytes()
         (tmp_path / "spoilt.beton").write_bytes(spoilt)
@@ -94,7 +94,7 @@ def test_a_crop_is_made_from_the_bytes_that_are_counted(stored, tmp_path, storag
 
 
 def test_no_more_bytes_are_counted_than_are_needed(stored):
-    """Of tiles, those of the JPEG that is cut; of blocks, as many as cover the box and what lies around it."""
+    """As many tiles as in the JPEG that is cut, and blocks that cover the box with a small border."""
     jpeg, in_blocks = Beton(stored["jpeg"]), Beton(stored["blocks"])
     fewer = 0
     for epoch in range(4):
@@ -103,7 +103,7 @@ def test_no_more_bytes_are_counted_than_are_needed(stored):
             data = jpeg.encoded(index)
             found = tiles.layout(data)
             cut = tiles.cut(data, found, *box.tolist(), np.empty(len(data), np.uint8))
-            table = 10 + 2 * found.tiles  # of the lengths, which the cut has not
+            table = 10 + 2 * found.tiles  # the table of lengths, which the cut JPEG does not have
             runs = touched.tiles_read(jpeg, index, box)
             assert (runs[:, 1] - runs[:, 0]).sum() == (cut.size + table if cut.size else len(data))
             fewer += bool(cut.size)
@@ -124,13 +124,13 @@ def test_units_and_reads():
 
 
 @given(epochs=st.integers(1, 20), ranks=st.integers(1, 10))
-def test_the_share_of_first_uses(epochs, ranks):
+def test_bounds_of_the_share_of_first_uses(epochs, ranks):
     assert 1 / epochs <= first_share(ranks, epochs) * (1 + 1e-9)
     assert first_share(ranks, epochs) <= 1 + 1e-9
     assert first_share(1, epochs) == pytest.approx(1 / epochs)
 
 
-def test_first_uses_are_as_many_as_the_plan_has():
+def test_the_share_of_first_uses_is_that_of_the_plan():
     used = [plan.epoch_order(8000, seed=0, epoch=epoch, rank=1, world=8) for epoch in range(12)]
     share = len(np.unique(np.concatenate(used))) / sum(map(len, used))
     assert share == pytest.approx(first_share(8, 12), abs=0.01)
@@ -144,7 +144,7 @@ def test_images_are_placed_as_in_a_file(tmp_path):
 
 
 @given(units=st.lists(st.integers(0, 8), max_size=60), capacity=st.integers(1, 10), share=st.floats(0, 1))
-def test_misses_are_those_of_a_cache_of_the_last_used(units, capacity, share):
+def test_misses_are_those_of_an_lru_cache(units, capacity, share):
     before = int(share * len(units))
     cache: OrderedDict[int, None] = OrderedDict()
     missed = 0
@@ -157,7 +157,7 @@ def test_misses_are_those_of_a_cache_of_the_last_used(units, capacity, share):
     assert misses(np.array(units, np.int32), 9, capacity, before) == missed
 
 
-def test_a_machine_reads_what_its_ranks_read():
+def test_a_machine_reads_the_images_of_its_ranks():
     n, machines, batch = 2000, 4, 3
     order = plan.epoch_order(n, seed=0, epoch=0)
     ranks = [plan.epoch_order(n, seed=0, epoch=0, rank=rank, world=32) for rank in range(16, 24)]
@@ -180,7 +180,7 @@ def test_the_part_runs_end_to_end(tmp_path):
     assert [(row["ranks"], row["steps"], row["left_out"]) for row in groups["plan"]] == [
         (ranks, 78, 20_011 - 78 * 256) for ranks in (1, 8, 64)
     ]
-    # 8 bytes an image of the rank's own.
+    # 8 bytes for each of the rank's images.
     assert groups["plan"][2]["order_kept_bytes"] < 20_011 / 64 * 8 + 2000
     assert [row["steps"] for row in groups["start"]] == [9, 78, 78]
     assert all(0 < row["open_seconds"] + row["batch_seconds"] < row["seconds"] for row in groups["start"])

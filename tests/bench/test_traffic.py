@@ -1,4 +1,4 @@
-"""Bytes that networks move: against counts by hand, and against what PyTorch's compiler counts of its own kernels."""
+"""The bytes that networks move, compared with counts by hand and with PyTorch's compiler's count for its kernels."""
 
 import logging
 from functools import partial
@@ -21,7 +21,7 @@ def moved(name: str, *, backward: bool = False, batch: int = BATCH, side: int = 
 
 
 def shapes(name: str) -> list[tuple[nn.Module, int, int]]:
-    """Each layer of a network with the numbers of values that go in and come out."""
+    """Returns each layer of a network with its numbers of input and output values."""
     network = models.build(name, 1000)
     found: list[tuple[nn.Module, int, int]] = []
     for layer in network.modules():
@@ -43,22 +43,22 @@ def test_a_chain_of_layers_by_hand():
     averaged = [out for *_, out in layers][-2]
     weights = weights_of([layer for layer, *_ in products])
     image = BATCH * 3 * SIDE * SIDE
-    # float32 weights are read and written as bfloat16 in a pass of their own, and uint8 crops as well.
+    # float32 weights are converted to bfloat16 in a separate pass, and so are uint8 crops.
     prepared = 6 * weights + 3 * image
     forward = {
         PRODUCTS: 2 * sum(given + out for _, given, out in products) + 2 * weights,
-        # Two float32 of each channel are written; the mean of the last maps is taken as well.
+        # Two float32 per channel are written; the mean of the last feature maps is also a reduction.
         STATISTICS: 2 * normalised + 8 * channels + 2 * averaged,
-        # The last maps are never written: their mean is taken as they are made. Of each channel ten float32: two
-        # running statistics are moved, and each value needs its statistics, weight and bias.
+        # The last feature maps are not written: their mean is fused. Ten float32 per channel: two running statistics
+        # are updated, and normalising needs the statistics, weight and bias.
         POINTWISE: 4 * (normalised - averaged) + 40 * channels + prepared,
     }
     found = moved("mobilenet0.25")
     for name, size in forward.items():
         assert found[name] == pytest.approx(size, rel=0.01), name
     assert found.get(ADDED, 0) < 0.001 * sum(found.values())
-    # Back: both gradients of a product read that of its output; each normalisation reads its input and its output's
-    # gradient once for sums and once for its input's gradient, and the sign of a ReLU follows from the former.
+    # Backward: both gradients of a product read its output's gradient; each normalisation reads its input and its
+    # output's gradient once for sums and once for its input's gradient, and recomputes the ReLU's sign from the input.
     found = moved("mobilenet0.25", backward=True)
     first = products[0][1]
     assert found[PRODUCTS + BACKWARD] == pytest.approx(
@@ -71,17 +71,17 @@ def test_a_chain_of_layers_by_hand():
 def test_residuals_are_read_in_the_pass_that_adds_them():
     layers = shapes("resnet18")
     outputs = [out for layer, _, out in layers if isinstance(layer, nn.ReLU)]
-    # Of the two ReLUs of a block the second follows the addition; the last one's is part of the mean that follows.
+    # In each block, the second ReLU follows the addition; the last block's is fused with the mean.
     assert moved("resnet18")[ADDED] == 2 * sum(outputs[2::2][:-1])
     pooled = next((given, out) for layer, given, out in layers if isinstance(layer, nn.MaxPool2d))
-    # Only backward needs to know where the maximum was, a byte each.
+    # Only backward needs the positions of the maxima, one byte each.
     assert moved("resnet18")[POOLING] == 2 * sum(pooled)
     assert moved("resnet18", backward=True)[POOLING] == 2 * sum(pooled) + pooled[1]
 
 
 def test_float32_moves_about_twice_as_much():
     narrow, wide = (sum(moved("resnet18", batch=256, autocast=kind).values()) for kind in (torch.bfloat16, None))
-    # Crops of uint8 are read by both, and float32 weights need no copy in another type.
+    # Both read uint8 crops, and float32 weights need no conversion.
     assert 1.7 * narrow < wide < 2 * narrow
 
 
@@ -94,7 +94,7 @@ def test_images_count_and_weights_are_shared():
 
 @pytest.mark.parametrize(
     ("name", "backward", "low", "high"),
-    # MB an image at 224 px: the range of counts by hand, which differ in what they take for fused.
+    # MB per image at 224 px: the range of counts by hand, which differ in their assumptions about fusion.
     [("resnet50", False, 117, 123), ("mobilenet", True, 139, 143), ("resnet50", True, 340, 370)],
 )
 def test_published_networks(name, backward, low, high):
@@ -109,32 +109,32 @@ def test_a_fused_forward_by_hand(add_in_product):
     convolutions = [each for each in products if isinstance(each[0], nn.Conv2d)]
     pixelwise = [each for each in convolutions if each[0].kernel_size == (1, 1)]
     others = [each for each in convolutions if each not in pixelwise]
-    # The blocks' outputs: of three ReLUs of a block the last.
+    # The blocks' outputs: the last of three ReLUs in each block.
     sums = [out for layer, _, out in layers if isinstance(layer, nn.ReLU)][3::3]
     assert (len(pixelwise), len(others), len(sums)) == (36, 17, 16)
     weights = weights_of([layer for layer, *_ in products])
     pooled = next((given, out) for layer, given, out in layers if isinstance(layer, nn.MaxPool2d))
-    # Two float32 of each channel and of each group of pixels, which are few here: 128 of a product, 64 otherwise.
+    # Two float32 per channel and group of pixels; groups have 128 pixels in products and 64 otherwise.
     groups = [
         (layer.out_channels, -(-out // layer.out_channels // (128 if layer.kernel_size == (1, 1) else 64)))
         for layer, _, out in convolutions
     ]
     if add_in_product:
-        # Of each block but the last, the next one's product reads what it adds, and writes the sum.
+        # The first product of the next block reads the residual and writes the sum, except after the last block.
         added, passes = 2 * sum(sums[:-1]) + sums[-1], [2 * sums[-1]]
     else:
         added, passes = sum(sums), [2 * out for out in sums]
     expected = {
-        # Of a stride the pixels that it takes are read alone.
+        # Only the pixels that a stride selects are read.
         PRODUCTS: 2 * weights
         + 2 * sum(given // layer.stride[0] ** 2 + out for layer, given, out in pixelwise)
         + 2 * sum(given + out for layer, given, out in [*others, products[-1]]),
-        # Four float32 of each channel are parameters and what becomes of them; the mean of the last maps is taken too.
+        # Four float32 per channel are parameters and results; the mean of the last feature maps is also a reduction.
         STATISTICS: 2 * sum(out for *_, out in others)
         + sum(16 * channels * number for channels, number in groups)
         + 16 * sum(layer.out_channels for layer, *_ in others)
         + 2 * (sums[-1] + BATCH * 2048),
-        # What the convolutions take that are no products, and the crops; weights are read and written as bfloat16.
+        # Inputs of convolutions that are not products, and the crops; weights are converted to bfloat16.
         POINTWISE: 2 * sum(2 * given for _, given, _ in others[1:])
         + 2 * sum(passes)
         + 6 * weights
@@ -150,14 +150,14 @@ def test_a_fused_forward_by_hand(add_in_product):
 
 @pytest.mark.parametrize(("add_in_product", "most"), [(False, 95), (True, 85)])
 def test_a_fused_forward_at_its_size(add_in_product, most):
-    """MB an image, where other forwards move 117 to 123."""
+    """MB per image; the unfused forward moves 117 to 123."""
     rewritten = partial(FusedResNet, add_in_product=add_in_product)
     counted = traffic("resnet50", backward=False, batch=64, resolution=224, rewritten=rewritten)
     assert most - 6 < counted.bytes_per_image / 1e6 < most
 
 
 def test_both_gradients_of_a_depthwise_convolution_are_one_pass():
-    """The output's gradient is read once and not twice; weights and their gradients are float32, and not bfloat16."""
+    """The output's gradient is read once instead of twice; weights and their gradients are float32, not bfloat16."""
     depthwise = [
         (layer, given, out)
         for layer, given, out in shapes("mobilenet0.25")
@@ -174,7 +174,7 @@ def test_both_gradients_of_a_depthwise_convolution_are_one_pass():
 
 
 @pytest.mark.slow
-def test_the_compiler_counts_the_same_of_its_kernels():
+def test_the_compiler_counts_the_same_bytes_for_its_kernels():
     import torch._inductor.compile_fx as compiler
     import torch._inductor.config
     from torch._inductor import metrics

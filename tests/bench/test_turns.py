@@ -1,4 +1,4 @@
-"""Taking turns: real contenders, a failing one among them."""
+"""Measuring in turns, with real contenders and failing ones."""
 
 import os
 import time
@@ -17,7 +17,7 @@ def contender(name: str, build, **more) -> Contender:
 
 
 @pytest.mark.slow
-def test_all_take_turns_and_those_that_fail_say_why():
+def test_all_have_their_turns_and_failures_have_a_reason():
     product = partial(MatrixProduct, "cpu", "fp32", 1e12)
     rows = in_turns(
         [
@@ -39,14 +39,14 @@ def test_all_take_turns_and_those_that_fail_say_why():
         assert row["rate"] == pytest.approx({"median": sum(rates) / 2, "min": min(rates), "max": max(rates)})
         assert all(turn["seconds"] >= 0.1 for turn in row["turns"])
         assert row["waiting"] == 0
-        # While the other had its turn, it rested.
+        # It was idle during the turns of the other.
         assert row["turns"][1]["idle_cpu_seconds"] < 0.5 * row["turns"][0]["cpu_seconds"] + 0.1
     # A product of 2048 x 2048 takes 17 GFLOP; its matrices 50 MB.
     assert rows[0]["turns"][0]["amount"] % 0.017179869184 == pytest.approx(0, abs=1e-9)
     assert rows[0]["peak_memory_bytes"] > 50e6
 
 
-def test_preparation_does_not_count(monkeypatch):
+def test_preparation_is_not_timed(monkeypatch):
     class Prepared(Runner):
         def run(self) -> Work:
             started = time.perf_counter()
@@ -63,7 +63,7 @@ def test_preparation_does_not_count(monkeypatch):
 
 
 class Alive(Runner):
-    """Writes a file as long as its process lives; its work is how many others do so."""
+    """Writes a file named after its process; its facts list the contenders whose processes are alive."""
 
     def __init__(self, folder: Path, name: str, seconds: float = 0.01):
         self._folder, self._seconds = folder, seconds
@@ -95,12 +95,12 @@ def test_large_contenders_are_in_memory_one_at_a_time(tmp_path):
     rows = in_turns(made, turns=2, seconds=0.02, title="apart", apart=True)
     assert [row.get("seen") for row in rows[1:]] == [["a", "small"], None, ["b", "small"]]
     assert "FileNotFoundError" in rows[2]["not_run"]
-    # The small one has turns beside each of the others.
+    # The small one has turns with each of the others.
     assert [len(row.get("turns", [])) for row in rows] == [6, 2, 0, 2]
 
 
 @pytest.mark.slow
-def test_at_the_deadline_all_ends_and_what_has_been_measured_counts(tmp_path):
+def test_measuring_ends_at_the_deadline_and_keeps_earlier_turns(tmp_path):
     made = [
         contender("quick", partial(Alive, tmp_path, "quick")),
         contender("slow", partial(Alive, tmp_path, "slow", seconds=60)),
@@ -112,13 +112,13 @@ def test_at_the_deadline_all_ends_and_what_has_been_measured_counts(tmp_path):
     started = time.monotonic()
     quick, slow = in_turns(made, turns=1, seconds=0.02, title="none", hurried=True, deadline=started + 12)
     assert time.monotonic() - started < 15
-    assert slow["not_run"] == "the time was over before its first turn"
+    assert slow["not_run"] == "the time limit ended before its first turn"
     assert quick["not_run"] == slow["not_run"]
 
 
 @pytest.mark.slow
-def test_clock_and_power_are_those_in_the_midst_of_turns(tmp_path, monkeypatch):
-    """Of a program in nvidia-smi's place, which says what that says."""
+def test_clock_and_power_are_sampled_during_turns(tmp_path, monkeypatch):
+    """From a program that replaces nvidia-smi and has its output format."""
     script = tmp_path / "nvidia-smi"
     script.write_text("#!/bin/sh\necho '1755, 612.50'\n")
     script.chmod(0o755)
@@ -131,7 +131,7 @@ def test_clock_and_power_are_those_in_the_midst_of_turns(tmp_path, monkeypatch):
     assert "watts" not in row
 
 
-def test_idle_is_what_is_left_of_the_time_of_a_turn(tmp_path):
+def test_idle_is_the_share_of_a_turn_without_work_on_the_gpu(tmp_path):
     taking = turns._Taking([contender("a", partial(Alive, tmp_path, "a"))], 0.1, None, False)
     taking._facts[0] = {"busy_seconds": 0.25}
     taking._measured[0] = [turns.Turn(3, 1.0, 0, 1, 0)]

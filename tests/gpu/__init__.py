@@ -1,1 +1,1 @@
-"""What is typed first on a machine with a GPU: everything that needs one, stage by stage, on one page."""
+"""The first command on a machine with a GPU: runs everything that needs one, in stages, with results on one page."""

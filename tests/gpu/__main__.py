@@ -1,12 +1,12 @@
-"""Everything that needs a GPU, stage by stage: kernels, tests, the quick bench, a training from each storage.
+"""Runs everything that needs a GPU, in stages: kernels, tests, the quick bench, a training from each storage.
 
 python -m tests.gpu
 make gpu
 make PYTHON=python3 gpu             # on a machine with PyTorch and no network
 make gpu DEVICE=cpu                 # tries every stage on a CPU
 
-A stage takes at most 8 minutes. What has finished is not repeated: the same command goes on where the last one ended,
-first with stages that were not tried, then with those that failed. All results are on one page, OUT/page.md.
+A stage takes at most 8 minutes. The same command continues an earlier one: finished stages are not repeated, stages
+that were not tried come first, then those that failed. All results are on one page, OUT/page.md.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tests.gpu.report import FAILED, FINISHED, SKIPPED, UNFINISHED, Outcome, Rep
 from tests.gpu.stages import LIMIT, ROOT, Stage, end_of, installed, stages
 
 _AT_LEAST = {"torch": (2, 11), "triton": (3, 4)}
-# Seconds in which a stage that is stopped has to end by itself.
+# Seconds that a stopped stage has to end by itself.
 _GRACE = 15
 _OPTIONAL = {"nvidia-dali-cuda130": "nvidia.dali", "ffcv": "ffcv", "jsonargparse": "jsonargparse"}
 
@@ -37,9 +37,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.gpu", description=__doc__.split("\n\n")[0], exit_on_error=False
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial of the stages")
-    parser.add_argument("--only", default="", help="stages with one of these texts in their names, with commas between")
-    parser.add_argument("--minutes", type=float, help="when this call is to end, for a machine that is lent so long")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: try the stages on a CPU")
+    parser.add_argument("--only", default="", help="stages with one of these texts in their names, comma-separated")
+    parser.add_argument("--minutes", type=float, help="time limit of this call, for a machine lent for a limited time")
     parser.add_argument("--out", help="the folder for results (default: gpu/DEVICE)")
     options, unknown = parser.parse_known_args()
     if unknown:
@@ -62,16 +62,16 @@ def main() -> int:
     results = [report.result(stage.name) for stage in chosen]
     print(f"{results.count(FINISHED)} of {len(chosen)} stages finished; the page: {report.page}")
     if over:
-        print(f"the {options.minutes:g} minutes are over; go on with: {typed_command()}")
+        print(f"the {options.minutes:g} minutes are over; continue with: {typed_command()}")
     return 1 if FAILED in results else 0
 
 
 def _run(chosen: list[Stage], report: Report, ends: float | None) -> bool:
-    """Runs what has not finished, what was not tried before first. Returns whether the time ended before the stages."""
+    """Runs the stages that have not finished, untried ones first. Returns whether the time ended before all had run."""
     left = [stage for stage in chosen if report.result(stage.name) != FINISHED]
     left.sort(key=lambda stage: report.result(stage.name) in (FAILED, UNFINISHED))
     while left:
-        # In their order, but none before those that it needs, if these are still to come.
+        # In their order, but after the stages that it needs, if these are still to run.
         stage = next(each for each in left if not any(other.name in each.after for other in left))
         left.remove(stage)
         lacks = _lacks(stage, report)
@@ -91,7 +91,7 @@ def _run(chosen: list[Stage], report: Report, ends: float | None) -> bool:
 
 
 def _lacks(stage: Stage, report: Report) -> str:
-    """Why a stage cannot be run, or ""."""
+    """Returns why a stage cannot be run, or ""."""
     missing = stage.missing()
     if missing:
         packages = {module: name for name, module in _OPTIONAL.items()}
@@ -102,13 +102,13 @@ def _lacks(stage: Stage, report: Report) -> str:
 
 
 def run_stage(stage: Stage, report: Report, seconds: float) -> Outcome:
-    """Runs a stage for so many seconds at most; its output goes to a log in the report's folder."""
+    """Runs a stage for at most `seconds`, with its output in a log in the report's folder."""
     folder = report.page.parent
     log = folder / "logs" / f"{re.sub('[^a-z0-9.]+', '-', stage.name.lower())}.log"
     if stage.makes:
         shutil.rmtree(stage.makes, ignore_errors=True)
     began, started = time.time(), time.monotonic()
-    # Programs that say how to go on are to name themselves.
+    # Programs that print how to continue must name their own command, not this one.
     environment = {name: value for name, value in os.environ.items() if name != "TYPED_COMMAND"} | stage.environment
     stopped = False
     with log.open("w") as output:
@@ -144,7 +144,7 @@ def _reason(status: int, log: Path) -> str:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends a process that is still running as Ctrl-C would, and what does not end then, with all its children."""
+    """Interrupts a process that is still running, as Ctrl-C would, and after _GRACE seconds kills its whole tree."""
     if process.poll() is not None:
         return
     with contextlib.suppress(ProcessLookupError):
@@ -170,13 +170,13 @@ def _check_versions() -> None:
 
 
 def _look_at(device: str) -> tuple[str, list[str], int]:
-    """The device's name, lines about the machine, and how many such devices it has. Raises UserError without one."""
+    """Returns the device's name, lines about the machine, and the number of devices. Raises UserError without one."""
     import torch
 
     from train.device import device_named
 
     if device == "cuda" and not torch.cuda.is_available():
-        device_named("auto")  # raises where there is a GPU that PyTorch cannot use
+        device_named("auto")  # raises if there is a GPU that PyTorch cannot use
         raise UserError("this machine has no NVIDIA GPU; make gpu DEVICE=cpu tries every stage on its CPU")
     from train.runs.environment import environment, machine_line
 
@@ -186,7 +186,7 @@ def _look_at(device: str) -> tuple[str, list[str], int]:
     if missing:
         lines += ["", f"Not installed: {', '.join(missing)}."]
     if device == "cpu":
-        lines += ["", "**A trial on a CPU: no figure here is a GPU's.**"]
+        lines += ["", "**Run on a CPU: no figure on this page is from a GPU.**"]
     return found["device"], lines, torch.cuda.device_count() if device == "cuda" else 1
 
 

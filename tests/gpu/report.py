@@ -1,4 +1,4 @@
-"""What the stages gave so far, on disk: a file for the command and a page for people, both written as it goes."""
+"""The results of the stages so far: a state file for the command and a page for readers, written after each stage."""
 
 import json
 import os
@@ -12,9 +12,9 @@ FINISHED, FAILED, SKIPPED, UNFINISHED = "finished", "failed", "skipped", "unfini
 
 @dataclass
 class Outcome:
-    """What a stage gave. result: one of those above. why: of a failure, or what was skipped.
+    """The outcome of a stage. result: FINISHED, FAILED, SKIPPED or UNFINISHED. why: the reason unless it has finished.
 
-    shows: Markdown. command: as it may be typed. commit: of the code.
+    shows: Markdown for the page. command: the stage's command line. commit: of the code.
     """
 
     result: str
@@ -26,9 +26,9 @@ class Outcome:
 
 
 class Report:
-    """The outcomes in a folder, by the names of their stages. machine: lines about it; the first one names it.
+    """The outcomes in a folder, by the names of their stages. machine: lines about it; the first names the device.
 
-    Raises UserError where the folder cannot be written or holds what another machine's device gave.
+    Raises UserError if the folder cannot be written, or contains results of another device.
     """
 
     def __init__(self, folder: Path, machine: list[str], names: list[str]):
@@ -47,7 +47,7 @@ class Report:
         except OSError as error:
             raise UserError(f"OUT={folder}: cannot be written ({error.strerror}); name another folder") from None
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(f"{state}: is damaged; remove it to begin anew, or name another folder with OUT") from None
+            raise UserError(f"{state}: is damaged; remove it to start over, or name another folder with OUT") from None
 
     @property
     def _state(self) -> Path:
@@ -74,10 +74,10 @@ class Report:
             if each is None:
                 rows.append(f"| {name} | | | |")
                 continue
-            # What takes a line stands in the table, the rest below it.
-            said = each.why or ("" if "\n" in each.shows else each.shows)
+            # Results of one line are in the table, longer ones below it.
+            text = each.why or ("" if "\n" in each.shows else each.shows)
             seconds = f"{each.seconds:.0f}" if each.seconds else ""
-            rows.append(f"| {name} | {each.result} | {seconds} | {said.replace('|', '/')} |")
+            rows.append(f"| {name} | {each.result} | {seconds} | {text.replace('|', '/')} |")
         sections = []
         for name in self._names:
             each = self.outcomes.get(name)

@@ -1,4 +1,4 @@
-"""The stages: what each runs, what it needs, how long it takes, and what of its output the page shows."""
+"""The stages: what each runs, needs and takes, and the part of its output that the page shows."""
 
 import importlib.util
 import re
@@ -12,7 +12,7 @@ TESTS = Path(__file__).parents[1]
 LIMIT = 480
 
 _PYTEST = ("pytest", "pytest_timeout")
-# What tests/conftest.py loads besides.
+# Also loaded by tests/conftest.py.
 _SUITE = (*_PYTEST, "hypothesis")
 _COMMANDS = ("jsonargparse",)
 _DECODERS = {
@@ -23,7 +23,7 @@ _DECODERS = {
 _OF_DECODERS = {"ffcv": ("ffcv",), "dali": ("nvidia.dali",)}
 _LAST_LINES = 25
 
-# What a stage's log and folder show, in Markdown; `since`: when it began, in seconds since 1970.
+# Called as shows(log, folder, since): returns Markdown for the page. since: begin of the stage, in seconds since 1970.
 Shows = Callable[[str, Path, float], str]
 
 
@@ -31,9 +31,9 @@ Shows = Callable[[str, Path, float], str]
 class Stage:
     """A command, run as `python WORDS...` in the root of the checkout.
 
-    seconds: what it may take on a GPU, about; whether it is begun in a call that is to end depends on it.
-    needs: packages, by the names that they are imported by. after: stages that must have finished.
-    makes: a folder that must not be there before. environment: what is added to the environment.
+    seconds: its approximate time on a GPU; a call with a time limit begins it only if half of this is left.
+    needs: names of packages, as imported. after: stages that must have finished. makes: a folder that the stage
+    creates, which is removed before. environment: additional environment variables.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Stage:
 def installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def stages(device: str, out: Path, gpus: int) -> list[Stage]:
-    """All of them for a device, cpu or cuda, of which the machine has so many; results go to the folder `out`."""
+    """Returns all stages. device: cpu or cuda. out: the folder for results. gpus: number of such devices."""
     found = [*_kernels(device), *_gpu_tests()]
     # On a GPU at most 4 minutes in all; a slow CPU may take longer for a part.
     for parts in ("networks,loop,loaders",) if device == "cuda" else ("networks", "loop", "loaders"):
@@ -77,7 +77,7 @@ def stages(device: str, out: Path, gpus: int) -> list[Stage]:
 
 
 def _kernels(device: str) -> list[Stage]:
-    """On a GPU as they run there; on a CPU by Triton's interpreter."""
+    """Returns the stages of the kernels: compiled on a GPU, by Triton's interpreter on a CPU."""
     words = ("-m", "pytest", "--noconftest", "-q", "-p", "no:cacheprovider")
     if device == "cuda":
         # Most of the time goes to compiling the loss, for every number of classes.
@@ -89,7 +89,7 @@ def _kernels(device: str) -> list[Stage]:
 
 
 def _gpu_tests() -> list[Stage]:
-    """What `make test-gpu` runs, a stage for each file, so that none takes long."""
+    """Returns the tests of `make test-gpu`, except those of the kernels, as a stage per file."""
     found = []
     for path in sorted(TESTS.rglob("test_*.py")):
         if "pytest.mark.gpu" in path.read_text() and path.name != "test_kernels_gpu.py" and path.parent.name != "gpu":
@@ -108,7 +108,7 @@ def _bench(device: str, out: Path, name: str, parts: str, seconds: int, *more: s
 
 
 def _trainings(device: str, out: Path) -> list[Stage]:
-    """A refinery, and a student of it from each storage by each decoder; a pass over 2400 drawn images each."""
+    """Returns stages that train a refinery, and a student of it from each storage by each decoder, for one epoch."""
     short = ("--recipe", "quick", "--epochs", "1", "--device", device)
     found = []
     for storage in _DECODERS:
@@ -130,11 +130,11 @@ def _trainings(device: str, out: Path) -> list[Stage]:
     return found
 
 
-# ---- what the page shows of a stage that finished
+# ---- the part of a finished stage's output that the page shows
 
 
 def end_of(log: str) -> str:
-    """The last lines of a log, as they are."""
+    """Returns the last lines of a log as a code block."""
     lines = [line.rstrip() for line in log.replace("\r", "\n").splitlines() if line.strip()]
     return "```\n" + "\n".join(lines[-_LAST_LINES:]) + "\n```"
 
@@ -145,7 +145,7 @@ def _last_line(log: str, out: Path, since: float) -> str:
 
 
 def _tests(log: str, out: Path, since: float) -> str:
-    """pytest's count of what passed."""
+    """Returns pytest's summary line."""
     return _last_line(log, out, since).strip("= ")
 
 
@@ -160,7 +160,7 @@ def _table(log: str, out: Path, since: float) -> str:
 
 
 def _records(log: str, out: Path, since: float) -> str:
-    """The tables that were written, each below its own heading."""
+    """Returns the records that the stage wrote, with their headings."""
     written = [path for path in (out / "bench").glob("*.md") if path.stat().st_mtime >= since]
     written.sort(key=lambda path: path.stat().st_mtime)
     return "\n".join(re.sub(r"^#", "###", path.read_text(), flags=re.MULTILINE) for path in written)

@@ -1,4 +1,4 @@
-"""make gpu: its stages go on where they ended, and the page says what became of each."""
+"""make gpu: a second call continues the first, and the page shows the outcome of each stage."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ def report_of(folder: Path, planned: list[Stage]) -> Report:
     return Report(folder, MACHINE, [each.name for each in planned])
 
 
-def test_what_finished_is_not_repeated_and_what_failed_does_not_end_the_rest(tmp_path):
+def test_finished_stages_are_not_repeated_and_a_failure_does_not_stop_the_others(tmp_path):
     ran = tmp_path / "ran"
     once = f"open({str(ran)!r}, 'a').write('x'); print('all well')"
     planned = [
@@ -49,7 +49,7 @@ def test_what_finished_is_not_repeated_and_what_failed_does_not_end_the_rest(tmp
     assert "| lacks | skipped |  | nvidia.dali.none and no_such_package are not installed |" in page
     assert ran.read_text() == "xyx"
 
-    # The same again, by another process that knows what is on disk alone.
+    # A second call, which only has the files on disk.
     again = report_of(tmp_path / "out", planned)
     mended = [*planned[:1], stage("breaks", "print('mended')"), *planned[2:]]
     command._run(mended, again, None)
@@ -67,8 +67,8 @@ def test_untried_stages_come_before_failed_ones(tmp_path):
     assert order.read_text() == "bca"
 
 
-def test_a_stage_has_its_time_and_no_more(tmp_path):
-    """With all that it started, also in a session of its own."""
+def test_a_stage_is_stopped_at_its_time_limit(tmp_path):
+    """With all processes that it has started, also in other sessions."""
     child = (
         "import os, subprocess; p = subprocess.Popen(['sleep', '60'], start_new_session=True); print(p.pid, flush=True)"
     )
@@ -98,15 +98,15 @@ def test_a_call_ends_when_its_minutes_are_over(tmp_path):
     started = time.monotonic()
     assert command._run(planned, report, started + 5)
     assert report.result("short") == FINISHED
-    # Begun, as half of what it may take was left, and stopped.
+    # It is begun, since half of its time was left, and stopped.
     assert report.result("long") == UNFINISHED
     assert 4 < time.monotonic() - started < 12
-    # Too little is left to begin it.
+    # Too little time is left to begin it.
     assert command._run(planned, report_of(tmp_path, planned), time.monotonic() + 1)
     assert "killed" not in report.page.read_text()
 
 
-def test_a_folder_that_a_stage_makes_is_made_anew(tmp_path):
+def test_a_folder_that_a_stage_makes_is_removed_before(tmp_path):
     made = tmp_path / "made"
     made.mkdir()
     planned = [stage("makes", f"import os; os.mkdir({str(made)!r})", makes=made)]
@@ -114,13 +114,13 @@ def test_a_folder_that_a_stage_makes_is_made_anew(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"device": "NVIDIA H200", "stages": {"a": {"colour": 1}}}'])
-def test_a_damaged_state_is_told(tmp_path, content):
+def test_a_damaged_state_file_is_an_error(tmp_path, content):
     (tmp_path / "state.json").write_text(content)
-    with pytest.raises(UserError, match=r"state.json: is damaged; remove it to begin anew"):
+    with pytest.raises(UserError, match=r"state.json: is damaged; remove it to start over"):
         report_of(tmp_path, [])
 
 
-def test_results_of_another_device_are_kept_apart(tmp_path):
+def test_a_folder_with_results_of_another_device_is_refused(tmp_path):
     report_of(tmp_path, [])
     with pytest.raises(UserError, match="holds results of NVIDIA H200; name another folder with OUT"):
         Report(tmp_path, ["NVIDIA A100"], [])
@@ -129,8 +129,8 @@ def test_results_of_another_device_are_kept_apart(tmp_path):
         Report(tmp_path / "file" / "out", MACHINE, [])
 
 
-def test_every_stage_is_a_command_that_there_is(tmp_path):
-    """On a GPU each test that needs one is in a stage, and no stage lacks what this environment has."""
+def test_every_stage_is_an_existing_command(tmp_path):
+    """And on a GPU, each test that needs one is in a stage."""
     for device in ("cuda", "cpu"):
         planned = stages(device, tmp_path, gpus=2)
         names = [each.name for each in planned]
@@ -159,7 +159,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_slips_and_a_machine_without_a_gpu_end_in_one_line(tmp_path, monkeypatch):
+def test_wrong_options_and_a_machine_without_a_gpu_end_in_one_line(tmp_path, monkeypatch):
     done = run("--out", str(tmp_path / "out"), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert done.stderr == ("error: this machine has no NVIDIA GPU; make gpu DEVICE=cpu tries every stage on its CPU\n")
@@ -174,7 +174,7 @@ def test_slips_and_a_machine_without_a_gpu_end_in_one_line(tmp_path, monkeypatch
             command.main()
 
 
-def test_a_version_too_old_is_named(monkeypatch):
+def test_a_version_that_is_too_old_is_named(monkeypatch):
     monkeypatch.setattr(command, "_AT_LEAST", {"torch": (99, 0)})
     with pytest.raises(UserError, match=r"torch \S+ is too old; 99.0 or newer is needed"):
         command._check_versions()
@@ -184,14 +184,14 @@ def test_a_version_too_old_is_named(monkeypatch):
 
 
 @pytest.mark.slow
-def test_stages_run_on_a_cpu_and_say_so(tmp_path):
+def test_stages_run_on_a_cpu_and_the_page_notes_it(tmp_path):
     out = tmp_path / "a folder"
     words = ("--device", "cpu", "--out", str(out), "--only", "convert blocks,test_waiting")
     done = run(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 2 stages finished" in done.stdout
     page = (out / "page.md").read_text()
-    assert "**A trial on a CPU: no figure here is a GPU's.**" in page
+    assert "**Run on a CPU: no figure on this page is from a GPU.**" in page
     assert "| convert blocks | finished |" in page
     state = json.loads((out / "state.json").read_text())
     assert set(state["stages"]) == {"convert blocks", "test-gpu train/test_waiting.py"}

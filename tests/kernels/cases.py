@@ -1,4 +1,4 @@
-"""Labels and expected results, for the tests of kernels on every device."""
+"""Inputs and checks for the tests of kernels on every device."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,7 @@ from torch import Tensor
 from kernels.batch_statistics import _statistics
 from kernels.sample_blocks import rows_read
 
-# How far a gradient may be from the float32 one: one step between a dtype's numbers, since Triton's interpreter
-# truncates.
+# Relative tolerance of gradients: one step between a dtype's numbers, since Triton's interpreter truncates.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -16,7 +15,7 @@ def logits(seed: int, rows: int, classes: int, spread: float = 3.0) -> Tensor:
 
 
 def dense(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(student, refinery); the refinery excludes classes in its first row, and has two equal maxima in its second."""
+    """Returns (student, refinery); the refinery's first row has classes at -inf, its second two equal maxima."""
     refinery = logits(1, rows, classes)
     refinery[0, 1:3] = -torch.inf
     refinery[1, [2, 5]] = 20
@@ -24,7 +23,7 @@ def dense(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def sparse(rows: int, classes: int, kept: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(student, classes, values, rest); the first row gives other classes 0, the last sums to less than 1."""
+    """Returns (student, classes, values, rest); the first row has rest 0, the last sums to less than 1."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.stack([torch.randperm(classes, generator=generator)[:kept] for _ in range(rows)])
     values = torch.rand(rows, kept, generator=generator).softmax(1)
@@ -36,7 +35,7 @@ def sparse(rows: int, classes: int, kept: int, dtype: torch.dtype) -> tuple[Tens
 
 
 def defined(reference, student: Tensor, *label: Tensor, kind: str, temperature: float) -> tuple[Tensor, Tensor]:
-    """A reference's loss and its gradient with respect to the student, in float32."""
+    """Returns a reference's loss and its gradient with respect to the student, in float32."""
     student = student.float().requires_grad_()
     loss = reference(student, *label, kind=kind, temperature=temperature)
     loss.sum().backward()
@@ -44,7 +43,7 @@ def defined(reference, student: Tensor, *label: Tensor, kind: str, temperature: 
 
 
 def check(done: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-    """Asserts that an operator on logits of a dtype gave this loss and this gradient."""
+    """Asserts that an operator's (loss, gradient) for logits of a dtype is as expected."""
     (loss, gradient), (defined_loss, defined_gradient) = done, expected
     assert loss.dtype == torch.float32
     assert gradient.dtype == dtype
@@ -53,7 +52,7 @@ def check(done: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: t
 
 
 def activations(device: str) -> list[Tensor]:
-    """Tensors in the memory layouts that a network may produce."""
+    """Returns tensors in the memory layouts that a network may produce."""
     x = logits(3, 40, 60, spread=1.0)
     x[0, ::2][:8] = torch.tensor([-1, -0.0, 0, 1, -torch.inf, torch.inf, 0.999, -0.999])
     x = x.to(device)
@@ -69,7 +68,7 @@ def activations(device: str) -> list[Tensor]:
 
 
 def block_images() -> tuple[Tensor, ...]:
-    """Arguments of sample_blocks except the resolution: images of awkward sizes, boxes at their edges, some flipped."""
+    """Returns arguments of sample_blocks without the resolution: odd image sizes, boxes at the edges, some flipped."""
     sizes = [(37, 50), (1, 1), (64, 64), (5, 90), (120, 77), (200, 111)]
     boxes = [(3, 5, 30, 41), (0, 0, 1, 1), (0, 0, 64, 64), (1, 80, 3, 10), (119, 0, 1, 77), (0, 0, 200, 111)]
     generator = torch.Generator().manual_seed(3)
@@ -87,7 +86,7 @@ def block_images() -> tuple[Tensor, ...]:
 
 
 def read_blocks(blocks: Tensor, offsets: Tensor, sizes: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
-    """Which blocks sample_blocks needs: bool [N]."""
+    """Returns which blocks sample_blocks needs: bool [N]."""
     there = torch.zeros(len(blocks), dtype=torch.bool)
     firsts, lasts = rows_read(boxes.numpy())
     for starts, size, first, last in zip(offsets.tolist(), sizes.tolist(), firsts, lasts, strict=True):
@@ -99,18 +98,18 @@ def read_blocks(blocks: Tensor, offsets: Tensor, sizes: Tensor, boxes: Tensor, f
 
 
 def pixels(seed: int, *shape: int, mean: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Activations of a network, channels-last."""
+    """Returns random activations, channels-last."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean
     return values.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def normalisation(seed: int, channels: int) -> Tensor:
-    """An affine, some of it negative: float32 [2, C]."""
+    """Returns a random affine with negative entries: float32 [2, C]."""
     return torch.randn(2, channels, generator=torch.Generator().manual_seed(seed))
 
 
 def norm(seed: int, channels: int) -> tuple[Tensor, Tensor, float]:
-    """Weight, bias and eps of a batch normalisation."""
+    """Returns weight, bias and eps of a batch normalisation."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(channels, generator=generator) + 0.5, torch.randn(channels, generator=generator), 1e-5
 
@@ -124,7 +123,7 @@ def check_product(
     *,
     absolute: float = 1e-4,
 ) -> None:
-    """That a product gave what its reference does, and the normalisation of the very values that it gave."""
+    """Asserts that a product equals its reference, and that its affine is that of its own output."""
     check_alike(found[:-1], expected[:-1], absolute=absolute)
     check_alike(found[-1], _statistics(found[-2], weight, bias, eps))
     assert expected[-1].shape == found[-1].shape
@@ -133,11 +132,11 @@ def check_product(
 def check_alike(
     found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...], *, absolute: float = 1e-4
 ) -> None:
-    """That a fused operator gave what its reference does, activations within one rounding, in the same memory."""
+    """Asserts that a fused operator equals its reference within one rounding, with the same dtype and memory format."""
     pair = (found, expected) if isinstance(expected, tuple) else ((found,), (expected,))
     for ours, theirs in zip(*pair, strict=True):
         assert ours.dtype == theirs.dtype
-        # Sums of another order may round to the other neighbour.
+        # Sums in another order may round to the other neighbour.
         rounding = 1e-4 if ours.dtype == torch.float32 else ROUNDING[ours.dtype]
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=rounding, atol=absolute)
         if ours.ndim == 4:

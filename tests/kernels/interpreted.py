@@ -1,4 +1,4 @@
-"""The Triton kernels against the references, on the CPU: run by test_triton.py, with Triton as an interpreter."""
+"""The Triton kernels against the references, on the CPU: run by test_triton.py with Triton's interpreter."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_sparse_loss(classes, dtype, temperature, kind):
     check(refinery_loss.launch_sparse(student, *label, kind, temperature), expected, dtype)
 
 
-def test_rows_may_lie_apart_and_columns_too():
+def test_strided_rows_and_columns():
     student, refinery = dense(3, 10, torch.float32)
     expected = defined(refinery_loss.reference, student, refinery, kind="soft", temperature=1.0)
     wide = torch.full((3, 16), torch.nan)
@@ -44,7 +44,7 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize("kind", ["soft", "reversed", "l2"])
-def test_broken_networks_show(kind):
+def test_nan_is_kept(kind):
     student, refinery = dense(3, 10, torch.float32)
     refinery[2, 4] = torch.nan
     student[1, 4] = torch.nan
@@ -64,7 +64,7 @@ def test_sum_by_class():
 
 
 def test_sample_blocks():
-    """Within rounding, which affects a few of a hundred values of such noise."""
+    """Equal within rounding, which affects a few percent of the values of such noise."""
     images, resolution = block_images(), 37
     crops = sample_blocks.launch(*images, resolution)
     assert crops.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The kernels of convolutions and their normalisation against their references, interpreted as in interpreted.py."""
+"""Kernels of convolutions and batch normalisation against their references, interpreted as in interpreted.py."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ SHAPES = [(2, 3, 1, 1), (3, 32, 9, 7), (2, 80, 5, 5)]
 
 @pytest.fixture(params=[256, 2])
 def groups(request, monkeypatch):
-    """With few groups, each takes several tiles."""
+    """Maximum numbers of groups; with few, each has several tiles."""
     monkeypatch.setattr(batch_statistics, "GROUPS", request.param)
 
 
@@ -36,7 +36,7 @@ def test_statistics(shape):
 
 @pytest.mark.usefixtures("groups")
 def test_statistics_far_from_0():
-    """Where a mean is 2,000 times a deviation, squares of values would leave nothing of it in float32."""
+    """With a mean of 2,000 standard deviations, sums of squares in float32 would lose all digits of the variance."""
     noise = torch.randint(2, (4, 8, 9, 9), generator=torch.Generator().manual_seed(0))
     x = (1024 + noise).half()
     variance = x.double().var((0, 2, 3), correction=0)
@@ -44,7 +44,7 @@ def test_statistics_far_from_0():
     scale, shift = batch_statistics.launch_statistics(x, weight, bias, 1e-12)
     torch.testing.assert_close(scale.double(), variance.rsqrt(), rtol=1e-5, atol=0)
     torch.testing.assert_close(shift, -scale * x.double().mean((0, 2, 3)).float(), rtol=1e-5, atol=0)
-    # And out of a product.
+    # Also in a product.
     filters = torch.full((8, 32, 1, 1), 1 / 32).half()
     _, (scale, _) = product.launch(x[:, :1].expand(4, 32, 9, 9), filters, weight, bias, 1e-12, None, 1)
     torch.testing.assert_close(scale.double(), variance[:1].rsqrt().expand(8), rtol=1e-5, atol=0)
@@ -77,7 +77,7 @@ def test_products(inputs, outputs, most, monkeypatch):
         check_product(product.launch_sum(*added), product._sum_product(*added), *behind)
 
 
-def test_other_numbers_than_the_kernels_take():
+def test_unsupported_dtypes_and_channels():
     filters, behind = pixels(3, 8, 32, 1, 1), norm(4, 8)
     with pytest.raises(ValueError, match=r"torch.float32: .* take bfloat16 and float16"):
         product.launch(pixels(0, 2, 32, 3, 3, dtype=torch.float32), filters, *behind, None, 1)
@@ -85,7 +85,7 @@ def test_other_numbers_than_the_kernels_take():
         product.launch(pixels(0, 2, 40, 3, 3), pixels(3, 8, 40, 1, 1), *behind, None, 1)
 
 
-def test_broken_networks_show():
+def test_nan_is_kept():
     x = pixels(0, 2, 32, 5, 5)
     x[1, 7, 2, 2] = torch.nan
     affine = batch_statistics.launch_statistics(x, *norm(1, 32))
@@ -97,7 +97,7 @@ def test_broken_networks_show():
 
 
 def check_depthwise(shape, stride):
-    """Forward and back, of pixels and weights as under autocast."""
+    """Checks forward and backward, with dtypes as under autocast."""
     x, weight = pixels(0, *shape), pixels(1, shape[1], 1, 3, 3, dtype=torch.float32)
     y = depthwise._depthwise(x, weight, stride)
     check_alike(depthwise.launch(x, weight, stride), y)
@@ -105,7 +105,7 @@ def check_depthwise(shape, stride):
     of_x, of_weight = depthwise._depthwise_backward(gradient, x, weight, stride)
     found = depthwise.launch_backward(gradient, x, weight, stride)
     check_alike(found[0], of_x)
-    # Float32 sums of many products, in another order.
+    # float32 sums in another order.
     torch.testing.assert_close(found[1], of_weight, rtol=1e-4, atol=1e-4)
     # Compilers rely on the layout that the operator's fake version gives.
     assert found[1].is_contiguous()
@@ -131,7 +131,7 @@ def test_depthwise_in_another_memory_format():
 @pytest.mark.slow
 @pytest.mark.parametrize("width", ["", "0.75", "0.25"])
 def test_every_depthwise_layer_of_mobilenet(width):
-    """At its channels, and at odd sizes."""
+    """With its numbers of channels, at odd sizes."""
     network = with_own_depthwise(models.build(f"mobilenet{width}", 10)).eval()
     found = set()
     for layer in network.modules():
@@ -146,9 +146,9 @@ def test_every_depthwise_layer_of_mobilenet(width):
 
 @pytest.mark.slow
 def test_every_layer_of_resnet50(monkeypatch):
-    """At its channels and at odd sizes, without the blocks that repeat others: 72, 36, 18, 9, 5 and 3 pixels a side.
+    """With its numbers of channels, at 72, 36, 18, 9, 5 and 3 pixels per side, without blocks that repeat others.
 
-    Each layer takes what the reference of the one before gave.
+    The input of each layer is the output of the previous layer's reference.
     """
     followed: Counter[str] = Counter()
     for module, name, launch in (
@@ -173,6 +173,6 @@ def test_every_layer_of_resnet50(monkeypatch):
         monkeypatch.setattr(module, name, both)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         FusedResNet(ResNet(Bottleneck, [2, 2, 2, 2]))(pixels(0, 2, 3, 72, 72))
-    # The first block has no sum before it, and the last one's is in a pass of its own.
+    # The first block has no sum before it, and the last sum is a separate pass.
     assert followed["_sum_product"] == 7
     assert all(followed.values())

@@ -1,4 +1,4 @@
-"""Triton's interpreter, where it does not compute what a GPU does: loaded before kernels are interpreted."""
+"""Fixes Triton's interpreter where it differs from a GPU; imported before kernels are interpreted."""
 
 import numpy as np
 import triton.language as tl
@@ -11,13 +11,13 @@ _create_dot = InterpreterBuilder.create_dot
 
 
 def _patch_with_index(tensor, scope) -> None:
-    """Triton before 3.8 reads a loop's bound by int() of one element's array, which NumPy 2.5 refuses."""
+    """Triton before 3.8 converts a loop's bound with int() of a one-element array, which NumPy 2.5 rejects."""
     _patch_lang_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 def _convert_rounding(data, given, wanted, mode):
-    """It cuts float32 off to bfloat16, where a GPU rounds to the nearest, and to even."""
+    """The interpreter truncates float32 to bfloat16; a GPU rounds to nearest even."""
     if (given, wanted) != (tl.float32, tl.bfloat16):
         return _convert_float(data, given, wanted, mode)
     bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
@@ -26,7 +26,7 @@ def _convert_rounding(data, given, wanted, mode):
 
 
 def _dot_of_values(self, a, b, *rest):
-    """It multiplies the bits of bfloat16, as integers."""
+    """The interpreter multiplies the bits of bfloat16 as integers."""
     return _create_dot(self, *(_widened(one) if one.dtype.scalar == tl.bfloat16 else one for one in (a, b)), *rest)
 
 

@@ -1,4 +1,4 @@
-"""Colour jitter and lighting: against torchvision's operations in any order, and AlexNet's formula."""
+"""Colour jitter and lighting, compared with torchvision's operations in any order and with AlexNet's formula."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from kernels.colour import change_colours
 
 
 def crops(n=2):
-    """With values in the middle of the range, so that torchvision does not clip."""
+    """Returns crops with values in the middle of the range, so that torchvision does not clip."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(90, 150, (n, 3, 9, 9), generator=generator, dtype=torch.uint8)
     return drawn.contiguous(memory_format=torch.channels_last)
@@ -37,7 +37,7 @@ def test_lighting_is_alexnets():
     found = change_colours(crops(), torch.ones(2, 3), shifts) - crops().float()
     values = np.array([0.2175, 0.0188, 0.0045])
     vectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
-    # The columns are the components: they are orthonormal.
+    # The columns are the components, which are orthonormal.
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-3)
     for each, shift in zip(found, shifts.numpy(), strict=True):
         wanted = 255 * vectors @ (values * shift)

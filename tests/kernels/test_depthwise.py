@@ -1,4 +1,4 @@
-"""What defines the depthwise operator, against PyTorch's own convolution."""
+"""The definition of the depthwise operator, compared with PyTorch's convolution."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_convolution_and_gradients(shape, stride):
 
 
 def test_weights_keep_their_precision():
-    """As under autocast: bfloat16 activations, float32 weights and gradients of these."""
+    """As under autocast: bfloat16 activations, float32 weights and float32 gradients of the weights."""
     x, weight = pixels(0, 2, 3, 5, 8).requires_grad_(), pixels(1, 3, 1, 3, 3, dtype=torch.float32).requires_grad_()
     y = depthwise(x, weight, stride=2)
     y.sum().backward()
@@ -34,7 +34,7 @@ def test_weights_keep_their_precision():
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_what_is_refused():
+def test_invalid_arguments():
     x = pixels(0, 2, 3, 5, 8)
     with pytest.raises(ValueError, match="stride=3: must be 1 or 2"):
         depthwise(x, torch.zeros(3, 1, 3, 3), stride=3)
@@ -42,7 +42,7 @@ def test_what_is_refused():
         depthwise(x, torch.zeros(3, 1, 5, 5))
 
 
-def test_the_operators_are_registered_well():
+def test_operators_pass_opcheck():
     x, weight = pixels(0, 2, 3, 5, 8), pixels(1, 3, 1, 3, 3, dtype=torch.float32)
     for stride in (1, 2):
         y = module.output_like(x, x.shape[1], stride)

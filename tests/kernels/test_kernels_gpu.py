@@ -1,4 +1,4 @@
-"""The operators on a GPU, where they are Triton kernels."""
+"""The operators on a GPU, where they run as Triton kernels."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_binarise_follows_its_reference():
     assert binarise.binarise(torch.tensor([torch.nan], device="cuda")).isnan().all()
 
 
-def test_the_operators_are_registered_well():
+def test_operators_pass_opcheck():
     student, refinery = (x.cuda() for x in dense(8, 37, torch.bfloat16))
     torch.library.opcheck(refinery_loss._refinery_loss, (student.requires_grad_(), refinery, "soft", 1.0))
     student, *label = (x.cuda() for x in sparse(8, 37, 5, torch.bfloat16))
@@ -93,9 +93,9 @@ def test_crops_of_blocks_follow_their_reference(resolution):
     torch.library.opcheck(sample_blocks._sample_blocks, (*(part.cuda() for part in images), resolution))
 
 
-# Of ResNet-50 at 224 px in batches of 8: [inputs, outputs, side].
+# Layers of ResNet-50 at 224 px, and an odd one: [inputs, outputs, side].
 PRODUCTS = [(64, 64, 56), (64, 256, 56), (256, 128, 56), (512, 1024, 28), (1024, 256, 14), (512, 2048, 7), (32, 48, 9)]
-# A GPU multiplies and adds in one rounding, so that here and there what goes into a product is rounded otherwise.
+# A GPU fuses multiplication and addition in one rounding, so that some inputs of a product are rounded differently.
 _ABSOLUTE = 5e-3
 
 
@@ -137,8 +137,8 @@ def test_normalisation_follows_its_references(channels, side, dtype):
 
 
 @pytest.mark.parametrize("add_in_product", [True, False])
-def test_a_fused_resnet_labels_alike(add_in_product):
-    """Compiled, as the bench runs it; KL to the unfused one, both in bfloat16, and to float32."""
+def test_a_fused_resnet_gives_the_same_labels(add_in_product):
+    """Compiled, as in the bench. Compares the KL divergence to the unfused network in bfloat16 and in float32."""
     torch.manual_seed(0)
     network = resnet50().eval().requires_grad_(False)
     for name, module in network.named_modules():
@@ -162,7 +162,7 @@ def test_a_fused_resnet_labels_alike(add_in_product):
         one, other = one.float().log_softmax(1), other.float().log_softmax(1)
         return float(torch.nn.functional.kl_div(other, one, reduction="batchmean", log_target=True))
 
-    # Without training it amplifies bfloat16's rounding, more than a trained one, of which 1e-4 is asked.
+    # An untrained network amplifies bfloat16's rounding more than a trained one, for which the bound is 1e-4.
     assert divergence(plain, found) < min(5e-4, 2 * divergence(exact, plain))
     assert divergence(exact, found) < 2 * divergence(exact, plain)
 

@@ -1,4 +1,4 @@
-"""Mixing: against a loop over pixels."""
+"""Mixing, compared with a loop over pixels."""
 
 import torch
 from hypothesis import given, settings
@@ -15,7 +15,7 @@ from kernels.mix import mix
     inside=st.floats(0, 1, width=32),
 )
 @settings(deadline=None, max_examples=50)
-def test_within_the_box_pixels_are_blended(top, left, height, width, inside):
+def test_pixels_within_the_box_are_blended(top, left, height, width, inside):
     crops = torch.randint(0, 256, (3, 3, 5, 5), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     partners = torch.tensor([2, 1, 0])
     box = [top, left, min(top + height, 5), min(left + width, 5)]
@@ -30,7 +30,7 @@ def test_within_the_box_pixels_are_blended(top, left, height, width, inside):
     torch.testing.assert_close(mixed, wanted, rtol=1e-5, atol=1e-3)
 
 
-def test_each_crop_has_its_own_box_and_share():
+def test_each_crop_has_its_own_box_and_weight():
     crops = torch.stack([torch.full((3, 4, 4), value, dtype=torch.uint8) for value in (0, 100)])
     boxes = torch.tensor([[0, 1, 2, 4], [0, 0, 4, 4]])
     mixed = mix(crops, torch.tensor([1, 0]), boxes, torch.tensor([0.0, 0.75]))

@@ -6,7 +6,7 @@ from kernels.normalise import Normalise
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def test_as_torchvision():
+def test_equals_torchvision():
     crops = torch.randint(0, 256, (4, 3, 7, 7), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     ours = Normalise(IMAGENET)(crops)
     theirs = F.normalize(F.to_dtype(crops, torch.float32, scale=True), list(IMAGENET[0]), list(IMAGENET[1]))
@@ -15,5 +15,5 @@ def test_as_torchvision():
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_is_no_part_of_the_weights():
+def test_has_no_entries_in_the_state_dict():
     assert not Normalise(IMAGENET).state_dict()

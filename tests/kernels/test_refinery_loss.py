@@ -1,4 +1,4 @@
-"""The losses against independent formulas, and the operators against the references that define them."""
+"""The losses compared with independent formulas, and the operators with the references that define them."""
 
 import re
 
@@ -21,7 +21,7 @@ seeds = st.integers(0, 10**6)
 
 
 def independent(student, p, kind: str, temperature: float):
-    """The table in the module's docstring with SciPy, in float64. p: the label's probabilities."""
+    """Returns the loss by the table in the module's docstring, with SciPy in float64. p: the label's probabilities."""
     q = special.softmax(student.double().numpy() / temperature, axis=1)
     p = np.asarray(p, dtype=np.float64)
     loss = {
@@ -88,7 +88,7 @@ def test_all_forms_of_a_label_agree(kind, temperature, seed):
         torch.testing.assert_close(loss, losses[0], rtol=1e-4, atol=1e-5 * temperature**2)
 
 
-def test_soft_is_soft_cross_entropy_less_the_labels_entropy():
+def test_soft_is_cross_entropy_minus_the_labels_entropy():
     student, refinery = logits(0, 6, 11).requires_grad_(), logits(1, 6, 11)
     p = refinery.softmax(1)
     theirs = F.cross_entropy(student, p, reduction="none")
@@ -106,13 +106,13 @@ def test_hard_takes_the_first_of_equal_classes():
     torch.testing.assert_close(refinery_loss(student, torch.tensor([[0.0, 2, 2, 1]]), kind="hard"), expected)
     ids, values = torch.tensor([[2, 1]]), torch.tensor([[0.4, 0.4]])
     torch.testing.assert_close(sparse_loss(student, ids, values, torch.tensor([0.1]), kind="hard"), expected)
-    # So close that their probabilities are equal, though the logits are not.
+    # So close that the probabilities are equal but the logits are not.
     near = torch.tensor([[0.0, 1e-9, -1, -1]])
     torch.testing.assert_close(refinery_loss(student, near, kind="hard"), expected)
 
 
-def test_gradients_keep_their_size_as_the_temperature_rises():
-    """In the limit gradients are the differences of the centred logits (Hinton et al. 2015, section 2.1)."""
+def test_gradients_keep_their_size_at_high_temperatures():
+    """In the limit, gradients are the differences of the centred logits (Hinton et al. 2015, section 2.1)."""
     student, refinery = logits(0, 3, 8).requires_grad_(), logits(1, 3, 8)
     refinery_loss(student, refinery, temperature=2000.0).sum().backward()
     limit = (student - student.mean(1, keepdim=True) - refinery + refinery.mean(1, keepdim=True)) / 8
@@ -120,7 +120,7 @@ def test_gradients_keep_their_size_as_the_temperature_rises():
 
 
 @KIND
-def test_classes_that_are_ruled_out(kind):
+def test_classes_with_probability_zero(kind):
     refinery = torch.tensor([[1.0, -torch.inf, 0, 3]])
     student = torch.tensor([[0.5, 2, -1, 0]])
     expected = independent(student, refinery.softmax(1), kind, 1.0)
@@ -157,7 +157,7 @@ def test_operators_follow_their_references(kind, dtype, temperature):
 
 
 @KIND
-def test_each_crop_weighs_as_it_should(kind):
+def test_weights_of_crops(kind):
     """The gradient of a weighted sum, such as a mean, against autograd through the reference."""
     student, refinery = dense(4, 9, torch.float32)
     weights = torch.tensor([0.25, 0, 2, -1])
@@ -176,7 +176,7 @@ def test_gradients_reach_the_refinery():
     torch.testing.assert_close(refinery.grad, p * (ratio - (p * ratio).sum(1, keepdim=True)))
 
 
-def test_the_operators_are_registered_well():
+def test_operators_pass_opcheck():
     student, refinery = dense(3, 7, torch.float32)
     torch.library.opcheck(module._refinery_loss, (student.requires_grad_(), refinery, "soft", 1.0))
     student, *label = sparse(3, 7, 2, torch.float32)
@@ -227,6 +227,6 @@ def test_one_compiled_graph():
         (lambda x: module.launch(torch.zeros(1, 65537), torch.zeros(1, 65537), "soft", 1.0), "at most 65536"),
     ],
 )
-def test_slips_are_refused(call, says):
+def test_invalid_arguments(call, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         call(torch.zeros(3, 5))

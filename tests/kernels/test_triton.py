@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: interpreted, and compiled for the target GPUs."""
+"""The Triton kernels without a GPU: interpreted, and compiled for GPUs."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_interpreted_kernels_follow_their_references():
-    """In a process of its own: Triton chooses between interpreting and compiling when kernels are defined."""
+    """In a separate process, since Triton chooses between interpreting and compiling when kernels are defined."""
     interpret("not slow")
 
 
@@ -50,7 +50,7 @@ def test_every_kernel_compiles(target):
 
 
 def test_the_bound_of_crops_from_blocks():
-    """By hand: boxes of 326 px in tiles of 32 outputs, whose 50 rows and columns are one square by four of luma."""
+    """By hand: boxes of 326 px in tiles of 32 outputs, each of 50 x 50 source pixels: 1 x 4 iterations for luma."""
     usage = command.Usage(200, 0, 0, loops=[7, 100, 10, 10])
     instructions = 49 * 4 * (4 * 100 + 2 * 2 * 10)
     assert f"230 kB moved, {instructions / 1e6:.2f} million instructions" in command.crop_bound(usage)
@@ -59,7 +59,7 @@ def test_the_bound_of_crops_from_blocks():
     assert command._innermost_loops(code) == [7]
 
 
-def test_by_default_all_is_compiled_for_two_generations(monkeypatch, capsys):
+def test_by_default_all_kernels_are_compiled_for_two_targets(monkeypatch, capsys):
     asked = []
 
     def compile_version(version, target):
@@ -76,10 +76,10 @@ def test_by_default_all_is_compiled_for_two_generations(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_what_does_not_compile_is_told_in_one_line():
+def test_errors_are_one_line():
     done = run("-m", "kernels", TRITON_INTERPRET="1")
     assert done.returncode == 2
-    assert done.stderr == "error: TRITON_INTERPRET is set, which leaves nothing to compile: unset it\n"
+    assert done.stderr == "error: TRITON_INTERPRET is set, so kernels are not compiled: unset it\n"
     done = run("-m", "kernels", "--targets", "81")
     assert done.returncode == 2
     assert done.stderr.startswith("error: argument --targets: invalid choice: 81")

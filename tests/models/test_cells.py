@@ -1,4 +1,4 @@
-"""A network's classifier at every cell: the supported heads, and that the cells' mean is the network's output."""
+"""Logits of cells: the supported heads, and that the cells' mean is the network's output."""
 
 import pytest
 import torch
@@ -20,21 +20,21 @@ from models.cells import CellLogits
         ("torchvision:resnet18", "the mean of layer4, then fc"),
     ],
 )
-def test_the_mean_of_the_cells_is_what_the_network_says(name, head):
+def test_the_mean_of_the_cells_is_the_networks_output(name, head):
     torch.manual_seed(0)
     network = models.build(name, 7).eval()
     cells = CellLogits(network, name, 96).train()
     assert cells.head == head
     for side, count in ((96, 3), (160, 5)):
         pictures = torch.randn(2, 3, side, side)
-        said = cells(pictures)
-        assert said.shape == (2, 7, count, count)
-        torch.testing.assert_close(said.mean((2, 3)), network(pictures), rtol=1e-4, atol=1e-5)
-    assert not said.requires_grad
+        logits = cells(pictures)
+        assert logits.shape == (2, 7, count, count)
+        torch.testing.assert_close(logits.mean((2, 3)), network(pictures), rtol=1e-4, atol=1e-5)
+    assert not logits.requires_grad
 
 
-def test_a_cell_sees_its_own_part_of_the_picture():
-    """Only the lower half of an image is changed: the upper rows of cells stay the same."""
+def test_a_cell_depends_on_its_part_of_the_image():
+    """Changing the lower half of an image does not change the upper rows of cells."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     cells = CellLogits(network, "patches", 32)
@@ -45,8 +45,8 @@ def test_a_cell_sees_its_own_part_of_the_picture():
     assert changed.tolist() == [[False] * 4, [False] * 4, [True] * 4, [True] * 4]
 
 
-def test_pictures_of_a_single_cell():
-    """If every map equals its own mean, larger images show which one the head uses."""
+def test_images_with_a_single_cell():
+    """Every 1x1 feature map equals its mean, so the head is found with larger images."""
     cells = CellLogits(models.build("mobilenet0.25", 5), "mobilenet0.25", 32)
     assert cells.head == "the mean of features, then classifier"
     assert cells(torch.randn(1, 3, 32, 32)).shape == (1, 5, 1, 1)

@@ -8,7 +8,7 @@ from models.imagenet import class_ids
 IDS = class_ids()
 
 
-def test_folders_numbered_as_imagenetv2s_are_in_the_order_of_numbers():
+def test_folders_numbered_as_in_imagenetv2_are_ordered_by_number():
     numbered = sorted(map(str, range(1000)))
     assert numbered[:4] == ["0", "1", "10", "100"]
     assert by_id(numbered)[:4] == (IDS[0], IDS[1], IDS[10], IDS[100])
@@ -17,7 +17,7 @@ def test_folders_numbered_as_imagenetv2s_are_in_the_order_of_numbers():
     assert are_imagenet(numbered)
 
 
-def test_other_numbers_are_names_like_any():
+def test_other_numbers_are_ordinary_names():
     digits = [str(number) for number in range(10)]
     assert by_id(digits) == tuple(digits)
     assert not are_imagenet(digits)
@@ -25,7 +25,7 @@ def test_other_numbers_are_names_like_any():
     assert class_columns(digits, digits[::-1]) == list(range(10))[::-1]
 
 
-def test_columns_among_more_and_among_fewer_classes():
+def test_columns_with_more_and_with_fewer_classes():
     some = random.Random(0).sample(IDS, 10)
     columns = class_columns(IDS, some)
     assert [IDS[column] for column in columns] == some
@@ -36,7 +36,7 @@ def test_columns_among_more_and_among_fewer_classes():
     assert not are_imagenet([*some, "cat"])
 
 
-def test_what_is_lacking_is_named():
+def test_missing_classes_are_named():
     ours = ["ant", "bee", "cat", "dog", "eel"]
     assert lacking(class_columns(["bee"], ours), ours) == "ant, cat, dog, ..."
     assert lacking(class_columns(["bee", "dog", "ant"], ours), ours) == "cat, eel"
@@ -47,7 +47,7 @@ def test_names_in_words():
     assert words[:2] == ("tench", "goldfish")
     assert len(set(words)) == 1000
     assert words[IDS.index("n02979186")] == "cassette player"
-    # The two cranes share even their further words; the two maillots do not.
+    # The two cranes share all synonyms; the two maillots do not.
     assert {words[IDS.index(name)] for name in ("n02012849", "n03126707")} == {"crane (n02012849)", "crane (n03126707)"}
     assert {words[IDS.index(name)] for name in ("n03710637", "n03710721")} == {"maillot", "maillot, tank suit"}
     assert readable(sorted(map(str, range(1000))))[:4] == (words[0], words[1], words[10], words[100])

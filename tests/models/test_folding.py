@@ -11,7 +11,7 @@ from models.folding import fold
 
 
 def trained(network: nn.Module) -> nn.Module:
-    """With running statistics and weights of the normalisation that differ from their initial values."""
+    """Returns the network with statistics and weights of normalisation that differ from their initial values."""
     torch.manual_seed(1)
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -36,7 +36,7 @@ def test_the_same_logits_without_normalisation(name, folded):
     torch.testing.assert_close(network(crops), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_what_others_take_too_is_not_folded():
+def test_a_layer_whose_output_is_used_elsewhere_is_not_folded():
     class Forked(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""A fused ResNet against the same network, layer after layer."""
+"""A fused ResNet compared with the same network unfused."""
 
 import copy
 
@@ -14,12 +14,12 @@ from models.fused_resnet import FusedResNet, is_fusable
 
 
 def bottlenecks(network: ResNet | None = None) -> ResNet:
-    """A small network, with parameters of the normalisation that are not those of the start."""
+    """Returns a network, small by default, with parameters of normalisation that differ from their initial values."""
     torch.manual_seed(0)
     network = (network or ResNet(Bottleneck, [2, 1, 2, 1], num_classes=10)).requires_grad_(False)
     for name, module in network.named_modules():
         if isinstance(module, nn.BatchNorm2d):
-            # Blocks that add little to what they are given, as in trained networks: these don't amplify rounding.
+            # Blocks add little to their input, as in trained networks, so that they do not amplify rounding.
             nn.init.uniform_(module.weight, 0.5, 1.5).mul_(0.2 if name.endswith("bn3") else 1)
             nn.init.normal_(module.bias, std=0.1)
     nn.init.normal_(network.fc.weight, std=0.1)
@@ -27,7 +27,7 @@ def bottlenecks(network: ResNet | None = None) -> ResNet:
 
 
 def unfused(network: nn.Module) -> nn.Module:
-    """With the batch's statistics in evaluation mode, as a refinery is."""
+    """Returns a copy that uses batch statistics in evaluation mode, as a refinery does."""
     network = copy.deepcopy(network).eval()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -37,13 +37,13 @@ def unfused(network: nn.Module) -> nn.Module:
 
 
 def images(count: int, side: int) -> Tensor:
-    """Of few frequencies, as pictures are."""
+    """Returns images of low frequencies, as in photographs."""
     small = torch.randn(count, 3, 5, 5, generator=torch.Generator().manual_seed(1))
     return F.interpolate(small, size=(side, side), mode="bicubic").contiguous(memory_format=torch.channels_last)
 
 
 def divergence(one: Tensor, other: Tensor) -> float:
-    """KL(one || other), mean in nats."""
+    """Returns KL(one || other), mean in nats."""
     one, other = one.float().log_softmax(1), other.float().log_softmax(1)
     return float(F.kl_div(other, one, reduction="batchmean", log_target=True))
 
@@ -57,13 +57,13 @@ def test_the_same_logits(add_in_product):
         expected = unfused(network)(images(4, side))
         found = FusedResNet(network, add_in_product=add_in_product)(images(4, side))
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-    # Running statistics stay as they are.
+    # Running statistics are not changed.
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 @torch.no_grad()
 def labels_of(network: ResNet, crops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits in float32; in bfloat16; and in bfloat16 fused."""
+    """Returns logits in float32, in bfloat16, and in bfloat16 fused."""
     exact = unfused(network)(crops)
     with torch.autocast("cpu", torch.bfloat16):
         return exact, unfused(network)(crops), FusedResNet(network)(crops)
@@ -72,10 +72,10 @@ def labels_of(network: ResNet, crops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def check_labels(network: ResNet, crops: Tensor, bound: float) -> None:
     exact, plain, fused = labels_of(network, crops)
     assert divergence(plain, fused) < bound
-    # Neither is nearer to float32: what is left is bfloat16's rounding.
+    # Neither is closer to float32: the difference is bfloat16's rounding.
     assert divergence(plain, fused) < 2 * divergence(exact, plain)
     assert divergence(exact, fused) < 2 * divergence(exact, plain)
-    # Labels of different crops differ by far more.
+    # Labels of different crops differ much more.
     assert divergence(exact, fused[torch.arange(len(crops)) - 1]) > 100 * bound
 
 
@@ -85,7 +85,7 @@ def test_the_same_labels_in_bfloat16():
 
 @pytest.mark.slow
 def test_the_same_labels_of_resnet50_at_its_size():
-    """Without training it amplifies rounding more than a trained one, of which 1e-4 is asked."""
+    """An untrained network amplifies rounding more than a trained one, for which the bound is 1e-4."""
     check_labels(bottlenecks(resnet50()), images(8, 224), 5e-4)
 
 

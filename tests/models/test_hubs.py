@@ -1,4 +1,4 @@
-"""timm's and torchvision's published weights: the inputs they expect, and how they are found offline."""
+"""Published weights of timm and torchvision: their properties, and loading them offline from caches."""
 
 import socket
 import time
@@ -37,7 +37,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path
     torch.hub.set_dir(before)
 
 
-def test_without_a_network_timm_fails_at_once_and_says_why(no_network: Path) -> None:
+def test_without_a_network_timm_fails_immediately_with_the_reason(no_network: Path) -> None:
     started = time.perf_counter()
     with pytest.raises(ModelError) as error:
         models.build("timm:resnet10t", 10, pretrained=True)
@@ -89,7 +89,7 @@ def test_a_server_is_reached_or_not(no_network: Path, monkeypatch: pytest.Monkey
     assert connection_error(nobody) is None
 
 
-def test_what_weights_were_made_for() -> None:
+def test_properties_of_published_weights() -> None:
     tagged = models.published("timm:resnet50.a1_in1k")
     assert (tagged.num_classes, tagged.resolution, tagged.center_ratio) == (1000, 224, 0.95)
     assert models.published("timm:vit_tiny_patch16_224").takes == "it takes 224 px only"
@@ -105,7 +105,7 @@ def test_every_name_of_torchvisions_can_be_looked_up() -> None:
     assert len(names) > 150
     for name in names:
         assert models.published(f"torchvision:{name}").num_classes == 1000
-    # These weights are only of the convolutions.
+    # These weights have no classifier.
     with pytest.raises(ModelError, match="unknown network 'torchvision:vgg16.IMAGENET1K_FEATURES'"):
         models.published("torchvision:vgg16.IMAGENET1K_FEATURES")
 
@@ -123,7 +123,7 @@ def test_both_order_the_classes_of_imagenet_by_their_ids() -> None:
         assert same >= 999  # timm names "crane bird" just "crane"
 
 
-def test_editions_of_imagenet_are_told_by_their_size() -> None:
+def test_editions_of_imagenet_are_identified_by_size() -> None:
     assert [len(class_ids(size)) for size in (11821, 21841, 21843)] == [11821, 21841, 21843]
     assert class_ids(21841) != class_ids(1000)
     assert [class_ids(size) for size in (0, 10, 999, 1001)] == [None] * 4
@@ -137,7 +137,7 @@ def test_built_in_networks_have_nothing_published() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
-def test_torchvisions_networks_are_built_and_tried() -> None:
+def test_torchvisions_networks_are_built_and_run() -> None:
     with torch.device("meta"):
         assert models.build("torchvision:convnext_tiny", 7)(torch.empty(2, 3, 64, 64)).shape == (2, 7)
     models.check_resolution("torchvision:regnet_y_400mf", 64)

@@ -13,7 +13,7 @@ from models import ModelError
 
 
 def message(error: pytest.ExceptionInfo[ModelError]) -> str:
-    """The error's text, which must be one line."""
+    """Returns the error's text, which must be one line."""
     text = str(error.value)
     assert text
     assert "\n" not in text
@@ -42,7 +42,7 @@ def test_an_unknown_name_lists_the_names_and_suggests_a_near_one(name: str, sugg
         assert ", ".join(models.names()) in text
 
 
-def test_a_name_unlike_any_other_gets_no_suggestion() -> None:
+def test_no_name_is_suggested_if_none_is_similar() -> None:
     with pytest.raises(
         ModelError, match=r"^unknown network 'qqqq': take one of alexnet, .*, timm:<name> or torchvision:<name>$"
     ):
@@ -50,7 +50,7 @@ def test_a_name_unlike_any_other_gets_no_suggestion() -> None:
 
 
 @pytest.mark.parametrize("name", ["timm:hf-hub:timm/resnet18.a1_in1k", "timm:", "timm:/tmp/folder", ""])
-def test_only_names_that_timm_lists_are_taken(name: str) -> None:
+def test_only_names_that_timm_lists_are_accepted(name: str) -> None:
     with pytest.raises(ModelError, match="unknown network"):
         models.build(name, 10)
 
@@ -67,7 +67,7 @@ def test_timm_models_are_built_with_and_without_the_tag_of_their_weights() -> No
             assert models.build(name, 7)(torch.empty(2, 3, 64, 64)).shape == (2, 7)
 
 
-def test_the_built_in_networks_do_not_wait_for_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_built_in_networks_do_not_import_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)  # importing it now fails
     models.build("mobilenet0.25", 2)
     models.check_resolution("resnet18", 64)
@@ -106,7 +106,7 @@ def test_crops_too_small_are_refused(name: str, smallest: int) -> None:
     assert message(error) == expected
 
 
-def test_timm_models_are_tried_at_the_resolution() -> None:
+def test_timm_models_are_run_at_the_resolution() -> None:
     models.check_resolution("timm:vit_tiny_patch16_224", 224)
     models.check_resolution("timm:resnet10t", 96)
     for name, resolution, wants in (

@@ -1,4 +1,4 @@
-"""The networks themselves: properties given by the papers and published files, and that they train."""
+"""The networks: properties given by the papers and published files, and that they train."""
 
 import math
 from collections.abc import Callable
@@ -33,7 +33,7 @@ SMALLEST = {name: 64 if name == "alexnet" else 32 for name in PARAMETERS}
 
 
 def shapes_only(name: str, num_classes: int = 1000) -> nn.Module:
-    """The network without memory for its weights."""
+    """Returns the network on the meta device."""
     with torch.device("meta"):
         return models.build(name, num_classes)
 
@@ -44,7 +44,7 @@ def test_every_name_has_a_known_number_of_parameters() -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_one_logit_a_class_at_any_resolution(name: str) -> None:
+def test_one_logit_per_class_at_any_resolution(name: str) -> None:
     network = shapes_only(name, num_classes=7)
     for resolution in (SMALLEST[name], 97, 224):
         models.check_resolution(name, resolution)
@@ -81,7 +81,7 @@ def test_alexnet_needs_no_adaptive_pool_at_224(monkeypatch: pytest.MonkeyPatch) 
         network(torch.empty(2, 3, 256, 256, device="meta"))
 
 
-def test_alexnet_carries_the_names_of_the_published_files() -> None:
+def test_alexnet_has_the_names_of_the_published_files() -> None:
     bn = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     convs = [f"conv{i}.{key}" for i in range(1, 6) for key in ["conv.weight", "conv.bias", *(f"bn.{b}" for b in bn)]]
     fcs = [f"fc{i}.{key}" for i in (6, 7) for key in ["linear.weight", "linear.bias", *(f"bn.{b}" for b in bn)]]
@@ -146,7 +146,7 @@ def test_mobilenet_halves_the_resolution_five_times_in_28_layers() -> None:
     assert network.get_submodule("features")(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 512, 7, 7)
 
 
-def test_darknet19_is_3x3_and_1x1_in_turn_at_six_resolutions() -> None:
+def test_darknet19_alternates_3x3_and_1x1_at_six_resolutions() -> None:
     network = shapes_only("darknet19")
     convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     assert len(convs) == 19
@@ -167,7 +167,7 @@ def test_darknet19_takes_5_58_billion_operations() -> None:
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("vgg16", (2, 2, 3, 3, 3)), ("vgg19", (2, 2, 4, 4, 4))])
-def test_vgg_carries_torchvisions_names_batch_normalisation_and_dropout(name: str, blocks: tuple[int, ...]) -> None:
+def test_vgg_has_torchvisions_names_batch_normalisation_and_dropout(name: str, blocks: tuple[int, ...]) -> None:
     bn = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     keys, at = [], 0
     for convs in blocks:
@@ -192,7 +192,7 @@ def test_initial_weights_have_the_variance_of_their_fan_out() -> None:
     assert pointwise.weight.std().item() == pytest.approx(math.sqrt(2 / 1024), rel=0.05)
 
 
-# The hand-written ones at the learning rates of their paper.
+# Hand-written networks train at the learning rates of their papers.
 @pytest.mark.parametrize(
     ("name", "resolution", "lr"),
     [
@@ -221,8 +221,8 @@ def test_untrained_networks_learn(name: str, resolution: int, lr: float) -> None
         assert all(g is not None and g.isfinite().all() for g in gradients.values())
         optimizer.step()
         losses.append(loss.item())
-    # Biases in front of a batch normalisation are the only parameters without gradient in the second step (in the
-    # first, also those behind the residual blocks' zero scales).
+    # Biases before a batch normalisation are the only parameters without gradient in the second step (in the first one,
+    # also parameters whose output is multiplied by the residual blocks' zero scales).
     idle = [key for key, g in gradients.items() if g is not None and not g.any()]
     in_front = {"alexnet": ("conv.bias", "linear.bias"), "vgg16": ("bias",)}.get(name, ())
     assert all(key.endswith(in_front) for key in idle)

@@ -1,4 +1,4 @@
-"""A network with our depthwise convolutions is the same network."""
+"""A network with our depthwise convolutions computes the same outputs and gradients."""
 
 import copy
 
@@ -9,7 +9,7 @@ import models
 from models.own_depthwise import OwnDepthwise, has_depthwise, with_own_depthwise
 
 
-def test_the_same_network():
+def test_the_same_outputs_and_gradients():
     torch.manual_seed(0)
     network = models.build("mobilenet0.25", 5).to(memory_format=torch.channels_last)
     own = with_own_depthwise(copy.deepcopy(network))
@@ -26,7 +26,7 @@ def test_the_same_network():
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * float(one.detach().abs().max()))
 
 
-def test_other_convolutions_stay():
+def test_other_convolutions_are_not_replaced():
     assert has_depthwise(models.build("mobilenet", 5))
     assert not has_depthwise(models.build("resnet50", 5))
     for layer in (

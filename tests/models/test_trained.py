@@ -15,7 +15,7 @@ IDS = class_ids()
 
 
 def bare(path: Path, outputs: int, name: str = NAME) -> dict[str, torch.Tensor]:
-    """Writes a file of weights like the papers': a bare state dict in the old format."""
+    """Writes a file of weights as published with the papers: a bare state dict in the old format. Returns the state."""
     torch.manual_seed(outputs)
     state = models.build(name, outputs).state_dict()
     torch.save(state, path, _use_new_zipfile_serialization=False)
@@ -37,7 +37,7 @@ def bare(path: Path, outputs: int, name: str = NAME) -> dict[str, torch.Tensor]:
         ("c:/weights.pt", None, "c:/weights.pt"),
     ],
 )
-def test_what_a_word_names(spec, name, place):
+def test_parse_spec(spec, name, place):
     assert parse_spec(spec) == (name, place)
 
 
@@ -52,7 +52,7 @@ def test_a_bare_file_has_the_classes_of_the_data(tmp_path):
 @pytest.mark.parametrize(
     "class_names",
     [
-        None,  # of images with unknown classes
+        None,  # images with unknown classes
         IDS[20:30],
         IDS,
         sorted(map(str, range(1000))),  # ImageNetV2
@@ -79,7 +79,7 @@ def test_a_bare_file_for_other_classes_is_refused_with_both_counts(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["alexnet", "resnet50"])
-def test_the_papers_files_of_a_thousand_classes(name, tmp_path):
+def test_the_papers_files_with_a_thousand_classes(name, tmp_path):
     state = bare(tmp_path / f"{name}.pytar", 1000, name)
     trained = load_trained(f"{name}:{tmp_path / name}.pytar", class_names=IDS[:10])
     assert trained.class_names == IDS
@@ -92,7 +92,7 @@ def test_published_weights_come_with_their_classes_size_and_normalisation(tmp_pa
     name = "torchvision:mobilenet_v3_small"
     network = models.build(name, 1000)
     before = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path))  # as if they had been fetched before
+    torch.hub.set_dir(str(tmp_path))  # as if the weights were cached
     try:
         (tmp_path / "checkpoints").mkdir()
         torch.save(network.state_dict(), tmp_path / "checkpoints" / "mobilenet_v3_small-047dcff4.pth")
@@ -106,14 +106,14 @@ def test_published_weights_come_with_their_classes_size_and_normalisation(tmp_pa
     assert torch.equal(trained.network.state_dict()["classifier.3.bias"], network.state_dict()["classifier.3.bias"])
 
 
-def test_published_weights_that_tell_no_classes_of_imagenet_apart_are_refused():
+def test_published_weights_without_an_imagenet_classifier_are_refused():
     with pytest.raises(ModelError, match="are not a classifier of ImageNet's classes; fine-tune it"):
         load_trained("timm:vit_base_patch16_clip_224.openai:pretrained")
     with pytest.raises(ModelError, match="resnet50: has no weights to fetch; .* take torchvision:NAME or timm:NAME"):
         load_trained("resnet50:pretrained")
 
 
-def test_weights_are_told_apart_by_their_digest(tmp_path):
+def test_digests_identify_weights(tmp_path):
     def published(seed: int) -> Trained:
         torch.manual_seed(seed)
         network = models.build(NAME, 3)

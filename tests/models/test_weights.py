@@ -1,4 +1,4 @@
-"""Files of weights: every format is read back bit for bit, and every file that does not fit gives one clear line."""
+"""Files of weights: every format is read back exactly, and a file that does not fit is an error of one line."""
 
 import argparse
 from collections.abc import Callable
@@ -28,7 +28,7 @@ NETWORK = {
 
 
 def trained(name: str = NAME, num_classes: int = 3) -> nn.Module:
-    """A network whose buffers also differ from those of a new one."""
+    """Returns a network whose buffers also differ from their initial values."""
     torch.manual_seed(num_classes)
     network = models.build(name, num_classes)
     network(torch.randn(4, 3, 64, 64))
@@ -55,7 +55,7 @@ def prefixed(prefix: str, state: State) -> State:
 
 
 def legacy(content: Any, path: Path) -> None:
-    """The format before PyTorch 1.6, that of the papers' files."""
+    """Saves in the format before PyTorch 1.6, as in the papers' files."""
     torch.save(content, path, _use_new_zipfile_serialization=False)
 
 
@@ -87,7 +87,7 @@ def test_every_format_is_read_back_with_the_same_bits(kind: str, state: State, t
     assert_same(network.state_dict(), state)
 
 
-def test_our_checkpoint_tells_its_network(state: State, tmp_path: Path) -> None:
+def test_our_checkpoint_names_its_network(state: State, tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     torch.save({"format": CHECKPOINT_FORMAT, "model": state, "network": NETWORK, "step": 7}, path)
     weights = load_weights(str(path))
@@ -209,7 +209,7 @@ def test_the_tag_of_timms_weights_does_not_make_another_network() -> None:
 
 
 @pytest.mark.parametrize("strict_head", [True, False])
-def test_misfits_are_named_and_counted_and_leave_the_network_alone(state: State, strict_head: bool) -> None:
+def test_misfits_are_named_and_counted_and_do_not_change_the_network(state: State, strict_head: bool) -> None:
     misfit = dict(state)
     for block in (1, 2, 3, 4):
         del misfit[f"features.{block}.1.0.weight"]
@@ -258,13 +258,13 @@ def test_a_head_for_other_classes(name: str, head: list[str]) -> None:
     assert_same(network.state_dict(), given | {key: before[key] for key in head})
 
 
-def test_a_head_for_as_many_classes_is_copied_in_fine_tuning_too(state: State) -> None:
+def test_a_head_for_the_same_number_of_classes_is_copied_in_fine_tuning(state: State) -> None:
     network = models.build(NAME, 3)
     assert load_into(network, weights_of(state), name=NAME, strict_head=False) == []
     assert_same(network.state_dict(), state)
 
 
-def test_weights_without_a_head_serve_fine_tuning_only(state: State) -> None:
+def test_weights_without_a_head_are_for_fine_tuning_only(state: State) -> None:
     headless = {key: value for key, value in state.items() if not key.startswith("classifier")}
     network = models.build(NAME, 3)
     left_out = load_into(network, weights_of(headless), name=NAME, strict_head=False)

@@ -1,4 +1,4 @@
-"""The binary ResNet-50: what its convolutions compute, what their gradients are, and that the rest stays real."""
+"""The binary ResNet-50: its binary convolutions and their gradients, and its real layers."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def meta_network() -> nn.Module:
 
 
 def by_hand(weights: Tensor) -> Tensor:
-    """sign(w) times the filter's mean |w|, weight by weight."""
+    """Returns sign(w) times the filter's mean |w|, computed weight by weight."""
     rows = []
     for row in weights.flatten(1).tolist():
         scale = sum(abs(w) for w in row) / len(row)
@@ -35,7 +35,7 @@ def test_binary_weights_are_the_signs_times_the_mean_of_each_filter() -> None:
     assert (binary[2, 0] > 0).all()
 
 
-def test_no_other_scale_is_nearer_to_the_weights() -> None:
+def test_no_other_scale_is_closer_to_the_weights() -> None:
     torch.manual_seed(0)
     weights = torch.randn(1, 8, 3, 3)
     binary = binary_weights(weights)
@@ -60,7 +60,7 @@ def test_a_convolution_uses_its_binary_weights_and_keeps_the_real_ones() -> None
 
 
 def test_the_gradient_of_the_binary_weights_is_that_of_the_real_ones() -> None:
-    """Against central differences of the loss, with respect to the weights that the convolution uses."""
+    """Compared with central differences of the loss with respect to the binary weights."""
     torch.manual_seed(0)
     conv = _BinaryConv2d(3, 2, 3, bias=False).double()
     x, target = torch.randn(2, 3, 5, 5, dtype=torch.float64), torch.randn(2, 2, 3, 3, dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_every_inner_convolution_is_binary_and_the_first_and_last_layer_are_real
     assert len(binary) == 16 * 3 + 4
 
 
-def test_convolutions_are_named_and_made_as_in_the_real_resnet50() -> None:
+def test_convolutions_have_the_names_and_shapes_of_the_real_resnet50() -> None:
     with torch.device("meta"):
         real, network = models.build("resnet50", 7), meta_network()
     for key, module in real.named_modules():
@@ -97,13 +97,13 @@ def test_convolutions_are_named_and_made_as_in_the_real_resnet50() -> None:
             made = [(m.weight.shape, m.bias, m.stride, m.padding) for m in (module, own)]
             assert made[0] == made[1], key
     keys, own_keys = set(real.state_dict()), set(network.state_dict())
-    # Normalisation is in front of the convolutions: shortcuts share their block's first, and the last one is new.
+    # Normalisation is before the convolutions: shortcuts share their block's first one, and the last one is added.
     assert {key.rpartition(".")[0] for key in own_keys - keys} == {"bn2"}
     assert {key.rpartition(".")[0] for key in keys - own_keys} == {f"layer{i}.0.downsample.1" for i in range(1, 5)}
     assert {"fc.weight", "fc.bias"} <= own_keys
 
 
-# The first block of a network, the first of a later stage, and one with an identity for its shortcut.
+# The first block of a network, the first of a later stage, and one with an identity shortcut.
 @pytest.mark.parametrize(("channels", "width", "stride"), [(64, 64, 1), (256, 128, 2), (256, 64, 1)])
 def test_a_block_is_bn_sign_convolution_three_times_and_its_shortcut(channels: int, width: int, stride: int) -> None:
     torch.manual_seed(0)

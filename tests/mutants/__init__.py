@@ -1,5 +1,5 @@
-"""Mutation tests: plant small mistakes in a copy of the code, one at a time, and find those that no test notices.
+"""Mutation testing: makes small changes in a copy of the code, one at a time, and lists those that no test detects.
 
-The mutations are cosmic-ray's (https://cosmic-ray.readthedocs.io). Its own runner changes files in place and has no
-random samples, so the copy, the sample and the order of the tests are made here.
+The mutations are cosmic-ray's (https://cosmic-ray.readthedocs.io). Its runner changes files in place and draws no
+random samples, so copying, sampling and running the tests are implemented here.
 """

@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(file: str, sample: int = 20, seed: int = 0, tests: str = "") -> None:
-    """Plants small mistakes in a file, one at a time in a copy of the code, and prints those that no test notices.
+    """Makes small mistakes in a file, one at a time in a copy of the code, and prints those that no test detects.
 
     Args:
-        file: the file, as data/plan.py, or a folder with several
-        sample: how many mistakes, each at another place, drawn at random
-        seed: of the draw
-        tests: files of tests, with spaces between them (default: those of the room, the file's own first)
+        file: a file, such as data/plan.py, or a folder with several
+        sample: number of mistakes, each at a different place, drawn at random
+        seed: seed of the draw
+        tests: test files, separated by spaces (default: the tests of the file's top-level folder, the file's own first)
     """
     path = (ROOT / file).resolve()
     if not path.is_relative_to(ROOT) or not path.exists():
@@ -42,9 +42,9 @@ def run(file: str, sample: int = 20, seed: int = 0, tests: str = "") -> None:
             end = trial.end_of(name, mutant.code)
             caught += end.caught
             hangs += end.hung
-            said = f"caught {end.by}" if end.caught else "SURVIVED"
+            outcome = f"caught {end.by}" if end.caught else "SURVIVED"
             print(
-                f"{number}/{len(mutants)} {name}:{mutant.line} {said}; {time.monotonic() - began:.0f} s",
+                f"{number}/{len(mutants)} {name}:{mutant.line} {outcome}; {time.monotonic() - began:.0f} s",
                 flush=True,
             )
             if not end.caught:

@@ -1,4 +1,4 @@
-"""The small mistakes that a file's code allows: cosmic-ray's operators, of which a random sample is taken."""
+"""Draws random mutations of a file's code from cosmic-ray's operators."""
 
 import ast
 import random
@@ -11,7 +11,7 @@ from command import UserError
 
 @dataclass(frozen=True)
 class Mutant:
-    """A file with one mistake. line: where it is. before, code: the file's text without and with it."""
+    """A file with one mistake in line `line`. before, code: the file's text without and with the mistake."""
 
     file: Path
     line: int
@@ -20,10 +20,10 @@ class Mutant:
 
 
 def sample_of(path: Path, count: int, seed: int) -> tuple[list[Mutant], int]:
-    """Up to `count` mutants of a file or of a folder's files, each at another place; and how many places there are.
+    """Returns up to `count` mutants of a file or a folder's files, each at a different place; and the number of places.
 
-    The place is drawn first, then one of its mistakes: an arithmetic operator allows eleven, a number two.
-    Mistakes in annotations are skipped, since they have no effect. Raises UserError without cosmic-ray.
+    A place is drawn first and then one of its mutations, since an arithmetic operator has eleven and a number two.
+    Mutations that change only annotations are skipped. Raises UserError if cosmic-ray is not installed.
     """
     try:
         from cosmic_ray.mutating import mutate_code
@@ -49,14 +49,14 @@ def sample_of(path: Path, count: int, seed: int) -> tuple[list[Mutant], int]:
 
 
 def _places(source: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
-    """The mistakes at each place (line, column) of a file: the operator's name, and which of its occurrences it is."""
+    """Returns the mutations at each place (line, column) of a file: (operator's name, index of its occurrence)."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator, operator_names
 
     places: dict[tuple[int, int], list[tuple[str, int]]] = defaultdict(list)
     nodes = list(ast_nodes(get_ast(source)))
     for name in operator_names():
-        # Operators with arguments require names of variables.
+        # Operators with arguments need names of variables.
         if get_operator(name).arguments():
             continue
         operator = get_operator(name)()
@@ -67,7 +67,7 @@ def _places(source: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
 
 
 def _runs_otherwise(before: str, code: str) -> bool:
-    """Whether code is valid Python and differs from `before` in more than annotations."""
+    """Whether `code` is valid Python and differs from `before` in more than annotations."""
     try:
         return _what_runs(before) != _what_runs(code)
     except SyntaxError:

@@ -1,4 +1,4 @@
-"""The mutation tests, on a small tree of code: caught and surviving mistakes, and restored files."""
+"""Mutation testing on a small tree: which mutants are caught, which survive, and that files are restored."""
 
 import subprocess
 from pathlib import Path
@@ -47,7 +47,7 @@ def tree(tmp_path) -> Path:
     return root
 
 
-def test_a_copy_has_the_files_of_the_working_tree(tree, tmp_path):
+def test_a_copy_has_the_current_files_of_the_working_tree(tree, tmp_path):
     (tree / "room/part.py").write_text("changed = 1\n")
     (tree / "tests/room/test_others.py").unlink()
     copy = copy_tree(tree, tmp_path / "copy")
@@ -57,7 +57,7 @@ def test_a_copy_has_the_files_of_the_working_tree(tree, tmp_path):
     assert (copy / "room/part.py").read_text() == "changed = 1\n"
 
 
-def test_the_tests_of_a_file_in_the_order_in_which_they_are_tried(tree):
+def test_the_order_of_the_tests_of_a_file(tree):
     def names(file):
         return [[test.stem for test in stage] for stage in stages_of(tree / file, tree)]
 
@@ -76,7 +76,7 @@ def test_the_tests_of_a_file_in_the_order_in_which_they_are_tried(tree):
         ("value is not None", "value is not 3.5", False, False),
     ],
 )
-def test_mistakes(tree, tmp_path, monkeypatch, old, new, caught, hung):
+def test_mutants_are_caught_or_survive(tree, tmp_path, monkeypatch, old, new, caught, hung):
     monkeypatch.setattr("tests.mutants.trial._SECONDS_OF_A_TEST", 2)
     trial = Trial(copy_tree(tree, tmp_path / "copy"), [[Path("tests/room/test_part.py")]])
     code = CODE.replace(old, new)
@@ -87,21 +87,21 @@ def test_mistakes(tree, tmp_path, monkeypatch, old, new, caught, hung):
     assert (tmp_path / "copy/room/part.py").read_text() == (tree / "room/part.py").read_text() == CODE
 
 
-def test_tests_that_fail_without_a_mistake_are_reported(tree, tmp_path):
+def test_tests_that_fail_without_a_mistake_are_an_error(tree, tmp_path):
     (tree / "tests/room/test_part.py").write_text("def test_it():\n    assert 0\n")
     trial = Trial(copy_tree(tree, tmp_path / "copy"), [[Path("tests/room/test_part.py")]])
     with pytest.raises(UserError, match=r"without a mistake, the tests fail too: by tests/room/test_part.py::test_it"):
         trial.end_of(Path("room/part.py"), CODE)
 
 
-def test_the_sample_is_of_different_places_and_the_same_for_a_seed(tree):
+def test_the_sample_has_different_places_and_depends_only_on_the_seed(tree):
     pytest.importorskip("cosmic_ray")
     found, places = sample_of(tree / "room/part.py", 100, 0)
     assert 4 <= len(found) <= places < 15
     assert len({mutant.code for mutant in found}) == len(found)
     assert all(mutant.before == CODE for mutant in found)
     changed = "".join(mutant.code for mutant in found)
-    # The annotation is not changed, since no test could notice it.
+    # The annotation is not changed, since no test could detect it.
     assert changed.count("value: int | None") == len(found)
     few, _ = sample_of(tree / "room/part.py", 3, 0)
     assert few == found[:3]
@@ -109,7 +109,7 @@ def test_the_sample_is_of_different_places_and_the_same_for_a_seed(tree):
     assert sample_of(tree / "room", 100, 0)[0] == found
 
 
-def test_without_cosmic_ray_a_line_says_what_to_install(tree, monkeypatch):
+def test_without_cosmic_ray_the_error_names_what_to_install(tree, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cosmic_ray.mutating", None)
     with pytest.raises(UserError, match=r"made by cosmic-ray, which is not installed: .*pip install"):
         sample_of(tree / "room/part.py", 3, 0)
