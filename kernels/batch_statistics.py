@@ -195,7 +195,7 @@ def division(rows: int, block: int, groups: int = GROUPS) -> tuple[int, int]:
 def packed(x: Tensor) -> Tensor:
     """Returns x in channels-last memory. Raises ValueError for a dtype that the kernels do not support."""
     if x.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"{x.dtype}: the kernels of a fused refinery take bfloat16 and float16")
+        raise ValueError(f"{x.dtype}: this kernel takes bfloat16 and float16")
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -7,11 +7,10 @@ Not measured on a GPU yet.
 """
 
 import weakref
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +19,8 @@ from numpy.typing import NDArray
 
 from data.beton import Beton
 from data.blocks import BLOCK_BYTES, across
-from data.decoders import BATCHES_AHEAD, Request, View, delivered, union
+from data.decoders import Request, View, delivered, union
+from data.decoders.prefetch import Work, ahead
 from data.progress import images_bar
 from kernels.sample_blocks import rows_read, sample_blocks
 
@@ -56,22 +56,10 @@ class Decoder:
             for request in requests:
                 yield self._crops(request, self._resident.blocks, self._resident.offsets[request.indices])
             return
-        waiting: deque[_Gathered] = deque()
-        try:
-            for request in requests:
-                waiting.append(_Gathered(self._beton, request, self._device, self._pool))
-                if len(waiting) > BATCHES_AHEAD:
-                    yield self._gathered(waiting.popleft())
-            while waiting:
-                yield self._gathered(waiting.popleft())
-        finally:
-            for gathered in waiting:
-                for future in gathered.futures:
-                    future.cancel()
+        started = (_gather(self._beton, request, self._device, self._pool) for request in requests)
+        yield from map(self._sampled, ahead(started))
 
-    def _gathered(self, gathered: "_Gathered") -> tuple[torch.Tensor, ...]:
-        for future in gathered.futures:
-            future.result()
+    def _sampled(self, gathered: "_Gathered") -> tuple[torch.Tensor, ...]:
         blocks = gathered.blocks.to(self._device, non_blocking=True)
         return self._crops(gathered.request, blocks, gathered.offsets)
 
@@ -156,41 +144,47 @@ def _planes(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.stack([np.zeros_like(luma), luma, luma + half], axis=1)
 
 
-class _Gathered:
-    """The rows of blocks that a batch's crops need, being gathered in host memory (pinned, if for a GPU).
+class _Gathered(NamedTuple):
+    """The rows of blocks that a batch's crops need, in host memory (pinned, if for a GPU).
 
-    blocks: int64 [N], complete when all futures are done. offsets: int64 [n, 3]; see sample_blocks.
+    blocks: int64 [N]. offsets: int64 [n, 3]; see sample_blocks.
     """
 
-    def __init__(self, beton: Beton, request: Request, device: torch.device, pool: ThreadPoolExecutor):
-        self.request = request
-        sizes = beton.sizes[request.indices].astype(np.int64)
-        firsts, lasts = rows_read(union(request.boxes))
-        halved = (sizes + 1) // 2
-        planes = [0, 1, 1]  # luma and two chroma planes of equal size
-        firsts, lasts = firsts[:, planes], lasts[:, planes]
-        wide = across(np.stack([sizes[:, 1], halved[:, 1], halved[:, 1]], axis=1))
-        lasts = np.minimum(lasts, across(np.stack([sizes[:, 0], halved[:, 0], halved[:, 0]], axis=1)))
-        lengths = (lasts - firsts) * wide
-        places = (lengths.cumsum() - lengths.ravel()).reshape(-1, 3)
-        self.offsets = places - firsts * wide
-        pinned = device.type == "cuda"
-        with torch.inference_mode(False):
-            self.blocks = torch.empty(int(lengths.sum()), dtype=torch.int64, pin_memory=pinned)
-        starts = beton.starts[request.indices][:, None] + (_planes(sizes) + firsts * wide) * BLOCK_BYTES
-        target = self.blocks.view(torch.uint8)
-        self.futures: list[Future[None]] = [
-            pool.submit(
-                _copy,
-                beton,
-                request.indices[part],
-                starts[part].ravel(),
-                lengths[part].ravel() * BLOCK_BYTES,
-                target,
-                places[part].ravel() * BLOCK_BYTES,
-            )
-            for part in (slice(at, at + _IMAGES_AT_ONCE) for at in range(0, len(sizes), _IMAGES_AT_ONCE))
-        ]
+    request: Request
+    blocks: torch.Tensor
+    offsets: NDArray[np.int64]
+
+
+def _gather(beton: Beton, request: Request, device: torch.device, pool: ThreadPoolExecutor) -> Work[_Gathered]:
+    """Starts gathering on the pool."""
+    sizes = beton.sizes[request.indices].astype(np.int64)
+    firsts, lasts = rows_read(union(request.boxes))
+    halved = (sizes + 1) // 2
+    planes = [0, 1, 1]  # luma and two chroma planes of equal size
+    firsts, lasts = firsts[:, planes], lasts[:, planes]
+    wide = across(np.stack([sizes[:, 1], halved[:, 1], halved[:, 1]], axis=1))
+    lasts = np.minimum(lasts, across(np.stack([sizes[:, 0], halved[:, 0], halved[:, 0]], axis=1)))
+    lengths = (lasts - firsts) * wide
+    places = (lengths.cumsum() - lengths.ravel()).reshape(-1, 3)
+    offsets = places - firsts * wide
+    pinned = device.type == "cuda"
+    with torch.inference_mode(False):
+        blocks = torch.empty(int(lengths.sum()), dtype=torch.int64, pin_memory=pinned)
+    starts = beton.starts[request.indices][:, None] + (_planes(sizes) + firsts * wide) * BLOCK_BYTES
+    target = blocks.view(torch.uint8)
+    futures = [
+        pool.submit(
+            _copy,
+            beton,
+            request.indices[part],
+            starts[part].ravel(),
+            lengths[part].ravel() * BLOCK_BYTES,
+            target,
+            places[part].ravel() * BLOCK_BYTES,
+        )
+        for part in (slice(at, at + _IMAGES_AT_ONCE) for at in range(0, len(sizes), _IMAGES_AT_ONCE))
+    ]
+    return Work(_Gathered(request, blocks, offsets), futures)
 
 
 def _copy(

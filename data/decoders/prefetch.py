@@ -3,10 +3,10 @@
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,41 @@ class _OfImages(Protocol):
 
 
 _Asked = TypeVar("_Asked", bound=_OfImages)
+
+
+_Result = TypeVar("_Result")
+
+
+class Work(NamedTuple, Generic[_Result]):
+    """A result that is complete when all futures are done."""
+
+    result: _Result
+    futures: Sequence[Future[None]]
+
+
+def ahead(started: Iterable[Work[_Result]]) -> Iterator[_Result]:
+    """Yields results in order, with up to BATCHES_AHEAD later ones already started; taking an item must start its work.
+
+    Raises what the futures raise. When it ends early, work that has not begun is cancelled.
+    """
+    waiting: deque[Work[_Result]] = deque()
+    try:
+        for work in started:
+            waiting.append(work)
+            if len(waiting) > BATCHES_AHEAD:
+                yield _done(waiting.popleft())
+        while waiting:
+            yield _done(waiting.popleft())
+    finally:
+        for work in waiting:
+            for future in work.futures:
+                future.cancel()
+
+
+def _done(work: Work[_Result]) -> _Result:
+    for future in work.futures:
+        future.result()
+    return work.result
 
 
 class _Buffers:
@@ -75,20 +110,13 @@ class Prefetcher(Generic[_Asked]):
 
     def batches(self, requests: Iterable[_Asked]) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yields batches as `Decoder.decode`, copied to the device on the current stream. Raises what fill raises."""
-        waiting: deque[tuple[tuple[torch.Tensor, ...], list[Future]]] = deque()
-        try:
-            for request in requests:
-                waiting.append(self._start(request))
-                if len(waiting) > BATCHES_AHEAD:
-                    yield self._ended(*waiting.popleft())
-            while waiting:
-                yield self._ended(*waiting.popleft())
-        finally:
-            for _, futures in waiting:
-                for future in futures:
-                    future.cancel()
+        # Not a loop, whose variable would keep a batch's memory in use until the next.
+        yield from map(self._delivered, ahead(map(self._start, requests)))
 
-    def _start(self, request: _Asked) -> tuple[tuple[torch.Tensor, ...], list[Future]]:
+    def _delivered(self, outs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(out.flatten(0, 1).to(self._device, non_blocking=True).permute(0, 3, 1, 2) for out in outs)
+
+    def _start(self, request: _Asked) -> Work[tuple[torch.Tensor, ...]]:
         n = len(request.indices)
         shapes = [(view.copies, n, view.resolution, view.resolution, 3) for view in self._views]
         # The threads run outside a consumer's inference mode, and could not write to tensors created within it.
@@ -101,12 +129,7 @@ class Prefetcher(Generic[_Asked]):
         # A thread that has finished its share starts on the next batch, so equal shares are good enough.
         parts = min(self._threads, n)
         bounds = [n * part // parts for part in range(parts + 1)]
-        return outs, [self._pool.submit(self._fill, request, *of, outs) for of in pairwise(bounds)]
-
-    def _ended(self, outs: tuple[torch.Tensor, ...], futures: list[Future]) -> tuple[torch.Tensor, ...]:
-        for future in futures:
-            future.result()
-        return tuple(out.flatten(0, 1).to(self._device, non_blocking=True).permute(0, 3, 1, 2) for out in outs)
+        return Work(outs, [self._pool.submit(self._fill, request, *of, outs) for of in pairwise(bounds)])
 
 
 def default_threads() -> int:
