@@ -22,17 +22,18 @@ from train.runs.code import ROOT, digest
 _NAMED = 4
 
 
-def run(root: str = str(ROOT)) -> None:
+def run(root: str | None = None) -> None:
     """Prints the records that figures of the README and docs/ rest on, those whose code has changed since first.
 
     Args:
-        root: a checkout
+        root: a checkout (default: the one that this command is part of)
     """
-    folder = Path(root, "bench", "results")
-    if not Path(root, "README.md").is_file():
+    checkout = Path(root or ROOT)
+    folder = checkout / "bench" / "results"
+    if not (checkout / "README.md").is_file():
         raise BenchError(f"root={root}: is no checkout of this project; give one")
-    places, missing = used(Path(root))
-    states = {name: state(folder / f"{name}.json", Path(root)) for name in places}
+    places, missing = used(checkout)
+    states = {name: state(folder / f"{name}.json", checkout) for name in places}
     for name in sorted(places, key=lambda name: (states[name] == "holds", name)):
         print(f"{name}: {states[name]}")
         print(f"  {', '.join(places[name])}")
