@@ -84,7 +84,7 @@ def test_what_does_not_compile_is_told_in_one_line():
     assert done.returncode == 2
     assert done.stderr.startswith("error: targets=81: give compute capabilities of 75, 80, ")
     assert len(done.stderr.splitlines()) == 1
-    broken = command.versions()[2]
+    broken = command.versions()[0]
     broken.constants["BLOCK"] = 3
     with pytest.raises(command.KernelError, match="refinery_kernel soft, C=10, for sm_90: .*power of 2") as caught:
         command.compile_version(broken, 90)
