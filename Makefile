@@ -204,11 +204,11 @@ Variables (typed on make's command line; the environment is ignored)
   WHICH       best or last, of a CHECKPOINT that is a run folder: last
   IMAGES      a file, a folder, a pattern, @list.txt with one path per line, or several of these
   PREDICTIONS a file for each image's label and most likely classes: .csv, .json or .jsonl
-  FIGURE      accuracy against milliseconds of all runs, as .svg or .png
+  FIGURE      accuracy against milliseconds of all runs, as .svg, .png or .pdf
   FORMAT      onnx, safetensors                   INT8        1: also quantised (onnx)
               (of predictions: text, csv, json, jsonl)
   ONLY        parts of the bench, separated by commas: machine, loaders, cold, networks, loop,
-              batches, devices, refinery_cost, pooling; scale, only if it is named;
+              batches, devices, refinery_cost, pooling, depthwise; scale, only if it is named;
               or of the kills: conversion, training, validation, labels, maps, make;
               or of the soak: jpeg-ffcv, blocks-ffcv, ...; or stages of gpu
   KILLS       number of kills per part            MINUTES     length of the soak: 60;

@@ -51,13 +51,20 @@ def run_command(function: Callable[..., Any], *, prog: str, words: list[str] | N
     words: the command line without the program's name (default: sys.argv's). Ends as `exit_on_user_error` does.
     """
     # Imported here: the processes that encode images import UserError, but need no parser.
-    from jsonargparse import auto_cli
+    from jsonargparse import DefaultHelpFormatter, auto_cli
+
+    class Help(DefaultHelpFormatter):
+        def format_help(self) -> str:
+            # jsonargparse moves the cursor back to write --print_config[=flags] without a space.
+            return super().format_help().replace(" \b", "")
 
     typed = with_underscores(sys.argv[1:] if words is None else words)
 
     def work() -> Any:
         try:
-            return auto_cli(function, as_positional=False, prog=prog, args=typed, exit_on_error=False)
+            return auto_cli(
+                function, as_positional=False, prog=prog, args=typed, exit_on_error=False, formatter_class=Help
+            )
         except argparse.ArgumentError as error:
             raise UserError(said_of_options(error, inspect.signature(function).parameters)) from None
 

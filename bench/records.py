@@ -22,17 +22,18 @@ from train.runs.code import ROOT, digest
 _NAMED = 4
 
 
-def run(root: str = str(ROOT)) -> None:
+def run(root: str | None = None) -> None:
     """Prints the records behind the figures of the README and docs/, beginning with those whose code has changed.
 
     Args:
-        root: the root of a checkout
+        root: the root of a checkout (default: the one that contains this command)
     """
-    folder = Path(root, "bench", "results")
-    if not Path(root, "README.md").is_file():
+    checkout = Path(root or ROOT)
+    folder = checkout / "bench" / "results"
+    if not (checkout / "README.md").is_file():
         raise BenchError(f"root={root}: is not a checkout of this project; give the root of one")
-    places, missing = used(Path(root))
-    states = {name: state(folder / f"{name}.json", Path(root)) for name in places}
+    places, missing = used(checkout)
+    states = {name: state(folder / f"{name}.json", checkout) for name in places}
     for name in sorted(places, key=lambda name: (states[name] == "holds", name)):
         print(f"{name}: {states[name]}")
         print(f"  {', '.join(places[name])}")

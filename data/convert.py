@@ -90,7 +90,7 @@ def convert(
 
     Args:
         data: a folder of class folders (or train/ and val/ of them), a zip or tar of one, a .csv of file and class, a
-            folder of ImageNet's tars, or a set's name
+            folder of ImageNet's tars or of Parquet files, or a set's name
         out: the folder to write; it must not exist yet
         storage: jpeg; or blocks, which a CPU reads several times as fast, for twice the bytes; or raw pixels for small
             images or a large memory: no decoding, about ten times the bytes

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,7 +115,8 @@ def _pyarrow(file: Path) -> Any:
         from pyarrow import parquet
     except ImportError:
         raise DataError(
-            f"{file}: Parquet files are read by pyarrow, which is not installed (pip install pyarrow)"
+            f"{file}: Parquet files are read by pyarrow, which is not installed ({sys.executable} -m pip install "
+            "pyarrow)"
         ) from None
     return parquet
 

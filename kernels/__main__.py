@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,20 +207,27 @@ def crop_bound(usage: Usage) -> str:
     )
 
 
+def _listed(targets: Sequence[int]) -> str:
+    return ", ".join(map(str, targets))
+
+
 def main() -> None:
     parser = ArgumentParser(
         prog="python -m kernels", description="Compiles every Triton kernel; no GPU is needed.", exit_on_error=False
     )
     parser.add_argument(
         "--targets",
-        type=int,
         nargs="+",
-        choices=_TARGETS,
+        type=int,
         default=[80, 90],
         metavar="SM",
-        help=f"compute capabilities, from {', '.join(map(str, _TARGETS))} (default: 80 90)",
+        help=f"compute capabilities, from {_listed(_TARGETS)}",
     )
     targets = parser.parse_args().targets
+    # Not by `choices`, for which the help would show a function as the type.
+    unknown = [target for target in targets if target not in _TARGETS]
+    if unknown:
+        raise KernelError(f"targets={unknown[0]}: give compute capabilities from {_listed(_TARGETS)}")
     if triton.knobs.runtime.interpret:
         raise KernelError("TRITON_INTERPRET is set, so kernels are not compiled: unset it")
     row = "{:<27} {:<6} {:<8} {:>9} {:>14} {:>13}"

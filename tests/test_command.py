@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from command import Escaped, UserError, exit_on_user_error, printable
+from command import Escaped, UserError, exit_on_user_error, printable, run_command
 from data.originals import Originals
 from data.sources import open_source
 from tests.pictures import write_class_folders
@@ -154,6 +155,36 @@ def test_libraries_that_do_not_fit_in_memory_end_in_one_line():
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: out of memory: ")
     assert "failed to map" in line
+
+
+def test_help_is_plain_text(capsys):
+    def command(folder: str = "runs") -> None:
+        """Does nothing."""
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(command, prog="command", words=["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "--print_config[=flags]" in text
+    assert "x08" not in text
+
+
+def commands() -> list[str]:
+    """The modules behind make's verbs that take options."""
+    modules = re.findall(r"^runs\.\S+ +:= ([\w.]+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return [module for module in modules if module != "bench.compare"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [*commands(), "train.maps import", "train.maps export", "train.maps show"])
+def test_help_of_every_command_is_plain_text_and_the_same_everywhere(module):
+    words = [sys.executable, "-m", *module.split(), "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python -m {module}")
+    assert not acting(done.stdout)
+    for wrong in ("\\x", " at 0x", "lambda", str(ROOT)):
+        assert wrong not in done.stdout
 
 
 def ended_while_importing(words: list[str], module: str) -> tuple[int, list[str]]:

@@ -50,7 +50,7 @@ def main() -> None:
     )
 
     def parse(words: list[str]) -> tuple[Config, ChainOptions]:
-        return parse_both(words, ChainOptions, prog="python -m train.chain", about=about)
+        return parse_both(words, ChainOptions, prog="python -m train.chain", about=about, out="")
 
     def work(asked: tuple[Config, ChainOptions]) -> None:
         config, own = asked

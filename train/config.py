@@ -174,6 +174,8 @@ class CropConfig:
 class Config:
     """Trains an image classifier on the labels that a refinery gives to each crop, or on the ground truth.
 
+    The defaults here are those of options that the recipe does not set (`configure`).
+
     Args:
         model: the network to train: alexnet, mobilenet, resnet18, ..., timm:NAME or torchvision:NAME; several,
             separated by spaces, train together on one refinery's labels
@@ -181,11 +183,12 @@ class Config:
             run folder, NAME:FILE, or timm:NAME:pretrained or torchvision:NAME:pretrained for published weights
             (default: none, the images' own labels). It may know more classes than the data has; the data's are used
         pretrained: start from a file of weights, or from those that timm or torchvision publish for its network
-        data: a folder of images, a converted set, or scenes, cifar10, svhn, imagenette
+        data: a folder of images or an archive of one, a .csv of file and class, a folder of ImageNet's tars or of
+            Parquet files, a converted set, or scenes, cifar10, svhn, imagenette (docs/images.md)
         recipe: a recipe's name or YAML file (default: quick on scenes, fine-tune with pretrained, else label-refinery)
-        epochs: passes over the training images
+        epochs: passes over the training images (default: the recipe's, or 200 if it sets none)
         resolution: pixels per side of the crops (default: what fits the data)
-        batch: crops in a step
+        batch: crops in a step (default: the recipe's, or 256 if it sets none)
         copies: crops of each image in an epoch, from one decoding; the epoch has that many times the steps
         order: random, or, for files larger than memory, quasi-random, which draws from some pages of the file at a time
         seed: seed of all random numbers
@@ -387,12 +390,20 @@ def parse_planned(words: Sequence[str]) -> tuple[Config, Planned]:
 
 
 def parse_both(
-    words: Sequence[str], own: type[_Own], *, prog: str, about: str, several_devices: bool = True
+    words: Sequence[str],
+    own: type[_Own],
+    *,
+    prog: str,
+    about: str,
+    out: str | None = None,
+    several_devices: bool = True,
 ) -> tuple[Config, _Own]:
     """Like `parse`, for a command that also has its own options, the fields of the dataclass `own`.
 
-    prog, about: name and description of the command in --help. several_devices: it supports them (train.launch).
+    prog, about: name and description of the command in --help. out: help of --out, if it is not a run's folder; "" for
+    a command that does not take it. several_devices: it supports them (train.launch).
     """
+    about += " A recipe's values replace the defaults listed here; --print_config shows those that apply."
     if several_devices:
         # train.launch takes these two before the parser sees the rest.
         about += (
@@ -403,7 +414,11 @@ def parse_both(
     parser.add_argument("--config", action="config", help="a YAML file of options; options after it override it")
     parser.add_argument("--print_config", action="store_true", help="print all options with their values, and end")
     parser.add_class_arguments(own, as_group=False)
-    parser.add_class_arguments(Config, as_group=False)
+    if out is None:
+        parser.add_class_arguments(Config, as_group=False)
+    else:
+        parser.add_argument("--out", type=str | None, help=out or argparse.SUPPRESS)
+        parser.add_class_arguments(Config, as_group=False, skip={"out"})
     words = with_underscores(list(words))
     _check_config_file(words)
     try:

@@ -69,7 +69,9 @@ def main() -> None:
     )
 
     def parse(words: list[str]) -> tuple[Config, LabelOptions]:
-        return parse_both(words, LabelOptions, prog="python -m train.label", about=about)
+        return parse_both(
+            words, LabelOptions, prog="python -m train.label", about=about, out="the folder of the labels"
+        )
 
     def work(asked: tuple[Config, LabelOptions]) -> None:
         with joined(asked[0].device):

@@ -28,7 +28,7 @@ def on_devices(
     parse: Callable[[list[str]], Any],
     work: Callable[[Any], Any],
     *,
-    kept: str = "the same command goes on from the last checkpoint, if there is one",
+    kept: str = "the same command continues from the last checkpoint, if there is one",
 ) -> None:
     """Calls work with the result of parsing the command line's words: here, or with --gpus N in N processes of
     `module`.

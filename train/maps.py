@@ -80,7 +80,7 @@ def main() -> None:
     )
 
     def parse(words: list[str]) -> tuple[Config, MapsOptions]:
-        return parse_both(words, MapsOptions, prog="python -m train.maps", about=about)
+        return parse_both(words, MapsOptions, prog="python -m train.maps", about=about, out="the folder of the maps")
 
     def work(asked: tuple[Config, MapsOptions]) -> None:
         with joined(asked[0].device):

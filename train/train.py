@@ -100,7 +100,10 @@ def _bring_together(jobs: Sequence[Job]) -> None:
                 except OSError as error:
                     raise TrainError(f"{job.folder}: cannot be written ({reason(error, job.folder)})") from None
             if gone:
-                print(f"{job.folder}: goes one save back, to where the networks that train with it are", flush=True)
+                print(
+                    f"{job.folder}: goes back to the previous checkpoint, where the networks that train with it are",
+                    flush=True,
+                )
 
 
 def train_jobs(jobs: Sequence[Job], parts: Sequence[Part] = (), later: float = 0.0) -> list[Run]:

@@ -23,7 +23,7 @@ def test_a_missing_pyarrow_is_reported_in_one_line(tmp_path, monkeypatch):
     file = tmp_path / "train.parquet"
     file.write_bytes(b"PAR1")
     assert refusal(tmp_path) == (
-        f"{file}: Parquet files are read by pyarrow, which is not installed (pip install pyarrow)"
+        f"{file}: Parquet files are read by pyarrow, which is not installed ({sys.executable} -m pip install pyarrow)"
     )
 
 

@@ -7,19 +7,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from command import exit_on_user_error
-from train import TrainError, labels
+from train import TrainError, chain, label, labels, maps
 from train.augment import AugmentConfig
 from train.config import (
     RECIPES,
     Config,
     OptimizerConfig,
+    Planned,
     ScheduleConfig,
     configure,
     option_words,
     parse,
+    parse_both,
+    parse_planned,
     read_recipe,
 )
 from train.job import growing_resolution
+from train.look import command as look
+from train.tables import command as tables
 
 
 def refusal(capsys, *words) -> str:
@@ -123,6 +128,36 @@ def test_print_config_can_be_read_back(capsys, tmp_path):
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     config = parse(["--config", str(tmp_path / "printed.yaml")])
     assert (config.model, config.optimizer.lr) == ("resnet18", 0.25)
+
+
+@pytest.mark.parametrize(
+    ("main", "out"),
+    [
+        (lambda: parse_planned(["--help"]), "the run's folder"),
+        (label.main, "the folder of the labels"),
+        (maps.main, "the folder of the maps"),
+        (tables.main, "the file of the tables"),
+        (look.main, "the page, a file in .html"),
+        (chain.main, None),
+    ],
+)
+def test_help_describes_defaults_and_out_for_each_command(main, out, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["command", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "A recipe's values replace the defaults listed here; --print_config shows" in text
+    assert text.count("--out OUT") == (2 if out else 0)
+    if out:
+        assert f"--out OUT {out}" in text
+
+
+def test_out_is_accepted_where_it_has_another_meaning():
+    config, _ = parse_both(["--out", "page.html"], Planned, prog="look", about="", out="the page")
+    assert config.out == "page.html"
+    config, _ = parse_both([], Planned, prog="chain", about="", out="")
+    assert config.out is None
 
 
 def test_bad_inputs_are_refused(capsys, tmp_path):

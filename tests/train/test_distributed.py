@@ -384,7 +384,7 @@ def test_a_killed_process_ends_all_with_one_line(converted, tmp_path):
     os.kill(int(children(process)[-1]), signal.SIGKILL)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "error: a process was ended by signal 9; the same command goes on from the last checkpoint" in out
+    assert "error: a process was ended by signal 9; the same command continues from the last checkpoint" in out
     assert "Traceback" not in out
 
 

@@ -195,7 +195,7 @@ def test_a_lost_refinery_is_reported(written, trained, tmp_path, capsys):
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace(str(trained[0].folder), str(tmp_path / "gone")))
     found = written(copy)
-    assert f"{tmp_path / 'gone'}: is gone" in capsys.readouterr().out
+    assert f"{tmp_path / 'gone'}: the origin of the run's labels no longer exists" in capsys.readouterr().out
     assert "Labels of crops: ground truth" in found.words
 
 

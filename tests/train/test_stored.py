@@ -178,7 +178,7 @@ def test_differences_from_how_the_labels_were_made_are_printed(run, make, capsys
         "labels: made with the statistics of batches of 20 in random order; this run takes batches of 16 in "
         "quasi-random order" in out
     )
-    assert "labels: made of crops of 64 px; those of 32, 48 px have the same boxes and other pixels" in out
+    assert "labels: made of crops of 64 px; those of 32, 48 px have the same boxes but other pixels" in out
     assert "made in" not in out
     for words in (["--batch", "16"], [*BATCH, "--order", "quasi-random"]):
         capsys.readouterr()

@@ -139,7 +139,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_previous_one(run, stopped):
     run("--out", "whole")
     (stopped / ".last.pt.partial").symlink_to("/dev/full")
     before = (stopped / "last.pt").read_bytes()
-    with pytest.raises(TrainError, match=r"\(the disk of run is full\).*; the one before is kept"):
+    with pytest.raises(TrainError, match=r"\(the disk of run is full\).*; the previous checkpoint is kept"):
         run("--out", "run")
     assert (stopped / "last.pt").read_bytes() == before
     run("--out", "run")
@@ -215,7 +215,7 @@ def test_a_kill_between_the_checkpoints_of_two_networks_keeps_them_together(run,
     capsys.readouterr()
     for one, other in zip(whole, run(*words, "--runs", "killed"), strict=True):
         alike(one.folder, other.folder)
-    assert "one save back" in capsys.readouterr().out
+    assert "goes back to the previous checkpoint" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -467,7 +467,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(run, stopped, capsy
     run("--out", "run")
     out = capsys.readouterr().out
     assert out.count("warning: run/last.pt: is damaged or missing") == 1
-    assert "going on from run/last.before.pt" in out
+    assert "continuing from run/last.before.pt" in out
     assert "continuing in epoch 2 of 2, after step 0 of 3" in out
     assert_same(Path("whole"), stopped)
 
@@ -487,7 +487,7 @@ def test_if_the_previous_checkpoint_is_damaged_too_the_best_is_used(run, stopped
     flip(stopped / "last.pt")
     flip(stopped / "last.before.pt")
     run("--out", "run")
-    assert "going on from run/best.pt" in capsys.readouterr().out
+    assert "continuing from run/best.pt" in capsys.readouterr().out
     assert_same(Path("whole"), stopped)
 
 

@@ -46,7 +46,8 @@ class StoredOptions:
     """Options of labels from files.
 
     Args:
-        stored: a folder of a refinery's labels of every crop (python -m train.label), instead of the refinery
+        stored: a folder of a refinery's labels of every crop (python -m train.label) or of label maps
+            (python -m train.maps), instead of the refinery
         cycle: repeat the first this many stored epochs, in a run of more epochs than are stored
         pooled: what is averaged over the cells of a label map in a crop: logits, as published, or probabilities
     """
@@ -246,7 +247,7 @@ class Store:
         try:
             yield
         except OSError as error:
-            kept = f"; {len(self.finished)} finished epochs are kept, and the same command goes on with the others"
+            kept = f"; {len(self.finished)} finished epochs are kept, and the same command continues with the others"
             raise TrainError(
                 f"{path}: cannot be written ({error.strerror}){'' if self.description.format == 'map' else kept}"
             ) from None

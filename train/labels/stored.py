@@ -126,7 +126,7 @@ class StoredLabels(LabelsFromStore):
         if others:
             notices.append(
                 f"made of crops of {made.resolution} px; those of {', '.join(map(str, others))} px have the same boxes "
-                "and other pixels, of which the refinery might say something else"
+                "but other pixels, for which the refinery might give other labels"
             )
         return notices
 

@@ -70,7 +70,9 @@ def main() -> None:
         "duplicates, and images that are probably mislabelled; of --checkpoint also learning curves, confusion, worst "
         "classes and mistakes, and calibration. Options of training matter only if they change crops or labels."
     )
-    look(*parse_both(sys.argv[1:], LookOptions, prog="python -m train.look", about=about, several_devices=False))
+    out = "the page, a file in .html (default: look.html in the run's folder of --checkpoint, or else in runs/DATA)"
+    prog = "python -m train.look"
+    look(*parse_both(sys.argv[1:], LookOptions, prog=prog, about=about, out=out, several_devices=False))
 
 
 def look(config: Config, options: LookOptions = LookOptions()) -> Path:
@@ -175,7 +177,10 @@ def _labels_of(said: dict[str, Any]) -> dict[str, Any]:
     refinery, stored = asked["refinery"], asked.get("labels.stored")
     file = parse_spec(str(refinery))[1] if refinery else stored
     if file is not None and file != "pretrained" and not Path(str(file)).exists():
-        print(f"{file}: is gone, from which the run had its labels; the page shows the images' own", flush=True)
+        print(
+            f"{file}: the origin of the run's labels no longer exists; the page shows the images' own labels",
+            flush=True,
+        )
         return {}
     return {name: value for name, value in asked.items() if value is not None}
 

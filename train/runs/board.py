@@ -75,6 +75,6 @@ class Board:
         except OSError as error:
             self._works = False
             print(
-                f"warning: {self._file.parent}: {reason(error, self._file)}; the run goes on without TensorBoard",
+                f"warning: {self._file.parent}: {reason(error, self._file)}; the run continues without TensorBoard",
                 flush=True,
             )

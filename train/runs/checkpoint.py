@@ -24,7 +24,7 @@ def save(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None
         with replacing(path, keep=keep) as file:
             torch.save({"format": CHECKPOINT_FORMAT} | state, file)
     except (OSError, RuntimeError) as error:
-        kept = "; the one before is kept" if path.with_name(LAST).is_file() else ""
+        kept = "; the previous checkpoint is kept" if path.with_name(LAST).is_file() else ""
         raise TrainError(f"{path}: the checkpoint could not be written ({reason(error, path)}){kept}") from None
 
 

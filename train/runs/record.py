@@ -64,7 +64,7 @@ class Record:
             return None
         path, state = found
         if path != self._run.weights:
-            print(f"warning: {self._run.weights}: is damaged or missing; going on from {path}", flush=True)
+            print(f"warning: {self._run.weights}: is damaged or missing; continuing from {path}", flush=True)
             # So that it is neither read by others nor kept as the previous checkpoint.
             checkpoint.save(self._run.weights, state)
         # Checkpoints of earlier versions hold no metrics.

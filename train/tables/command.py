@@ -37,12 +37,13 @@ _USUAL_ORDER = "1,4,2,3,6,7,5"
 def main() -> None:
     about = (
         "Reproduces the tables of the Label Refinery and ReLabel papers, run by run; finished runs are not "
-        "repeated. --refinery (default: resnet18) is the network that labels for most rows, --out the file to write "
-        "(default: runs/tables-1-4-....md). All other options of python -m train apply to every run."
+        "repeated. --refinery (default: resnet18) is the network that labels for most rows. "
+        "All other options of python -m train apply to every run."
     )
 
     def parse(words: list[str]) -> tuple[Config, TablesOptions]:
-        return parse_both(words, TablesOptions, prog="python -m train.tables", about=about)
+        out = "the file of the tables, in .md; a .json is written beside it (default: runs/tables-1-4-....md)"
+        return parse_both(words, TablesOptions, prog="python -m train.tables", about=about, out=out)
 
     def work(asked: tuple[Config, TablesOptions]) -> None:
         with joined(asked[0].device):
