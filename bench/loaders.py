@@ -222,7 +222,8 @@ def _notes(settings: Settings, found: int, crops: int) -> list[str]:
         "untimed turn, with shared pages counted once and without mapped files.",
         "kB read: encoded bytes read per crop. kB stored: encoded bytes per image. convert min: minutes that storing "
         f"ImageNet's {_IMAGENET:,} training images would take on all cores, at the rate of these images.",
-        "files: the original files. Missing loaders of other projects come with `.venv/bin/python -m pip install '.[peers]'`.",
+        "files: the original files. Loaders of other projects that are missing here are installed by "
+        "`.venv/bin/python -m pip install '.[peers]'`.",
         *([f"scaling: the ratio to the rate with {settings.threads[0]} threads."] if len(settings.threads) > 1 else []),
     ]
 
