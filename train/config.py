@@ -18,7 +18,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from command import did_you_mean, said_of_options, with_underscores
+from command import said_of_options, with_underscores
 from train import TrainError
 from train import labels as kinds
 from train.augment import AugmentConfig
@@ -27,14 +27,10 @@ from train.distributed import Reduce
 from train.labels import LabelsConfig
 from train.labels.ground_truth import GroundTruthLabels
 from train.labels.refinery import RefineryLabels
+from train.recipe import dotted, read_recipe, read_yaml, without_empty_groups
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-RECIPES = Path(__file__).parent / "recipes"
-
-# Options that cannot differ between the networks of one command.
-_OF_THE_COMMAND = {"model", "refinery", "data", "recipe", "out", "runs"}
 
 # The most pixels per side of crops, as for the resolution of a converted set.
 _MOST_PIXELS = 8192
@@ -263,7 +259,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self):
-        for option, value in _dotted(asdict(self)).items():
+        for option, value in dotted(asdict(self)).items():
             if value == "":
                 raise TrainError(f"{option} is empty: give it a value or leave it out")
         for name in ("epochs", "resolution", "batch", "copies", "threads", "replicas"):
@@ -292,7 +288,7 @@ class Config:
     @property
     def changed(self) -> set[str]:
         """The options that are not at their defaults, by their dotted names."""
-        return {option for option, value in _dotted(asdict(self)).items() if value != _defaults()[option]}
+        return {option for option, value in dotted(asdict(self)).items() if value != _defaults()[option]}
 
     @property
     def given(self) -> dict[str, Any]:
@@ -301,7 +297,7 @@ class Config:
         For a configuration that was not made by `configure`, all options.
         """
         given = self.__dict__.get("_given")
-        return _dotted(asdict(self)) if given is None else given
+        return dotted(asdict(self)) if given is None else given
 
     def replace(self, options: Mapping[str, Any]) -> "Config":
         """This configuration with other options, by their dotted names. Raises TrainError as `configure` does."""
@@ -329,7 +325,7 @@ class Config:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    return _dotted(asdict(Config()))
+    return dotted(asdict(Config()))
 
 
 def configure(options: Mapping[str, Any], *, as_refinery: bool = False) -> Config:
@@ -338,9 +334,9 @@ def configure(options: Mapping[str, Any], *, as_refinery: bool = False) -> Confi
     as_refinery: the network is to be a refinery, for which a recipe may have its own section. Raises TrainError for
     unknown options, values of the wrong type, and meaningless combinations.
     """
-    options = _without_empty_groups(options)
+    options = without_empty_groups(options, _defaults())
     recipe = options.get("recipe") or default_recipe(options.get("data"), options.get("pretrained"))
-    values = read_recipe(recipe, options.get("model") or Config.model, as_refinery=as_refinery)
+    values = read_recipe(recipe, options.get("model") or Config.model, _defaults(), as_refinery=as_refinery)
     # Checked separately, so that the message names the recipe for a wrong value.
     _typed(values, f"recipe={recipe}: ")
     typed = _typed(values | options | {"recipe": recipe})
@@ -450,7 +446,7 @@ def _check_config_file(words: Sequence[str]) -> None:
     first.add_argument("--config")
     file = first.parse_known_args(words)[0].config
     if file:
-        _read_yaml(Path(file))
+        read_yaml(Path(file))
 
 
 @dataclass(frozen=True)
@@ -484,83 +480,6 @@ def default_recipe(data: str | None, pretrained: str | None) -> str:
     if pretrained:
         return "fine-tune"
     return "quick" if data in (None, Config.data) else "label-refinery"
-
-
-def is_built_in(recipe: str | None) -> bool:
-    """Whether the recipe is one of those that come with the project, rather than the user's own file."""
-    return (RECIPES / f"{recipe}.yaml").is_file()
-
-
-def read_recipe(recipe: str, model: str, *, as_refinery: bool = False) -> dict[str, Any]:
-    """A recipe's values as dotted keys.
-
-    Values of its section `networks` for this model (longest prefix) and, for a network that is to be a refinery, of its
-    section `refineries` override the others. Raises TrainError for an invalid recipe and for unknown keys.
-    """
-    path = RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        path = Path(recipe)
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-        raise TrainError(f"recipe={recipe}: neither a recipe ({known}) nor a file")
-    values = _read_yaml(path)
-    networks = _mapping(path, "networks", values.pop("networks", None))
-    sections = {str(name): _section(path, f"networks: {name}", options) for name, options in networks.items()}
-    refineries = _section(path, "refineries", values.pop("refineries", None))
-    values = _without_empty_groups(_dotted(values))
-    _check_keys(path, values)
-    matching = max((name for name in sections if model.startswith(name)), key=len, default=None)
-    return values | (sections[matching] if matching else {}) | (refineries if as_refinery else {})
-
-
-def _section(path: Path, name: str, options: Any) -> dict[str, Any]:
-    """The options, by dotted keys, of a section of a recipe that applies only to some networks of a command."""
-    values = _without_empty_groups(_dotted(_mapping(path, name, options)))
-    _check_keys(path, values)
-    shared = sorted(set(values) & _OF_THE_COMMAND)
-    if shared:
-        raise TrainError(f"{path}: {name}: {', '.join(shared)} must be the same for all networks; give it outside")
-    return values
-
-
-def _mapping(path: Path, name: str, value: Any) -> dict[Any, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise TrainError(f"{path}: {name}: expected a mapping, not {value!r}")
-    return value
-
-
-def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
-    unknown = sorted(set(values) - set(_defaults()))
-    if unknown:
-        hint = did_you_mean(unknown, list(_defaults()))
-        raise TrainError(f"{path}: unknown keys {', '.join(unknown)}{hint} (python -m train --help lists them)")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise TrainError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError):  # of text, of dates as 2001-99-99, of lists in lists
-        raise TrainError(f"{path}: not YAML") from None
-    if not isinstance(values, dict):
-        raise TrainError(f"{path}: expected a mapping of options to values")
-    return values
-
-
-def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _without_empty_groups(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without empty groups, as in a YAML file whose lines below `crop:` are comments."""
-    groups = {option.partition(".")[0] for option in _defaults() if "." in option}
-    return {option: value for option, value in options.items() if not (value is None and option in groups)}
 
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:

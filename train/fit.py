@@ -6,7 +6,8 @@ make a run of a few steps.
 
 from dataclasses import replace
 
-from train.config import Config, is_built_in
+from train.config import Config
+from train.recipe import is_built_in
 
 # An epoch has at least this many steps, if steps can be made smaller for it.
 _STEPS = 16

@@ -18,7 +18,7 @@ _SHOWING = frozenset(
     }
 )
 # Files that are read or imported by names that are known only at run time.
-_BY_NAME = {"data/decoders/__init__.py": "data/decoders/*.py", "train/config.py": "train/recipes/*.yaml"}
+_BY_NAME = {"data/decoders/__init__.py": "data/decoders/*.py", "train/recipe.py": "train/recipes/*.yaml"}
 
 
 @cache
