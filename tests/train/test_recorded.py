@@ -264,11 +264,12 @@ def test_the_warm_up_restores_all_tensors_and_generators():
 
 @pytest.fixture(scope="module")
 def fused_optimizers_without_data():
-    """Adds the fake version of these operators, which PyTorch 2.14 lacks for a tensor rate; they return nothing."""
+    """Adds the fake versions of these operators that PyTorch lacks (2.14: for a tensor rate); they return nothing."""
     with torch.library._scoped_library("aten", "FRAGMENT") as library:
         for name in ("_fused_sgd_", "_fused_adamw_"):
             for overload in ("", ".tensor_lr"):
-                library.impl(f"{name}{overload}", lambda *args, **kwargs: None, "Meta")
+                if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}{overload}", "Meta"):
+                    library.impl(f"{name}{overload}", lambda *args, **kwargs: None, "Meta")
         yield
 
 
