@@ -58,7 +58,7 @@ def test_a_waiting_conversion_uses_the_set_that_was_made_meanwhile(few, tmp_path
         with locked(first.folder.with_name(f".{first.folder.name}.lock"), "not printed"):
             waiting = pool.submit(ensure_converted, first)
             said = ""
-            while "waiting" not in said:
+            while "waiting for it" not in said:
                 assert not waiting.done()
                 said += capsys.readouterr().out
                 time.sleep(0.01)

@@ -29,7 +29,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(TrainError, match=r"last.pt: the checkpoint could not be written \(.*\); the previous checkpoint"):
+        with pytest.raises(
+            TrainError, match=r"last.pt: the checkpoint could not be written \(.*\); the previous checkpoint"
+        ):
             checkpoint.save(path, {"model": {"w": torch.zeros(100_000)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
