@@ -1,6 +1,5 @@
 """Each depthwise 3x3 convolution of a network by itself: PyTorch's and, on a GPU, our kernel's."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from bench.settings import Settings
 from bench.turns import Contender, Runner, Work, in_turns
 from kernels.depthwise import depthwise
 from models.own_depthwise import is_depthwise
+from train.recorded import Recorder
 
 _NETWORK = "mobilenet"
 # Passes in one CUDA graph, so that neither Python nor launches count.
@@ -57,10 +57,13 @@ class Convolving(Runner):
         self._convolve = partial(convolve, stride=shape.stride)
         self._gradient = torch.randn_like(self._convolve(self._x, self._weight)) if backward else None
         self._amount = _AT_ONCE[self.device] * settings.batch
-        self._passes = self._recorded() if self.device == "cuda" else self._repeated
+        self._recorder = Recorder(list, torch.device(self.device)) if self.device == "cuda" else None
 
     def run(self) -> Work:
-        self._passes()
+        if self._recorder:
+            self._recorder.run("passes", self._repeated)
+        else:
+            self._repeated()
         return Work(self._amount)
 
     def once(self) -> tuple[Tensor, ...]:
@@ -73,16 +76,6 @@ class Convolving(Runner):
     def _repeated(self) -> None:
         for _ in range(_AT_ONCE[self.device]):
             self.once()
-
-    def _recorded(self) -> Callable[[], None]:
-        # The search for algorithms and Triton's compiler cannot run while a graph is captured.
-        with torch.cuda.stream(torch.cuda.Stream()):
-            self.once()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._repeated()
-        return graph.replay
 
 
 def shapes_of(name: str, resolution: int) -> list[Shape]:
