@@ -4,6 +4,7 @@ import gc
 import inspect
 import io
 import itertools
+import shutil
 import threading
 import time
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from data import DataError
 from data.beton import Beton
-from data.loader import Pairing, open_loader
+from data.loader import Pairing, _class_names, open_loader
 from data.plan import CropRule
 
 
@@ -146,11 +147,24 @@ def test_a_batch_unpacks_to_crops_and_labels(converted):
     assert labels is batch.labels
 
 
+def test_parts_of_a_batch_are_interleaved(converted):
+    batch = next(loader_of(converted, paired=(Pairing("same", 16),)).epoch(0))
+    for number in range(3):
+        part = batch.part(number, 3)
+        for name in ("crops", "labels", "indices", "copies", "boxes", "sizes", "flips"):
+            assert torch.equal(getattr(part, name), getattr(batch, name)[number::3]), name
+        assert torch.equal(part.paired[Pairing("same", 16)], batch.paired[Pairing("same", 16)][number::3])
+        assert part.crops.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch.part(0, 1).crops, batch.crops)
+
+
 def test_ranks_train_on_equal_full_batches(converted):
     ranks = [list(loader_of(converted, batch_size=5, rank=rank, world=3).epoch(0)) for rank in range(3)]
     assert [len(batches) for batches in ranks] == [3, 3, 3]
     seen = torch.cat([batch.indices for batches in ranks for batch in batches])
     assert len(seen) == len(seen.unique()) == 45
+    # 48 images are 10, 10, 10, 9 and 9: two batches of 5 would leave two ranks behind.
+    assert [loader_of(converted, batch_size=5, rank=rank, world=5).steps for rank in range(5)] == [1] * 5
 
 
 def test_a_step_over_all_ranks_equals_that_of_one_process(converted):
@@ -162,11 +176,11 @@ def test_a_step_over_all_ranks_equals_that_of_one_process(converted):
 
 
 def test_evaluation_drops_nothing_and_counts_nothing_twice(converted):
-    for world in (1, 2, 4):
+    for world, size in ((1, 4), (2, 4), (4, 4), (4, 3)):
         seen = [
             batch.indices
             for rank in range(world)
-            for batch in loader_of(converted, "val", train=False, batch_size=4, rank=rank, world=world).epoch(0)
+            for batch in loader_of(converted, "val", train=False, batch_size=size, rank=rank, world=world).epoch(0)
         ]
         assert sorted(torch.cat(seen).tolist()) == list(range(15))
 
@@ -276,3 +290,17 @@ def test_sequential_order_is_that_of_the_file(converted):
 def test_bad_options_are_named(converted, options, says):
     with pytest.raises(DataError, match=says):
         loader_of(converted, **options)
+
+
+def test_class_ids_out_of_range_are_refused(converted, tmp_path):
+    beton = Beton(converted.beton("train"))
+    beton.labels = np.array([0, 3])
+    with pytest.raises(DataError, match=r"train.beton: holds class 3, but set.json names 3 classes"):
+        _class_names(beton)
+
+    shutil.copy(beton.path, tmp_path / "alone.beton")
+    alone = Beton(tmp_path / "alone.beton")
+    assert _class_names(alone) == ("0", "1", "2")
+    alone.labels = np.array([0, 1_000_000])
+    with pytest.raises(DataError, match=r"alone.beton: has a class 1000000; at most 1000000 classes are supported"):
+        _class_names(alone)

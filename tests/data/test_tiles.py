@@ -101,6 +101,25 @@ def test_other_jpegs_are_understood():
     assert not tiles.layout(np.frombuffer(buffer.getvalue(), np.uint8)).subsampled
 
 
+def test_subsampling_is_only_that_of_numbered_components():
+    """Each byte of the frame's header counts: tiles are only cut where components are 1, 2, 3 with 2x2, 1x1, 1x1."""
+    jpeg = np.frombuffer(plain(photograph(1, 50, 70)), np.uint8)
+    frame = tiles.layout(jpeg).frame
+    for place in (9, 10, 11, 13, 14, 16, 17):
+        other = jpeg.copy()
+        other[frame + place] += 1
+        assert not tiles.layout(other).subsampled, place
+
+
+def test_an_image_of_another_height_or_width_is_not_taken():
+    jpeg = np.frombuffer(tiles.encode(photograph(3, 96, 160), 90), np.uint8)
+    box, room = np.array([0, 0, 16, 16]), np.empty(len(jpeg), np.uint8)
+    assert tiles.take(jpeg, np.array([96, 160], np.int32), box, room).wrong == 0
+    for size in ((97, 160), (96, 161), (96, 0), (1000, 1000)):
+        taken = tiles.take(jpeg, np.array(size, np.int32), box, room)
+        assert (taken.wrong, taken.height, taken.width) == (tiles.OTHER_SIZE, 96, 160)
+
+
 def test_markers_are_read_as_libjpeg_reads_them():
     """FF may be repeated before a marker; markers without a length are invalid here, and are not skipped."""
     jpeg = plain(photograph(2, 200, 200))

@@ -148,6 +148,7 @@ def test_help_describes_defaults_and_out_for_each_command(main, out, monkeypatch
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "A recipe's values replace the defaults listed here; --print_config shows" in text
+    assert ("--gpus N starts N processes" in text) == (main is not look.main)
     assert text.count("--out OUT") == (2 if out else 0)
     if out:
         assert f"--out OUT {out}" in text
