@@ -138,6 +138,22 @@ def test_a_jpeg_cut_short_is_refused(tmp_path, path, decoder):
                 list(build.decode([Request(np.zeros(1, dtype=np.int64), whole, np.zeros((1, 1), dtype=bool))]))
 
 
+@pytest.mark.parametrize("decoder", ["ffcv", "torchvision"])
+def test_the_error_says_what_is_wrong_with_an_image(tmp_path, path, decoder):
+    whole, plain = (Beton(path).encoded(image).tobytes() for image in (0, 2))
+    found = tiles.layout(np.frombuffer(whole, np.uint8))
+    lengths = bytearray(whole)
+    lengths[found.lengths] ^= 0x40
+    for data, why in (
+        (b"no image at all", "no JPEG, or its headers are damaged"),
+        (bytes(lengths), "its tiles are not where its table says"),
+        (plain[: int(0.6 * len(plain))], "(Premature end|incomplete or truncated)"),
+    ):
+        write_beton(tmp_path / "wrong.beton", [Encoded(data, 90, 100, 0)], at_most=1)
+        with pytest.raises(DataError, match=rf"wrong.beton: image 0 cannot be decoded \(.*{why}.*\); convert the set"):
+            crops(tmp_path / "wrong.beton", decoder=decoder, only=[0])
+
+
 @pytest.mark.parametrize("decoder", ["ffcv", "torchvision", "dali"])
 def test_a_hidden_frame_header_causes_no_overflow(tmp_path, decoder):
     """libjpeg would decode 2000x2000 pixels here; a reader that mishandles the repeated FF sees 16x16."""

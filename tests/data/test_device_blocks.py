@@ -9,6 +9,7 @@ from data.beton import Beton, write_beton
 from data.convert import Storage, encode
 from data.decoders import blocks, choose
 from data.loader import Pairing, open_loader
+from data.plan import CropRule
 from tests.pictures import photograph
 
 SIZES = [(60, 130), (33, 41), (128, 64), (9, 300), (75, 75), (1, 1), (64, 64)]
@@ -32,8 +33,14 @@ def loaded(path, *, decoder="blocks", **options):
 
 
 @pytest.mark.parametrize("resident", [0.0, 1.0])
-def test_crops_equal_those_of_the_cpu(path, resident):
-    ours, theirs = loaded(path, resident=resident), loaded(path, decoder="ffcv")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"copies": 1, "paired": (), "crop": CropRule(scale=(0.03, 0.15))}],
+    ids=["whole images", "small crops"],
+)
+def test_crops_equal_those_of_the_cpu(path, resident, options):
+    """Small crops need only some rows of blocks, and few begin at the first one."""
+    ours, theirs = loaded(path, resident=resident, **options), loaded(path, decoder="ffcv", **options)
     assert ours.decoder == "blocks"
     for epoch in range(3):
         for one, other in zip(ours.epoch(epoch), theirs.epoch(epoch), strict=True):
