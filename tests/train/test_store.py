@@ -23,7 +23,7 @@ from data.durable import in_units
 from tests.damage import bytes_of, documents
 from tests.paths import python_path
 from train import TrainError
-from train.labels.description import Description, differences
+from train.labels.description import Description, differences, short
 from train.labels.rows import CellRows
 from train.labels.store import Store, check_folder, create_store, open_store
 from train.runs import key_of
@@ -408,3 +408,10 @@ def test_fuzz_labels_json(tmp_path, description, data):
     else:
         _, ids = CellRows(made.data["classes"], made.k, made.cells).unpack(rows)
         assert ids.max() < made.data["classes"]
+
+
+def test_only_digests_are_cut_short():
+    digest = "0123456789abcdef" * 4
+    assert short(digest) == "0123456789abcdef"
+    for value in (digest[1:], digest + "0", "runs/images/resnet50-0123abcd", 0.25, None):
+        assert short(value) == str(value)
