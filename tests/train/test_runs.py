@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tqdm import tqdm
 
 import models
 from data.loader import open_loader
@@ -176,6 +178,23 @@ def test_resuming_equals_never_stopping_bit_for_bit(run, monkeypatch, capsys, st
         for folder in (whole.folder, parts.folder)
     ]
     assert lines[0] == lines[1]
+
+
+def test_the_bar_shows_the_epochs_means_and_what_is_left(run, monkeypatch):
+    shown = []
+    original = tqdm.set_postfix_str
+
+    def set_postfix_str(self, said="", refresh=True):
+        shown.append(said)
+        original(self, said, refresh)
+
+    monkeypatch.setattr(tqdm, "set_postfix_str", set_postfix_str)
+    monkeypatch.setattr(loop, "_SECONDS_BETWEEN_LOOKS", 0)
+    (line,) = run("--epochs", "1").metrics
+    assert len(shown) == 3
+    assert all(re.fullmatch(r"loss \d\.\d{3}, top-1 \d+\.\d %; .* left in all", said) for said in shown)
+    # The last one was after all steps of the epoch.
+    assert shown[-1].startswith(f"loss {line['loss']:.3f}, top-1 {line['train_top1']:.1f} %; ")
 
 
 def test_metrics_are_computed_from_the_sums(run, monkeypatch, capsys):
