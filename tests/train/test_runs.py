@@ -252,6 +252,10 @@ def test_the_first_process_decides_when_to_save_and_to_look(converted, tmp_path)
         assert trainer._agreed(long, long, 0.125) == (False, saves, saves)
         # With steps of an eighth of a second, the first process asks for an exchange every fourth step.
         assert group.asked == ([False, True, True, 4] if saves else [False, 0, 0, 0])
+        # With slow steps, after each.
+        trainer._apart = 1
+        trainer._agreed(long, long, 30.0)
+        assert group.asked == ([False, True, True, 1] if saves else [False, 0, 0, 0])
 
 
 # A network with dropout, which draws from generators; stopped between the two crops of an image.
