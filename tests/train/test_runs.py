@@ -239,8 +239,10 @@ def test_the_first_process_decides_when_to_save_and_to_look(converted, tmp_path)
     data, (labels,) = check([config])
     trainer = Trainer([resolve(config, data, labels)])
     long, short = 3600.0, 0.0
-    assert trainer._agreed(long, short, 0.1) == (False, True, False)
-    assert trainer._agreed(short, long, 0.1) == (False, False, True)
+    # After a minute, as given, and after two seconds.
+    assert trainer._agreed(60.5, short, 0.1) == (False, True, False)
+    assert trainer._agreed(short, 2.5, 0.1) == (False, False, True)
+    assert trainer._agreed(59.5, 1.5, 0.1) == (False, False, False)
     for rank, saves in ((0, True), (1, False)):
         group = Agreeing(rank, 2)
         trainer.job = replace(trainer.job, group=group)
